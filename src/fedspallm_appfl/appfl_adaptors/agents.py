@@ -1,0 +1,80 @@
+"""From one configuration to the configurations of APPFL's agents."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from appfl.agent import ClientAgent, ServerAgent
+from appfl.config import ClientAgentConfig, ServerAgentConfig
+from omegaconf import OmegaConf
+
+from fedspallm_appfl.config import Client, Config
+
+
+def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
+    """What `ServerAgent` takes.
+
+    Args:
+        config: the experiment.
+        state_dir: folder for packed blocks and sums.
+    """
+    server, train = config.server_configs, config.client_configs.train_configs
+    aggregator = dataclasses.asdict(server.aggregator_kwargs) | {
+        "model": dataclasses.asdict(config.model),
+        "sparsity": train.sparsity,
+        "layer_sampling": train.layer_sampling,
+        "seed": config.seed,
+        "rounds": server.num_global_epochs,
+        "roster": config.roster(),
+        "device": server.device,
+        "comparisons": config.evaluation.compare,
+        "state_dir": str(state_dir),
+    }
+    made: Any = OmegaConf.structured(ServerAgentConfig)
+    made.server_configs = {
+        "num_clients": server.num_clients,
+        "num_global_epochs": server.num_global_epochs,
+        "optimize_memory": False,  # APPFL would collect garbage several times a message
+        "aggregator": server.aggregator,
+        "aggregator_kwargs": aggregator,
+        "scheduler": server.scheduler,
+        "scheduler_kwargs": dataclasses.asdict(server.scheduler_kwargs),
+        "logging_output_dirname": "",
+        "logging_output_filename": "",
+    }
+    made.client_configs = {"train_configs": {}}
+    return made
+
+
+def client_agent_config(config: Config, client: Client, device: str, message_bytes: int) -> ClientAgentConfig:
+    """What `ClientAgent` takes.
+
+    Args:
+        config: the experiment.
+        client: the client, with the shared part merged in.
+        device: where it runs; `auto` was decided by `placement`.
+        message_bytes: bytes that one of its messages may have.
+    """
+    train = dataclasses.asdict(client.train_configs) | {
+        "client_id": client.client_id,
+        "device": device,
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(client.data),
+        "comm": {**dataclasses.asdict(client.comm_configs), "max_message_bytes": message_bytes},
+        "seed": config.seed,
+        "rounds": config.server_configs.num_global_epochs,
+        "logging_output_dirname": "",
+        "logging_output_filename": "",
+    }
+    made: Any = OmegaConf.create({"client_id": client.client_id, "optimize_memory": False, "train_configs": train})
+    return made
+
+
+def server_agent(config: Config, state_dir: Path) -> ServerAgent:
+    """A server agent with the aggregator and scheduler of this package."""
+    return ServerAgent(server_agent_config(config, state_dir))
+
+
+def client_agent(config: Config, client: Client, device: str, message_bytes: int) -> ClientAgent:
+    """A client agent with the trainer of this package."""
+    return ClientAgent(client_agent_config(config, client, device, message_bytes))

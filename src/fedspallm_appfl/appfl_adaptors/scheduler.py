@@ -1,0 +1,87 @@
+"""APPFL scheduler that streams: every upload is folded on arrival and answered as soon as the client may go on.
+
+A message in the middle of a round is answered at once, unless more than `max_open_blocks` blocks have sums in memory and
+one that the client has just sent to is among them; then the client waits until that block is complete. All clients go
+through the blocks in ascending order, so the one behind never waits and nothing can lock up. The last message of a round
+is answered when all clients have sent theirs.
+
+If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging.
+"""
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from appfl.algorithm.scheduler import BaseScheduler
+
+from fedspallm_appfl.appfl_adaptors.aggregator import FedSpaLLMAggregator
+
+
+class FedSpaLLMScheduler(BaseScheduler):
+    """Fold on arrival, one barrier a round."""
+
+    aggregator: FedSpaLLMAggregator
+
+    def __init__(self, scheduler_configs: Any, aggregator: FedSpaLLMAggregator, logger: Any) -> None:
+        super().__init__(scheduler_configs, aggregator, logger)
+        self.max_open_blocks = int(scheduler_configs.get("max_open_blocks", 2))
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[Future, set[int]]] = {}
+        self._at_barrier: dict[str, Future] = {}
+
+    def schedule(self, client_id: str | int, local_model: Any, **kwargs: Any) -> Future:
+        """Take one message of one client.
+
+        Args:
+            client_id: who sent it.
+            local_model: the payload.
+            **kwargs: its metadata.
+
+        Returns:
+            A future of (payload, metadata) for that client.
+
+        Raises:
+            UpdateError: the message is not what was assigned; all waiting clients get the same error.
+        """
+        client, future = str(client_id), Future()
+        with self._lock:
+            try:
+                if self.aggregator.receive(client, local_model, kwargs):
+                    self._at_barrier[client] = future
+                else:
+                    self._held[client] = (future, {int(block) for block in local_model.get("blocks", {})})
+                ended = self.aggregator.end_round() if self.aggregator.all_ended() else None
+            except BaseException as error:
+                self._fail(error)
+                raise
+            self._release()
+            if ended is not None:
+                self._answer_all(ended)
+        return future
+
+    def get_num_global_epochs(self) -> int:
+        """Rounds that are done."""
+        return self.aggregator.round
+
+    def get_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """First instructions of a client. No barrier: there are no initial weights that would have to be equal."""
+        return self.aggregator.get_parameters(**kwargs)
+
+    def _release(self) -> None:
+        open_blocks = self.aggregator.global_model.open_blocks()
+        for client, (future, sent) in list(self._held.items()):
+            if len(open_blocks) <= self.max_open_blocks or not sent & open_blocks:
+                del self._held[client]
+                future.set_result(({}, {}))
+
+    def _answer_all(self, changes: dict[str, Any]) -> None:
+        waiting, self._at_barrier = self._at_barrier, {}
+        for client, future in waiting.items():
+            instructions = {} if self.aggregator.finished else self.aggregator.instructions([client])
+            future.set_result((changes, instructions))
+
+    def _fail(self, error: BaseException) -> None:
+        waiting = [future for future, _ in self._held.values()] + list(self._at_barrier.values())
+        self._held, self._at_barrier = {}, {}
+        for future in waiting:
+            future.set_exception(error)

@@ -1,0 +1,1 @@
+from fedspallm_appfl.appfl_adaptors.trainer import FedSpaLLMTrainer  # noqa: D100, F401

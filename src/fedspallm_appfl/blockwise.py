@@ -1,0 +1,316 @@
+"""Run a causal LM block by block, and prune some of its blocks on the way (docs/method.md section 1).
+
+First the model itself is called with every block replaced by a recorder: it makes masks, positions and whatever else its
+blocks want, and the recorder keeps the arguments of each call. Then the blocks are run one after the other over all
+batches, with exactly those arguments and the hidden states that the block before produced. Nothing is known here about
+attention masks or rotary embeddings, so a new release of transformers has little to break.
+
+For a sampled block: one pass collects the statistic of each distinct linear input (query, key and value share one, gate
+and up share one) and stops as soon as the last of them was seen; the linears are pruned; a second pass with the pruned
+weights gives the next block's inputs. Other blocks run once. Nothing runs after the last sampled block.
+
+Legend: B windows in a batch, T tokens in a window, H hidden size, I in features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedspallm_appfl.blocks import Linear
+from fedspallm_appfl.errors import ModelError, PruningError
+from fedspallm_appfl.lazy_model import LazyModel
+from fedspallm_appfl.payload import Packed
+from fedspallm_appfl.pruning import Settings, Statistic, new_statistic, prepare
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a block but for the hidden states, which come first or as `hidden_states`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Call the block as the model did, with these hidden states."""
+        if "hidden_states" in self.kwargs:
+            return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        return block(hidden, *self.args[1:], **self.kwargs)
+
+
+@dataclass
+class Activations:
+    """What goes into the next block.
+
+    Attributes:
+        hidden: per batch (B, T, H), in the dtype of the model.
+        calls: per batch, per block, the recorded arguments.
+        tuples: whether blocks return a tuple; known after the first one ran.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+    tuples: bool = False
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has done what it was run for."""
+
+
+@torch.no_grad()
+def embed(model: LazyModel, windows: Tensor, batch: int) -> Activations:
+    """Record the inputs of the first block and the arguments of all blocks.
+
+    Args:
+        model: the model.
+        windows: (n, T) int64 token ids.
+        batch: windows in a batch.
+
+    Returns:
+        Activations in front of the first block.
+    """
+    state = Activations()
+    for ids in windows.split(batch):
+        calls: list[Call] = []
+        with _forwards_replaced(model.blocks, lambda index: _recorder(calls, len(model.blocks))):
+            with suppress(_Stop):
+                model.model(input_ids=ids.to(model.device), use_cache=False)
+        if len(calls) != len(model.blocks):
+            raise ModelError(
+                f"{type(model.model).__name__} called {len(calls)} of the {len(model.blocks)} blocks of "
+                f"`{model.layout.path}` in one pass; name its decoder blocks in `model.blocks`"
+            )
+        state.hidden.append(_hidden_of(calls[0]))
+        state.calls.append([_without_hidden(call) for call in calls])
+        _share_equal(state.calls)
+    return state
+
+
+def _recorder(calls: list[Call], blocks: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(Call(args, kwargs))
+        if len(calls) == blocks:
+            raise _Stop
+        return args[0] if args else kwargs["hidden_states"]
+
+    return forward
+
+
+def _hidden_of(call: Call) -> Tensor:
+    return call.kwargs["hidden_states"] if "hidden_states" in call.kwargs else call.args[0]
+
+
+def _without_hidden(call: Call) -> Call:
+    if "hidden_states" in call.kwargs:
+        return Call(call.args, {**call.kwargs, "hidden_states": None})
+    return Call((None, *call.args[1:]), call.kwargs)
+
+
+def _share_equal(batches: list[list[Call]]) -> None:
+    """Keep one copy of masks and positions: a batch that was called like the one before refers to its arguments."""
+    if len(batches) > 1 and _equal(batches[-2], batches[-1]):
+        batches[-1] = batches[-2]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a is b or (isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, Call):
+        return isinstance(b, Call) and _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a is b or (type(a) is type(b) and isinstance(a, int | float | str) and a == b))
+
+
+@contextmanager
+def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Replace what the blocks do but not the blocks: models read attributes of them between the calls."""
+    for index, block in enumerate(blocks):
+        block.forward = make(index)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def advance(block: nn.Module, index: int, state: Activations) -> None:
+    """Run one block over all batches; its outputs take the place of its inputs."""
+    for number, hidden in enumerate(state.hidden):
+        out = state.calls[number][index](block, hidden)
+        state.tuples = isinstance(out, tuple)
+        state.hidden[number] = out[0] if state.tuples else out
+
+
+@torch.no_grad()
+def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
+    last = len(model.blocks) - 1
+    for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
+        out = (hidden,) if state.tuples else hidden
+        with _forwards_replaced(model.blocks, lambda index, out=out: _pass(out, index == last, state.tuples)):
+            yield ids, model.model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+def _pass(out: Any, last: bool, tuples: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if last:
+            return out
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if tuples else hidden
+
+    return forward
+
+
+@dataclass
+class PrunedLinear:
+    """One pruned matrix.
+
+    Attributes:
+        weight: (O, I) in the dtype of the checkpoint, zero where pruned.
+        mask: (O, I) bool, True = kept.
+        notes: what the report should say about it.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    notes: dict[str, float]
+
+
+@torch.no_grad()
+def prune_blocks(
+    model: LazyModel,
+    windows: Tensor,
+    assigned: set[int],
+    settings: Settings,
+    *,
+    batch: int = 1,
+    pruned: Mapping[int, Mapping[str, Packed]] | None = None,
+    client: str = "local",
+) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
+    """Sweep over the blocks and prune the assigned ones from their dense weights.
+
+    Args:
+        model: the dense model.
+        windows: (n, T) int64 calibration tokens.
+        assigned: blocks to prune.
+        settings: how to prune a matrix.
+        batch: windows in a batch.
+        pruned: matrices that the federation already agreed on, used in the forward pass of blocks not assigned.
+        client: whom to name in errors.
+
+    Yields:
+        (block, linear name -> pruned matrix), as soon as each assigned block is done.
+
+    Raises:
+        PruningError: activations that are not finite, an input that was never seen, a factorization that keeps failing;
+            names client, block and linear.
+    """
+    state = embed(model, windows, batch)
+    last = max(assigned, default=-1)
+    for index in range(last + 1):
+        with model.block(index, None if index in assigned else (pruned or {}).get(index)) as block:
+            if index in assigned:
+                done = _prune_block(model, block, index, state, settings, client)
+            if index < last:
+                advance(block, index, state)
+        if index in assigned:
+            yield index, done
+
+
+def _prune_block(
+    model: LazyModel, block: nn.Module, index: int, state: Activations, settings: Settings, client: str
+) -> dict[str, PrunedLinear]:
+    linears = {linear.name: linear for linear in model.layout.blocks[index]}
+    done: dict[str, PrunedLinear] = {}
+    for names, statistic in _statistics(model, block, index, state, settings):
+        where = f"client {client}, block {index}, {names[0]}"
+        if statistic is not None:
+            _check(statistic, where)
+        try:
+            prepared = prepare(settings, statistic)
+        except PruningError as error:
+            raise PruningError(f"{where}: {error}") from error
+        for name in names:
+            dense = model.skeleton.dense_weight(index, linears[name]).to(model.device, torch.float32)
+            weight, mask = prepared.prune(dense)
+            done[name] = PrunedLinear(model.put(block, linears[name], weight), mask, prepared.notes)
+    return {name: done[name] for name in linears}
+
+
+def _check(statistic: Statistic, where: str) -> None:
+    if statistic.tokens == 0:
+        raise PruningError(f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs")
+    if not bool(statistic.diagonal().isfinite().all()):
+        raise PruningError(
+            f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
+            "(float16 overflows at 65504, bfloat16 and float32 do not)"
+        )
+
+
+def _statistics(
+    model: LazyModel, block: nn.Module, index: int, state: Activations, settings: Settings
+) -> list[tuple[list[str], Statistic | None]]:
+    """Statistics of the distinct inputs of a block's linears: (linears that share an input, statistic)."""
+    linears = model.layout.blocks[index]
+    if new_statistic(settings, 1, model.device) is None:
+        return [([linear.name for linear in linears], None)]
+    inputs = _SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], model.device))
+    with ExitStack() as hooks:
+        for linear in linears:
+            hook = inputs.hook(linear)
+            hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
+        for number, hidden in enumerate(state.hidden):
+            with suppress(_Stop):
+                state.calls[number][index](block, hidden)
+            inputs.end_of_batch()
+    return inputs.groups()
+
+
+class _SharedInputs:
+    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
+
+    def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
+        self._linears = linears
+        self._new = new
+        self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
+        self._statistics: dict[str, Any] = {}
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
+        self._last: str | None = None
+
+    def hook(self, linear: Linear) -> Callable[..., None]:
+        """A forward pre-hook that folds the linear's inputs, unless another linear folds them already."""
+        name = linear.name
+
+        def fold(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name not in self._leader:
+                self._leader[name] = next((other for tensor, other in self._seen if tensor is args[0]), name)
+                if self._leader[name] == name:
+                    self._statistics[name] = self._new(linear)
+            if self._leader[name] == name:
+                self._seen.append((args[0], name))
+                self._statistics[name].add(args[0])
+            if name == self._last:
+                raise _Stop
+
+        return fold
+
+    def end_of_batch(self) -> None:
+        """After a batch in which every linear was called, later ones may stop at the last new input."""
+        if len(self._leader) == len(self._linears) and self._seen:
+            self._last = self._seen[-1][1]
+        self._seen.clear()
+
+    def groups(self) -> list[tuple[list[str], Any]]:
+        """(linears that share an input, statistic), and an empty statistic for a linear that was never called."""
+        members: dict[str, list[str]] = {}
+        for linear in self._linears:
+            members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
+        by_name = {linear.name: linear for linear in self._linears}
+        return [(names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()]

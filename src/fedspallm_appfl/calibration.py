@@ -1,0 +1,99 @@
+"""Windows of tokens from text: the private calibration text of a client, or the held-out text of an evaluation.
+
+A text is tokenized whole and cut into windows of `length` tokens that do not overlap. A client then takes `count` of them
+in an order drawn from (seed, client id): the same windows whatever the layout of processes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import DataError, ModelError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from error
+
+
+def read_text(paths: str | Sequence[str]) -> str:
+    """Join text files; a folder stands for the `.txt` files in it, in the order of their names.
+
+    Raises:
+        DataError: a path does not exist, a folder holds no text, or a file is not UTF-8.
+    """
+    files: list[Path] = []
+    for path in [Path(paths)] if isinstance(paths, str) else map(Path, paths):
+        found = sorted(path.expanduser().glob("*.txt")) if path.expanduser().is_dir() else [path.expanduser()]
+        if not found:
+            raise DataError(f"the folder {path} holds no .txt file; name a text file or a folder with some")
+        files.extend(found)
+    return "\n".join(_read_file(file) for file in files)
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise DataError(f"the text {file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the text {file} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def cut_windows(tokenizer: Any, text: str, length: int) -> Tensor:
+    """All whole windows of a text, in order. (windows, length) int64."""
+    tokenizer.model_max_length = int(1e30)  # the text is cut here, a warning about its length would be wrong
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0].to(torch.int64)
+    whole = len(ids) // length
+    return ids[: whole * length].view(whole, length)
+
+
+def draw_windows(windows: Tensor, count: int, seed: int, client: str) -> Tensor:
+    """The calibration windows of one client.
+
+    Args:
+        windows: (n, length) int64, all windows of its text.
+        count: how many to take.
+        seed: the experiment's seed.
+        client: the client's id.
+
+    Returns:
+        (count, length) int64.
+
+    Raises:
+        DataError: the text has fewer windows.
+    """
+    if len(windows) < count:
+        raise DataError(
+            f"client {client}: {count} calibration windows of {windows.shape[1]} tokens were asked for, its text has "
+            f"{len(windows)}; give more text, or lower `calibration.windows` or `calibration.length`"
+        )
+    digest = hashlib.sha256(f"calibration/{seed}/{client}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]
+
+
+def check_vocabulary(windows: Tensor, vocabulary: int, where: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        DataError: the tokenizer and the model do not belong together.
+    """
+    if windows.numel() and int(windows.max()) >= vocabulary:
+        raise DataError(
+            f"{where}: the tokenizer gives token {int(windows.max())}, the model has {vocabulary}; "
+            "tokenizer and model in this folder do not belong together"
+        )

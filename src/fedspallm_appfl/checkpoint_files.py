@@ -1,0 +1,122 @@
+"""Read the weights of a Hugging Face folder one tensor at a time.
+
+Safetensors shards are mapped, never loaded whole. A pickled checkpoint (`pytorch_model*.bin`) works too; it is opened with
+`weights_only=True` and, where its format allows, mapped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedspallm_appfl.errors import ModelError
+
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def resolve_model(path: str) -> Path:
+    """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
+
+    Raises:
+        ModelError: the path is neither, or the folder holds no `config.json`.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local:
+        raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check `model.path`")
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model path {name!r} is no folder here and could not be fetched from the hub ({reason}); "
+            "download it first, then give the folder in `model.path`"
+        ) from error
+
+
+class CheckpointFiles:
+    """The tensors of one model folder, by name.
+
+    Attributes:
+        folder: the model folder.
+        shards: file name -> names of the tensors it holds.
+        pickled: whether the weights are in a pickled checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open a model folder.
+
+        Raises:
+            ModelError: there are no weights in a format that can be read.
+        """
+        self.folder = folder
+        self.shards: dict[str, list[str]] = {}
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        names = _weight_files(folder)
+        self.pickled = names[0].endswith(".bin")
+        for name in names:
+            self.shards[name] = list(self._reader(name).keys())
+            self._file_of.update(dict.fromkeys(self.shards[name], name))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file_of
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file_of)
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, a view of the mapped file: copy it before changing it."""
+        reader = self._reader(self._file_of[key])
+        return reader[key] if self.pickled else reader.get_tensor(key)
+
+    def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of one tensor."""
+        tensor = self.read(key)
+        return tuple(tensor.shape), tensor.dtype
+
+    def _reader(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.folder / name
+            try:
+                self._open[name] = _load_pickled(path) if name.endswith(".bin") else safe_open(path, framework="pt")
+            except Exception as error:  # every library that parses a damaged file has its own error type
+                raise ModelError(f"{path} cannot be read as a checkpoint: {error}; fetch the file again") from error
+        return self._open[name]
+
+
+def _load_pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format from before torch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for name in SAFETENSORS + PICKLED:
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [name]
+        shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")
+        return shards
+    raise ModelError(f"{folder} holds no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")

@@ -1,0 +1,188 @@
+"""The command line: `fedspallm run`, `validate`, `evaluate`. Nothing heavy is imported before it is needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedspallm_appfl import __version__
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedspallm_appfl.config import Config
+
+OVERRIDES = "key=value arguments replace single values: client_configs.train_configs.sparsity=0.7 run_dir=runs/70"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    args = _parser().parse_args(arguments)
+    if args.command == "run" and args.launcher == "mpi":
+        return _run_mpi(args)
+    try:
+        return args.work(args)
+    except FedSpaLLMError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _command(
+        None,
+        "fedspallm",
+        "Prune one large language model on text that stays where it is (FedSpaLLM on APPFL).",
+        "fedspallm run configs/demo.yaml\n"
+        "  fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=0.7 run_dir=runs/demo-70\n"
+        "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
+    )
+    parser.add_argument("--version", action="version", version=f"fedspallm-appfl {__version__}")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="VERB")
+
+    run = _command(
+        verbs,
+        "run",
+        "Run an experiment and write model, report and metrics to its run_dir.",
+        "fedspallm run configs/demo.yaml\n"
+        "  fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=2:4 run_dir=runs/demo-2-4\n"
+        "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
+    )
+    _config_arguments(run)
+    run.add_argument("--launcher", choices=("serial", "mpi"), default="serial", help="serial (default): one process; mpi: under mpiexec")
+    run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
+    run.set_defaults(work=_run)
+
+    validate = _command(
+        verbs,
+        "validate",
+        "Report every problem of a configuration at once; opens model and text, runs nothing.",
+        "fedspallm validate configs/demo.yaml\n  fedspallm validate configs/llama2_7b_4c_50.yaml --no-files",
+    )
+    _config_arguments(validate)
+    validate.add_argument("--no-files", action="store_true", help="look at the values only, not at model and text")
+    validate.set_defaults(work=_validate)
+
+    evaluate = _command(
+        verbs,
+        "evaluate",
+        "Print the perplexity of a model folder on text files.",
+        "fedspallm evaluate runs/demo/model --text examples/demo/text/austen/test.txt --length 256",
+    )
+    evaluate.add_argument("model", help="model folder, or hub name")
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text files, a row each")
+    evaluate.add_argument("--length", type=_positive, default=None, help="tokens in a window (default: 2048, or what the model takes)")
+    evaluate.add_argument("--windows", type=_positive, default=None, help="at most so many windows of each text (default: all)")
+    evaluate.add_argument("--batch", type=_positive, default=8, help="windows in a forward pass (default: 8)")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="arithmetic (default: as stored)")
+    evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    evaluate.set_defaults(work=_evaluate)
+    return parser
+
+
+def _command(verbs: "argparse._SubParsersAction | None", name: str, what: str, example: str) -> argparse.ArgumentParser:
+    words = {"description": what, "epilog": f"example:\n  {example}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+    if verbs is None:
+        return argparse.ArgumentParser(prog=name, **words)  # type: ignore[arg-type]
+    return verbs.add_parser(name, help=what, **words)
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, got {text}")
+    return number
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fedspallm_appfl import experiment
+    from fedspallm_appfl.launch import serial
+
+    console = _console()
+    config = _checked(args, files=True, overwrite=args.overwrite)
+    experiment.run(config, serial.run, console, args.overwrite)
+    return 0
+
+
+def _run_mpi(args: argparse.Namespace) -> int:
+    from fedspallm_appfl.launch import mpi
+
+    try:
+        comm = mpi.communicator()
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return mpi.abort_on_failure(comm, lambda: _rank(args, comm))
+
+
+def _rank(args: argparse.Namespace, comm: object) -> int:
+    """What one MPI rank does: rank 0 checks the configuration for all."""
+    from fedspallm_appfl import experiment
+    from fedspallm_appfl.launch import mpi
+
+    if not mpi.is_server(comm):
+        config = mpi.receive_config(comm)
+        mpi.run_clients(config, comm)
+        return 0
+    config = _checked(args, files=True, overwrite=args.overwrite)
+    mpi.send_config(comm, config)
+    experiment.run(config, lambda c, state, log: mpi.run_server(c, comm, state, log), _console(), args.overwrite)
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    config = _checked(args, files=not args.no_files, overwrite=True)
+    clients = len(config.clients)
+    _console().print(f"{args.config}: no problem found; {clients} clients, {config.server_configs.num_global_epochs} rounds")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from fedspallm_appfl.experiment import evaluate_folder
+
+    rows = evaluate_folder(args.model, args.text, args.length, args.windows, args.batch, args.dtype, args.device)
+    table = Table(title=f"Perplexity of {args.model}", title_justify="left")
+    table.add_column("text", overflow="fold")
+    table.add_column("perplexity", justify="right")
+    for text, value in rows.items():
+        table.add_row(text, f"{value:.3f}")
+    _console().print(table)
+    return 0
+
+
+def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config":
+    """A configuration without problems.
+
+    Raises:
+        ConfigError: lists all that were found.
+    """
+    from fedspallm_appfl import config_rules
+    from fedspallm_appfl.config import load_config
+
+    config, problems = load_config(Path(args.config), args.overrides)
+    problems = problems or config_rules.check(config)
+    problem = config_rules.run_dir_problem(config, overwrite) if config.run_dir else None
+    problems += [problem] if problem else []
+    if not problems and files:
+        problems = config_rules.check_with_files(config)
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{args.config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
+    return config
+
+
+def _console() -> "Console":
+    from fedspallm_appfl.progress import console
+
+    return console()

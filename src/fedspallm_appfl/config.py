@@ -1,0 +1,280 @@
+"""One experiment, one YAML: the schema, its defaults, and a reader that reports every problem at once.
+
+The top-level keys `server_configs`, `client_configs` and `clients` are APPFL's. Each entry of `clients` is merged over
+`client_configs`. The same file runs in one process and under mpiexec; `key=value` arguments override single values,
+`clients.0.data.text=...` reaches into the list. `${here:path}` is a path relative to the folder of the file itself; other
+relative paths start from the working directory.
+
+An unknown key is an error that names the nearest valid one: a setting that is misspelt must not silently be the default.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedspallm_appfl.errors import ConfigError
+
+
+@dataclass
+class Model:
+    """The dense model that every client and the server hold themselves."""
+
+    path: str = ""  # folder saved by save_pretrained, or hub name
+    dtype: str = "auto"  # arithmetic of forward passes: auto (as stored), float32, float16, bfloat16
+    blocks: str | None = None  # dotted name of the list of decoder blocks, where the search does not find it
+
+
+@dataclass
+class AggregatorKwargs:
+    """How uploads are combined."""
+
+    weights: str = "equal"  # equal | sample_size (calibration windows of each client)
+    fold: str = "latest"  # latest | cumulative: what a later round does with the sums of earlier ones
+    expansion: str = "matrix"  # matrix | row: group in which entries compete in mask expansion
+
+
+@dataclass
+class SchedulerKwargs:
+    """How uploads are let in."""
+
+    max_open_blocks: int = 2  # blocks whose sums are in memory before clients that run ahead have to wait
+
+
+@dataclass
+class ServerConfigs:
+    """The server and the rounds."""
+
+    num_clients: int = 0
+    num_global_epochs: int = 1  # rounds
+    device: str = "cpu"  # where sums are kept and combined
+    aggregator: str = "FedSpaLLMAggregator"
+    aggregator_kwargs: AggregatorKwargs = field(default_factory=AggregatorKwargs)
+    scheduler: str = "FedSpaLLMScheduler"
+    scheduler_kwargs: SchedulerKwargs = field(default_factory=SchedulerKwargs)
+
+
+@dataclass
+class TrainConfigs:
+    """Local pruning."""
+
+    trainer: str = "FedSpaLLMTrainer"
+    pruner: str = "sparsegpt"  # sparsegpt | wanda | magnitude
+    sparsity: str = "0.5"  # share in [0, 1), or n:m; the same for every client
+    damping: float = 0.01  # SparseGPT: share of mean(diag G) added to the diagonal
+    damping_retries: int = 3  # failed factorizations are tried again with ten times the damping, so often
+    layer_sampling: str = "balanced"  # balanced | uniform | sweep
+    resource_share: float = 1.0  # share of the blocks that a client prunes in a round, in (0, 1]
+    device: str = "auto"  # auto (a GPU of this node if there is one), cpu, cuda, cuda:1
+    threads: int | None = None  # CPU threads of a client; null leaves it to torch
+
+
+@dataclass
+class Data:
+    """Private text of a client and what is taken from it."""
+
+    text: Any = None  # a UTF-8 file, a folder of .txt files, or a list of these
+    windows: int = 128  # calibration windows drawn from it
+    length: int = 2048  # tokens in a window
+    batch: int = 1  # windows in a forward pass; more is faster on a GPU and takes more memory
+
+
+@dataclass
+class CommConfigs:
+    """Messages."""
+
+    blocks_per_message: int = 1
+    max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2147483647
+
+
+@dataclass
+class ClientConfigs:
+    """What all clients share."""
+
+    train_configs: TrainConfigs = field(default_factory=TrainConfigs)
+    data: Data = field(default_factory=Data)
+    comm_configs: CommConfigs = field(default_factory=CommConfigs)
+
+
+@dataclass
+class Client(ClientConfigs):
+    """One client, `client_configs` with its own entry merged over it."""
+
+    client_id: str = ""
+
+
+@dataclass
+class Evaluation:
+    """Held-out text on which the server measures perplexity."""
+
+    texts: dict[str, Any] = field(default_factory=dict)  # name -> file, folder or list
+    length: int = 2048
+    windows: int | None = None  # at most so many of each text; null takes all
+    batch: int = 1
+    compare: list[str] = field(default_factory=list)  # standalone, fedavg; dense is always there
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    run_dir: str = ""
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    server_configs: ServerConfigs = field(default_factory=ServerConfigs)
+    client_configs: ClientConfigs = field(default_factory=ClientConfigs)
+    clients: list[Client] = field(default_factory=list)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults and merged clients spelt out."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    def roster(self) -> dict[str, float]:
+        """Client id -> resource share, in the order of the file."""
+        return {client.client_id: client.train_configs.resource_share for client in self.clients}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: 2:4 is text here, not 124 in base sixty; 1e-3 is a number; and a key stands only once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """Read a YAML file.
+
+    Args:
+        file: the file.
+        overrides: `key=value` with dotted keys; values are read as YAML.
+
+    Returns:
+        The configuration, and every problem of its form: unknown keys, values of the wrong type. What the values mean
+        together is checked by `config_rules.check`.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML, or an override has no `=`.
+    """
+    raw = _merge(_read(Path(file)), overrides)
+    problems: list[str] = []
+    raw["clients"] = _merged_clients(raw, problems)
+    return _build(Config, raw, "", problems), problems
+
+
+def _read(file: Path) -> DictConfig:
+    resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    resolver("here", lambda path: str((file.resolve().parent / path).resolve()), replace=True)
+    try:
+        loaded = OmegaConf.create(yaml.load(file.read_text("utf-8"), Loader=_Loader))
+    except OSError as error:
+        raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
+    return loaded
+
+
+def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7")
+        try:
+            OmegaConf.update(loaded, key, yaml.load(value, Loader=_Loader), merge=True)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(f"the override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+    try:
+        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a value refers to something that is not there: {error}") from error
+
+
+def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
+    shared, clients = raw.get("client_configs") or {}, raw.get("clients")
+    if not isinstance(clients, list) or not isinstance(shared, dict):
+        return clients
+    merged = []
+    for index, client in enumerate(clients):
+        if not isinstance(client, dict):
+            problems.append(f"clients.{index}: a client is a group of keys such as client_id and data, got {client!r}")
+            continue
+        merged.append(OmegaConf.to_container(OmegaConf.merge(shared, client)))
+    return merged
+
+
+def _build(kind: Any, raw: Any, path: str, problems: list[str]) -> Any:
+    """Make a dataclass of a dict, collecting what is wrong instead of stopping."""
+    made = kind()
+    if raw is None:
+        return made
+    if not isinstance(raw, dict):
+        problems.append(f"{path or 'the file'}: expected keys and values, got {raw!r}")
+        return made
+    hints = typing.get_type_hints(kind)
+    for key, value in raw.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            problems.append(f"{where}: unknown key{_nearest(str(key), list(hints))}")
+        else:
+            setattr(made, key, _value(hints[key], value, where, problems, getattr(made, key)))
+    return made
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str], default: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, problems)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _value(arguments[0], value, where, problems, default)
+    if origin in (list, dict) and value is None:
+        return default
+    if origin is list and isinstance(value, list):
+        return [_value(arguments[0], v, f"{where}.{i}", problems, None) for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    if hint is Any:
+        return value
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    name = {list: "a list", dict: "keys and values"}.get(origin or hint) or getattr(hint, "__name__", str(hint))
+    problems.append(f"{where}: expected {name}, got {value!r}")
+    return default
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; valid here are {', '.join(sorted(valid))}"

@@ -1,0 +1,25 @@
+"""What can go wrong in words: every error that a user can cause states the rule, the values received and the fix."""
+
+
+class FedSpaLLMError(Exception):
+    """Base of all errors that this package raises on purpose; the command line prints them without a traceback."""
+
+
+class ConfigError(FedSpaLLMError):
+    """A configuration that cannot be run; the message lists every problem found."""
+
+
+class ModelError(FedSpaLLMError):
+    """A model folder that cannot be read, or whose decoder blocks cannot be found."""
+
+
+class DataError(FedSpaLLMError):
+    """Private or evaluation text that is missing or too short."""
+
+
+class PruningError(FedSpaLLMError):
+    """A matrix that cannot be pruned: a statistic that is not finite, or a factorization that keeps failing."""
+
+
+class UpdateError(FedSpaLLMError):
+    """An upload that is not what the server assigned."""

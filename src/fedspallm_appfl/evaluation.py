@@ -1,0 +1,64 @@
+"""Perplexity, block by block (docs/method.md section 6).
+
+Windows of `length` tokens that do not overlap; the first token of a window is not predicted. The dense model is always
+evaluated with the same settings, so that numbers stand beside their reference.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fedspallm_appfl.blockwise import advance, embed, finish
+from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.lazy_model import LazyModel
+from fedspallm_appfl.payload import Packed
+
+PrunedBlock = Callable[[int], Mapping[str, Packed] | None]
+
+
+def perplexities(
+    model: LazyModel, texts: Mapping[str, Tensor], pruned: PrunedBlock = lambda block: None, batch: int = 1
+) -> dict[str, float]:
+    """Perplexity on each text; the blocks are read once for all of them.
+
+    Args:
+        model: the dense model.
+        texts: name -> (windows, length) int64 token ids; all of one length.
+        pruned: block index -> its pruned matrices, or None for a dense block.
+        batch: windows in a batch.
+
+    Returns:
+        Name -> perplexity; infinity where the mean loss overflows, NaN where the model gives NaN.
+
+    Raises:
+        DataError: a text has no whole window.
+    """
+    for name, windows in texts.items():
+        if not len(windows) or windows.shape[1] < 2:
+            raise DataError(f"evaluation text {name} has no window of {windows.shape[1]} tokens; give more text")
+    names, parts = list(texts), list(texts.values())
+    states = [embed(model, part, batch) for part in parts]
+    for index in range(len(model.blocks)):
+        with model.block(index, pruned(index)) as block:
+            for state in states:
+                advance(block, index, state)
+    losses = [_mean_loss(finish(model, part, state, batch)) for part, state in zip(parts, states, strict=True)]
+    return {name: math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf for name, loss in zip(names, losses)}
+
+
+def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids, logits in batches:
+            targets = ids[:, 1:].to(logits.device).flatten()
+            total += float(cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum"))
+            tokens += len(targets)
+    return total / tokens
+
+
+def geometric_mean(values: Mapping[str, float]) -> float:
+    """Geometric mean of perplexities, the mean that a mean loss would give."""
+    return math.exp(sum(map(math.log, values.values())) / len(values))

@@ -1,0 +1,249 @@
+"""The server's side of a round: fold uploads as they come, and make each matrix of the global model when it is complete.
+
+A matrix is open from the first upload for it to the last. While it is open its sums and votes are in memory; then its l0
+mean is masked to the target (`l0_aggregation`, `mask_expansion`), packed and stored on disk, and the sums are dropped. So
+the server holds the sums of the open blocks and one upload, whatever the number of clients and rounds, and never the
+model.
+
+Aggregated weights are rounded to the dtype of the checkpoint, which is also what clients send and receive.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fedspallm_appfl.blocks import Layout
+from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, plain_mean
+from fedspallm_appfl.mask_expansion import expand, unexpanded_zeros
+from fedspallm_appfl.packed_store import PackedStore
+from fedspallm_appfl.payload import Packed, check_update, make_update, matrices, pack, unpack, update_nbytes
+from fedspallm_appfl.sparsity import Target, select
+
+FOLDS = ("latest", "cumulative")
+WEIGHTS = ("equal", "sample_size")
+COMPARISONS = ("standalone", "fedavg")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How the server combines uploads.
+
+    Attributes:
+        target: sparsity of every matrix.
+        weights: `equal`, or `sample_size` (calibration windows of each client).
+        fold: `latest` lets a new round's aggregate of a block replace the earlier one, `cumulative` adds its sums and votes.
+        expansion: `matrix` or `row`, the group in which entries compete in mask expansion.
+        comparisons: which of `standalone` and `fedavg` to make beside the global model.
+    """
+
+    target: Target
+    weights: str = "equal"
+    fold: str = "latest"
+    expansion: str = "matrix"
+    comparisons: tuple[str, ...] = ()
+
+
+@dataclass
+class _Open:
+    """A matrix that some clients have sent and others still owe."""
+
+    sums: L0Sums
+    missing: set[str]
+
+
+@dataclass
+class Round:
+    """Who prunes what in the round that is on.
+
+    Attributes:
+        index: the round, from 0.
+        assigned: client -> blocks.
+        changed: blocks that were completed in it.
+    """
+
+    index: int
+    assigned: Mapping[str, list[int]]
+    changed: set[int] = field(default_factory=set)
+
+    def clients_of(self, block: int) -> set[str]:
+        """Clients that prune a block."""
+        return {client for client, blocks in self.assigned.items() if block in blocks}
+
+
+class GlobalModel:
+    """Sums and votes of open matrices, and the packed matrices that are done.
+
+    Attributes:
+        done: the global model's pruned blocks.
+        round: the round that is on.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        settings: Aggregation,
+        folder: Path,
+        device: str = "cpu",
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    ) -> None:
+        """Start with nothing pruned.
+
+        Args:
+            layout: blocks and linears of the model.
+            dtype: dtype of the checkpoint.
+            settings: how to combine uploads.
+            folder: a folder of its own for packed blocks and, with `cumulative`, sums.
+            device: where sums are kept and combined.
+            on_event: called with a dict for each block that is done.
+        """
+        self.layout = layout
+        self.dtype = dtype
+        self.settings = settings
+        self.folder = folder
+        self.device = device
+        self.on_event = on_event
+        self.done = PackedStore(folder / "global")
+        self.round = Round(-1, {})
+        self._open: dict[tuple[int, str], _Open] = {}
+        self._ready: dict[int, dict[str, dict[str, Packed]]] = {}
+        self._received: set[tuple[str, int, str]] = set()
+        self._facts: dict[int, dict[str, Any]] = {}
+
+    def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
+        """Expect from each client its assigned blocks."""
+        self.round = Round(index, assigned)
+        self._received.clear()
+
+    def receive(self, client: str, update: Any, samples: int) -> int:
+        """Check and fold one upload.
+
+        Args:
+            client: who sent it.
+            update: what arrived; `{}` for a message without matrices.
+            samples: calibration windows of the client.
+
+        Returns:
+            Bytes of the tensors received.
+
+        Raises:
+            UpdateError: the upload is not what was assigned; nothing of it was folded.
+        """
+        if client not in self.round.assigned:
+            raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
+        if not update:
+            return 0
+        assigned = set(self.round.assigned[client])
+        shapes = {block: self.layout.shapes(block) for block in assigned}
+        check_update(update, f"client {client}", self.round.index, assigned, shapes, self.dtype, self.settings.target)
+        for block, name, _ in matrices(update):
+            if (client, block, name) in self._received:
+                raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
+        for block, name, packed in matrices(update):
+            self._received.add((client, block, name))
+            self._fold(client, block, name, packed, samples)
+        if "standalone" in self.settings.comparisons:
+            for block, linears in update["blocks"].items():
+                self.comparison(f"standalone/{client}").add(int(block), linears)
+        return update_nbytes(update)
+
+    def open_blocks(self) -> set[int]:
+        """Blocks of which some client sent a matrix and something is still missing."""
+        return {block for block, _ in self._open} | set(self._ready)
+
+    def check_complete(self, client: str) -> None:
+        """Refuse to end a round for a client that owes matrices.
+
+        Raises:
+            UpdateError: names the first matrix that is missing.
+        """
+        for block in self.round.assigned[client]:
+            for linear in self.layout.blocks[block]:
+                if (client, block, linear.name) not in self._received:
+                    raise UpdateError(f"client {client} ended round {self.round.index} without block {block}, {linear.name}")
+
+    def changes(self) -> dict[str, Any]:
+        """The update to send down: the blocks that changed in this round."""
+        blocks = {block: self.done.load(block) or {} for block in sorted(self.round.changed)}
+        return make_update(self.round.index, blocks) if blocks else {}
+
+    def comparison(self, name: str) -> PackedStore:
+        """The packed blocks of a comparison: `fedavg` or `standalone/CLIENT`."""
+        return PackedStore(self.folder / name)
+
+    def _fold(self, client: str, block: int, name: str, packed: dict[str, Any], samples: int) -> None:
+        key = (block, name)
+        if key not in self._open:
+            empty = L0Sums.empty(tuple(packed["shape"]), self.settings.weights == "sample_size", self.device)
+            self._open[key] = _Open(empty, self.round.clients_of(block))
+        weight, mask = unpack(packed)
+        client_weight = samples if self.settings.weights == "sample_size" else 1
+        try:
+            self._open[key].sums.add(weight.to(self.device), mask.to(self.device), client_weight)
+        except ValueError as error:
+            raise UpdateError(f"client {client}, block {block}, {name}: {error}") from error
+        self._open[key].missing.discard(client)
+        if not self._open[key].missing:
+            self._close(block, name, self._open.pop(key).sums)
+
+    def _close(self, block: int, name: str, sums: L0Sums) -> None:
+        if self.settings.fold == "cumulative":
+            sums = self._with_earlier_rounds(block, name, sums)
+        target = self.settings.target
+        mean = l0_mean(sums)
+        mask = expand(sums.votes, sums.clients, mean.abs(), target, self.settings.expansion)
+        results = {"global": (mean, mask)}
+        if "fedavg" in self.settings.comparisons:
+            average = plain_mean(sums)
+            results["fedavg"] = (average, ~select(average.abs(), target, per_row=False))
+        for store, (weight, kept) in results.items():
+            self._ready.setdefault(block, {}).setdefault(store, {})[name] = pack(weight, kept, self.dtype)
+        facts = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
+        facts["zeros"] += int((~mask).sum())
+        facts["zeros_before_expansion"] += unexpanded_zeros(sums.votes, sums.clients)
+        facts["over_target"] += max(0, int((~mask).sum()) - target.zeros(mask.numel()))
+        if len(self._ready[block]["global"]) == len(self.layout.blocks[block]):
+            self._finish_block(block)
+
+    def _finish_block(self, block: int) -> None:
+        for store, linears in self._ready.pop(block).items():
+            PackedStore(self.folder / store).save(block, linears)
+        self.round.changed.add(block)
+        clients = sorted(self.round.clients_of(block))
+        self.on_event({"event": "block", "round": self.round.index, "block": block, "clients": clients} | self._facts.pop(block))
+
+    def _with_earlier_rounds(self, block: int, name: str, sums: L0Sums) -> L0Sums:
+        file = self.folder / "sums" / f"{block:04d}-{name}.safetensors"
+        if file.is_file():
+            sums.merge(_load_sums(file, self.device))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _save_sums(sums, file)
+        return sums
+
+
+def _save_sums(sums: L0Sums, file: Path) -> None:
+    tensors = {"total": sums.total, "votes": sums.votes} | ({} if sums.kept is None else {"kept": sums.kept})
+    numbers = {"clients": str(sums.clients), "weight": str(sums.weight), "bound": repr(sums.bound)}
+    partial = file.with_suffix(".partial")
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, partial, metadata=numbers)
+    partial.replace(file)
+
+
+def _load_sums(file: Path, device: str) -> L0Sums:
+    with safe_open(file, framework="pt", device=device) as stored:
+        numbers = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no iterator)
+    return L0Sums(
+        tensors["total"],
+        tensors["votes"],
+        tensors.get("kept"),
+        int(numbers["clients"]),
+        int(numbers["weight"]),
+        float(numbers["bound"]),
+    )

@@ -1,0 +1,1 @@
+"""Ways to run an experiment: in one process, or under mpiexec."""

@@ -1,0 +1,57 @@
+"""Run server and clients in one process.
+
+Clients take turns message by message, so that a block is open on the server only while all of them pass it.
+"""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.config import Config
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.launch.placement import choose_device, describe
+
+
+def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
+    """Run all rounds.
+
+    Args:
+        config: the experiment.
+        state_dir: folder for the server's packed blocks and sums.
+        on_event: called with a dict for each thing that happens.
+
+    Returns:
+        The aggregator, with the global model in it.
+    """
+    from fedspallm_appfl.appfl_adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.appfl_adaptors.agents import client_agent, server_agent
+
+    registration.freeze()
+    server = server_agent(config, state_dir)
+    server.aggregator.on_event = on_event
+    limit = config.client_configs.comm_configs.max_message_bytes
+    agents = {}
+    for client in config.clients:
+        device = choose_device(client.train_configs.device, 0)
+        agents[client.client_id] = client_agent(config, client, device, limit)
+        on_event({"event": "place", **vars(describe(0, (client.client_id,), device))})
+    for name, agent in agents.items():
+        agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
+    while not server.training_finished():
+        for name, answer in _round(server, agents).items():
+            agents[name].load_parameters(answer)
+    return server.aggregator
+
+
+def _round(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
+    """All messages of one round; returns what the server answers to each client's last one."""
+    last: dict[str, Future] = {}
+    first = next(iter(agents.values()))
+    for _ in range(len(first.trainer.client.messages)):
+        for name, agent in agents.items():
+            agent.train()
+            update, metadata = agent.get_parameters()
+            last[name] = server.global_update(name, update, blocking=False, **metadata)
+    return {name: future.result() for name, future in last.items()}

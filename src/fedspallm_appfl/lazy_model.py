@@ -1,0 +1,201 @@
+"""A causal LM of which only what is in use is in memory: the outer parts always, decoder blocks one at a time.
+
+The model is built without weights (parameters on the meta device, buffers real), then embeddings, final norm and head are
+read from the checkpoint. `block(i)` reads the weights of one block, puts pruned matrices of the federation in where there
+are some, and drops them again afterwards, so that a block can be pruned in place without a copy of the dense one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedspallm_appfl.blocks import Layout, Linear, find_layout
+from fedspallm_appfl.checkpoint_files import CheckpointFiles, resolve_model
+from fedspallm_appfl.dtypes import DTYPES
+from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.payload import Packed, unpack
+
+
+class Skeleton:
+    """A causal LM without weights, enough to know its layout.
+
+    Attributes:
+        folder: the model folder.
+        model: the model, parameters on the meta device.
+        layout: its blocks and their prunable linears.
+        files: the checkpoint.
+        stored_dtype: dtype of the prunable weights in the checkpoint.
+    """
+
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto") -> None:
+        """Build the skeleton of a model.
+
+        Args:
+            path: folder or hub name.
+            blocks: dotted name of the list of decoder blocks; None to search for it.
+            dtype: `auto` (as stored) or a name in `DTYPES`, for the parts that are built in a dtype.
+
+        Raises:
+            ModelError: the folder is no model, its architecture is not known, or its blocks cannot be found.
+        """
+        self.folder = resolve_model(path)
+        self.files = CheckpointFiles(self.folder)
+        self.model = _without_weights(self.folder, dtype)
+        self.layout = find_layout(self.model, blocks)
+        self._key_of = _match_keys(self.model, self.files)
+        self.stored_dtype = self.files.shape_and_dtype(self.key(0, self.layout.blocks[0][0].name))[1]
+
+    def key(self, block: int, linear: str) -> str:
+        """Name of a linear's weight in the checkpoint."""
+        return self._key_of[self.layout.parameter(block, linear)]
+
+    def key_of(self, parameter: str) -> str:
+        """Name in the checkpoint of a parameter or buffer of the model."""
+        return self._key_of[parameter]
+
+    def dense_weight(self, block: int, linear: Linear) -> Tensor:
+        """The dense weight of a linear as (O, I), in the dtype of the checkpoint."""
+        weight = self.files.read(self.key(block, linear.name))
+        return weight.T if linear.transposed else weight
+
+
+class LazyModel:
+    """A causal LM that runs block by block.
+
+    Attributes:
+        skeleton: layout and checkpoint.
+        model: the model; its outer parts hold weights, its blocks do not.
+        dtype: dtype of arithmetic and activations.
+        device: where it runs.
+    """
+
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", device: str = "cpu") -> None:
+        """Build the model and read its outer parts.
+
+        Args:
+            path: folder or hub name.
+            blocks: dotted name of the list of decoder blocks; None to search for it.
+            dtype: `auto` (as stored) or a name in `DTYPES`.
+            device: where it runs.
+
+        Raises:
+            ModelError: as `Skeleton` does.
+        """
+        self.skeleton = Skeleton(path, blocks, dtype)
+        self.model = self.skeleton.model
+        self.layout: Layout = self.skeleton.layout
+        self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
+        self.device = torch.device(device)
+        self.model.eval()
+        self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
+        self.model.tie_weights()
+        self._fill_buffers()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks; their parameters are on the meta device but inside `block`."""
+        return self.model.get_submodule(self.layout.path)  # type: ignore[return-value]
+
+    @contextmanager
+    def block(self, index: int, pruned: Mapping[str, Packed] | None = None) -> Iterator[nn.Module]:
+        """One block with its weights, dense but for the matrices in `pruned`; they are dropped afterwards."""
+        block = self.blocks[index]
+        empty = dict(block.named_parameters())
+        self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
+        for linear in self.layout.blocks[index]:
+            if pruned and linear.name in pruned:
+                self.put(block, linear, unpack(pruned[linear.name])[0])
+        try:
+            yield block
+        finally:
+            for name, parameter in empty.items():
+                owner, _, leaf = name.rpartition(".")
+                block.get_submodule(owner)._parameters[leaf] = parameter
+
+    def put(self, block: nn.Module, linear: Linear, weight: Tensor) -> Tensor:
+        """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype; returns that."""
+        rounded = weight.to(self.skeleton.stored_dtype)
+        block.get_submodule(linear.name).weight.copy_(rounded.T if linear.transposed else rounded)  # type: ignore
+        return rounded
+
+    def _fill(self, module: nn.Module, wanted: Callable[[str], bool], prefix: str) -> None:
+        """Read the wanted parameters and persistent buffers of a module from the checkpoint."""
+        for name, old in list(module.named_parameters()):
+            if wanted(name):
+                tensor = self.skeleton.files.read(self.skeleton.key_of(prefix + name))
+                new = tensor.to(device=self.device, dtype=self.dtype if old.is_floating_point() else None, copy=True)
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+
+
+    def _fill_buffers(self) -> None:
+        """Move buffers to the device; those that the checkpoint holds take its values."""
+        for name, buffer in list(self.model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            stored = self.skeleton.files.read(name).to(buffer.dtype) if name in self.skeleton.files else buffer
+            self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
+
+
+def _without_weights(folder: Path, dtype: str) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.use_cache = False
+        kind = config.dtype if dtype == "auto" else DTYPES[dtype]
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=kind)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise ModelError(f"{folder} cannot be built as a causal LM by this transformers: {error}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New parameters go to the meta device, so that nothing is allocated or initialized; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+    """Parameter name -> name in the checkpoint, which may lack the base model's prefix or have one too many."""
+    prefix = f"{model.base_model_prefix}."
+    matched, missing = {}, []
+    tied = set(_tied_names(model))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        options = (name, name.removeprefix(prefix), prefix + name)
+        key = next((option for option in options if option in files), None)
+        if key is not None:
+            shape = files.shape_and_dtype(key)[0]
+            if shape != tuple(parameter.shape):
+                raise ModelError(f"{files.folder}: {key} has shape {list(shape)}, config.json says {list(parameter.shape)}")
+            matched[name] = key
+        elif name not in tied:
+            missing.append(name)
+    if missing:
+        raise ModelError(
+            f"{files.folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}; load it "
+            "with transformers and save it again with save_pretrained, which writes the names this version uses"
+        )
+    return matched
+
+
+def _tied_names(model: nn.Module) -> list[str]:
+    """Parameters that are the same as one registered before them, e.g. a head tied to the embeddings."""
+    names: dict[int, str] = {}
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if names.setdefault(id(parameter), name) != name
+    ]

@@ -1,0 +1,57 @@
+"""Packed blocks on disk, a safetensors file a block: what the server has agreed on does not have to stay in memory.
+
+A file appears under its name only when it is complete, so that a run that was killed leaves no half of one.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fedspallm_appfl.payload import Packed
+
+
+class PackedStore:
+    """A folder of packed blocks.
+
+    Attributes:
+        folder: where the files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def blocks(self) -> list[int]:
+        """Indices of the blocks that are stored."""
+        return sorted(int(file.stem.removeprefix("block-")) for file in self.folder.glob("block-*.safetensors"))
+
+    def save(self, block: int, linears: dict[str, Packed]) -> None:
+        """Store one block, in place of what was stored of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in ("mask", "values")}
+        shapes = {name: json.dumps(packed["shape"]) for name, packed in linears.items()}
+        partial = self._file(block).with_suffix(".partial")
+        save_file(tensors, partial, metadata=shapes)
+        partial.replace(self._file(block))
+
+    def add(self, block: int, linears: dict[str, Packed]) -> None:
+        """Store some matrices of a block beside those that are stored of it already."""
+        self.save(block, {**(self.load(block) or {}), **linears})
+
+    def load(self, block: int) -> dict[str, Packed] | None:
+        """One block, or None if it is not stored."""
+        if not self._file(block).is_file():
+            return None
+        with safe_open(self._file(block), framework="pt") as file:
+            return {
+                name: {
+                    "shape": json.loads(shape),
+                    "mask": file.get_tensor(f"{name}/mask"),
+                    "values": file.get_tensor(f"{name}/values"),
+                }
+                for name, shape in file.metadata().items()
+            }
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"

@@ -1,0 +1,92 @@
+"""Show a run while it works: a bar on a terminal, a plain line for each upload elsewhere (batch logs, pipes)."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedspallm_appfl.events import Event
+
+
+class RunProgress:
+    """A listener of events.
+
+    The whole run is `rounds * clients * messages` uploads; what is left is estimated from the ones that came.
+    """
+
+    def __init__(self, console: Console, rounds: int, clients: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._clients = clients
+        self._started = time.monotonic()
+        self._uploads = 0
+        self._places: list[Event] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        if event["event"] == "place":
+            self._places.append(event)
+            if sum(len(place["clients"]) for place in self._places) == self._clients:
+                self._console.print(_placement(self._places))
+        elif event["event"] == "upload":
+            self._upload(event)
+        elif event["event"] == "evaluation":
+            self._say(f"evaluated {event['method']}", len_done=None)
+
+    def _upload(self, event: Event) -> None:
+        self._uploads += 1
+        total = self._rounds * self._clients * event["messages"]
+        what = f"round {event['round'] + 1}/{self._rounds}  client {event['client']}  "
+        what += f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
+        self._say(what, len_done=(self._uploads, total), quiet=not event["blocks"])
+
+    def _say(self, what: str, len_done: tuple[int, int] | None, quiet: bool = False) -> None:
+        if self._console.is_terminal:
+            if self._task is None:
+                self._task = self._bar.add_task(what, total=None)
+            done, total = len_done or (None, None)
+            self._bar.update(self._task, description=what, completed=done, total=total)
+        elif len_done is None:
+            self._console.print(what, highlight=False)
+        elif not quiet:
+            done, total = len_done
+            left = (time.monotonic() - self._started) / done * (total - done)
+            self._console.print(f"{what}  {done}/{total}  {left:.0f} s left", highlight=False)
+
+
+def _placement(places: list[Event]) -> Table:
+    table = Table(title="Placement", title_justify="left")
+    for column in ("rank", "host", "clients", "device", "threads", "CUDA_VISIBLE_DEVICES"):
+        table.add_column(column)
+    for place in places:
+        clients = ", ".join(place["clients"])
+        table.add_row(
+            str(place["rank"]), place["host"], clients, place["device"], str(place["threads"]), place["bound"] or "-"
+        )
+    return table
+
+
+def console(**kwargs: Any) -> Console:
+    """The console of the command line; lines are not wrapped where the output is not a terminal."""
+    made = Console(**kwargs)
+    return made if made.is_terminal else Console(**kwargs, soft_wrap=True, width=200)

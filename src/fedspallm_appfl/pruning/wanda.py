@@ -1,0 +1,28 @@
+"""Wanda: prune by magnitude times input norm, row by row; what is kept stays as it was.
+
+Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1:
+`S_ij = |W_ij| * ||x_j||_2`, compared within each output row. Counts of the rows are cumulative, so that the matrix has
+exactly `floor(s * O * I)` zeros.
+
+Legend: O out features, I in features.
+"""
+
+from torch import Tensor
+
+from fedspallm_appfl.pruning.gram import Statistic
+from fedspallm_appfl.sparsity import Target, select
+
+
+def prune(weight: Tensor, target: Target, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Prune one matrix.
+
+    Args:
+        weight: (O, I) float32, not changed.
+        target: ratio or n:m; for n:m, I is a multiple of m.
+        statistic: of the layer's inputs.
+
+    Returns:
+        (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
+    """
+    mask = ~select(weight.abs() * statistic.diagonal().sqrt(), target, per_row=True)
+    return weight * mask, mask

@@ -1,0 +1,207 @@
+"""report.md and the closing table: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
+
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.table import Table
+
+from fedspallm_appfl import __version__
+from fedspallm_appfl.config import Config
+from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.export import MatrixSparsity
+from fedspallm_appfl.layer_sampling import expected_uncovered, to_text
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run has shown.
+
+    Attributes:
+        perplexity: method -> text -> perplexity; `standalone` is the mean over the clients alone.
+        matrices: sparsity of each prunable matrix, read back from disk.
+        dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
+        model: folder of the pruned model.
+    """
+
+    perplexity: Mapping[str, Mapping[str, float]]
+    matrices: Sequence[MatrixSparsity]
+    dense_bytes: int
+    model: Path
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people: 1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of tensors sent by each client (up) and to each client (down)."""
+    up: dict[str, int] = {}
+    down: dict[str, int] = {}
+    for event in log.of("upload"):
+        up[event["client"]] = up.get(event["client"], 0) + event["bytes"]
+    for event in log.of("round"):
+        for client in up:
+            down[client] = down.get(client, 0) + event["bytes_down"]
+    return up, down
+
+
+def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
+    """Exact sparsity of the pruned matrices in words."""
+    pruned = [matrix for matrix in matrices if matrix.zeros]
+    zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
+    if not pruned:
+        return "no matrix was pruned"
+    dense = f"; {len(matrices) - len(pruned)} matrices stay dense" if len(pruned) < len(matrices) else ""
+    return f"{zeros:,} of {entries:,} weights in {len(pruned)} matrices are zero ({100 * zeros / entries:.4f} %){dense}"
+
+
+def closing_table(config: Config, results: Results, log: EventLog) -> Table:
+    """The table that ends a run: perplexity of each method on each text."""
+    up, down = traffic(log)
+    caption = (
+        f"{sparsity_line(results.matrices)}\n"
+        f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
+        f"{bytes_text(statistics.mean(up.values()))} up a client; the dense weights are {bytes_text(results.dense_bytes)}"
+    )
+    table = Table(title=_title(config), caption=caption, caption_justify="left", title_justify="left")
+    table.add_column("")
+    texts = list(config.evaluation.texts)
+    for text in texts:
+        table.add_column(text, justify="right")
+    if texts:
+        table.add_column("mean", justify="right", style="bold")
+        for method, row in results.perplexity.items():
+            table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
+    return table
+
+
+def _title(config: Config) -> str:
+    train = config.client_configs.train_configs
+    return f"Perplexity, {len(config.clients)} clients, {train.pruner}, sparsity {train.sparsity}"
+
+
+def _label(method: str) -> str:
+    return {"fedspallm": "FedSpaLLM", "fedavg": "FedAvg", "standalone": "standalone (mean)"}.get(method, method)
+
+
+def _mean(row: Mapping[str, float]) -> float:
+    return statistics.geometric_mean(row.values())
+
+
+def write_report(file: Path, config: Config, results: Results, log: EventLog) -> None:
+    """Write report.md."""
+    parts = [
+        f"# {_title(config)}",
+        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, zeros included: it takes the disk "
+        "and memory of the dense one. What is smaller is what travelled.",
+        *_perplexity(results),
+        "## Sparsity",
+        _sparsity(results.matrices, log),
+        "## Bytes",
+        _bytes(config, results, log),
+        "## Who took part",
+        _participation(config, results, log),
+        *_notes(log),
+        "## Settings",
+        _settings(config),
+    ]
+    file.write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _perplexity(results: Results) -> list[str]:
+    if not results.perplexity:
+        return []
+    texts = list(next(iter(results.perplexity.values())))
+    rows = [
+        [_label(method), *(f"{row[text]:.3f}" for text in texts), f"{_mean(row):.3f}"]
+        for method, row in results.perplexity.items()
+    ]
+    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows)]
+
+
+def _sparsity(matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
+    facts = {event["block"]: event for event in log.of("block")}
+    rows = []
+    for block in sorted({matrix.block for matrix in matrices}):
+        mine = [matrix for matrix in matrices if matrix.block == block]
+        entries, zeros = sum(m.entries for m in mine), sum(m.zeros for m in mine)
+        before = facts[block]["zeros_before_expansion"] / entries if block in facts else 0.0
+        extra = sum(m.zeros_on_disk - m.zeros for m in mine)
+        rows.append([str(block), f"{entries:,}", f"{zeros:,}", f"{zeros / entries:.6f}", f"{before:.4f}", str(extra)])
+    over = sum(event["over_target"] for event in facts.values())
+    table = _markdown(["block", "weights", "zeros", "sparsity", "before expansion", "kept but zero"], rows)
+    note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
+    return f"{table}{note}\n\nEach matrix stands in `manifest.json`."
+
+
+def _bytes(config: Config, results: Results, log: EventLog) -> str:
+    up, down = traffic(log)
+    rows = [[client, f"{up[client]:,}", f"{down.get(client, 0):,}"] for client in up]
+    rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
+    dense = results.dense_bytes * len(config.clients) * config.server_configs.num_global_epochs
+    per_round = [
+        [str(r["round"] + 1), f"{sum(e['bytes'] for e in log.of('upload') if e['round'] == r['round']):,}", f"{r['bytes_down'] * len(up):,}"]
+        for r in log.of("round")
+    ]
+    return (
+        _markdown(["client", "up", "down"], rows)
+        + "\n\n"
+        + _markdown(["round", "up", "down"], per_round)
+        + f"\n\nBytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}."
+    )
+
+
+def _participation(config: Config, results: Results, log: EventLog) -> str:
+    rows = []
+    for client in config.clients:
+        mine = [event for event in log.of("upload") if event["client"] == client.client_id]
+        blocks = sum(len(event["blocks"].split(",")) if event["blocks"] else 0 for event in mine)
+        seconds = sum(event["seconds"] for event in mine)
+        host = mine[0]["host"] if mine else "-"
+        rows.append([client.client_id, f"{client.train_configs.resource_share:g}", str(blocks), f"{seconds:.1f}", host])
+    table = _markdown(["client", "resource share", "blocks sent", "seconds", "host"], rows)
+    covered = {event["block"] for event in log.of("block")}
+    every = {matrix.block for matrix in results.matrices}
+    missed = sorted(every - covered)
+    notes = [table]
+    if missed:
+        notes.append(f"Blocks {to_text(missed)} were drawn by nobody and stay dense.")
+    if config.client_configs.train_configs.layer_sampling == "uniform":
+        expected = expected_uncovered(config.roster(), len(every))
+        notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
+    return "\n\n".join(notes)
+
+
+def _notes(log: EventLog) -> list[str]:
+    rows = [
+        [event["client"], str(event["round"] + 1), linear, ", ".join(f"{key} {value:g}" for key, value in notes.items())]
+        for event in log.of("upload")
+        for linear, notes in event["notes"].items()
+    ]
+    if not rows:
+        return []
+    head = "Matrices whose first factorization failed, with the damping that worked."
+    return ["## Out of the ordinary", head, _markdown(["client", "round", "block.linear", ""], rows)]
+
+
+def _settings(config: Config) -> str:
+    versions = (
+        f"fedspallm-appfl {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+    return f"{versions}. The resolved configuration is `config.yaml`."
