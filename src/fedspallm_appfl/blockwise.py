@@ -24,7 +24,8 @@ from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.lazy_model import LazyModel
 from fedspallm_appfl.payload import Packed
-from fedspallm_appfl.pruning import Settings, Statistic, new_statistic, prepare
+from fedspallm_appfl.pruning import Settings, new_statistic, prepare
+from fedspallm_appfl.pruning.gram import Statistic
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Activations:
     tuples: bool = False
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - nothing went wrong
     """Ends a forward pass that has done what it was run for."""
 
 
@@ -75,9 +76,9 @@ def embed(model: LazyModel, windows: Tensor, batch: int) -> Activations:
     state = Activations()
     for ids in windows.split(batch):
         calls: list[Call] = []
-        with _forwards_replaced(model.blocks, lambda index: _recorder(calls, len(model.blocks))):
-            with suppress(_Stop):
-                model.model(input_ids=ids.to(model.device), use_cache=False)
+        recorder = _recorder(calls, len(model.blocks))
+        with _forwards_replaced(model.blocks, [recorder] * len(model.blocks)), suppress(_Stop):
+            model.model(input_ids=ids.to(model.device), use_cache=False)
         if len(calls) != len(model.blocks):
             raise ModelError(
                 f"{type(model.model).__name__} called {len(calls)} of the {len(model.blocks)} blocks of "
@@ -128,10 +129,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
     """Replace what the blocks do but not the blocks: models read attributes of them between the calls."""
-    for index, block in enumerate(blocks):
-        block.forward = make(index)  # type: ignore[assignment]
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
     try:
         yield
     finally:
@@ -151,19 +152,23 @@ def advance(block: nn.Module, index: int, state: Activations) -> None:
 @torch.no_grad()
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
-    last = len(model.blocks) - 1
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
-        out = (hidden,) if state.tuples else hidden
-        with _forwards_replaced(model.blocks, lambda index, out=out: _pass(out, index == last, state.tuples)):
+        through = [_return_input(state.tuples)] * (len(model.blocks) - 1)
+        with _forwards_replaced(model.blocks, [*through, _return_always((hidden,) if state.tuples else hidden)]):
             yield ids, model.model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
-def _pass(out: Any, last: bool, tuples: bool) -> Callable[..., Any]:
+def _return_input(tuples: bool) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if last:
-            return out
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden,) if tuples else hidden
+
+    return forward
+
+
+def _return_always(out: Any) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return out
 
     return forward
 
@@ -246,7 +251,9 @@ def _prune_block(
 
 def _check(statistic: Statistic, where: str) -> None:
     if statistic.tokens == 0:
-        raise PruningError(f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs")
+        raise PruningError(
+            f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs"
+        )
     if not bool(statistic.diagonal().isfinite().all()):
         raise PruningError(
             f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
@@ -313,4 +320,6 @@ class _SharedInputs:
         for linear in self._linears:
             members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
         by_name = {linear.name: linear for linear in self._linears}
-        return [(names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()]
+        return [
+            (names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()
+        ]

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
@@ -19,7 +19,15 @@ OVERRIDES = "key=value arguments replace single values: client_configs.train_con
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a mistake that the message explains."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(late) < len(rest) or (late and "overrides" not in args):
+        parser.error(
+            f"unrecognized arguments: {' '.join(word for word in rest if word not in late or 'overrides' not in args)}"
+        )
+    if late:  # overrides may stand after options too
+        args.overrides = [*args.overrides, *late]
     if args.command == "run" and args.launcher == "mpi":
         return _run_mpi(args)
     try:
@@ -53,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
     )
     _config_arguments(run)
-    run.add_argument("--launcher", choices=("serial", "mpi"), default="serial", help="serial (default): one process; mpi: under mpiexec")
+    run.add_argument(
+        "--launcher",
+        choices=("serial", "mpi"),
+        default="serial",
+        help="serial (default): one process; mpi: under mpiexec",
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
     run.set_defaults(work=_run)
 
@@ -75,19 +88,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("model", help="model folder, or hub name")
     evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text files, a row each")
-    evaluate.add_argument("--length", type=_positive, default=None, help="tokens in a window (default: 2048, or what the model takes)")
-    evaluate.add_argument("--windows", type=_positive, default=None, help="at most so many windows of each text (default: all)")
+    evaluate.add_argument(
+        "--length", type=_positive, default=None, help="tokens in a window (default: 2048, or what the model takes)"
+    )
+    evaluate.add_argument(
+        "--windows", type=_positive, default=None, help="at most so many windows of each text (default: all)"
+    )
     evaluate.add_argument("--batch", type=_positive, default=8, help="windows in a forward pass (default: 8)")
-    evaluate.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="arithmetic (default: as stored)")
+    evaluate.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="arithmetic (default: as stored)",
+    )
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     evaluate.set_defaults(work=_evaluate)
     return parser
 
 
 def _command(verbs: "argparse._SubParsersAction | None", name: str, what: str, example: str) -> argparse.ArgumentParser:
-    words = {"description": what, "epilog": f"example:\n  {example}", "formatter_class": argparse.RawDescriptionHelpFormatter}
+    words: Any = {
+        "description": what,
+        "epilog": f"example:\n  {example}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
     if verbs is None:
-        return argparse.ArgumentParser(prog=name, **words)  # type: ignore[arg-type]
+        return argparse.ArgumentParser(prog=name, **words)
     return verbs.add_parser(name, help=what, **words)
 
 
@@ -135,14 +161,18 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
         return 0
     config = _checked(args, files=True, overwrite=args.overwrite)
     mpi.send_config(comm, config)
-    experiment.run(config, lambda c, state, log: mpi.run_server(c, comm, state, log), _console(), args.overwrite)
+    experiment.run(
+        config, lambda c, state, log: mpi.run_server(c, comm, state, log), _console(plain=True), args.overwrite
+    )
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
     config = _checked(args, files=not args.no_files, overwrite=True)
     clients = len(config.clients)
-    _console().print(f"{args.config}: no problem found; {clients} clients, {config.server_configs.num_global_epochs} rounds")
+    _console().print(
+        f"{args.config}: no problem found; {clients} clients, {config.server_configs.num_global_epochs} rounds"
+    )
     return 0
 
 
@@ -182,7 +212,8 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     return config
 
 
-def _console() -> "Console":
+def _console(plain: bool = False) -> "Console":
+    """Where results go; `plain` under mpiexec, which may give its ranks a terminal although its own output is none."""
     from fedspallm_appfl.progress import console
 
-    return console()
+    return console(force_terminal=False) if plain else console()

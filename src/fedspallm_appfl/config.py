@@ -148,7 +148,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers: 2:4 is text here, not 124 in base sixty; 1e-3 is a number; and a key stands only once."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -206,7 +210,9 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7")
+            raise ConfigError(
+                f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
+            )
         try:
             OmegaConf.update(loaded, key, yaml.load(value, Loader=_Loader), merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:

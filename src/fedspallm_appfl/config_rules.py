@@ -35,8 +35,9 @@ def _top(config: Config) -> Iterator[str]:
         expected = f"FedSpaLLM{name.capitalize()}"
         if getattr(config.server_configs, name) != expected:
             yield f"server_configs.{name}: expected {expected}, got {getattr(config.server_configs, name)!r}"
-    if config.client_configs.train_configs.trainer != "FedSpaLLMTrainer":
-        yield f"client_configs.train_configs.trainer: expected FedSpaLLMTrainer, got {config.client_configs.train_configs.trainer!r}"
+    trainer = config.client_configs.train_configs.trainer
+    if trainer != "FedSpaLLMTrainer":
+        yield f"client_configs.train_configs.trainer: expected FedSpaLLMTrainer, got {trainer!r}"
 
 
 def _clients(config: Config) -> Iterator[str]:
@@ -54,7 +55,7 @@ def _clients(config: Config) -> Iterator[str]:
             yield f"clients: client_id {client_id!r} is used {times} times; ids must differ"
     for index, client in enumerate(config.clients):
         if not client.client_id or not all(c.isalnum() or c in "-_." for c in client.client_id):
-            yield f"clients.{index}.client_id: letters, digits, '-', '_' and '.' only, at least one; got {client.client_id!r}"
+            yield f"clients.{index}.client_id: one or more letters, digits, '-', '_', '.'; got {client.client_id!r}"
         if client.train_configs.pruner != "magnitude" and not client.data.text:
             yield f"clients.{index}.data.text: client {client.client_id!r} has no private text; name a file or a folder"
         yield from _client_numbers(f"clients.{index}", client)
@@ -115,7 +116,8 @@ def _numbers(config: Config) -> Iterator[str]:
         if value < least:
             yield f"{path}: at least {least}, got {value}"
     if comm.max_message_bytes > MPI_LIMIT:
-        yield f"client_configs.comm_configs.max_message_bytes: at most {MPI_LIMIT}, where MPI ends; got {comm.max_message_bytes}"
+        path = "client_configs.comm_configs.max_message_bytes"
+        yield f"{path}: at most {MPI_LIMIT}, where MPI ends; got {comm.max_message_bytes}"
 
 
 def _comparisons(config: Config) -> Iterator[str]:
@@ -144,7 +146,7 @@ def check_with_files(config: Config) -> list[str]:
     except FedSpaLLMError as error:
         return [f"model: {error}"]
     target = parse_target(config.client_configs.train_configs.sparsity)
-    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    vocabulary = skeleton.vocabulary
     longest = getattr(skeleton.model.config, "max_position_embeddings", None)
     problems = list(_indivisible(skeleton.layout.blocks[0], target))
     for client in config.clients:
@@ -165,7 +167,9 @@ def check_with_files(config: Config) -> list[str]:
     for name, text in config.evaluation.texts.items():
         try:
             if not len(cut_windows(tokenizer, read_text(text), config.evaluation.length)):
-                problems.append(f"evaluation.texts.{name}: shorter than one window of {config.evaluation.length} tokens")
+                problems.append(
+                    f"evaluation.texts.{name}: shorter than one window of {config.evaluation.length} tokens"
+                )
         except DataError as error:
             problems.append(f"evaluation.texts.{name}: {error}")
     if config.evaluation.texts:

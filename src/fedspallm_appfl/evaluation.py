@@ -46,7 +46,10 @@ def perplexities(
             for state in states:
                 advance(block, index, state)
     losses = [_mean_loss(finish(model, part, state, batch)) for part, state in zip(parts, states, strict=True)]
-    return {name: math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf for name, loss in zip(names, losses)}
+    return {
+        name: math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
+        for name, loss in zip(names, losses, strict=True)
+    }
 
 
 def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:

@@ -118,11 +118,11 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
     return rows
 
 
-def evaluate_folder(folder: str, texts: list[str], length: int, windows: int | None, batch: int, dtype: str, device: str) -> dict[str, float]:
+def evaluate_folder(
+    folder: str, texts: list[str], length: int, windows: int | None, batch: int, dtype: str, device: str
+) -> dict[str, float]:
     """Perplexity of a model folder on text files, for `fedspallm evaluate`."""
     lazy = LazyModel(folder, None, dtype, choose_device(device, 0))
     tokenizer = load_tokenizer(lazy.skeleton.folder)
     cut = {text: cut_windows(tokenizer, read_text(text), length)[:windows] for text in texts}
     return perplexities(lazy, cut, batch=batch)
-
-

@@ -61,9 +61,9 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in skeleton.folder.iterdir():
-        if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and not file.name.startswith("."):
-            if not file.name.endswith(".bin.index.json"):
-                shutil.copy(file, folder / file.name)
+        about_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
+        if file.is_file() and not about_weights and not file.name.startswith("."):
+            shutil.copy(file, folder / file.name)
     places = {
         skeleton.key(block, linear.name): (block, linear)
         for block in pruned.blocks()
@@ -113,7 +113,9 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
                 mask = unpack_mask(packed[linear.name])
                 zeros = int((~mask).sum())
                 if not bool(zero[~mask].all()):
-                    raise ModelError(f"{folder}: {key} is not zero where it was pruned; the file is damaged, write it again")
+                    raise ModelError(
+                        f"{folder}: {key} is not zero where it was pruned; the file is damaged, write it again"
+                    )
             entries = weight.numel()
             manifest.append(MatrixSparsity(key, block, linear.shape, entries, zeros, int(zero.sum()), zeros / entries))
     return manifest

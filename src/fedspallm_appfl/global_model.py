@@ -37,7 +37,7 @@ class Aggregation:
     Attributes:
         target: sparsity of every matrix.
         weights: `equal`, or `sample_size` (calibration windows of each client).
-        fold: `latest` lets a new round's aggregate of a block replace the earlier one, `cumulative` adds its sums and votes.
+        fold: with `latest` a new round's aggregate of a block replaces the earlier one, `cumulative` adds sums and votes.
         expansion: `matrix` or `row`, the group in which entries compete in mask expansion.
         comparisons: which of `standalone` and `fedavg` to make beside the global model.
     """
@@ -166,7 +166,9 @@ class GlobalModel:
         for block in self.round.assigned[client]:
             for linear in self.layout.blocks[block]:
                 if (client, block, linear.name) not in self._received:
-                    raise UpdateError(f"client {client} ended round {self.round.index} without block {block}, {linear.name}")
+                    raise UpdateError(
+                        f"client {client} ended round {self.round.index} without block {block}, {linear.name}"
+                    )
 
     def changes(self) -> dict[str, Any]:
         """The update to send down: the blocks that changed in this round."""
@@ -216,7 +218,9 @@ class GlobalModel:
             PackedStore(self.folder / store).save(block, linears)
         self.round.changed.add(block)
         clients = sorted(self.round.clients_of(block))
-        self.on_event({"event": "block", "round": self.round.index, "block": block, "clients": clients} | self._facts.pop(block))
+        self.on_event(
+            {"event": "block", "round": self.round.index, "block": block, "clients": clients} | self._facts.pop(block)
+        )
 
     def _with_earlier_rounds(self, block: int, name: str, sums: L0Sums) -> L0Sums:
         file = self.folder / "sums" / f"{block:04d}-{name}.safetensors"

@@ -53,6 +53,11 @@ class Skeleton:
         """Name of a linear's weight in the checkpoint."""
         return self._key_of[self.layout.parameter(block, linear)]
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
     def key_of(self, parameter: str) -> str:
         """Name in the checkpoint of a parameter or buffer of the model."""
         return self._key_of[parameter]
@@ -92,7 +97,7 @@ class LazyModel:
         self.device = torch.device(device)
         self.model.eval()
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
-        self.model.tie_weights()
+        self.model.tie_weights()  # type: ignore[operator]
         self._fill_buffers()
 
     @property
@@ -131,7 +136,6 @@ class LazyModel:
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
 
-
     def _fill_buffers(self) -> None:
         """Move buffers to the device; those that the checkpoint holds take its values."""
         for name, buffer in list(self.model.named_buffers()):
@@ -161,7 +165,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -179,7 +183,9 @@ def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
         if key is not None:
             shape = files.shape_and_dtype(key)[0]
             if shape != tuple(parameter.shape):
-                raise ModelError(f"{files.folder}: {key} has shape {list(shape)}, config.json says {list(parameter.shape)}")
+                raise ModelError(
+                    f"{files.folder}: {key} has shape {list(shape)}, config.json says {list(parameter.shape)}"
+                )
             matched[name] = key
         elif name not in tied:
             missing.append(name)

@@ -178,14 +178,16 @@ class LocalClient:
             return torch.zeros(1, 2, dtype=torch.int64)
         tokenizer = load_tokenizer(self.model.skeleton.folder)
         windows = cut_windows(tokenizer, read_text(settings.text), settings.length)
-        vocabulary = self.model.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        check_vocabulary(windows, vocabulary, f"client {settings.client_id}")
+        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {settings.client_id}")
         return draw_windows(windows, settings.windows, settings.seed, settings.client_id)
 
     def _sizes(self) -> list[dict[str, int]]:
         target, dtype = self.settings.pruning.target, self.model.skeleton.stored_dtype
         return [
-            {linear.name: packed_size(linear.shape, target.zeros(linear.shape[0] * linear.shape[1]), dtype) for linear in block}
+            {
+                linear.name: packed_size(linear.shape, target.zeros(linear.shape[0] * linear.shape[1]), dtype)
+                for linear in block
+            }
             for block in self.model.layout.blocks
         ]
 

@@ -39,7 +39,9 @@ class RunProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
@@ -57,7 +59,9 @@ class RunProgress:
         self._uploads += 1
         total = self._rounds * self._clients * event["messages"]
         what = f"round {event['round'] + 1}/{self._rounds}  client {event['client']}  "
-        what += f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
+        what += (
+            f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
+        )
         self._say(what, len_done=(self._uploads, total), quiet=not event["blocks"])
 
     def _say(self, what: str, len_done: tuple[int, int] | None, quiet: bool = False) -> None:

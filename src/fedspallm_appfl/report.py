@@ -102,8 +102,8 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
     """Write report.md."""
     parts = [
         f"# {_title(config)}",
-        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, zeros included: it takes the disk "
-        "and memory of the dense one. What is smaller is what travelled.",
+        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, zeros included: "
+        "it takes the disk and memory of the dense one. What is smaller is what travelled.",
         *_perplexity(results),
         "## Sparsity",
         _sparsity(results.matrices, log),
@@ -155,7 +155,11 @@ def _bytes(config: Config, results: Results, log: EventLog) -> str:
     rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
     dense = results.dense_bytes * len(config.clients) * config.server_configs.num_global_epochs
     per_round = [
-        [str(r["round"] + 1), f"{sum(e['bytes'] for e in log.of('upload') if e['round'] == r['round']):,}", f"{r['bytes_down'] * len(up):,}"]
+        [
+            str(r["round"] + 1),
+            f"{sum(e['bytes'] for e in log.of('upload') if e['round'] == r['round']):,}",
+            f"{r['bytes_down'] * len(up):,}",
+        ]
         for r in log.of("round")
     ]
     return (
@@ -189,7 +193,12 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
 
 def _notes(log: EventLog) -> list[str]:
     rows = [
-        [event["client"], str(event["round"] + 1), linear, ", ".join(f"{key} {value:g}" for key, value in notes.items())]
+        [
+            event["client"],
+            str(event["round"] + 1),
+            linear,
+            ", ".join(f"{key} {value:g}" for key, value in notes.items()),
+        ]
         for event in log.of("upload")
         for linear, notes in event["notes"].items()
     ]

@@ -43,7 +43,8 @@ class FedSpaLLMScheduler(BaseScheduler):
         Raises:
             UpdateError: the message is not what was assigned; all waiting clients get the same error.
         """
-        client, future = str(client_id), Future()
+        client = str(client_id)
+        future: Future[tuple[dict, dict]] = Future()
         with self._lock:
             try:
                 if self.aggregator.receive(client, local_model, kwargs):

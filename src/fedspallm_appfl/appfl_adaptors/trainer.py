@@ -44,6 +44,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         if not name:
             raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
         self.client_id: str = str(name)
+        self.round: int = 0
         self._client: LocalClient | None = None
         self._instructions: tuple[int, list[int]] | None = None
         self._message: Message | None = None
@@ -100,7 +101,9 @@ class FedSpaLLMTrainer(BaseTrainer):
                 "is not there to draw it from; pass the metadata on to load_parameters, or give the roster"
             )
         settings = self.settings
-        return draw(settings["layer_sampling"], settings["seed"], index, settings["rounds"], roster, blocks)[self.client_id]
+        return draw(settings["layer_sampling"], settings["seed"], index, settings["rounds"], roster, blocks)[
+            self.client_id
+        ]
 
 
 def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSettings:

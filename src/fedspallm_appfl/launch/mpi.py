@@ -5,6 +5,7 @@ APPFL's MPI communicators carry the messages, slightly changed (`appfl_adaptors.
 A rank that fails prints its traceback and aborts the whole job.
 """
 
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -81,8 +82,10 @@ def run_server(config: Config, comm: Any, state_dir: Path, on_event: OnEvent) ->
     from fedspallm_appfl.appfl_adaptors.mpi_communicators import BatchedMPIServer
 
     registration.freeze()
-    for place in comm.gather(None, root=0)[1:]:
-        on_event({"event": "place", **vars(place)})
+    _place_on_node(comm)
+    for places in comm.gather([], root=0):
+        for place in places:
+            on_event({"event": "place", **vars(place)})
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     BatchedMPIServer(comm, server, logger=_Silent(), optimize_memory=False).serve()
@@ -99,13 +102,10 @@ def run_clients(config: Config, comm: Any) -> None:
 
     registration.freeze()
     mine, limit = _clients_of_rank(config, comm)
-    devices = [choose_device(client.train_configs.device, _local_rank(comm)) for client in mine]
-    names = tuple(client.client_id for client in mine)
-    comm.gather(describe(comm.Get_rank(), names, ", ".join(sorted(set(devices)))), root=0)
-    agents = {
-        client.client_id: client_agent(config, client, device, limit)
-        for client, device in zip(mine, devices, strict=True)
-    }
+    node = _place_on_node(comm)
+    placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
+    comm.gather(describe(comm.Get_rank(), placed), root=0)
+    agents = {client.client_id: client_agent(config, client, device, limit) for client, device in placed}
     wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
     first = wire.get_global_model(init_model=True)
     for agent in agents.values():
@@ -135,14 +135,10 @@ def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:
     return [client for client in config.clients if client.client_id in mine], limit
 
 
-def _local_rank(comm: Any) -> int:
-    """Place among the client ranks of this node; the server needs no GPU of its own."""
-    from mpi4py import MPI
-
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    ranks = node.allgather(comm.Get_rank())
-    node.Free()
-    return sorted(rank for rank in ranks if rank != 0).index(comm.Get_rank())
+def _place_on_node(comm: Any) -> int:
+    """Place among the client ranks of this node, from 0; the server needs no GPU of its own. All ranks call it."""
+    hosts = comm.allgather(socket.gethostname())
+    return hosts[1 : max(comm.Get_rank(), 1)].count(socket.gethostname())
 
 
 class _Silent:
@@ -152,4 +148,3 @@ class _Silent:
         """Say nothing."""
 
     debug = warning = error = info
-

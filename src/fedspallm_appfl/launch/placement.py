@@ -7,10 +7,12 @@ uses that. More ranks than GPUs share them in turn.
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fedspallm_appfl.config import Client
 from fedspallm_appfl.errors import ConfigError
 
 
@@ -23,7 +25,7 @@ class Place:
         host: name of the node.
         clients: ids of the clients on it.
         device: e.g. `cpu` or `cuda:1`.
-        threads: CPU threads of torch.
+        threads: CPU threads of a client.
         bound: what CUDA_VISIBLE_DEVICES says, or an empty string.
     """
 
@@ -54,15 +56,27 @@ def choose_device(asked: str, local_rank: int) -> str:
         return asked
     if not seen:
         if asked == "cuda":
-            raise ConfigError(f"device cuda was asked for on {socket.gethostname()}, where no GPU can be seen; use auto")
+            raise ConfigError(
+                f"device cuda was asked for on {socket.gethostname()}, where no GPU can be seen; use auto"
+            )
         return "cpu"
     return f"cuda:{local_rank % seen}"
 
 
-def describe(rank: int, clients: tuple[str, ...], device: str) -> Place:
-    """A line of the placement table."""
+def describe(rank: int, clients: Sequence[tuple[Client, str]]) -> list[Place]:
+    """Lines of the placement table, one for each device and number of threads.
+
+    Args:
+        rank: MPI rank, 0 in one process.
+        clients: each client with its device.
+    """
     bound = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return Place(rank, socket.gethostname(), clients, device, torch.get_num_threads(), bound)
+    together: dict[tuple[str, int], list[str]] = {}
+    for client, device in clients:
+        threads = client.train_configs.threads or torch.get_num_threads()
+        together.setdefault((device, threads), []).append(client.client_id)
+    host = socket.gethostname()
+    return [Place(rank, host, tuple(names), device, threads, bound) for (device, threads), names in together.items()]
 
 
 def batches(clients: list[str], ranks: int) -> list[list[str]]:

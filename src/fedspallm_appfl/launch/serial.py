@@ -32,11 +32,10 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     limit = config.client_configs.comm_configs.max_message_bytes
-    agents = {}
-    for client in config.clients:
-        device = choose_device(client.train_configs.device, 0)
-        agents[client.client_id] = client_agent(config, client, device, limit)
-        on_event({"event": "place", **vars(describe(0, (client.client_id,), device))})
+    placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.clients]
+    for place in describe(0, placed):
+        on_event({"event": "place", **vars(place)})
+    agents = {client.client_id: client_agent(config, client, device, limit) for client, device in placed}
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
     while not server.training_finished():
