@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from fedspallm_appfl.blocks import Layout, Linear, find_layout
 from fedspallm_appfl.checkpoint_files import CheckpointFiles, resolve_model
@@ -173,13 +175,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
-    """Parameter name -> name in the checkpoint, which may lack the base model's prefix or have one too many."""
+    """Parameter name -> name in the checkpoint, which may be an older one, or differ by the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     matched, missing = {}, []
-    tied = set(_tied_names(model))
+    tied, keys = set(_tied_names(model)), _todays_names(model, files)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         options = (name, name.removeprefix(prefix), prefix + name)
-        key = next((option for option in options if option in files), None)
+        key = next((keys[option] for option in options if option in keys), None)
         if key is not None:
             shape = files.shape_and_dtype(key)[0]
             if shape != tuple(parameter.shape):
@@ -195,6 +197,18 @@ def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
             "with transformers and save it again with save_pretrained, which writes the names this version uses"
         )
     return matched
+
+
+def _todays_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+    """Name that this version of transformers uses -> name in the checkpoint."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    names = {}
+    for key in files.keys():  # noqa: SIM118 - not a dict
+        name = key
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        names[name] = key
+    return names
 
 
 def _tied_names(model: nn.Module) -> list[str]:

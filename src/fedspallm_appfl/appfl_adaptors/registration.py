@@ -15,7 +15,7 @@ import types
 
 def register() -> None:
     """Import APPFL and register the trainer, the aggregator and the scheduler. Safe to call again."""
-    _guard_piq()
+    guard_piq()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -40,7 +40,7 @@ def freeze() -> None:
     gc.freeze()
 
 
-def _guard_piq() -> None:
+def guard_piq() -> None:
     """APPFL imports piq for metrics of images only; without a working torchvision an empty module stands in for it."""
     if "piq" in sys.modules:
         return

@@ -1,0 +1,197 @@
+"""Whole experiments in one process: files, sparsity after reload, rounds, and what must not change the result."""
+
+import json
+
+import pytest
+import torch
+from conftest import DEMO, SHARED
+from experiments import UNEVEN, small_config
+from families import save_family
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedspallm_appfl.cli import main
+from fedspallm_appfl.sparsity import parse_target
+
+
+def run(config, *overrides):
+    assert main(["run", str(config), *overrides]) == 0
+    return config.parent / "run"
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def events(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.7", "2:4", "4:8"])
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude"])
+def test_every_matrix_has_exactly_the_target_after_reload(tmp_path, pruner, sparsity):
+    changes = {"client_configs": {"train_configs": {"pruner": pruner, "sparsity": sparsity}}}
+    folder = run(small_config(tmp_path, 2, **changes))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float16)
+    AutoTokenizer.from_pretrained(folder / "model")
+    manifest = json.loads((folder / "manifest.json").read_text())["matrices"]
+    assert len(manifest) == 56
+    parameters = dict(model.named_parameters())
+    for matrix in manifest:
+        weight = parameters[matrix["name"]]
+        zeros = parse_target(sparsity).zeros(weight.numel())
+        assert matrix["zeros"] == zeros and matrix["sparsity"] == zeros / weight.numel()
+        assert int((weight == 0).sum()) == matrix["zeros_on_disk"] >= zeros
+    dense = load_file(DEMO / "model" / "model.safetensors")
+    untouched = [name for name in dense if name not in {matrix["name"] for matrix in manifest}]
+    assert all(torch.equal(dense[name], weights(folder)[name]) for name in untouched)
+
+
+def test_the_run_directory_is_complete(tmp_path):
+    text = {"austen": str(DEMO / "text/austen/test.txt"), "jargon": str(DEMO / "text/jargon/test.txt")}
+    evaluation = {"texts": text, "length": 64, "windows": 4, "compare": ["standalone", "fedavg"]}
+    folder = run(small_config(tmp_path, 2, evaluation=evaluation))
+    made = {"config.yaml", "manifest.json", "metrics.jsonl", "model", "report.md"}
+    assert {path.name for path in folder.iterdir()} == made
+    assert {path.name for path in (folder / "model").iterdir()} == {path.name for path in (DEMO / "model").iterdir()}
+    report = (folder / "report.md").read_text()
+    for words in ("| FedSpaLLM |", "| standalone (mean) |", "| FedAvg |", "| dense |", "## Bytes", "0.500000"):
+        assert words in report
+    uploads = events(folder, "upload")
+    assert len(uploads) == 2 * 8 and {event["blocks"] for event in uploads} == set("01234567")
+    first = [json.loads(line)["perplexity"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "dense" in line]
+    assert first[0]["austen"] < 60
+
+
+def test_bytes_sent_up_are_those_of_mask_and_kept_values(tmp_path):
+    folder = run(small_config(tmp_path, 2))
+    weights_of_block = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3
+    assert {event["bytes"] for event in events(folder, "upload")} == {weights_of_block // 8 + weights_of_block // 2 * 2}
+
+
+@pytest.mark.parametrize("comm", [{"blocks_per_message": 3}, {"max_message_bytes": 70_000}], ids=["groups", "split blocks"])
+def test_how_an_upload_is_cut_does_not_change_a_bit(tmp_path, comm):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    first = weights(run(small_config(one, **UNEVEN)))
+    second = weights(run(small_config(other, **UNEVEN, client_configs={"comm_configs": comm})))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_order_of_clients_in_the_file_does_not_change_a_bit(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir(), other.mkdir()
+    first = weights(run(small_config(one)))
+    config = small_config(other)
+    import yaml
+
+    raw = yaml.safe_load(config.read_text())
+    raw["clients"].reverse()
+    config.write_text(yaml.safe_dump(raw))
+    second = weights(run(config))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):
+    changes = {"client_configs": {"train_configs": {"layer_sampling": "uniform", "resource_share": 0.125}}}
+    folder = run(small_config(tmp_path, 2, **changes))
+    dense, pruned = load_file(DEMO / "model" / "model.safetensors"), weights(folder)
+    drawn = {int(event["blocks"]) for event in events(folder, "upload") if event["blocks"]}
+    for block in range(8):
+        name = f"model.layers.{block}.mlp.up_proj.weight"
+        assert torch.equal(dense[name], pruned[name]) != (block in drawn)
+    assert "drawn by nobody" in (folder / "report.md").read_text()
+
+
+def test_sweep_sends_down_what_later_rounds_need(tmp_path):
+    changes = {
+        "server_configs": {"num_global_epochs": 4},
+        "client_configs": {"train_configs": {"layer_sampling": "sweep"}},
+    }
+    folder = run(small_config(tmp_path, 2, **changes))
+    rounds = events(folder, "round")
+    assert [event["blocks"] for event in rounds] == ["0-1", "2-3", "4-5", "6-7"]
+    assert [event["bytes_down"] > 0 for event in rounds] == [True, True, True, False]
+    one_shot = tmp_path / "one"
+    one_shot.mkdir()
+    other = weights(run(small_config(one_shot, 2)))
+    first, last = "model.layers.0.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.weight"
+    assert torch.equal(weights(folder)[first], other[first])
+    assert not torch.equal(weights(folder)[last], other[last])
+
+
+def test_a_latest_round_replaces_and_a_cumulative_one_adds(tmp_path):
+    """Two equal rounds: adding the same sums and votes twice gives the same model, unlike other windows would."""
+    changes = {"server_configs": {"num_global_epochs": 2}}
+    latest, cumulative = tmp_path / "latest", tmp_path / "cumulative"
+    latest.mkdir(), cumulative.mkdir()
+    first = weights(run(small_config(latest, 2, **changes)))
+    config = small_config(cumulative, 2, **changes)
+    second = weights(run(config, "server_configs.aggregator_kwargs.fold=cumulative"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt-neox", "qwen3"])
+def test_other_families_are_written_under_their_own_names(tmp_path, family):
+    folder = save_family(family, tmp_path / "model")
+    changes = {
+        "model": {"path": str(folder)},
+        "client_configs": {"train_configs": {"pruner": "magnitude"}, "data": {"text": None}},
+        "clients": [{"client_id": "a"}, {"client_id": "b"}],
+    }
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((DEMO / "model" / file).read_bytes())
+    done = run(small_config(tmp_path, 2, **changes))
+    before, after = load_file(folder / "model.safetensors"), weights(done)
+    assert before.keys() == after.keys()
+    pruned = AutoModelForCausalLM.from_pretrained(done / "model")
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    for matrix in json.loads((done / "manifest.json").read_text())["matrices"]:
+        kept = after[matrix["name"]] != 0
+        assert int((~kept).sum()) == matrix["zeros_on_disk"] >= matrix["zeros"]
+        assert torch.equal(after[matrix["name"]][kept], before[matrix["name"]][kept])
+    assert sum(int((p == 0).sum()) for p in pruned.parameters()) > sum(int((p == 0).sum()) for p in dense.parameters())
+
+
+def test_a_factorization_that_needs_more_damping_is_in_the_report(tmp_path):
+    """Two windows of two tokens give a Gram matrix of rank four: with hardly any damping it cannot be factored."""
+    data = {"windows": 2, "length": 2, "batch": 1}
+    train = {"damping": 1e-12, "damping_retries": 12}
+    folder = run(small_config(tmp_path, 2, client_configs={"data": data, "train_configs": train}))
+    assert "## Out of the ordinary" in (folder / "report.md").read_text()
+    damped = [notes for event in events(folder, "upload") for notes in event["notes"].values()]
+    assert all(notes["damping"] > 1e-12 for notes in damped) and damped
+
+
+def test_a_factorization_that_keeps_failing_names_client_block_and_matrix(tmp_path, capsys):
+    data = {"windows": 2, "length": 2, "batch": 1}
+    config = small_config(tmp_path, 2, client_configs={"data": data, "train_configs": {"damping": 1e-14, "damping_retries": 1}})
+    assert main(["run", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "client austen, block 0, self_attn.q_proj: the Cholesky factorization failed 2 times" in error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the larger corpora are not part of the repository")
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path, sparsity):
+    domains = ("bible", "manpages", "pgdocs", "pycode")
+    changes = {
+        "model": {"path": str(SHARED / "models/tiny-llama"), "dtype": "float32"},
+        "client_configs": {"train_configs": {"threads": 2, "sparsity": sparsity}, "data": {"windows": 32, "length": 256, "batch": 8}},
+        "clients": [{"client_id": d, "data": {"text": str(SHARED / f"corpora/{d}/calib.txt")}} for d in domains],
+        "evaluation": {
+            "texts": {d: str(SHARED / f"corpora/{d}/test.txt") for d in (*domains, "wiki")},
+            "length": 256,
+            "windows": 60,
+            "batch": 8,
+            "compare": ["standalone", "fedavg"],
+        },
+    }
+    folder = run(small_config(tmp_path, 4, **changes))
+    rows = {event["method"]: event["perplexity"] for event in events(folder, "evaluation")}
+    for text in (*domains, "wiki"):
+        alone = sum(rows[f"standalone/{d}"][text] for d in domains) / 4
+        assert rows["dense"][text] < rows["fedspallm"][text] < alone
