@@ -14,7 +14,12 @@ FAMILIES = {
     "llama-tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=8)),
     "qwen2": lambda: t.Qwen2ForCausalLM(
-        t.Qwen2Config(**{k: v for k, v in GROUPED.items() if k != "head_dim"}, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+        t.Qwen2Config(
+            **{k: v for k, v in GROUPED.items() if k != "head_dim"},
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+        )
     ),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED)),
     "opt": lambda: t.OPTForCausalLM(

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, zeros_by_block: list[tuple[int, int, int]], damping: float) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight: Tensor, gram: Tensor, zeros_by_block: list[tuple[int, int, int]], damping: float
+) -> tuple[Tensor, Tensor]:
     """SparseGPT's algorithm 1 in float64, column by column, with an explicit inverse.
 
     A feature that is always zero costs nothing: its weights go first, and those that stay are left alone.
@@ -38,4 +40,6 @@ def column_blocks(rows: int, columns: int, share: float, width: int = 128) -> li
     """Column blocks with cumulative counts: floor(share * entries) so far, minus those of the blocks before."""
     ends = [min(end, columns) for end in range(width, columns + width, width)]
     starts = [0, *ends[:-1]]
-    return [(a, b, int(share * rows * b + 1e-9) - int(share * rows * a + 1e-9)) for a, b in zip(starts, ends, strict=True)]
+    return [
+        (a, b, int(share * rows * b + 1e-9) - int(share * rows * a + 1e-9)) for a, b in zip(starts, ends, strict=True)
+    ]

@@ -60,7 +60,11 @@ def test_the_run_directory_is_complete(tmp_path):
         assert words in report
     uploads = events(folder, "upload")
     assert len(uploads) == 2 * 8 and {event["blocks"] for event in uploads} == set("01234567")
-    first = [json.loads(line)["perplexity"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "dense" in line]
+    first = [
+        json.loads(line)["perplexity"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if "dense" in line
+    ]
     assert first[0]["austen"] < 60
 
 
@@ -70,7 +74,9 @@ def test_bytes_sent_up_are_those_of_mask_and_kept_values(tmp_path):
     assert {event["bytes"] for event in events(folder, "upload")} == {weights_of_block // 8 + weights_of_block // 2 * 2}
 
 
-@pytest.mark.parametrize("comm", [{"blocks_per_message": 3}, {"max_message_bytes": 70_000}], ids=["groups", "split blocks"])
+@pytest.mark.parametrize(
+    "comm", [{"blocks_per_message": 3}, {"max_message_bytes": 70_000}], ids=["groups", "split blocks"]
+)
 def test_how_an_upload_is_cut_does_not_change_a_bit(tmp_path, comm):
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
@@ -167,7 +173,9 @@ def test_a_factorization_that_needs_more_damping_is_in_the_report(tmp_path):
 
 def test_a_factorization_that_keeps_failing_names_client_block_and_matrix(tmp_path, capsys):
     data = {"windows": 2, "length": 2, "batch": 1}
-    config = small_config(tmp_path, 2, client_configs={"data": data, "train_configs": {"damping": 1e-14, "damping_retries": 1}})
+    config = small_config(
+        tmp_path, 2, client_configs={"data": data, "train_configs": {"damping": 1e-14, "damping_retries": 1}}
+    )
     assert main(["run", str(config)]) == 2
     error = capsys.readouterr().err
     assert "client austen, block 0, self_attn.q_proj: the Cholesky factorization failed 2 times" in error
@@ -180,7 +188,10 @@ def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path, sp
     domains = ("bible", "manpages", "pgdocs", "pycode")
     changes = {
         "model": {"path": str(SHARED / "models/tiny-llama"), "dtype": "float32"},
-        "client_configs": {"train_configs": {"threads": 2, "sparsity": sparsity}, "data": {"windows": 32, "length": 256, "batch": 8}},
+        "client_configs": {
+            "train_configs": {"threads": 2, "sparsity": sparsity},
+            "data": {"windows": 32, "length": 256, "batch": 8},
+        },
         "clients": [{"client_id": d, "data": {"text": str(SHARED / f"corpora/{d}/calib.txt")}} for d in domains],
         "evaluation": {
             "texts": {d: str(SHARED / f"corpora/{d}/test.txt") for d in (*domains, "wiki")},

@@ -34,7 +34,8 @@ def random_votes(shape, clients, target, seed):
 
 @pytest.mark.parametrize("clients", [1, 2, 5, 200])
 @pytest.mark.parametrize(
-    ("text", "group"), [("0.5", "matrix"), ("0.7", "matrix"), ("0.5", "row"), ("0.37", "row"), ("2:4", "row"), ("4:8", "row")]
+    ("text", "group"),
+    [("0.5", "matrix"), ("0.7", "matrix"), ("0.5", "row"), ("0.37", "row"), ("2:4", "row"), ("4:8", "row")],
 )
 @pytest.mark.parametrize("shape", [(1, 8), (5, 8), (7, 40)])
 def test_the_most_voted_go_first_then_the_smallest_then_the_lowest_index(shape, text, group, clients):
@@ -65,7 +66,9 @@ def test_votes_go_before_magnitude():
 @pytest.mark.parametrize("target", [HALF, NM(2, 4)])
 def test_equal_votes_go_by_magnitude_and_equal_magnitudes_by_index(target):
     votes = torch.tensor([[100, 100, 100, 0]])
-    assert expand(votes, 101, torch.tensor([[3e-30, 1e-30, 2e-30, 0.0]]), target).tolist() == [[True, False, False, True]]
+    assert expand(votes, 101, torch.tensor([[3e-30, 1e-30, 2e-30, 0.0]]), target).tolist() == [
+        [True, False, False, True]
+    ]
     assert expand(votes, 101, torch.ones(1, 4), target).tolist() == [[False, False, True, True]]
 
 

@@ -54,5 +54,7 @@ def test_a_matrix_of_exactly_the_limit_fits():
 
 
 def test_a_matrix_above_the_limit_is_refused_with_what_to_change():
-    with pytest.raises(ConfigError, match="block 1, up takes 11 bytes packed, a message may have 10; raise comm_configs"):
+    with pytest.raises(
+        ConfigError, match="block 1, up takes 11 bytes packed, a message may have 10; raise comm_configs"
+    ):
         plan([{"q": 1}, {"q": 1, "up": 11}], 1, 10)

@@ -148,7 +148,9 @@ def test_a_folder_that_lacks_weights_says_which(tmp_path):
     state = load(folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save({k: v for k, v in state.items() if "q_proj" not in k}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"lacks 3 weights of LlamaForCausalLM, the first is model.layers.0.self_attn.q"):
+    with pytest.raises(
+        ModelError, match=r"lacks 3 weights of LlamaForCausalLM, the first is model.layers.0.self_attn.q"
+    ):
         Skeleton(str(folder))
 
 
@@ -158,7 +160,9 @@ def test_activations_that_are_not_finite_name_client_block_and_linear(tmp_path):
     whole.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     whole.save_pretrained(folder)
     with pytest.raises(PruningError, match=r"client ward, block 1, mlp.down_proj: its inputs hold NaN or infinity"):
-        list(prune_blocks(LazyModel(str(folder)), windows(), {1, 2}, Settings("wanda", parse_target(0.5)), client="ward"))
+        list(
+            prune_blocks(LazyModel(str(folder)), windows(), {1, 2}, Settings("wanda", parse_target(0.5)), client="ward")
+        )
 
 
 def test_nothing_runs_after_the_last_sampled_block(tmp_path):

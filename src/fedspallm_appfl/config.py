@@ -120,6 +120,7 @@ class Evaluation:
     length: int = 2048
     windows: int | None = None  # at most so many of each text; null takes all
     batch: int = 1
+    device: str = "auto"  # auto (a GPU if the server sees one), cpu, cuda, cuda:1
     compare: list[str] = field(default_factory=list)  # standalone, fedavg; dense is always there
 
 

@@ -4,6 +4,7 @@
 model is built without weights.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,11 +78,15 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
         yield f"{path}.train_configs.damping_retries: at least 0, got {train.damping_retries}"
     if train.threads is not None and train.threads < 1:
         yield f"{path}.train_configs.threads: at least 1, or null to leave it to torch; got {train.threads}"
-    if not (train.device in ("auto", "cpu", "cuda") or train.device.removeprefix("cuda:").isdecimal()):
-        yield f"{path}.train_configs.device: auto, cpu, cuda or cuda:N; got {train.device!r}"
+    yield from _device(f"{path}.train_configs.device", train.device)
     for name, least in (("windows", 1), ("length", 2), ("batch", 1)):
         if getattr(data, name) < least:
             yield f"{path}.data.{name}: at least {least}, got {getattr(data, name)}"
+
+
+def _device(path: str, device: str) -> Iterator[str]:
+    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+        yield f"{path}: auto, cpu, cuda or cuda:N; got {device!r}"
 
 
 def _choices(config: Config) -> Iterator[str]:
@@ -115,6 +120,8 @@ def _numbers(config: Config) -> Iterator[str]:
     ):
         if value < least:
             yield f"{path}: at least {least}, got {value}"
+    yield from _device("server_configs.device", server.device)
+    yield from _device("evaluation.device", evaluation.device)
     if comm.max_message_bytes > MPI_LIMIT:
         path = "client_configs.comm_configs.max_message_bytes"
         yield f"{path}: at most {MPI_LIMIT}, where MPI ends; got {comm.max_message_bytes}"

@@ -16,12 +16,12 @@ from rich.console import Console
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.config_rules import run_dir_problem
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.evaluation import PrunedBlock, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.export import check_model, write_model
 from fedspallm_appfl.global_model import GlobalModel
-from fedspallm_appfl.launch.placement import choose_device
 from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.progress import RunProgress
 from fedspallm_appfl.report import Results, closing_table, write_report
@@ -93,7 +93,7 @@ def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel
 
 def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, dict[str, float]]:
     """Perplexity of dense, the comparisons and the global model, all with the same settings."""
-    device = choose_device(config.server_configs.device, 0)
+    device = choose_device(config.evaluation.device, 0)
     lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
     tokenizer, settings = load_tokenizer(lazy.skeleton.folder), config.evaluation
     texts = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -146,7 +146,7 @@ class LazyModel:
             self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
 
 
-def _without_weights(folder: Path, dtype: str) -> nn.Module:
+def _without_weights(folder: Path, dtype: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
         config.use_cache = False
@@ -174,7 +174,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+def _match_keys(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
     """Parameter name -> name in the checkpoint, which may be an older one, or differ by the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     matched, missing = {}, []
@@ -199,7 +199,7 @@ def _match_keys(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
     return matched
 
 
-def _todays_names(model: nn.Module, files: CheckpointFiles) -> dict[str, str]:
+def _todays_names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
     """Name that this version of transformers uses -> name in the checkpoint."""
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     names = {}

@@ -14,7 +14,7 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.export import MatrixSparsity
-from fedspallm_appfl.layer_sampling import expected_uncovered, to_text
+from fedspallm_appfl.layer_sampling import expected_uncovered, from_text, to_text
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,12 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     rows = []
     for client in config.clients:
         mine = [event for event in log.of("upload") if event["client"] == client.client_id]
-        blocks = sum(len(event["blocks"].split(",")) if event["blocks"] else 0 for event in mine)
+        blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
         seconds = sum(event["seconds"] for event in mine)
         host = mine[0]["host"] if mine else "-"
-        rows.append([client.client_id, f"{client.train_configs.resource_share:g}", str(blocks), f"{seconds:.1f}", host])
+        rows.append(
+            [client.client_id, f"{client.train_configs.resource_share:g}", str(len(blocks)), f"{seconds:.1f}", host]
+        )
     table = _markdown(["client", "resource share", "blocks sent", "seconds", "host"], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}

@@ -8,6 +8,7 @@ from typing import Any
 from appfl.algorithm.aggregator import BaseAggregator
 from omegaconf import DictConfig, OmegaConf
 
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.global_model import Aggregation, GlobalModel
 from fedspallm_appfl.layer_sampling import draw, to_text
@@ -54,7 +55,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.skeleton.stored_dtype,
             aggregation,
             Path(folder),
-            self.settings["device"],
+            choose_device(self.settings["device"], 0),
             lambda event: self.on_event(event),
         )
         self.round = 0

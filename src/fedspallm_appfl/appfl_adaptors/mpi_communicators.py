@@ -1,7 +1,8 @@
 """APPFL's MPI communicators with two changes: answers to batched clients, and how they wait.
 
-* A rank with several clients sends one message for all of them and waits for one answer. APPFL answers as soon as one of
-  the clients can go on, which is right only if all can at the same time, as with its own scheduler.
+* A rank with several clients sends one message for all of them and waits for one answer. APPFL allows that with its own
+  scheduler only, and answers as soon as one of the clients can go on; here any scheduler will do, and the answer goes
+  out when all of them can go on.
 * APPFL's server sleeps a tenth of a second before each message, its clients spin while they wait. Here both look every
   millisecond.
 """
@@ -12,7 +13,13 @@ from typing import Any
 import yaml
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator
 from appfl.comm.mpi.config import MPIServerStatus, MPITaskResponse
-from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, model_to_byte, response_to_byte
+from appfl.comm.mpi.serializer import (
+    byte_to_model,
+    byte_to_request,
+    byte_to_response,
+    model_to_byte,
+    response_to_byte,
+)
 from mpi4py import MPI
 
 from fedspallm_appfl.errors import ConfigError
@@ -42,8 +49,13 @@ class BatchedMPIServer(MPIServerCommunicator):
                 self._send(response, source)
 
     def _update_global_model(self, client_rank: int, request: Any) -> None:
-        self._clients_of_rank[client_rank] = yaml.unsafe_load(request.meta_data)["_client_ids"]
-        super()._update_global_model(client_rank, request)
+        """Hand the messages of all clients of a rank to the scheduler."""
+        metadata, updates = yaml.unsafe_load(request.meta_data), byte_to_model(request.payload)
+        self._clients_of_rank[client_rank] = metadata["_client_ids"]
+        for client in metadata["_client_ids"]:
+            future = self.server_agent.global_update(client, updates.pop(client), blocking=False, **metadata[client])
+            self._update_global_model_futures[client] = future
+        self._check_update_global_model_futures()
 
     def _check_update_global_model_futures(self) -> None:
         """Answer every rank all of whose clients can go on."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.launch.placement import batches, choose_device, describe
+from fedspallm_appfl.launch.placement import batches, describe
 
 
 def communicator() -> Any:

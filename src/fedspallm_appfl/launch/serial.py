@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.config import Config
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.launch.placement import choose_device, describe
+from fedspallm_appfl.launch.placement import describe
 
 
 def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:

@@ -1,0 +1,43 @@
+# make demo and make test do everything on a fresh machine with Python 3.10 or newer; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test fast lint check clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: $(INSTALLED)  ## Make the virtual environment and install the pinned versions
+
+# A torch for the CPU does not go with the torchvision that one of APPFL's dependencies pulls in (built for CUDA), and a
+# broken torchvision breaks transformers; nothing here needs it, so it goes if it cannot be imported.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
+	touch $@
+
+demo: install  ## Prune the bundled model with four clients; about a minute
+	$(BIN)/fedspallm run configs/demo.yaml --overwrite
+
+test: install  ## All tests but those that need a GPU
+	$(BIN)/pytest -m 'not gpu'
+
+fast: install  ## The tests that need no MPI and no patience
+	$(BIN)/pytest
+
+lint: install  ## Style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: lint test  ## What CI runs
+
+clean:  ## Remove the virtual environment, caches and runs
+	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

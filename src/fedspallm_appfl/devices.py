@@ -1,0 +1,38 @@
+"""Choose a device.
+
+A GPU is chosen by the rank's place among the client ranks of its node, never by its global rank, and only among the GPUs
+that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays bound. Where a process sees one GPU, it
+uses that. More ranks than GPUs share them in turn.
+"""
+
+import socket
+
+import torch
+
+from fedspallm_appfl.errors import ConfigError
+
+
+def choose_device(asked: str, local_rank: int) -> str:
+    """The device for a client.
+
+    Args:
+        asked: `auto`, `cpu`, `cuda` or `cuda:N`.
+        local_rank: place of this process among the client processes of its node, from 0.
+
+    Raises:
+        ConfigError: a GPU was asked for that this process cannot see.
+    """
+    if asked == "cpu":
+        return "cpu"
+    seen = torch.cuda.device_count()
+    if asked.startswith("cuda:"):
+        if int(asked.removeprefix("cuda:")) >= seen:
+            raise ConfigError(f"device {asked} was asked for on {socket.gethostname()}, where {seen} GPUs can be seen")
+        return asked
+    if not seen:
+        if asked == "cuda":
+            raise ConfigError(
+                f"device cuda was asked for on {socket.gethostname()}, where no GPU can be seen; use auto"
+            )
+        return "cpu"
+    return f"cuda:{local_rank % seen}"

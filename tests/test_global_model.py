@@ -1,0 +1,271 @@
+"""The server's side of a round: order of uploads, folds over rounds, comparisons, and what it refuses."""
+
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+
+from fedspallm_appfl.blocks import Layout, Linear
+from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.global_model import Aggregation, GlobalModel
+from fedspallm_appfl.payload import make_update, nbytes, pack, unpack, update_nbytes
+from fedspallm_appfl.sparsity import parse_target
+
+SHAPES = {"q": (4, 6), "up": (3, 5)}
+LAYOUT = Layout("layers", (tuple(Linear(name, shape, False) for name, shape in SHAPES.items()),) * 3)
+HALF = parse_target(0.5)
+SAMPLES = {"ann": 3, "bob": 1, "cy": 8}
+EVERYTHING = {client: [0, 1, 2] for client in SAMPLES}
+
+
+def matrix(client, block, name, t=0, dtype=torch.float16):
+    """A client's weight (a few kept zeros, magnitudes with ties) and mask, exactly half of it pruned."""
+    seed, shape = random.Random(f"{client}/{block}/{name}/{t}").randrange(2**31), SHAPES[name]
+    generator = torch.Generator().manual_seed(seed)
+    entries = shape[0] * shape[1]
+    mask = (torch.randperm(entries, generator=generator) >= HALF.zeros(entries)).view(shape)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype) / 4 * mask, mask
+
+
+def upload(client, blocks, names=tuple(SHAPES), t=0, dtype=torch.float16):
+    return make_update(t, {b: {n: pack(*matrix(client, b, n, t, dtype), dtype) for n in names} for b in blocks})
+
+
+def server(folder, assigned=EVERYTHING, dtype=torch.float16, on_event=lambda event: None, **settings):
+    model = GlobalModel(LAYOUT, dtype, Aggregation(HALF, **settings), folder, on_event=on_event)
+    model.begin_round(0, assigned)
+    return model
+
+
+def send_all(model, t=0):
+    for client, blocks in model.round.assigned.items():
+        model.receive(client, upload(client, blocks, t=t), SAMPLES[client])
+
+
+def stored(store):
+    """Every byte of a store."""
+    return {
+        (block, name, part): packed[part].view(torch.uint8).tolist()
+        for block in store.blocks()
+        for name, packed in store.load(block).items()
+        for part in ("mask", "values")
+    }
+
+
+def global_oracle(senders, block, name, weigh, fedavg=False):
+    """Oracle: l0 mean, then mask expansion over the matrix, in rational numbers and plain loops; (values, mask), row-major.
+
+    Of (client, round) senders, with weight a: `sum a W / sum a` over those that kept an entry, or over all for FedAvg.
+    The half that goes is first in the order of (votes, most first; |mean|; index), or of (|mean|, index) for FedAvg.
+    """
+    weights, masks, a = [], [], [SAMPLES[client] if weigh else 1 for client, _ in senders]
+    for client, t in senders:
+        weight, mask = matrix(client, block, name, t)
+        weights.append([Fraction(value) for value in weight.flatten().tolist()])
+        masks.append(mask.flatten().tolist())
+    entries, clients = range(len(masks[0])), range(len(senders))
+    divisors = [sum(a[k] for k in clients if fedavg or masks[k][i]) for i in entries]
+    means = [sum(a[k] * weights[k][i] for k in clients) / max(divisors[i], 1) for i in entries]
+    votes = [0 if fedavg else sum(not masks[k][i] for k in clients) for i in entries]
+    pruned = sorted(entries, key=lambda i: (-votes[i], abs(means[i]), i))[: len(entries) // 2]
+    mask = [i not in pruned for i in entries]
+    values = torch.tensor([float(mean) if kept else 0.0 for mean, kept in zip(means, mask, strict=True)])
+    return values.half().tolist(), mask
+
+
+def assert_stored(store, senders_of, weigh, fedavg=False):
+    assert store.blocks() == sorted(senders_of)
+    for block, senders in senders_of.items():
+        linears = store.load(block)
+        assert set(linears) == set(SHAPES)
+        for name in SHAPES:
+            weight, mask = unpack(linears[name])
+            assert weight.dtype is torch.float16
+            expected = global_oracle(senders, block, name, weigh, fedavg)
+            assert (weight.flatten().tolist(), mask.flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+def test_a_round_stores_the_expanded_l0_mean_and_fedavg_beside_it(tmp_path, weights):
+    model = server(tmp_path, weights=weights, comparisons=("fedavg",))
+    send_all(model)
+    senders = dict.fromkeys(range(3), [(client, 0) for client in SAMPLES])
+    assert_stored(model.done, senders, weights == "sample_size")
+    assert_stored(model.comparison("fedavg"), senders, weights == "sample_size", fedavg=True)
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_uploads_never_changes_a_stored_byte(tmp_path, weights, dtype):
+    messages = [(client, b, name) for client in SAMPLES for b in range(3) for name in SHAPES]
+    results = []
+    for order in range(6):
+        random.Random(order).shuffle(messages)
+        model = server(tmp_path / str(order), dtype=dtype, weights=weights, comparisons=("fedavg", "standalone"))
+        for client, block, name in messages:
+            model.receive(client, upload(client, [block], [name], dtype=dtype), SAMPLES[client])
+        results.append(
+            [stored(model.comparison(n)) for n in ("global", "fedavg", *(f"standalone/{c}" for c in SAMPLES))]
+        )
+    assert len(results[0][0]) == 12
+    assert all(result == results[0] for result in results)
+
+
+def test_standalone_stores_what_each_client_sent(tmp_path):
+    model = server(tmp_path, comparisons=("standalone",))
+    for names in (["up"], ["q"]):
+        model.receive("bob", upload("bob", [0, 2], names), 1)
+    linears = model.comparison("standalone/bob").load(2)
+    assert model.comparison("standalone/bob").blocks() == [0, 2]
+    for name in SHAPES:
+        weight, mask = matrix("bob", 2, name)
+        assert [part.tolist() for part in unpack(linears[name])] == [weight.tolist(), mask.tolist()]
+    assert model.comparison("standalone/ann").blocks() == []
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+@pytest.mark.parametrize("fold", ["latest", "cumulative"])
+def test_a_later_round_replaces_or_adds_to_the_earlier_one(tmp_path, fold, weights):
+    model = server(tmp_path, {"ann": [0, 1], "bob": [0]}, fold=fold, weights=weights, comparisons=("fedavg",))
+    send_all(model)
+    model.begin_round(1, {"ann": [0], "cy": [0, 2], "bob": []})
+    send_all(model, t=1)
+    earlier = [("ann", 0), ("bob", 0)] if fold == "cumulative" else []
+    senders = {0: [*earlier, ("ann", 1), ("cy", 1)], 1: [("ann", 0)], 2: [("cy", 1)]}
+    assert_stored(model.done, senders, weights == "sample_size")
+    assert_stored(model.comparison("fedavg"), senders, weights == "sample_size", fedavg=True)
+
+
+def test_blocks_are_open_from_the_first_upload_to_the_last(tmp_path):
+    model = server(tmp_path, {"ann": [0, 1], "bob": [1]})
+    seen = []
+    for client, block, name in [
+        ("ann", 1, "q"),
+        ("ann", 0, "q"),
+        ("ann", 0, "up"),
+        ("bob", 1, "q"),
+        ("ann", 1, "up"),
+        ("bob", 1, "up"),
+    ]:
+        model.receive(client, upload(client, [block], [name]), 1)
+        seen.append(model.open_blocks())
+    assert seen == [{1}, {0, 1}, {1}, {1}, {1}, set()]
+    assert model.done.blocks() == [0, 1]
+
+
+def test_a_block_that_nobody_drew_stays_as_it_was(tmp_path):
+    model = server(tmp_path, {"ann": [0], "bob": []})
+    send_all(model)
+    assert model.done.blocks() == [0]
+
+
+def test_only_the_blocks_that_changed_go_down(tmp_path):
+    model = server(tmp_path, {"ann": [2, 0]})
+    assert model.changes() == {}
+    send_all(model)
+    assert list(model.changes()["blocks"]) == ["0", "2"]
+    model.begin_round(1, {"ann": [1]})
+    assert model.changes() == {}
+    send_all(model, t=1)
+    changes = model.changes()
+    assert (changes["round"], list(changes["blocks"])) == (1, ["1"])
+    assert set(changes["blocks"]["1"]) == set(SHAPES)
+    assert update_nbytes(changes) == sum(nbytes(pack(*matrix("ann", 1, name), torch.float16)) for name in SHAPES)
+
+
+def test_each_block_that_is_done_is_an_event(tmp_path):
+    events = []
+    model = server(tmp_path, {"bob": [1], "ann": [0, 1]}, on_event=events.append)
+    send_all(model)
+    masks = {name: [matrix(client, 1, name)[1] for client in ("ann", "bob")] for name in SHAPES}
+    unanimous = sum(int((~(one | other)).sum()) for one, other in masks.values())
+    common = {"event": "block", "round": 0, "zeros": 12 + 7, "over_target": 0}
+    assert sorted(events, key=lambda event: event["block"]) == [
+        common | {"block": 0, "clients": ["ann"], "zeros_before_expansion": 19},
+        common | {"block": 1, "clients": ["ann", "bob"], "zeros_before_expansion": unanimous},
+    ]
+    assert 0 < unanimous < 19
+
+
+def test_rows_that_all_clients_pruned_beyond_the_target_are_reported(tmp_path):
+    events = []
+    model = server(tmp_path, {"ann": [0]}, on_event=events.append, expansion="row")
+    send_all(model)
+    over = 0
+    for name in SHAPES:
+        masks = matrix("ann", 0, name)[1]
+        counts = [HALF.zeros((i + 1) * masks.shape[1]) - HALF.zeros(i * masks.shape[1]) for i in range(len(masks))]
+        over += sum(max(0, count - int((~row).sum())) for row, count in zip(masks, counts, strict=True))
+    assert over > 0
+    assert (events[0]["zeros"], events[0]["over_target"]) == (19 + over, over)
+
+
+def test_received_bytes_are_counted_and_an_empty_message_folds_nothing(tmp_path):
+    model = server(tmp_path)
+    assert model.receive("ann", {}, 3) == 0
+    assert model.open_blocks() == set()
+    update = upload("ann", [1])
+    assert model.receive("ann", update, 3) == update_nbytes(update) == 3 + 2 * 12 + 2 + 2 * 8
+
+
+def test_a_client_that_is_not_in_the_roster_is_refused(tmp_path):
+    with pytest.raises(UpdateError, match=r"from eve: it is not in the roster \['ann', 'bob', 'cy'\]"):
+        server(tmp_path).receive("eve", upload("ann", [0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (upload("ann", [2]), r"from client ann: block '2' was not assigned; assigned were \[0, 1\]"),
+        (upload("ann", [0], t=1), "from client ann: it is for round 1, this is round 0"),
+        (
+            upload("ann", [0], dtype=torch.float32),
+            "from client ann, block 0, q: the values must be one row of torch.float16",
+        ),
+    ],
+)
+def test_an_upload_that_was_not_assigned_is_refused(tmp_path, update, message):
+    model = server(tmp_path, {"ann": [0, 1]})
+    with pytest.raises(UpdateError, match=message):
+        model.receive("ann", update, 1)
+    assert model.open_blocks() == set()
+
+
+def test_a_matrix_is_taken_once_a_round(tmp_path):
+    model = server(tmp_path)
+    model.receive("ann", upload("ann", [0], ["up"]), 1)
+    with pytest.raises(UpdateError, match="from client ann: block 0, up was sent before"):
+        model.receive("ann", upload("ann", [0]), 1)
+    model.receive("ann", upload("ann", [0], ["q"]), 1)
+    for client in ("bob", "cy"):
+        model.receive(client, upload(client, [0]), 1)
+    assert_stored(model.done, {0: [(client, 0) for client in SAMPLES]}, weigh=False)
+    model.begin_round(1, EVERYTHING)
+    model.receive("ann", upload("ann", [0], t=1), 1)
+
+
+def test_a_round_cannot_be_ended_with_a_matrix_missing(tmp_path):
+    model = server(tmp_path, {"ann": [0, 2], "bob": []})
+    model.check_complete("bob")
+    model.receive("ann", upload("ann", [0]), 1)
+    model.receive("ann", upload("ann", [2], ["q"]), 1)
+    with pytest.raises(UpdateError, match="client ann ended round 0 without block 2, up"):
+        model.check_complete("ann")
+    model.receive("ann", upload("ann", [2], ["up"]), 1)
+    model.check_complete("ann")
+
+
+def test_nothing_of_a_refused_upload_is_folded(tmp_path):
+    model = server(tmp_path, dtype=torch.float32)
+    diverged = upload("ann", [0], dtype=torch.float32)
+    diverged["blocks"]["0"]["up"]["values"][0] = 1e9
+    with pytest.raises(UpdateError, match="client ann, block 0, up: "):
+        model.receive("ann", diverged, 1)
+    assert model.open_blocks() == set()
+    for client in SAMPLES:
+        model.receive(client, upload(client, [0], dtype=torch.float32), 1)
+    other = server(tmp_path / "other", {client: [0] for client in SAMPLES}, dtype=torch.float32)
+    for client in SAMPLES:
+        other.receive(client, upload(client, [0], dtype=torch.float32), 1)
+    assert stored(model.done) == stored(other.done)
