@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO
 
+from conftest import DEMO
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.errors import DataError, ModelError
 

@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from fedspallm_appfl.config import Config, load_config
 from fedspallm_appfl.errors import ConfigError
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import yaml
-from conftest import DEMO, ROOT
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import DEMO, ROOT
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.config_rules import check, check_with_files, run_dir_problem
@@ -26,6 +26,12 @@ def demo(*overrides):
     config, problems = load_config(ROOT / "configs" / "demo.yaml", overrides)
     assert problems == []
     return config
+
+
+def wrong(*overrides):
+    """What is wrong with the demo's values as `fedspallm validate --no-files` finds it."""
+    config, problems = load_config(ROOT / "configs" / "demo.yaml", overrides)
+    return problems or check(config)
 
 
 def test_the_demo_has_no_problem():
@@ -91,9 +97,13 @@ def test_the_demo_has_no_problem():
         ("clients.0.comm_configs.blocks_per_message=2", ["clients.0.comm_configs", "the same for every client, got 2"]),
         ("clients.0.comm_configs.max_message_bytes=2147483648", ["clients.0.comm_configs", "2147483648"]),
         ("evaluation.length=1", ["evaluation.length: at least 2, got 1"]),
+        ("evaluation.device=gpu", ["evaluation.device: auto, cpu, cuda or cuda:N; got 'gpu'"]),
         ("evaluation.windows=0", ["evaluation.windows: at least 1, got 0"]),
         ("evaluation.batch=0", ["evaluation.batch: at least 1, got 0"]),
-        ("evaluation.compare=[dense]", ["evaluation.compare: of standalone, fedavg (dense is always there)", "'dense'"]),
+        (
+            "evaluation.compare=[dense]",
+            ["evaluation.compare: of standalone, fedavg (dense is always there)", "'dense'"],
+        ),
         ("server_configs.num_global_epochs=2", ["standalone needs every client to prune every block", "are 2 rounds"]),
         (
             "clients.3.train_configs.resource_share=0.5",
@@ -102,7 +112,7 @@ def test_the_demo_has_no_problem():
     ],
 )
 def test_a_rule_names_the_key_the_value_received_and_the_fix(override, parts):
-    assert says(check(demo(override)), *parts)
+    assert says(wrong(override), *parts)
 
 
 def test_there_must_be_text_to_compare_on():
@@ -113,20 +123,20 @@ def test_there_must_be_text_to_compare_on():
 
 def test_only_magnitude_needs_no_private_text():
     changes = [f"clients.{index}.data.text=null" for index in range(4)]
-    assert check(demo(f"{TRAIN}.pruner=magnitude", *changes)) == []
-    assert len(check(demo(f"{TRAIN}.pruner=wanda", *changes))) == 4
+    assert wrong(f"{TRAIN}.pruner=magnitude", *changes) == []
+    assert len(wrong(f"{TRAIN}.pruner=wanda", *changes)) == 4
 
 
 @pytest.mark.parametrize("override", [f"{TRAIN}.sparsity=0", f"{TRAIN}.sparsity=2:4", f"{TRAIN}.device=cuda:1"])
 def test_values_at_the_border_are_good(override):
     limit = f"{COMM}.max_message_bytes=2147483647"
-    assert check(demo(override, limit, "clients.1.train_configs.resource_share=1", f"{TRAIN}.threads=null")) == []
+    assert wrong(override, limit, "clients.1.train_configs.resource_share=1", f"{TRAIN}.threads=null") == []
 
 
 def test_several_problems_are_reported_at_once():
-    wrong = [f"{TRAIN}.sparsity=1.5", "seed=-1", "clients.0.client_id=bible", "evaluation.batch=0", "run_dir=''"]
-    problems = check(demo(*wrong))
-    assert len(problems) == len(wrong)
+    overrides = [f"{TRAIN}.sparsity=1.5", "seed=-1", "clients.0.client_id=bible", "evaluation.batch=0", "run_dir=''"]
+    problems = wrong(*overrides)
+    assert len(problems) == len(overrides)
     for part in ("got 1.5", "got -1", "'bible' is used 2 times", "evaluation.batch", "run_dir"):
         assert says(problems, part)
 
@@ -161,8 +171,8 @@ def problems(model, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(base))
 
     def problems(*overrides):
-        config, wrong = load_config(tmp_path / "c.yaml", overrides)
-        assert wrong + check(config) == []
+        config, form = load_config(tmp_path / "c.yaml", overrides)
+        assert form + check(config) == []
         return check_with_files(config)
 
     return problems

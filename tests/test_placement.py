@@ -5,11 +5,12 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from fedspallm_appfl.config import Client, TrainConfigs
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.launch.placement import batches, choose_device, describe
+from fedspallm_appfl.launch.placement import batches, describe
 
 
 @pytest.fixture

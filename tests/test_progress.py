@@ -72,7 +72,9 @@ def test_other_events_are_not_shown(shown):
 def test_placement_is_shown_once_all_clients_have_a_place(shown):
     first, second = place(1, ["a", "b"], "cuda:0", "2,3"), place(2, ["c"])
     assert shown(first, clients=3) == ""
-    rows = [[cell.strip() for cell in row.strip("│ ").split("│")] for row in shown(first, second, clients=3).splitlines()]
+    rows = [
+        [cell.strip() for cell in row.strip("│ ").split("│")] for row in shown(first, second, clients=3).splitlines()
+    ]
     assert ["1", "node1", "a, b", "cuda:0", "2", "2,3"] in rows
     assert ["2", "node2", "c", "cpu", "2", "-"] in rows
 

@@ -58,7 +58,7 @@ class Skeleton:
     @property
     def vocabulary(self) -> int:
         """Number of token ids that the model has an embedding for."""
-        return self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
     def key_of(self, parameter: str) -> str:
         """Name in the checkpoint of a parameter or buffer of the model."""
@@ -99,7 +99,7 @@ class LazyModel:
         self.device = torch.device(device)
         self.model.eval()
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
-        self.model.tie_weights()  # type: ignore[operator]
+        self.model.tie_weights()
         self._fill_buffers()
 
     @property
