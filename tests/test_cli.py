@@ -122,7 +122,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_why(fedspallm, words, messag
 def test_a_number_that_is_none_is_explained_without_names_of_functions(fedspallm):
     code, _, err = fedspallm("evaluate", "m", "--text", TEXT, "--windows", "few")
     assert code == 2
-    assert "'few'" in err
+    assert "few" in err
     assert "_positive" not in err
 
 

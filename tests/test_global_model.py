@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedspallm_appfl.blocks import Layout, Linear
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.global_model import Aggregation, GlobalModel
-from fedspallm_appfl.payload import make_update, nbytes, pack, unpack, update_nbytes
+from fedspallm_appfl.payload import make_update, pack, unpack, update_nbytes
 from fedspallm_appfl.sparsity import parse_target
 
 SHAPES = {"q": (4, 6), "up": (3, 5)}
@@ -160,18 +160,42 @@ def test_a_block_that_nobody_drew_stays_as_it_was(tmp_path):
     assert model.done.blocks() == [0]
 
 
+def pieces(model, limit=10**6):
+    """The update to send down, loaded piece by piece."""
+    return [model.load_piece(piece) for piece in model.changes(limit)]
+
+
 def test_only_the_blocks_that_changed_go_down(tmp_path):
     model = server(tmp_path, {"ann": [2, 0]})
-    assert model.changes() == {}
+    assert pieces(model) == []
     send_all(model)
-    assert list(model.changes()["blocks"]) == ["0", "2"]
+    assert [list(update["blocks"]) for update in pieces(model)] == [["0", "2"]]
     model.begin_round(1, {"ann": [1]})
-    assert model.changes() == {}
+    assert pieces(model) == []
     send_all(model, t=1)
-    changes = model.changes()
-    assert (changes["round"], list(changes["blocks"])) == (1, ["1"])
-    assert set(changes["blocks"]["1"]) == set(SHAPES)
-    assert update_nbytes(changes) == sum(nbytes(pack(*matrix("ann", 1, name), torch.float16)) for name in SHAPES)
+    (update,) = pieces(model)
+    assert (update["round"], list(update["blocks"])) == (1, ["1"])
+    for name in SHAPES:
+        assert [part.tolist() for part in unpack(update["blocks"]["1"][name])] == [
+            part.tolist() for part in matrix("ann", 1, name, t=1)
+        ]
+
+
+def test_the_way_down_is_cut_at_the_limit_and_every_matrix_goes_once(tmp_path):
+    model = server(tmp_path)
+    send_all(model)
+    matrix_bytes, block_bytes = 3 + 2 * 12, 3 + 2 * 12 + 2 + 2 * 8
+    for limit, expected in ((3 * block_bytes, 1), (2 * block_bytes, 2), (block_bytes, 3), (matrix_bytes, 6)):
+        updates = pieces(model, limit)
+        sent = [(int(b), name) for update in updates for b, linears in update["blocks"].items() for name in linears]
+        assert len(updates) == expected
+        assert sorted(sent) == [(block, name) for block in range(3) for name in SHAPES]
+        assert all(
+            update_nbytes(update) == piece.nbytes <= limit
+            for update, piece in zip(updates, model.changes(limit), strict=True)
+        )
+    with pytest.raises(ConfigError, match="block 0, q takes 27 bytes packed, a message may have 26"):
+        model.changes(matrix_bytes - 1)
 
 
 def test_each_block_that_is_done_is_an_event(tmp_path):
@@ -254,6 +278,13 @@ def test_a_round_cannot_be_ended_with_a_matrix_missing(tmp_path):
         model.check_complete("ann")
     model.receive("ann", upload("ann", [2], ["up"]), 1)
     model.check_complete("ann")
+
+
+@pytest.mark.parametrize("samples", [0, -4])
+def test_a_sample_size_below_one_is_refused(tmp_path, samples):
+    model = server(tmp_path, weights="sample_size")
+    with pytest.raises(UpdateError, match="client ann"):
+        model.receive("ann", upload("ann", [0]), samples)
 
 
 def test_nothing_of_a_refused_upload_is_folded(tmp_path):

@@ -35,7 +35,15 @@ def random_votes(shape, clients, target, seed):
 @pytest.mark.parametrize("clients", [1, 2, 5, 200])
 @pytest.mark.parametrize(
     ("text", "group"),
-    [("0.5", "matrix"), ("0.7", "matrix"), ("0.5", "row"), ("0.37", "row"), ("2:4", "row"), ("4:8", "row")],
+    [
+        ("0.5", "matrix"),
+        ("0.7", "matrix"),
+        ("0.5", "row"),
+        ("0.37", "row"),
+        ("1:4", "row"),
+        ("2:4", "row"),
+        ("4:8", "row"),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1, 8), (5, 8), (7, 40)])
 def test_the_most_voted_go_first_then_the_smallest_then_the_lowest_index(shape, text, group, clients):
@@ -47,7 +55,7 @@ def test_the_most_voted_go_first_then_the_smallest_then_the_lowest_index(shape, 
         assert kept.flatten().tolist() == expand_oracle(votes, clients, magnitude, target, group)
 
 
-@pytest.mark.parametrize("text", ["0.3", "0.5", "0.7", "2:4", "4:8"])
+@pytest.mark.parametrize("text", ["0.3", "0.5", "0.7", "1:4", "2:4", "4:8"])
 @pytest.mark.parametrize("shape", [(3, 16), (17, 40)])
 def test_exactly_the_target_is_zero(shape, text):
     target, generator = parse_target(text), torch.Generator().manual_seed(0)

@@ -56,14 +56,17 @@ def test_saving_replaces_a_block_and_adding_keeps_its_other_linears(tmp_path):
     assert equal(store.load(1), linears("q", seed=1) | linears("up", seed=2))
 
 
-def test_the_same_block_is_the_same_file(tmp_path):
+def test_the_same_block_is_the_same_file_in_the_same_order(tmp_path):
     block = linears(*"abcdefgh")
-    files = []
+    files, orders = [], []
     for number in range(4):
-        PackedStore(tmp_path / str(number)).save(0, dict(sorted(block.items(), reverse=number % 2 == 1)))
-        files += [file.read_bytes() for file in (tmp_path / str(number)).iterdir()]
+        store = PackedStore(tmp_path / str(number))
+        store.save(0, dict(sorted(block.items(), reverse=number % 2 == 1)))
+        files += [file.read_bytes() for file in store.folder.iterdir()]
+        orders.append(list(store.load(0)))
     assert len(files) == 4
     assert len(set(files)) == 1
+    assert all(order == orders[0] for order in orders)
 
 
 def test_a_run_that_is_killed_while_it_saves_leaves_what_was_there(tmp_path, monkeypatch):

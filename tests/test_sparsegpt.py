@@ -84,7 +84,7 @@ def test_weights_and_masks_are_those_of_the_published_algorithm(shape, text):
 
 
 @pytest.mark.parametrize("block", [8, 30, 32, 1000])
-@pytest.mark.parametrize("text", ["0.5", "2:4", "4:8"])
+@pytest.mark.parametrize("text", ["0.5", "1:4", "2:3", "4:8"])
 def test_every_size_of_column_block_follows_the_algorithm(text, block):
     assert_as_published(normal(12, 72), gram_of(correlated_inputs(72)), text, block)
 

@@ -7,7 +7,7 @@ from fedspallm_appfl.pruning import Settings, new_statistic, prepare
 from fedspallm_appfl.pruning.gram import InputGram, InputNorms
 from fedspallm_appfl.sparsity import NM, parse_target
 
-TARGETS = ["0.3", "0.5", "0.7", "0.37", "2:4", "4:8"]
+TARGETS = ["0.3", "0.5", "0.7", "0.37", "1:4", "2:4", "4:8"]
 SHAPES = [(1, 8), (9, 16), (17, 40), (40, 24)]
 
 

@@ -17,7 +17,7 @@ from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.config_rules import run_dir_problem
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.evaluation import PrunedBlock, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.export import check_model, write_model
@@ -27,6 +27,7 @@ from fedspallm_appfl.progress import RunProgress
 from fedspallm_appfl.report import Results, closing_table, write_report
 
 Launch = Callable[[Config, Path, OnEvent], Any]
+DEFAULT_LENGTH = 2048
 OWN_FILES = ("config.yaml", "metrics.jsonl", "report.md", "manifest.json", "model", "state")
 
 
@@ -119,10 +120,23 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
 
 
 def evaluate_folder(
-    folder: str, texts: list[str], length: int, windows: int | None, batch: int, dtype: str, device: str
+    folder: str, texts: list[str], length: int | None, windows: int | None, batch: int, dtype: str, device: str
 ) -> dict[str, float]:
-    """Perplexity of a model folder on text files, for `fedspallm evaluate`."""
+    """Perplexity of a model folder on text files, for `fedspallm evaluate`.
+
+    Args:
+        folder: model folder or hub name.
+        texts: text files or folders.
+        length: tokens in a window; None for 2048, or what the model takes if that is less.
+        windows: at most so many of each text; None for all.
+        batch: windows in a forward pass.
+        dtype: arithmetic.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+    """
     lazy = LazyModel(folder, None, dtype, choose_device(device, 0))
-    tokenizer = load_tokenizer(lazy.skeleton.folder)
+    longest = getattr(lazy.model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    if length is not None and length > longest:
+        raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
+    tokenizer, length = load_tokenizer(lazy.skeleton.folder), length or min(longest, DEFAULT_LENGTH)
     cut = {text: cut_windows(tokenizer, read_text(text), length)[:windows] for text in texts}
     return perplexities(lazy, cut, batch=batch)

@@ -21,8 +21,19 @@ from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, plain_mean
 from fedspallm_appfl.mask_expansion import expand, unexpanded_zeros
+from fedspallm_appfl.messages import Unit, plan
 from fedspallm_appfl.packed_store import PackedStore
-from fedspallm_appfl.payload import Packed, check_update, make_update, matrices, pack, unpack, update_nbytes
+from fedspallm_appfl.payload import (
+    Blocks,
+    Packed,
+    check_update,
+    make_update,
+    matrices,
+    nbytes,
+    pack,
+    unpack,
+    update_nbytes,
+)
 from fedspallm_appfl.sparsity import Target, select
 
 FOLDS = ("latest", "cumulative")
@@ -74,6 +85,25 @@ class Round:
     def clients_of(self, block: int) -> set[str]:
         """Clients that prune a block."""
         return {client for client, blocks in self.assigned.items() if block in blocks}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a round's update that travels in one message.
+
+    Attributes:
+        round_index: the round that made it.
+        number: which piece of the update, from 0.
+        total: pieces of the update.
+        units: its (block, linear) pairs.
+        nbytes: bytes of its tensors.
+    """
+
+    round_index: int
+    number: int
+    total: int
+    units: list[Unit]
+    nbytes: int
 
 
 class GlobalModel:
@@ -170,10 +200,29 @@ class GlobalModel:
                         f"client {client} ended round {self.round.index} without block {block}, {linear.name}"
                     )
 
-    def changes(self) -> dict[str, Any]:
-        """The update to send down: the blocks that changed in this round."""
-        blocks = {block: self.done.load(block) or {} for block in sorted(self.round.changed)}
-        return make_update(self.round.index, blocks) if blocks else {}
+    def changes(self, limit: int) -> list[Piece]:
+        """What to send down, the blocks that changed in this round, in pieces of at most `limit` bytes.
+
+        Raises:
+            ConfigError: one matrix exceeds the limit.
+        """
+        sizes = {block: {n: nbytes(p) for n, p in self._stored(block).items()} for block in sorted(self.round.changed)}
+        parts = plan(sizes, len(sizes), limit)
+        return [
+            Piece(self.round.index, number, len(parts), units, sum(sizes[block][name] for block, name in units))
+            for number, units in enumerate(parts)
+        ]
+
+    def load_piece(self, piece: Piece) -> dict[str, Any]:
+        """One piece of the update to send down, ready for the wire."""
+        stored = {block: self._stored(block) for block in {block for block, _ in piece.units}}
+        blocks: Blocks = {}
+        for block, name in piece.units:
+            blocks.setdefault(block, {})[name] = stored[block][name]
+        return make_update(piece.round_index, blocks) | {"piece": piece.number, "pieces": piece.total}
+
+    def _stored(self, block: int) -> dict[str, Packed]:
+        return self.done.load(block) or {}
 
     def comparison(self, name: str) -> PackedStore:
         """The packed blocks of a comparison: `fedavg` or `standalone/CLIENT`."""

@@ -181,15 +181,14 @@ class LocalClient:
         check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {settings.client_id}")
         return draw_windows(windows, settings.windows, settings.seed, settings.client_id)
 
-    def _sizes(self) -> list[dict[str, int]]:
+    def _sizes(self) -> dict[int, dict[str, int]]:
         target, dtype = self.settings.pruning.target, self.model.skeleton.stored_dtype
-        return [
-            {
-                linear.name: packed_size(linear.shape, target.zeros(linear.shape[0] * linear.shape[1]), dtype)
-                for linear in block
+        return {
+            block: {
+                name: packed_size(shape, target.zeros(shape[0] * shape[1]), dtype) for name, shape in shapes.items()
             }
-            for block in self.model.layout.blocks
-        ]
+            for block, shapes in enumerate(map(self.model.layout.shapes, range(len(self.model.layout.blocks))))
+        }
 
 
 @lru_cache(maxsize=4)

@@ -1,22 +1,22 @@
-"""Cut a round's upload into messages: groups of blocks, each below a number of bytes.
+"""Cut what travels in a round into messages: groups of blocks, each below a number of bytes.
 
 APPFL sends one buffer a message, and MPI ends at 2^31 - 1 bytes. Every client sends the same number of messages in the
 same order, each about the same blocks, with nothing in it where the client was not assigned them: so the server's open
 blocks stay few, and batched clients of one MPI rank never wait for each other across ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from fedspallm_appfl.errors import ConfigError
 
 Unit = tuple[int, str]
 
 
-def plan(sizes: Sequence[dict[str, int]], blocks_per_message: int, limit: int) -> list[list[Unit]]:
-    """Group the linears of all blocks into messages.
+def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit: int) -> list[list[Unit]]:
+    """Group the linears of some blocks into messages.
 
     Args:
-        sizes: for each block, linear -> bytes that its packed matrix takes.
+        sizes: block -> linear -> bytes that its packed matrix takes.
         blocks_per_message: blocks in a message, fewer where they exceed the limit.
         limit: bytes of a message.
 
@@ -28,7 +28,7 @@ def plan(sizes: Sequence[dict[str, int]], blocks_per_message: int, limit: int) -
     """
     messages: list[list[Unit]] = []
     taken, blocks_in = 0, 0
-    for block, linears in enumerate(sizes):
+    for block, linears in sizes.items():
         whole = sum(linears.values())
         if not messages or blocks_in == blocks_per_message or taken + whole > limit:
             messages.append([])

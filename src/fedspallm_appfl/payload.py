@@ -5,6 +5,8 @@ One update, up or down, is
     {"format": "fedspallm-update/1", "round": 0,
      "blocks": {"3": {"self_attn.q_proj": {"shape": [O, I], "mask": uint8, "values": float}}}}
 
+An update that goes down may come in several pieces and then says which it is: `"piece": 0, "pieces": 2`.
+
 * `mask` holds one bit an entry in row-major order, least significant bit first, 1 = kept: ceil(O * I / 8) bytes;
 * `values` holds the kept entries in the same order, in the dtype of the checkpoint. The mask is shipped, never rebuilt
   from `values != 0`: a kept weight may be exactly zero.

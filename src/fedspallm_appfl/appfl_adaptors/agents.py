@@ -28,6 +28,7 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
         "roster": config.roster(),
         "device": server.device,
         "comparisons": config.evaluation.compare,
+        "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
         "state_dir": str(state_dir),
     }
     made: Any = OmegaConf.structured(ServerAgentConfig)

@@ -10,10 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.global_model import Aggregation, GlobalModel
+from fedspallm_appfl.global_model import Aggregation, GlobalModel, Piece
 from fedspallm_appfl.layer_sampling import draw, to_text
 from fedspallm_appfl.lazy_model import Skeleton
-from fedspallm_appfl.payload import update_nbytes
 from fedspallm_appfl.sparsity import parse_target
 
 
@@ -60,6 +59,7 @@ class FedSpaLLMAggregator(BaseAggregator):
         )
         self.round = 0
         self._ended: set[str] = set()
+        self._pieces: list[Piece] = []
         self._begin()
 
     @property
@@ -68,15 +68,27 @@ class FedSpaLLMAggregator(BaseAggregator):
         return self.round >= self.settings["rounds"]
 
     def get_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a client gets before its first message: no weights, since it holds the dense model, and its assignment."""
+        """What a client gets outside the exchange of messages.
+
+        Before its first message its assignment, without weights, since it holds the dense model; with `piece=i` the i-th
+        piece of the last round's update.
+        """
+        if "piece" in kwargs:
+            return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
         asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
         known = [client for client in map(str, asked) if client in self.settings["roster"]]
         return {}, self.instructions(known or list(self.settings["roster"]))
 
     def instructions(self, clients: list[str]) -> dict[str, Any]:
-        """The round and the blocks of some clients, as plain strings: `{"round": 0, "assign": {"a": "0-3,7"}}`."""
+        """What some clients have to do next, in plain types; nothing once all rounds are done.
+
+        `{"round": 1, "assign": {"a": "0-3,7"}}`: the round, and the blocks of each client.
+        """
+        if self.finished:
+            return {}
         assigned = self.global_model.round.assigned
-        return {"round": self.round, "assign": {client: to_text(assigned[client]) for client in clients}}
+        assign = {client: to_text(assigned[client]) for client in clients}
+        return {"round": self.round, "assign": assign}
 
     def receive(self, client: str, update: Any, metadata: dict[str, Any]) -> bool:
         """Fold one message.
@@ -118,23 +130,24 @@ class FedSpaLLMAggregator(BaseAggregator):
         return self._ended == set(self.settings["roster"])
 
     def end_round(self) -> dict[str, Any]:
-        """Close the round and begin the next; returns the update to send down, `{}` after the last round."""
-        self.round += 1
-        changes = {} if self.finished else self.global_model.changes()
+        """Close the round and begin the next; returns the first piece of the update, `{}` after the last round."""
         changed = to_text(sorted(self.global_model.round.changed))
-        sent = update_nbytes(changes)
-        self.on_event({"event": "round", "round": self.round - 1, "blocks": changed, "bytes_down": sent})
+        self.round += 1
         self._ended = set()
+        self._pieces = [] if self.finished else self.global_model.changes(self.settings["max_message_bytes"])
+        first = self.global_model.load_piece(self._pieces[0]) if self._pieces else {}
+        sent = sum(piece.nbytes for piece in self._pieces)
+        self.on_event({"event": "round", "round": self.round - 1, "blocks": changed, "bytes_down": sent})
         if not self.finished:
             self._begin()
-        return changes
+        return first
 
     def aggregate(self, local_models: dict[str, Any], **kwargs: dict[str, Any]) -> dict[str, tuple[dict, dict]]:
         """APPFL's own barrier: one message of every client at once. `FedSpaLLMScheduler` does without it."""
         for client, update in sorted(local_models.items()):
             self.receive(str(client), update, {key: of[client] for key, of in kwargs.items() if client in of})
         changes = self.end_round() if self.all_ended() else {}
-        return {client: (changes, {} if self.finished else self.instructions([str(client)])) for client in local_models}
+        return {client: (changes, self.instructions([str(client)])) for client in local_models}
 
     def _begin(self) -> None:
         s = self.settings

@@ -78,8 +78,7 @@ class FedSpaLLMScheduler(BaseScheduler):
     def _answer_all(self, changes: dict[str, Any]) -> None:
         waiting, self._at_barrier = self._at_barrier, {}
         for client, future in waiting.items():
-            instructions = {} if self.aggregator.finished else self.aggregator.instructions([client])
-            future.set_result((changes, instructions))
+            future.set_result((changes, self.aggregator.instructions([client])))
 
     def _fail(self, error: BaseException) -> None:
         waiting = [future for future, _ in self._held.values()] + list(self._at_barrier.values())

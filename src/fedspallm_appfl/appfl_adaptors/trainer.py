@@ -48,6 +48,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self._client: LocalClient | None = None
         self._instructions: tuple[int, list[int]] | None = None
         self._message: Message | None = None
+        self._pieces_left = 0
 
     @property
     def client(self) -> LocalClient:
@@ -61,6 +62,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         if instructions.get("assign"):
             self._follow(instructions)
         if not self.client.in_round:
+            self._require_all_pieces()
             index, blocks = self._instructions or (self.round, self._own_draw(self.round))
             self.client.start_round(index, blocks)
             self.round, self._instructions = index, None
@@ -84,14 +86,23 @@ class FedSpaLLMTrainer(BaseTrainer):
         return message.update, metadata
 
     def load_parameters(self, params: Any) -> None:
-        """Take what the server sent: a payload, or a payload and metadata with instructions."""
+        """Take what the server sent: a payload or a further piece of it, alone or with metadata that holds instructions."""
         update, metadata = params if isinstance(params, tuple) else (params, {})
         self.client.take(update)
+        if update:
+            self._pieces_left = update["pieces"] - 1 if update["piece"] == 0 else self._pieces_left - 1
         self._follow(metadata)
 
     def _follow(self, metadata: dict[str, Any]) -> None:
         if self.client_id in (metadata.get("assign") or {}):
             self._instructions = int(metadata["round"]), from_text(metadata["assign"][self.client_id])
+
+    def _require_all_pieces(self) -> None:
+        if self._pieces_left > 0:
+            raise RuntimeError(
+                f"client {self.client_id}: {self._pieces_left} pieces of the server's update are missing; fetch each "
+                "with get_global_model(init_model=False, piece=i) for i = 1, 2, ... and give it to load_parameters"
+            )
 
     def _own_draw(self, index: int) -> list[int]:
         roster, blocks = self.settings.get("roster"), len(self.client.model.layout.blocks)

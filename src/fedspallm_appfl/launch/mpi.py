@@ -126,6 +126,10 @@ def _exchange(wire: Any, agents: dict[str, Any]) -> str:
     payload, answers = wire.update_global_model(updates, kwargs=metadata)
     for name, agent in agents.items():
         agent.load_parameters((payload, answers[name]))
+    for number in range(1, payload.get("pieces", 1)):
+        piece = wire.get_global_model(init_model=False, piece=number)
+        for agent in agents.values():
+            agent.load_parameters(piece)
     return answers[next(iter(agents))]["status"]
 
 

@@ -40,8 +40,10 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
     while not server.training_finished():
-        for name, answer in _round(server, agents).items():
-            agents[name].load_parameters(answer)
+        for name, (update, instructions) in _round(server, agents).items():
+            agents[name].load_parameters((update, instructions))
+            for piece in range(1, update.get("pieces", 1)):
+                agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
     return server.aggregator
 
 
