@@ -71,7 +71,10 @@ def test_the_help_of_every_verb_shows_examples_that_parse(verb, fedspallm, monke
     assert shown
     for example in shown:
         assert example in out
-        assert parse(example, monkeypatch).command == (verb or "run")
+        args = parse(example, monkeypatch)
+        assert args.command == (verb or "run")
+        if "config" in args and (ROOT / args.config).exists():
+            assert load_config(ROOT / args.config, args.overrides)[1] == []
 
 
 def test_the_examples_of_help_name_files_that_exist():

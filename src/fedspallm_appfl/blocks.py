@@ -81,6 +81,13 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
     return layout
 
 
+def left_dense(model: nn.Module, layout: Layout) -> list[str]:
+    """Weights of the first block that are matrices or larger and are not pruned, e.g. experts stored as one tensor."""
+    pruned = {f"{linear.name}.weight" for linear in layout.blocks[0]}
+    block = _module_list(model, layout.path)[0]
+    return [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim > 1 and name not in pruned]
+
+
 def _linears(block: nn.Module, outside: set[int]) -> list[Linear]:
     linears = []
     for name, module in block.named_modules():

@@ -168,11 +168,13 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    from fedspallm_appfl.config_rules import forecast
+
     config = _checked(args, files=not args.no_files, overwrite=True)
-    clients = len(config.clients)
-    _console().print(
-        f"{args.config}: no problem found; {clients} clients, {config.server_configs.num_global_epochs} rounds"
-    )
+    clients, rounds = len(config.clients), config.server_configs.num_global_epochs
+    lines = [f"{args.config}: no problem found; {clients} clients, {rounds} round{'s' if rounds > 1 else ''}"]
+    for line in lines + ([] if args.no_files else forecast(config)):
+        _console().print(line, highlight=False)
     return 0
 
 

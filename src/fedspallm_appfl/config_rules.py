@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedspallm_appfl.blocks import left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import DataError, FedSpaLLMError
 from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
-from fedspallm_appfl.layer_sampling import STRATEGIES
+from fedspallm_appfl.layer_sampling import STRATEGIES, expected_uncovered
 from fedspallm_appfl.mask_expansion import GROUPS
 from fedspallm_appfl.pruning import PRUNERS
 from fedspallm_appfl.sparsity import Target, check_divides, parse_target
@@ -182,6 +183,24 @@ def check_with_files(config: Config) -> list[str]:
     if config.evaluation.texts:
         problems += _too_long("evaluation.length", config.evaluation.length, longest)
     return problems
+
+
+def forecast(config: Config) -> list[str]:
+    """What a run will prune, in words."""
+    from fedspallm_appfl.lazy_model import Skeleton
+
+    skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+    blocks = skeleton.layout.blocks
+    entries = sum(linear.shape[0] * linear.shape[1] for block in blocks for linear in block)
+    names = ", ".join(linear.name for linear in blocks[0])
+    lines = [f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}"]
+    dense = left_dense(skeleton.model, skeleton.layout)
+    if dense:
+        lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
+    if config.client_configs.train_configs.layer_sampling == "uniform":
+        expected = expected_uncovered(config.roster(), len(blocks))
+        lines.append(f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation")
+    return lines
 
 
 def _indivisible(linears: tuple, target: Target) -> Iterator[str]:
