@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import yaml
+
 from conftest import DEMO
 
 DOMAINS = ("austen", "bible", "csource", "sqldocs")

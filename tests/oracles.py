@@ -20,8 +20,9 @@ def sparsegpt(
     work, kept = weight.double().clone(), torch.ones(weight.shape, dtype=torch.bool)
     gram = gram.double().clone()
     dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = 1
-    hessian = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    mean = gram.diagonal().mean()
+    gram.diagonal()[dead] = mean
+    hessian = gram + damping * mean * torch.eye(len(gram), dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     for first, end, zeros in zeros_by_block:
         scores = work[:, first:end] ** 2 / upper.diagonal()[first:end] ** 2 * ~dead[first:end]

@@ -3,6 +3,7 @@
 import runpy
 
 import torch
+
 from conftest import ROOT
 
 EXAMPLE = runpy.run_path(str(ROOT / "examples" / "by_hand.py"))

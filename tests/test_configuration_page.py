@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 from conftest import ROOT
-
 from fedspallm_appfl.config import Client, Config
 
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO, SHARED
-from experiments import UNEVEN, small_config
-from families import save_family
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import DEMO, SHARED
+from experiments import UNEVEN, small_config
+from families import save_family
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.sparsity import parse_target
 

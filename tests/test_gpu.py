@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import save_family, windows
 
+from families import save_family, windows
 from fedspallm_appfl.blockwise import prune_blocks
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean

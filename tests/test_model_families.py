@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from families import FAMILIES, save_family, windows
-from oracles import column_blocks, sparsegpt
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from families import FAMILIES, save_family, windows
 from fedspallm_appfl.blocks import find_layout
 from fedspallm_appfl.blockwise import prune_blocks
 from fedspallm_appfl.errors import ModelError, PruningError
@@ -16,6 +15,7 @@ from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.payload import pack
 from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
+from oracles import column_blocks, sparsegpt
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,7 +45,7 @@ def whole_model_oracle(folder, ids, share, damping):
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         inputs = {name: [] for name in linears}
         hooks = [
-            module.register_forward_hook(lambda m, args, out, name=name: inputs[name].append(args[0].flatten(0, -2)))
+            module.register_forward_pre_hook(lambda m, args, seen=inputs[name]: seen.append(args[0].flatten(0, -2)))
             for name, module in linears.items()
         ]
         with torch.no_grad():

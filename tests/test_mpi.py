@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT
-from experiments import UNEVEN, small_config
 from safetensors.torch import load_file, save_file
 
+from conftest import DEMO, ROOT
+from experiments import UNEVEN, small_config
 from fedspallm_appfl.cli import main
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")

@@ -145,9 +145,18 @@ class GlobalModel:
         self._ready: dict[int, dict[str, dict[str, Packed]]] = {}
         self._received: set[tuple[str, int, str]] = set()
         self._facts: dict[int, dict[str, Any]] = {}
+        self._no_sums = L0Sums.empty((0, 0), settings.weights == "sample_size")
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
-        """Expect from each client its assigned blocks."""
+        """Expect from each client its assigned blocks.
+
+        Raises:
+            RuntimeError: blocks of the round before are still open.
+        """
+        if self.open_blocks():
+            raise RuntimeError(
+                f"round {self.round.index} cannot end: blocks {sorted(self.open_blocks())} are not complete"
+            )
         self.round = Round(index, assigned)
         self._received.clear()
 
@@ -175,9 +184,12 @@ class GlobalModel:
         for block, name, _ in matrices(update):
             if (client, block, name) in self._received:
                 raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
+        weight = self._client_weight(client, samples)
+        for block, name, packed in matrices(update):
+            self._check_range(client, block, name, packed, weight)
         for block, name, packed in matrices(update):
             self._received.add((client, block, name))
-            self._fold(client, block, name, packed, samples)
+            self._fold(client, block, name, packed, weight)
         if "standalone" in self.settings.comparisons:
             for block, linears in update["blocks"].items():
                 self.comparison(f"standalone/{client}").add(int(block), linears)
@@ -228,20 +240,37 @@ class GlobalModel:
         """The packed blocks of a comparison: `fedavg` or `standalone/CLIENT`."""
         return PackedStore(self.folder / name)
 
-    def _fold(self, client: str, block: int, name: str, packed: dict[str, Any], samples: int) -> None:
-        key = (block, name)
-        if key not in self._open:
-            empty = L0Sums.empty(tuple(packed["shape"]), self.settings.weights == "sample_size", self.device)
-            self._open[key] = _Open(empty, self.round.clients_of(block))
-        weight, mask = unpack(packed)
-        client_weight = samples if self.settings.weights == "sample_size" else 1
+    def _client_weight(self, client: str, samples: int) -> int:
+        if samples < 1:
+            raise UpdateError(
+                f"refused an update from client {client}: its sample size is {samples}, at least 1 is needed"
+            )
+        return samples if self.settings.weights == "sample_size" else 1
+
+    def _matrix(self, block: int, name: str) -> _Open:
+        """The sums of a matrix, opened by the first upload for it."""
+        if (block, name) not in self._open:
+            shape = self.layout.shapes(block)[name]
+            empty = L0Sums.empty(shape, self.settings.weights == "sample_size", self.device)
+            self._open[block, name] = _Open(empty, self.round.clients_of(block))
+        return self._open[block, name]
+
+    def _check_range(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
+        values = packed["values"]
+        largest = float(values.abs().max()) if len(values) else 0.0
+        sums = self._open[block, name].sums if (block, name) in self._open else self._no_sums
         try:
-            self._open[key].sums.add(weight.to(self.device), mask.to(self.device), client_weight)
+            sums.check_range(largest, weight)
         except ValueError as error:
-            raise UpdateError(f"client {client}, block {block}, {name}: {error}") from error
-        self._open[key].missing.discard(client)
-        if not self._open[key].missing:
-            self._close(block, name, self._open.pop(key).sums)
+            raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
+
+    def _fold(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
+        matrix = self._matrix(block, name)
+        dense, mask = unpack(packed)
+        matrix.sums.add(dense.to(self.device), mask.to(self.device), weight)
+        matrix.missing.discard(client)
+        if not matrix.missing:
+            self._close(block, name, self._open.pop((block, name)).sums)
 
     def _close(self, block: int, name: str, sums: L0Sums) -> None:
         if self.settings.fold == "cumulative":
@@ -274,7 +303,10 @@ class GlobalModel:
     def _with_earlier_rounds(self, block: int, name: str, sums: L0Sums) -> L0Sums:
         file = self.folder / "sums" / f"{block:04d}-{name}.safetensors"
         if file.is_file():
-            sums.merge(_load_sums(file, self.device))
+            try:
+                sums.merge(_load_sums(file, self.device))
+            except ValueError as error:
+                raise UpdateError(f"block {block}, {name}: the sums of all rounds: {error}") from error
         file.parent.mkdir(parents=True, exist_ok=True)
         _save_sums(sums, file)
         return sums

@@ -22,6 +22,8 @@ from torch import Tensor
 
 FRACTION_BITS = 40
 LARGEST_SUM = 2.0 ** (62 - FRACTION_BITS)
+MOST_CLIENTS = torch.iinfo(torch.int16).max
+MOST_WEIGHT = torch.iinfo(torch.int32).max
 
 
 @dataclass
@@ -62,29 +64,58 @@ class L0Sums:
             client_weight: a_k, a positive integer (1, or a number of samples).
 
         Raises:
-            ValueError: a weight is not finite, or the sum would leave the range of the accumulators.
+            ValueError: a weight is not finite, or an accumulator would leave its range; nothing was folded.
         """
         largest = float(weight.abs().max()) if weight.numel() else 0.0
-        if not largest < float("inf"):
-            raise ValueError("l0 aggregation needs finite weights, got NaN or infinity")
-        self.bound += client_weight * largest
-        if self.bound > LARGEST_SUM:
-            raise ValueError(
-                f"the sum of client weight times |W| must stay below {LARGEST_SUM:g}, it may now reach {self.bound:g}; "
-                "weigh clients equally, or look for a client whose weights have diverged"
-            )
+        self.check_range(largest, client_weight)
         fixed = (weight.double() * 2.0**FRACTION_BITS).round_().long()
         self.total += fixed.mul_(client_weight)
         self.votes += ~mask
         if self.kept is not None:
             self.kept += mask.int().mul_(client_weight)
-        elif client_weight != 1:
-            raise ValueError(f"these sums were made for client weights of 1, got {client_weight}")
         self.clients += 1
         self.weight += client_weight
+        self.bound += client_weight * largest
+
+    def check_range(self, largest: float, client_weight: int, clients: int = 1) -> None:
+        """Refuse what would leave the range of an accumulator.
+
+        Args:
+            largest: largest |weight| to come.
+            client_weight: a_k to come.
+            clients: number of clients to come.
+
+        Raises:
+            ValueError: says which range.
+        """
+        if not largest < float("inf"):
+            raise ValueError("l0 aggregation needs finite weights, got NaN or infinity")
+        if client_weight < 1:
+            raise ValueError(f"a client weighs at least 1, got {client_weight}")
+        if self.kept is None and client_weight != clients:
+            raise ValueError(f"these sums were made for client weights of 1, got {client_weight}")
+        bound = self.bound + client_weight * largest
+        if bound > LARGEST_SUM:
+            raise ValueError(
+                f"the sum of client weight times |W| must stay below {LARGEST_SUM:g}, it may now reach {bound:g}; "
+                "weigh clients equally, or look for a client whose weights have diverged"
+            )
+        if self.weight + client_weight > MOST_WEIGHT or self.clients + clients > MOST_CLIENTS:
+            raise ValueError(
+                f"at most {MOST_CLIENTS} clients and a total weight of {MOST_WEIGHT} can be folded, "
+                f"got {self.clients + clients} and {self.weight + client_weight}"
+            )
 
     def merge(self, other: "L0Sums") -> None:
-        """Add another round's accumulators of the same matrix (`fold: cumulative`)."""
+        """Add another round's accumulators of the same matrix (`fold: cumulative`).
+
+        Raises:
+            ValueError: an accumulator would leave its range, or only one of the two is weighted.
+        """
+        if (self.kept is None) != (other.kept is None):
+            raise ValueError("sums with client weights and sums without cannot be merged")
+        if other.clients:
+            self.check_range(other.bound / other.weight, other.weight, other.clients)
         self.total += other.total
         self.votes += other.votes
         if self.kept is not None and other.kept is not None:

@@ -17,13 +17,14 @@ and it does not depend on how clients are laid out over processes.
 import math
 import random
 from collections.abc import Mapping
+from fractions import Fraction
 
 STRATEGIES = ("balanced", "uniform", "sweep")
 
 
 def blocks_per_round(share: float, blocks: int) -> int:
-    """`max(1, round(share * blocks))`, half rounded up."""
-    return max(1, math.floor(share * blocks + 0.5))
+    """`max(1, round(share * blocks))`, half rounded up; a decimal is read as a fraction, 0.29 is 29/100."""
+    return max(1, math.floor(Fraction(str(share)) * blocks + Fraction(1, 2)))
 
 
 def draw(

@@ -30,9 +30,9 @@ class PackedStore:
         """Store one block, in place of what was stored of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in ("mask", "values")}
-        shapes = {name: json.dumps(packed["shape"]) for name, packed in linears.items()}
+        shapes = {name: linears[name]["shape"] for name in sorted(linears)}
         partial = self._file(block).with_suffix(".partial")
-        save_file(tensors, partial, metadata=shapes)
+        save_file(tensors, partial, metadata={"shapes": json.dumps(shapes)})
         partial.replace(self._file(block))
 
     def add(self, block: int, linears: dict[str, Packed]) -> None:
@@ -40,17 +40,14 @@ class PackedStore:
         self.save(block, {**(self.load(block) or {}), **linears})
 
     def load(self, block: int) -> dict[str, Packed] | None:
-        """One block, or None if it is not stored."""
+        """One block with its matrices in the order of their names, or None if it is not stored."""
         if not self._file(block).is_file():
             return None
         with safe_open(self._file(block), framework="pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
             return {
-                name: {
-                    "shape": json.loads(shape),
-                    "mask": file.get_tensor(f"{name}/mask"),
-                    "values": file.get_tensor(f"{name}/values"),
-                }
-                for name, shape in file.metadata().items()
+                name: {"shape": shape} | {part: file.get_tensor(f"{name}/{part}") for part in ("mask", "values")}
+                for name, shape in shapes.items()
             }
 
     def _file(self, block: int) -> Path:

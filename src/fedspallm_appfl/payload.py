@@ -124,8 +124,8 @@ def check_update(
     _require(update["round"] == round_index, sender, f"it is for round {update['round']}, this is round {round_index}")
     _require(isinstance(update["blocks"], Mapping), sender, "`blocks` is not a dict")
     for key, linears in update["blocks"].items():
-        known = isinstance(key, str) and key.isdecimal() and int(key) in blocks
-        _require(known, sender, f"block {key!r} was not assigned; assigned were {sorted(blocks)}")
+        known = key in {str(block) for block in blocks}
+        _require(known, sender, f"block {key!r} was not assigned; assigned were {sorted(blocks)}, as text")
         _require(isinstance(linears, Mapping), sender, f"block {key} is not a dict")
         for name, packed in linears.items():
             where = f"{sender}, block {key}, {name}"
@@ -138,7 +138,9 @@ def _check_matrix(packed: Any, where: str, shape: tuple[int, int], dtype: torch.
     complete = isinstance(packed, Mapping) and set(packed) == {"shape", "mask", "values"}
     _require(complete, where, "a matrix has the keys shape, mask, values")
     mask, values = packed["mask"], packed["values"]
-    _require(list(packed["shape"]) == list(shape), where, f"the shape is {packed['shape']}, expected {list(shape)}")
+    right_shape = type(packed["shape"]) is list and all(type(n) is int for n in packed["shape"])
+    right_shape = right_shape and packed["shape"] == list(shape)
+    _require(right_shape, where, f"the shape is {packed['shape']}, expected {list(shape)}")
     _require(isinstance(mask, Tensor) and isinstance(values, Tensor), where, "mask and values must be tensors")
     entries = shape[0] * shape[1]
     right_mask = mask.dtype == torch.uint8 and tuple(mask.shape) == (-(-entries // 8),)

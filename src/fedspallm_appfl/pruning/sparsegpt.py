@@ -33,7 +33,8 @@ class Factor:
     """The factor U of one Gram matrix, shared by all linears that have the same input.
 
     Attributes:
-        upper: (I, I) float32, upper triangular, `(G + damping mean(diag G) I)^-1 = upper^T upper`.
+        upper: (I, I) float32, upper triangular, `(G + damping mean(diag G) I)^-1 = upper^T upper`, where dead features
+            have mean(diag G) on the diagonal of G.
         dead: (I,) bool, features that are always zero.
         damping: the damping that was used in the end, as a share of mean(diag G).
         attempts: factorizations tried.
@@ -48,8 +49,8 @@ class Factor:
         matrix = gram.matrix()
         diagonal = matrix.diagonal()
         self.dead = diagonal == 0
-        diagonal[self.dead] = 1.0
-        mean = float(diagonal.mean())
+        mean = float(diagonal.mean()) or 1.0
+        diagonal[self.dead] = mean
         added = 0.0
         for self.attempts in range(1, retries + 2):
             self.damping = damping * 10.0 ** (self.attempts - 1)
@@ -83,7 +84,7 @@ def prune(weight: Tensor, target: Target, factor: Factor, column_block: int = CO
     kept = torch.ones_like(columns, dtype=torch.bool)
     in_features, out_features = columns.shape
     if isinstance(target, NM):
-        column_block -= column_block % target.group
+        column_block = max(target.group, column_block - column_block % target.group)
     for start in range(0, in_features, column_block):
         end = min(start + column_block, in_features)
         if not isinstance(target, NM):
@@ -110,7 +111,6 @@ def _compensate_inside(columns: Tensor, kept: Tensor, factor: Factor, start: int
     """Visit the columns of one block; `columns` and, for n:m, `kept` are changed in place. Returns errors (columns, O)."""
     upper = factor.upper[start : start + len(columns), start : start + len(columns)]
     importance = _importance(factor, start, start + len(columns))
-    dead = factor.dead[start : start + len(columns)].tolist()
     diagonal = upper.diagonal().tolist()
     errors = torch.zeros_like(columns)
     step = target.group * max(1, SUB_BLOCK // target.group) if isinstance(target, NM) else SUB_BLOCK
@@ -121,9 +121,6 @@ def _compensate_inside(columns: Tensor, kept: Tensor, factor: Factor, start: int
                 group = slice(j, j + target.group)
                 scores = (columns[group].square() * importance[group].unsqueeze(1)).T
                 kept[group] = ~select(scores, target, per_row=True).T
-            if dead[j]:
-                columns[j] *= kept[j]
-                continue
             error = torch.where(kept[j], 0.0, columns[j] / diagonal[j])
             columns[j] *= kept[j]
             columns[j + 1 : high].addr_(upper[j, j + 1 : high], error, alpha=-1)
