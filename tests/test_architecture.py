@@ -10,7 +10,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "fedspallm_appfl"
 LAYERS = (
     # 0  pure mathematics and plain words
-    "__init__ errors dtypes devices sparsity l0_aggregation mask_expansion layer_sampling messages events pruning/*",
+    "__init__ errors yaml_io dtypes devices events messages pruning/* "
+    "sparsity l0_aggregation mask_expansion layer_sampling",
     # 1  what travels and what rests
     "payload packed_store checkpoint_files",
     # 2  models and data

@@ -25,8 +25,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that can be read: {error}") from error
+    except Exception as error:  # the Rust library behind it raises bare exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from error
 
 
 def read_text(paths: str | Sequence[str]) -> str:
@@ -79,7 +80,7 @@ def draw_windows(windows: Tensor, count: int, seed: int, client: str) -> Tensor:
     if len(windows) < count:
         raise DataError(
             f"client {client}: {count} calibration windows of {windows.shape[1]} tokens were asked for, its text has "
-            f"{len(windows)}; give more text, or lower `calibration.windows` or `calibration.length`"
+            f"{len(windows)}; give more text, or lower data.windows or data.length"
         )
     digest = hashlib.sha256(f"calibration/{seed}/{client}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

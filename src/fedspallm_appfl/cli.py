@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "validate",
         "Report every problem of a configuration at once; opens model and text, runs nothing.",
-        "fedspallm validate configs/demo.yaml\n  fedspallm validate configs/llama2_7b_4c_50.yaml --no-files",
+        "fedspallm validate configs/demo.yaml\n  fedspallm validate configs/llama2_7b_4_clients.yaml --no-files",
     )
     _config_arguments(validate)
     validate.add_argument("--no-files", action="store_true", help="look at the values only, not at model and text")
@@ -123,10 +123,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"at least 1, got {text}")
-    return number
+    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:

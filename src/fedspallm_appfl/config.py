@@ -22,7 +22,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedspallm_appfl import yaml_io
 from fedspallm_appfl.errors import ConfigError
+
+Paths = str | list[str]
 
 
 @dataclass
@@ -82,7 +85,7 @@ class TrainConfigs:
 class Data:
     """Private text of a client and what is taken from it."""
 
-    text: Any = None  # a UTF-8 file, a folder of .txt files, or a list of these
+    text: Paths | None = None  # a UTF-8 file, a folder of .txt files, or a list of these
     windows: int = 128  # calibration windows drawn from it
     length: int = 2048  # tokens in a window
     batch: int = 1  # windows in a forward pass; more is faster on a GPU and takes more memory
@@ -116,7 +119,7 @@ class Client(ClientConfigs):
 class Evaluation:
     """Held-out text on which the server measures perplexity."""
 
-    texts: dict[str, Any] = field(default_factory=dict)  # name -> file, folder or list
+    texts: dict[str, Paths] = field(default_factory=dict)  # name -> file, folder or list
     length: int = 2048
     windows: int | None = None  # at most so many of each text; null takes all
     batch: int = 1
@@ -138,39 +141,11 @@ class Config:
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults and merged clients spelt out."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml_io.dump(dataclasses.asdict(self))
 
     def roster(self) -> dict[str, float]:
         """Client id -> resource share, in the order of the file."""
         return {client.client_id: client.train_configs.resource_share for client in self.clients}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 2:4 is text here, not 124 in base sixty; 1e-3 is a number; and a key stands only once."""
-
-    yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|nan)$"),
-    list("-+0123456789."),
-)
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
@@ -190,21 +165,25 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     raw = _merge(_read(Path(file)), overrides)
     problems: list[str] = []
     raw["clients"] = _merged_clients(raw, problems)
-    return _build(Config, raw, "", problems), problems
+    config = _build(Config, raw, "", problems)
+    return config, _without_echoes(problems)
 
 
 def _read(file: Path) -> DictConfig:
     resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     resolver("here", lambda path: str((file.resolve().parent / path).resolve()), replace=True)
     try:
-        loaded = OmegaConf.create(yaml.load(file.read_text("utf-8"), Loader=_Loader))
+        loaded = yaml_io.load(file.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
+    if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
-    return loaded
+    try:
+        return OmegaConf.create(loaded)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read as a configuration: {_first_line(error)}") from error
 
 
 def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -215,13 +194,18 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
                 f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
             )
         try:
-            OmegaConf.update(loaded, key, yaml.load(value, Loader=_Loader), merge=True)
+            OmegaConf.update(loaded, key, yaml_io.load(value), merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"the override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"the override {override!r} cannot be applied: {_first_line(error)}") from error
     try:
         return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"a value refers to something that is not there: {error}") from error
+        where = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{where} refers to something that is not there: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
@@ -232,9 +216,24 @@ def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
     for index, client in enumerate(clients):
         if not isinstance(client, dict):
             problems.append(f"clients.{index}: a client is a group of keys such as client_id and data, got {client!r}")
-            continue
-        merged.append(OmegaConf.to_container(OmegaConf.merge(shared, client)))
+            client = {}
+        merged.append(_over(shared, client))
     return merged
+
+
+def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A client's own values over the shared ones; a group that is named but empty changes nothing."""
+    made = dict(shared)
+    for key, value in own.items():
+        group = isinstance(made.get(key), dict) and (value is None or isinstance(value, dict))
+        made[key] = _over(made[key], value or {}) if group else value
+    return made
+
+
+def _without_echoes(problems: list[str]) -> list[str]:
+    """What is wrong in `client_configs` shows in every client again; say it once."""
+    shared = {problem.removeprefix("client_configs.") for problem in problems if problem.startswith("client_configs.")}
+    return [problem for problem in problems if re.sub(r"^clients\.\d+\.", "", problem) not in shared]
 
 
 def _build(kind: Any, raw: Any, path: str, problems: list[str]) -> Any:
@@ -260,15 +259,16 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], default: Any)
         return _build(hint, value, where, problems)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        if value is None:
+        if value is None and types.NoneType in arguments:
             return None
-        return _value(arguments[0], value, where, problems, default)
+        fits = [a for a in arguments if isinstance(value, list) == (typing.get_origin(a) is list)]
+        return _value(fits[0] if fits else arguments[0], value, where, problems, default)
     if origin in (list, dict) and value is None:
         return default
     if origin is list and isinstance(value, list):
-        return [_value(arguments[0], v, f"{where}.{i}", problems, None) for i, v in enumerate(value)]
+        return [_value(arguments[0], v, f"{where}.{i}", problems, "") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {str(k): v for k, v in value.items()}
+        return {str(k): _value(arguments[1], v, f"{where}.{k}", problems, "") for k, v in value.items()}
     if hint is Any:
         return value
     if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):

@@ -4,7 +4,6 @@
 model is built without weights.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from fedspallm_appfl.blocks import left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import DataError, FedSpaLLMError
 from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
@@ -61,10 +61,18 @@ def _clients(config: Config) -> Iterator[str]:
         if client.train_configs.pruner != "magnitude" and not client.data.text:
             yield f"clients.{index}.data.text: client {client.client_id!r} has no private text; name a file or a folder"
         yield from _client_numbers(f"clients.{index}", client)
-        for shared in ("sparsity", "layer_sampling", "trainer"):
-            own, common = getattr(client.train_configs, shared), getattr(config.client_configs.train_configs, shared)
+        yield from _must_be_shared(f"clients.{index}", client, config)
+
+
+def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:
+    for group, names in (
+        ("train_configs", ("sparsity", "layer_sampling", "trainer")),
+        ("comm_configs", ("blocks_per_message", "max_message_bytes")),
+    ):
+        for name in names:
+            own, common = getattr(getattr(client, group), name), getattr(getattr(config.client_configs, group), name)
             if own != common:
-                yield f"clients.{index}.train_configs.{shared}: the same for every client, got {own!r} beside {common!r}"
+                yield f"{path}.{group}.{name}: the same for every client, got {own!r} beside {common!r}"
 
 
 def _client_numbers(path: str, client: Client) -> Iterator[str]:
@@ -73,7 +81,7 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
         yield f"{path}.train_configs.resource_share: a share in (0, 1], got {train.resource_share}"
     if train.pruner not in PRUNERS:
         yield f"{path}.train_configs.pruner: one of {', '.join(PRUNERS)}; got {train.pruner!r}"
-    if not train.damping > 0:
+    if not 0 < train.damping < float("inf"):
         yield f"{path}.train_configs.damping: greater than 0, got {train.damping}"
     if train.damping_retries < 0:
         yield f"{path}.train_configs.damping_retries: at least 0, got {train.damping_retries}"
@@ -86,7 +94,7 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
 
 
 def _device(path: str, device: str) -> Iterator[str]:
-    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+    if not is_device(device):
         yield f"{path}: auto, cpu, cuda or cuda:N; got {device!r}"
 
 
@@ -139,7 +147,7 @@ def _comparisons(config: Config) -> Iterator[str]:
     if "standalone" in compare and (partial or config.server_configs.num_global_epochs > 1):
         yield (
             "evaluation.compare: standalone needs every client to prune every block in one round, here are "
-            f"{config.server_configs.num_global_epochs} rounds and resource shares below 1 of {partial or 'nobody'}; "
+            f"{config.server_configs.num_global_epochs} rounds and resource shares below 1 of {partial or 'no client'}; "
             "measure it in a run of its own with resource_share 1 and one round"
         )
 
@@ -159,7 +167,7 @@ def check_with_files(config: Config) -> list[str]:
     problems = list(_indivisible(skeleton.layout.blocks[0], target))
     for client in config.clients:
         try:
-            if client.train_configs.pruner == "magnitude" and not client.data.text:
+            if not client.data.text:  # magnitude needs none
                 continue
             windows = cut_windows(tokenizer, read_text(client.data.text), client.data.length)
             check_vocabulary(windows, vocabulary, f"client {client.client_id}")
@@ -221,6 +229,9 @@ def run_dir_problem(config: Config, overwrite: bool) -> str | None:
     folder = Path(config.run_dir)
     if folder.exists() and not folder.is_dir():
         return f"run_dir: {folder} is a file; name a folder"
+    dense = Path(config.model.path).expanduser().resolve()
+    if dense == folder.resolve() or dense.is_relative_to((folder / "model").resolve()):
+        return f"run_dir: {folder} holds the dense model of model.path, which a run there would replace; name another"
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         return f"run_dir: {folder} exists and is not empty; give another run_dir=..., or --overwrite to replace it"
     return None

@@ -5,11 +5,17 @@ that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays
 uses that. More ranks than GPUs share them in turn.
 """
 
+import re
 import socket
 
 import torch
 
 from fedspallm_appfl.errors import ConfigError
+
+
+def is_device(asked: str) -> bool:
+    """Whether a device is `auto`, `cpu`, `cuda` or `cuda:N`."""
+    return asked in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", asked) is not None
 
 
 def choose_device(asked: str, local_rank: int) -> str:
@@ -20,8 +26,10 @@ def choose_device(asked: str, local_rank: int) -> str:
         local_rank: place of this process among the client processes of its node, from 0.
 
     Raises:
-        ConfigError: a GPU was asked for that this process cannot see.
+        ConfigError: the words are none of these, or a GPU was asked for that this process cannot see.
     """
+    if not is_device(asked):
+        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N; got {asked!r}")
     if asked == "cpu":
         return "cpu"
     seen = torch.cuda.device_count()

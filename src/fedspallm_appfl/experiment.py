@@ -5,6 +5,7 @@ A run directory holds `config.yaml` (resolved), `metrics.jsonl` (an event a line
 """
 
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -134,9 +135,12 @@ def evaluate_folder(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
     lazy = LazyModel(folder, None, dtype, choose_device(device, 0))
-    longest = getattr(lazy.model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
-    if length is not None and length > longest:
+    longest = getattr(lazy.model.config, "max_position_embeddings", None) or math.inf
+    length = length or int(min(longest, DEFAULT_LENGTH))
+    if length > longest:
         raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
-    tokenizer, length = load_tokenizer(lazy.skeleton.folder), length or min(longest, DEFAULT_LENGTH)
+    if length < 2:
+        raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
+    tokenizer = load_tokenizer(lazy.skeleton.folder)
     cut = {text: cut_windows(tokenizer, read_text(text), length)[:windows] for text in texts}
     return perplexities(lazy, cut, batch=batch)

@@ -73,7 +73,7 @@ def closing_table(config: Config, results: Results, log: EventLog) -> Table:
         f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
         f"{bytes_text(statistics.mean(up.values()))} up a client; the dense weights are {bytes_text(results.dense_bytes)}"
     )
-    table = Table(title=_title(config), caption=caption, caption_justify="left", title_justify="left")
+    table = Table(title=_title(config), caption=caption, caption_justify="left", title_justify="left", min_width=100)
     table.add_column("")
     texts = list(config.evaluation.texts)
     for text in texts:
