@@ -107,7 +107,7 @@ def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):
     for block in range(8):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert torch.equal(dense[name], pruned[name]) != (block in drawn)
-    assert "drawn by nobody" in (folder / "report.md").read_text()
+    assert "Drawn by nobody" in (folder / "report.md").read_text()
 
 
 def test_sweep_sends_down_what_later_rounds_need(tmp_path):

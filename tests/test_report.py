@@ -119,7 +119,7 @@ def test_traffic_is_summed_up_and_down_for_each_client(log):
 @pytest.mark.parametrize(
     ("matrices", "line"),
     [
-        (MATRICES, "70 of 140 weights in 7 matrices are zero (50.0000 %); 3 matrices stay dense"),
+        (MATRICES, "70 of 140 weights in 7 matrices are zero (50.0000 %); 3 matrices left dense"),
         (MATRICES[:2], "20 of 40 weights in 2 matrices are zero (50.0000 %)"),
         ([matrix(0, zeros=0)], "no matrix was pruned"),
     ],
@@ -183,7 +183,7 @@ def test_the_report_counts_the_blocks_that_each_client_sent(report):
 
 def test_the_report_names_blocks_that_nobody_drew(report):
     text = report(layer_sampling="uniform")
-    assert "Blocks 6-8 were drawn by nobody and stay dense." in text
+    assert "Drawn by nobody, and left dense: block 6-8." in text
     assert "Uniform sampling leaves 2.50 of 10 blocks uncovered a round in expectation." in text
     assert "Uniform sampling" not in report()
 

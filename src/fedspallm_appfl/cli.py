@@ -173,21 +173,22 @@ def _validate(args: argparse.Namespace) -> int:
     clients, rounds = len(config.clients), config.server_configs.num_global_epochs
     lines = [f"{args.config}: no problem found; {clients} clients, {rounds} round{'s' if rounds > 1 else ''}"]
     for line in lines + ([] if args.no_files else forecast(config)):
-        _console().print(line, highlight=False)
+        _console().print(line, highlight=False, markup=False)
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from rich.markup import escape
     from rich.table import Table
 
     from fedspallm_appfl.experiment import evaluate_folder
 
     rows = evaluate_folder(args.model, args.text, args.length, args.windows, args.batch, args.dtype, args.device)
-    table = Table(title=f"Perplexity of {args.model}", title_justify="left")
+    table = Table(title=f"Perplexity of {escape(args.model)}", title_justify="left")
     table.add_column("text", overflow="fold")
     table.add_column("perplexity", justify="right")
     for text, value in rows.items():
-        table.add_row(text, f"{value:.3f}")
+        table.add_row(escape(text), f"{value:.3f}")
     _console().print(table)
     return 0
 

@@ -76,7 +76,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     shutil.rmtree(folder / "state")
     log({"event": "end"})
     console.print(closing_table(config, results, log))
-    console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False)
+    console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False, markup=False)
     return results
 
 

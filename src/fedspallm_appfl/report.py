@@ -43,6 +43,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def _count(number: int, what: str) -> str:
+    plural = {"matrix": "matrices"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
+
+
 def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of tensors sent by each client (up) and to each client (down)."""
     up: dict[str, int] = {}
@@ -61,8 +66,9 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
     zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
     if not pruned:
         return "no matrix was pruned"
-    dense = f"; {len(matrices) - len(pruned)} matrices stay dense" if len(pruned) < len(matrices) else ""
-    return f"{zeros:,} of {entries:,} weights in {len(pruned)} matrices are zero ({100 * zeros / entries:.4f} %){dense}"
+    dense = f"; {_count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
+    share = f"{100 * zeros / entries:.4f} %"
+    return f"{zeros:,} of {entries:,} weights in {_count(len(pruned), 'matrix')} are zero ({share}){dense}"
 
 
 def closing_table(config: Config, results: Results, log: EventLog) -> Table:
@@ -87,7 +93,8 @@ def closing_table(config: Config, results: Results, log: EventLog) -> Table:
 
 def _title(config: Config) -> str:
     train = config.client_configs.train_configs
-    return f"Perplexity, {len(config.clients)} clients, {train.pruner}, sparsity {train.sparsity}"
+    what = "Perplexity" if config.evaluation.texts else "Pruned"
+    return f"{what}, {_count(len(config.clients), 'client')}, {train.pruner}, sparsity {train.sparsity}"
 
 
 def _label(method: str) -> str:
@@ -186,7 +193,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     missed = sorted(every - covered)
     notes = [table]
     if missed:
-        notes.append(f"Blocks {to_text(missed)} were drawn by nobody and stay dense.")
+        notes.append(f"Drawn by nobody, and left dense: block {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform":
         expected = expected_uncovered(config.roster(), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
