@@ -10,7 +10,7 @@ from rich.console import Console
 from fedspallm_appfl.config import Client, Config, Evaluation, TrainConfigs
 from fedspallm_appfl.events import EventLog, ignore
 from fedspallm_appfl.export import MatrixSparsity
-from fedspallm_appfl.report import Results, bytes_text, closing_table, sparsity_line, traffic, write_report
+from fedspallm_appfl.report import Results, bytes_text, closing, sparsity_line, traffic, write_report
 
 NOTES = {"4.mlp.up_proj": {"damping": 0.1}}
 
@@ -99,7 +99,7 @@ def section(report, title):
 def table(log, **changes):
     """The closing table as it is shown, and its words in one line."""
     console = Console(file=io.StringIO(), width=200)
-    console.print(closing_table(*config_and_results(**changes), log))
+    console.print(closing(*config_and_results(**changes), log))
     shown = console.file.getvalue()
     return shown, " ".join(shown.split())
 
@@ -128,7 +128,7 @@ def test_sparsity_is_said_in_exact_counts(matrices, line):
     assert sparsity_line(matrices) == line
 
 
-def test_the_closing_table_shows_each_method_on_each_text_and_the_bytes(log):
+def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
     shown, words = table(log)
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in shown.splitlines() if "│" in line]
     assert rows == [
@@ -141,7 +141,7 @@ def test_the_closing_table_shows_each_method_on_each_text_and_the_bytes(log):
     assert "70 of 140 weights in 7 matrices are zero" in words
 
 
-def test_without_evaluation_the_closing_table_still_shows_sparsity_and_bytes(log):
+def test_without_evaluation_the_closing_still_shows_sparsity_and_bytes(log):
     _, words = table(log, perplexity={})
     assert "70 of 140 weights in 7 matrices are zero" in words
     assert "up 2.6 kB, down 1.4 kB in all" in words

@@ -60,8 +60,3 @@ def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
             total += float(cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum"))
             tokens += len(targets)
     return total / tokens
-
-
-def geometric_mean(values: Mapping[str, float]) -> float:
-    """Geometric mean of perplexities, the mean that a mean loss would give."""
-    return math.exp(sum(map(math.log, values.values())) / len(values))

@@ -25,7 +25,7 @@ from fedspallm_appfl.export import check_model, write_model
 from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.progress import RunProgress
-from fedspallm_appfl.report import Results, closing_table, write_report
+from fedspallm_appfl.report import Results, closing, write_report
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 DEFAULT_LENGTH = 2048
@@ -75,7 +75,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     write_report(folder / "report.md", config, results, log)
     shutil.rmtree(folder / "state")
     log({"event": "end"})
-    console.print(closing_table(config, results, log))
+    console.print(closing(config, results, log))
     console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False, markup=False)
     return results
 

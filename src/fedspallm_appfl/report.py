@@ -1,4 +1,4 @@
-"""report.md and the closing table: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
+"""report.md and the lines that end a run: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
 
 import platform
 import statistics
@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.table import Table
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.config import Config
@@ -71,24 +74,22 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
     return f"{zeros:,} of {entries:,} weights in {_count(len(pruned), 'matrix')} are zero ({share}){dense}"
 
 
-def closing_table(config: Config, results: Results, log: EventLog) -> Table:
-    """The table that ends a run: perplexity of each method on each text."""
+def closing(config: Config, results: Results, log: EventLog) -> Group:
+    """What ends a run: perplexity of each method on each text, sparsity, bytes."""
     up, down = traffic(log)
-    caption = (
+    lines = (
         f"{sparsity_line(results.matrices)}\n"
         f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
         f"{bytes_text(statistics.mean(up.values()))} up a client; the dense weights are {bytes_text(results.dense_bytes)}"
     )
-    table = Table(title=_title(config), caption=caption, caption_justify="left", title_justify="left", min_width=100)
-    table.add_column("")
     texts = list(config.evaluation.texts)
-    for text in texts:
-        table.add_column(text, justify="right")
-    if texts:
-        table.add_column("mean", justify="right", style="bold")
-        for method, row in results.perplexity.items():
-            table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
-    return table
+    if not texts:
+        return Group(Text(_title(config)), Text(lines))
+    table = Table("", *(Column(escape(text), justify="right") for text in texts))
+    table.add_column("mean", justify="right", style="bold")
+    for method, row in results.perplexity.items():
+        table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
+    return Group(Text(_title(config)), table, Text(lines))
 
 
 def _title(config: Config) -> str:
