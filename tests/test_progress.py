@@ -62,7 +62,7 @@ def test_a_message_without_blocks_is_counted_but_makes_no_line(shown):
 
 
 def test_an_evaluation_is_a_line(shown):
-    assert shown({"event": "evaluation", "method": "standalone/a", "perplexity": {}}) == "evaluated standalone/a\n"
+    assert shown({"event": "evaluation", "method": "standalone/a", "of": [2, 7]}) == "perplexity of standalone/a  2/7\n"
 
 
 def test_other_events_are_not_shown(shown):
@@ -80,7 +80,7 @@ def test_placement_is_shown_once_all_clients_have_a_place(shown):
 
 
 def test_a_batch_log_holds_no_control_characters(shown):
-    text = shown(place(1, ["a", "b"]), upload("a", "1"), {"event": "evaluation", "method": "dense"})
+    text = shown(place(1, ["a", "b"]), upload("a", "1"), {"event": "evaluation", "method": "dense", "of": [1, 2]})
     assert not {"\x1b", "\r"} & set(text)
 
 

@@ -134,8 +134,17 @@ def _run(args: argparse.Namespace) -> int:
 
     console = _console()
     config = _checked(args, files=True, overwrite=args.overwrite)
+    _introduce(config, console)
     experiment.run(config, serial.run, console, args.overwrite)
     return 0
+
+
+def _introduce(config: "Config", console: "Console") -> None:
+    """Say what is going to happen."""
+    from fedspallm_appfl.config_rules import forecast
+
+    for line in forecast(config):
+        console.print(line, highlight=False, markup=False)
 
 
 def _run_mpi(args: argparse.Namespace) -> int:
@@ -167,13 +176,10 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from fedspallm_appfl.config_rules import forecast
-
-    config = _checked(args, files=not args.no_files, overwrite=True)
-    clients, rounds = len(config.clients), config.server_configs.num_global_epochs
-    lines = [f"{args.config}: no problem found; {clients} clients, {rounds} round{'s' if rounds > 1 else ''}"]
-    for line in lines + ([] if args.no_files else forecast(config)):
-        _console().print(line, highlight=False, markup=False)
+    config, console = _checked(args, files=not args.no_files, overwrite=True), _console()
+    console.print(f"{args.config}: no problem found", highlight=False, markup=False)
+    if not args.no_files:
+        _introduce(config, console)
     return 0
 
 

@@ -201,7 +201,11 @@ def forecast(config: Config) -> list[str]:
     blocks = skeleton.layout.blocks
     entries = sum(linear.shape[0] * linear.shape[1] for block in blocks for linear in block)
     names = ", ".join(linear.name for linear in blocks[0])
-    lines = [f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}"]
+    train, rounds = config.client_configs.train_configs, config.server_configs.num_global_epochs
+    lines = [
+        f"{len(config.clients)} clients, {rounds} round{'s' * (rounds > 1)}, {train.pruner}, sparsity {train.sparsity}",
+        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
+    ]
     dense = left_dense(skeleton.model, skeleton.layout)
     if dense:
         lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")

@@ -103,21 +103,29 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
         for name, text in settings.texts.items()
     }
 
-    def measure(method: str, pruned: PrunedBlock) -> dict[str, float]:
-        row = perplexities(lazy, texts, pruned, settings.batch)
-        log({"event": "evaluation", "method": method, "perplexity": row})
-        return row
-
-    rows = {"dense": measure("dense", lambda block: None)}
+    methods: dict[str, PrunedBlock] = {"dense": lambda block: None}
     if "standalone" in settings.compare:
-        alone = [
-            measure(f"standalone/{client}", model.comparison(f"standalone/{client}").load) for client in config.roster()
-        ]
-        rows["standalone"] = {name: statistics.mean(row[name] for row in alone) for name in texts}
+        methods |= {f"standalone/{client}": model.comparison(f"standalone/{client}").load for client in config.roster()}
     if "fedavg" in settings.compare:
-        rows["fedavg"] = measure("fedavg", model.comparison("fedavg").load)
-    rows["fedspallm"] = measure("fedspallm", model.done.load)
-    return rows
+        methods["fedavg"] = model.comparison("fedavg").load
+    methods["fedspallm"] = model.done.load
+    rows = {}
+    for number, (method, pruned) in enumerate(methods.items(), 1):
+        rows[method] = perplexities(lazy, texts, pruned, settings.batch)
+        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
+    return _with_mean_of_standalone(rows)
+
+
+def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """One row, the mean over the clients alone, in the place of one for each of them."""
+    alone = [row for method, row in rows.items() if method.startswith("standalone/")]
+    together: dict[str, dict[str, float]] = {}
+    for method, row in rows.items():
+        if not method.startswith("standalone/"):
+            together[method] = row
+        elif "standalone" not in together:
+            together["standalone"] = {text: statistics.mean(one[text] for one in alone) for text in row}
+    return together
 
 
 def evaluate_folder(

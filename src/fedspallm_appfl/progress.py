@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -53,7 +54,8 @@ class RunProgress:
         elif event["event"] == "upload":
             self._upload(event)
         elif event["event"] == "evaluation":
-            self._say(f"evaluated {event['method']}", len_done=None)
+            done, total = event["of"]
+            self._say(f"perplexity of {event['method']}", done, total)
 
     def _upload(self, event: Event) -> None:
         self._uploads += 1
@@ -62,20 +64,18 @@ class RunProgress:
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
         )
-        self._say(what, len_done=(self._uploads, total), quiet=not event["blocks"])
+        seconds_left = (time.monotonic() - self._started) / self._uploads * (total - self._uploads)
+        self._say(what, self._uploads, total, f"  {seconds_left:.0f} s left", quiet=not event["blocks"])
 
-    def _say(self, what: str, len_done: tuple[int, int] | None, quiet: bool = False) -> None:
-        if self._console.is_terminal:
-            if self._task is None:
-                self._task = self._bar.add_task(what, total=None)
-            done, total = len_done or (None, None)
-            self._bar.update(self._task, description=what, completed=done, total=total)
-        elif len_done is None:
-            self._console.print(what, highlight=False)
-        elif not quiet:
-            done, total = len_done
-            left = (time.monotonic() - self._started) / done * (total - done)
-            self._console.print(f"{what}  {done}/{total}  {left:.0f} s left", highlight=False)
+    def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
+        """Move the bar; where there is none, print a line unless it would say nothing new."""
+        if not self._console.is_terminal:
+            if not quiet:
+                self._console.print(f"{what}  {done}/{total}{after}", highlight=False, markup=False)
+            return
+        if self._task is None:
+            self._task = self._bar.add_task(what, total=total)
+        self._bar.update(self._task, description=escape(what), completed=done, total=total)
 
 
 def _placement(places: list[Event]) -> Table:
