@@ -12,7 +12,7 @@ from conftest import DEMO, ROOT
 from fedspallm_appfl import __version__, cli
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.experiment import prepare_run_dir
+from fedspallm_appfl.run_dir import claimed
 
 CONFIG = str(ROOT / "configs" / "demo.yaml")
 TEXT = str(DEMO / "text" / "austen" / "test.txt")
@@ -223,6 +223,7 @@ def test_a_run_directory_is_not_overwritten_unless_asked(fedspallm, tmp_path, mo
     ran = []
     monkeypatch.setattr("fedspallm_appfl.experiment.run", lambda config, *_: ran.append(config))
     (tmp_path / "report.md").write_text("precious")
+    (tmp_path / "metrics.jsonl").touch()
     code, _, err = fedspallm("run", CONFIG, f"run_dir={tmp_path}")
     assert code == 2
     assert f"run_dir: {tmp_path} exists and is not empty; give another run_dir=..., or --overwrite to replace it" in err
@@ -242,18 +243,38 @@ def run_folder(tmp_path, **values):
 
 def test_overwriting_clears_what_runs_write_and_nothing_else(tmp_path):
     config, folder = run_folder(tmp_path)
-    with pytest.raises(ConfigError, match="exists and is not empty"):
-        prepare_run_dir(config, overwrite=False)
-    assert prepare_run_dir(config, overwrite=True) == folder
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "mine.txt"]
+    with pytest.raises(ConfigError, match="exists and is not empty"), claimed(config, overwrite=False):
+        pass
+    with claimed(config, overwrite=True) as claimed_folder:
+        assert claimed_folder == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "mine.txt"]
+    assert (folder / "metrics.jsonl").read_text() == ""
     assert load_config(folder / "config.yaml") == (config, [])
 
 
-def test_overwriting_never_deletes_the_model_that_is_to_be_pruned(tmp_path):
-    config, folder = run_folder(tmp_path, **{"model.path": tmp_path / "run" / "model"})
-    with pytest.raises(ConfigError, match="model.path"):
-        prepare_run_dir(config, overwrite=True)
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    config, _ = run_folder(tmp_path)
+    with (
+        claimed(config, overwrite=True),
+        pytest.raises(ConfigError, match="another run is at work"),
+        claimed(config, overwrite=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("key", ["model.path", "clients.0.data.text", "evaluation.texts.law"])
+def test_overwriting_never_deletes_what_the_run_reads(tmp_path, key):
+    config, folder = run_folder(tmp_path, **{key: tmp_path / "run" / "model"})
+    with pytest.raises(ConfigError, match="which a run there would replace"), claimed(config, overwrite=True):
+        pass
     assert (folder / "model" / "model.safetensors").read_text() == "old"
+
+
+def test_a_directory_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").touch()
+    config, _ = load_config(CONFIG, [f"run_dir={tmp_path / 'file' / 'run'}"])
+    with pytest.raises(ConfigError, match="run_dir: .* cannot be"), claimed(config, overwrite=False):
+        pass
 
 
 def test_mpi_without_mpi4py_says_what_to_install(fedspallm, monkeypatch):

@@ -8,9 +8,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import DEMO, ROOT
+from fedspallm_appfl import run_dir
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import load_config
-from fedspallm_appfl.config_rules import check, check_with_files, run_dir_problem
+from fedspallm_appfl.config_rules import check, check_with_files
 from fedspallm_appfl.lazy_model import Skeleton
 
 TRAIN = "client_configs.train_configs"
@@ -71,14 +72,17 @@ def test_the_demo_has_no_problem():
         ("clients.1.train_configs.resource_share=0", ["resource_share: a share in (0, 1], got 0.0"]),
         ("clients.1.train_configs.resource_share=1.5", ["resource_share: a share in (0, 1], got 1.5"]),
         ("clients.1.train_configs.resource_share=.nan", ["resource_share: a share in (0, 1], got nan"]),
-        (f"{TRAIN}.pruner=wnda", ["clients.0.train_configs.pruner: one of ", "sparsegpt", "wanda", "got 'wnda'"]),
-        (f"{TRAIN}.damping=0", ["clients.0.train_configs.damping: greater than 0, got 0.0"]),
-        (f"{TRAIN}.damping=.nan", ["clients.0.train_configs.damping: greater than 0, got nan"]),
-        (f"{TRAIN}.damping_retries=-1", ["clients.0.train_configs.damping_retries: at least 0, got -1"]),
-        (f"{TRAIN}.threads=0", ["clients.0.train_configs.threads: at least 1, or null to leave it to torch; got 0"]),
-        (f"{TRAIN}.device=gpu", ["clients.0.train_configs.device: auto, cpu, cuda or cuda:N; got 'gpu'"]),
-        (f"{TRAIN}.device='cuda:'", ["clients.0.train_configs.device: auto, cpu, cuda or cuda:N; got 'cuda:'"]),
-        (f"{TRAIN}.device=3", ["clients.0.train_configs.device: auto, cpu, cuda or cuda:N; got '3'"]),
+        (f"{TRAIN}.pruner=wnda", ["client_configs.train_configs.pruner: one of ", "sparsegpt", "wanda", "got 'wnda'"]),
+        (f"{TRAIN}.damping=0", ["client_configs.train_configs.damping: greater than 0, at most 100, got 0.0"]),
+        (f"{TRAIN}.damping=.nan", ["client_configs.train_configs.damping: greater than 0, at most 100, got nan"]),
+        (f"{TRAIN}.damping_retries=-1", ["client_configs.train_configs.damping_retries: at least 0, got -1"]),
+        (
+            f"{TRAIN}.threads=0",
+            ["client_configs.train_configs.threads: at least 1, or null to leave it to torch; got 0"],
+        ),
+        (f"{TRAIN}.device=gpu", ["client_configs.train_configs.device: auto, cpu, cuda or cuda:N; got 'gpu'"]),
+        (f"{TRAIN}.device='cuda:'", ["client_configs.train_configs.device: auto, cpu, cuda or cuda:N; got 'cuda:'"]),
+        (f"{TRAIN}.device=3", ["client_configs.train_configs.device: auto, cpu, cuda or cuda:N; got '3'"]),
         (f"{TRAIN}.layer_sampling=random", [f"{TRAIN}.layer_sampling: one of balanced, uniform, sweep; got 'random'"]),
         (f"{TRAIN}.sparsity=1.0", [f"{TRAIN}.sparsity: ", "a share in [0, 1), got 1.0; 50 % is written 0.5"]),
         (f"{TRAIN}.sparsity=50", [f"{TRAIN}.sparsity: ", "a share in [0, 1), got 50; 50 % is written 0.5"]),
@@ -92,7 +96,7 @@ def test_the_demo_has_no_problem():
         ("clients.0.train_configs.trainer=Mine", ["the same for every client, got 'Mine' beside 'FedSpaLLMTrainer'"]),
         (f"{COMM}.blocks_per_message=0", [f"{COMM}.blocks_per_message: at least 1, got 0"]),
         (f"{COMM}.max_message_bytes=9", [f"{COMM}.max_message_bytes: at least 1024, got 9"]),
-        (f"{COMM}.max_message_bytes=2147483648", ["at most 2147483647, where MPI ends; got 2147483648"]),
+        (f"{COMM}.max_message_bytes=2147483648", ["at most 2130706431, a little below where MPI ends, got 2147483648"]),
         ("clients.0.comm_configs.blocks_per_message=2", ["clients.0.comm_configs", "the same for every client, got 2"]),
         ("clients.0.comm_configs.max_message_bytes=2147483648", ["clients.0.comm_configs", "2147483648"]),
         ("evaluation.length=1", ["evaluation.length: at least 2, got 1"]),
@@ -128,7 +132,7 @@ def test_only_magnitude_needs_no_private_text():
 
 @pytest.mark.parametrize("override", [f"{TRAIN}.sparsity=0", f"{TRAIN}.sparsity=2:4", f"{TRAIN}.device=cuda:1"])
 def test_values_at_the_border_are_good(override):
-    limit = f"{COMM}.max_message_bytes=2147483647"
+    limit = f"{COMM}.max_message_bytes=2130706431"
     assert wrong(override, limit, "clients.1.train_configs.resource_share=1", f"{TRAIN}.threads=null") == []
 
 
@@ -255,17 +259,20 @@ def test_problems_of_all_files_are_reported_at_once(problems):
 def test_a_run_directory_must_be_free_or_overwritten(tmp_path):
     run = tmp_path / "run"
     config = demo(f"run_dir={run}")
-    assert run_dir_problem(config, overwrite=False) is None
+    assert run_dir.problem(config, overwrite=False) is None
     run.mkdir()
-    assert run_dir_problem(config, overwrite=False) is None
+    assert run_dir.problem(config, overwrite=False) is None
     (run / "report.md").touch()
-    problem = run_dir_problem(config, overwrite=False)
+    for overwrite in (False, True):
+        assert f"{run} is not empty and holds no earlier run" in run_dir.problem(config, overwrite)
+    (run / "metrics.jsonl").touch()
+    problem = run_dir.problem(config, overwrite=False)
     assert problem == f"run_dir: {run} exists and is not empty; give another run_dir=..., or --overwrite to replace it"
-    assert run_dir_problem(config, overwrite=True) is None
+    assert run_dir.problem(config, overwrite=True) is None
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_directory_is_no_file(tmp_path, overwrite):
     (tmp_path / "run").touch()
     config = demo(f"run_dir={tmp_path / 'run'}")
-    assert run_dir_problem(config, overwrite) == f"run_dir: {tmp_path / 'run'} is a file; name a folder"
+    assert run_dir.problem(config, overwrite) == f"run_dir: {tmp_path / 'run'} is a file; name a folder"

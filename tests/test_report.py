@@ -119,7 +119,7 @@ def test_traffic_is_summed_up_and_down_for_each_client(log):
 @pytest.mark.parametrize(
     ("matrices", "line"),
     [
-        (MATRICES, "70 of 140 weights in 7 matrices are zero (50.0000 %); 3 matrices left dense"),
+        (MATRICES, "70 of 140 weights in 7 matrices are zero (50.0000 %); 3 matrices left dense, 35.0000 % of all"),
         (MATRICES[:2], "20 of 40 weights in 2 matrices are zero (50.0000 %)"),
         ([matrix(0, zeros=0)], "no matrix was pruned"),
     ],
@@ -137,7 +137,9 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
         ["FedSpaLLM", "3.00", "12.00", "6.00"],
     ]
     assert "2 clients, sparsegpt, sparsity 0.5" in words
-    assert "up 2.6 kB, down 1.4 kB in all, 1.3 kB up a client; the dense weights are 320 B" in words
+    assert (
+        "up 2.6 kB, down 1.4 kB in all, 1.3 kB up a client on average; the prunable weights take 320 B dense" in words
+    )
     assert "70 of 140 weights in 7 matrices are zero" in words
 
 

@@ -46,6 +46,8 @@ def take_part(comm: MPI.Comm) -> None:
 
 
 if __name__ == "__main__":
+    if MPI.COMM_WORLD.Get_size() != 1 + len(TEXTS):
+        raise SystemExit(f"start it with mpiexec -n {1 + len(TEXTS)}: a server and {len(TEXTS)} clients")
     if MPI.COMM_WORLD.Get_rank() == 0:
         serve(MPI.COMM_WORLD)
     else:

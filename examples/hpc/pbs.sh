@@ -1,5 +1,6 @@
 #!/bin/bash
-# FedSpaLLM under PBS: rank 0 is the server, 16 ranks hold a client each, 4 clients and 4 GPUs a node.
+# FedSpaLLM under PBS: rank 0 is the server, 16 ranks hold a client each, 4 ranks and 4 GPUs a node.
+# A pattern to adapt: it was written from PBS's documentation and not run on a cluster.
 #
 #   qsub -v CONFIG=configs/llama2_7b_16_clients.yaml examples/hpc/pbs.sh
 #

@@ -234,10 +234,12 @@ def _prune_block(
 ) -> dict[str, PrunedLinear]:
     linears = {linear.name: linear for linear in model.layout.blocks[index]}
     done: dict[str, PrunedLinear] = {}
-    for names, statistic in _statistics(model, block, index, state, settings):
-        where = f"client {client}, block {index}, {names[0]}"
+    statistics = _statistics(model, block, index, state, settings)
+    for names, statistic in statistics:
         if statistic is not None:
-            _check(statistic, where)
+            _check(statistic, f"client {client}, block {index}, {names[0]}")
+    for names, statistic in statistics:
+        where = f"client {client}, block {index}, {names[0]}"
         try:
             prepared = prepare(settings, statistic)
         except PruningError as error:
@@ -245,6 +247,11 @@ def _prune_block(
         for name in names:
             dense = model.skeleton.dense_weight(index, linears[name]).to(model.device, torch.float32)
             weight, mask = prepared.prune(dense)
+            if not bool(weight.isfinite().all()):
+                what = "pruning gave NaN or infinity; lower `damping`"
+                if not bool(dense.isfinite().all()):
+                    what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
+                raise PruningError(f"client {client}, block {index}, {name}: {what}")
             done[name] = PrunedLinear(model.put(block, linears[name], weight), mask, prepared.notes)
     return {name: done[name] for name in linears}
 

@@ -37,21 +37,28 @@ def read_text(paths: str | Sequence[str]) -> str:
         DataError: a path does not exist, a folder holds no text, or a file is not UTF-8.
     """
     files: list[Path] = []
-    for path in [Path(paths)] if isinstance(paths, str) else map(Path, paths):
-        found = sorted(path.expanduser().glob("*.txt")) if path.expanduser().is_dir() else [path.expanduser()]
+    for path in map(_expanded, [paths] if isinstance(paths, str) else paths):
+        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not found:
             raise DataError(f"the folder {path} holds no .txt file; name a text file or a folder with some")
         files.extend(found)
     return "\n".join(_read_file(file) for file in files)
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"the text {path} cannot be found: {error}") from error
+
+
 def _read_file(file: Path) -> str:
     try:
         return file.read_text("utf-8")
-    except OSError as error:
-        raise DataError(f"the text {file} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the text {file} is not UTF-8 (byte {error.start}); convert it first") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"the text {file} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise DataError(f"the text {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def cut_windows(tokenizer: Any, text: str, length: int) -> Tensor:

@@ -97,7 +97,8 @@ class CheckpointFiles:
             try:
                 self._open[name] = _load_pickled(path) if name.endswith(".bin") else safe_open(path, framework="pt")
             except Exception as error:  # every library that parses a damaged file has its own error type
-                raise ModelError(f"{path} cannot be read as a checkpoint: {error}; fetch the file again") from error
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ModelError(f"{path} cannot be opened as a checkpoint: {reason}") from error
         return self._open[name]
 
 
@@ -114,7 +115,10 @@ def _weight_files(folder: Path) -> list[str]:
             continue
         if not name.endswith(".index.json"):
             return [name]
-        shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{folder / name} is not an index of weights: {error!r}; fetch the file again") from error
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")

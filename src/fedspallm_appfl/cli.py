@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = _command(
         verbs,
         "validate",
-        "Report every problem of a configuration at once; opens model and text, runs nothing.",
+        "Report all problems of a configuration together; opens model and text, runs nothing.",
         "fedspallm validate configs/demo.yaml\n  fedspallm validate configs/llama2_7b_4_clients.yaml --no-files",
     )
     _config_arguments(validate)
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
         default="auto",
-        help="arithmetic (default: as stored)",
+        help="arithmetic (default: as stored, but float32 for float16 on a CPU)",
     )
     evaluate.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     evaluate.set_defaults(work=_evaluate)
@@ -189,13 +189,16 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from fedspallm_appfl.experiment import evaluate_folder
 
-    rows = evaluate_folder(args.model, args.text, args.length, args.windows, args.batch, args.dtype, args.device)
+    measured = evaluate_folder(args.model, args.text, args.length, args.windows, args.batch, args.dtype, args.device)
     table = Table(title=f"Perplexity of {escape(args.model)}", title_justify="left")
     table.add_column("text", overflow="fold")
     table.add_column("perplexity", justify="right")
-    for text, value in rows.items():
+    for text, value in measured.perplexity.items():
         table.add_row(escape(text), f"{value:.3f}")
-    _console().print(table)
+    how = f"windows of {measured.length} tokens, {measured.windows} in all, {measured.dtype} arithmetic"
+    console = _console()
+    console.print(table)
+    console.print(how, highlight=False)
     return 0
 
 
@@ -205,15 +208,15 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     Raises:
         ConfigError: lists all that were found.
     """
-    from fedspallm_appfl import config_rules
+    from fedspallm_appfl import config_rules, run_dir
     from fedspallm_appfl.config import load_config
 
     config, problems = load_config(Path(args.config), args.overrides)
     problems = problems or config_rules.check(config)
-    problem = config_rules.run_dir_problem(config, overwrite) if config.run_dir else None
+    problem = run_dir.problem(config, overwrite) if config.run_dir else None
     problems += [problem] if problem else []
-    if not problems and files:
-        problems = config_rules.check_with_files(config)
+    if files:
+        problems += config_rules.check_with_files(config)
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{args.config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")

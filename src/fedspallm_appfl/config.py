@@ -57,7 +57,7 @@ class SchedulerKwargs:
 class ServerConfigs:
     """The server and the rounds."""
 
-    num_clients: int = 0
+    num_clients: int | None = None  # must equal the length of `clients` where it is given
     num_global_epochs: int = 1  # rounds
     device: str = "cpu"  # where sums are kept and combined
     aggregator: str = "FedSpaLLMAggregator"
@@ -96,7 +96,7 @@ class CommConfigs:
     """Messages."""
 
     blocks_per_message: int = 1
-    max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2147483647
+    max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2^31 - 1
 
 
 @dataclass

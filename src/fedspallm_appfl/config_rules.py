@@ -4,23 +4,29 @@
 model is built without weights.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fedspallm_appfl.blocks import left_dense
+from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text
-from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.config import Client, Config, Paths
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import DataError, FedSpaLLMError
 from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
-from fedspallm_appfl.layer_sampling import STRATEGIES, expected_uncovered
+from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
+from fedspallm_appfl.messages import MESSAGE_LIMIT
 from fedspallm_appfl.pruning import PRUNERS
-from fedspallm_appfl.sparsity import Target, check_divides, parse_target
+from fedspallm_appfl.sparsity import check_divides, parse_target
 
-MPI_LIMIT = 2**31 - 1
+if TYPE_CHECKING:
+    from fedspallm_appfl.lazy_model import Skeleton
+
+MOST_DAMPING = 100.0
+MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
 
 def check(config: Config) -> list[str]:
@@ -47,7 +53,7 @@ def _clients(config: Config) -> Iterator[str]:
         yield "clients: the list is empty; name at least one client with a client_id and data.text"
         return
     ids = [client.client_id for client in config.clients]
-    if config.server_configs.num_clients != len(ids):
+    if config.server_configs.num_clients not in (None, len(ids)):
         yield (
             f"server_configs.num_clients is {config.server_configs.num_clients}, `clients` lists {len(ids)}; "
             "make them equal"
@@ -55,13 +61,22 @@ def _clients(config: Config) -> Iterator[str]:
     for client_id, times in Counter(ids).items():
         if times > 1 and client_id:
             yield f"clients: client_id {client_id!r} is used {times} times; ids must differ"
+    yield from _said_once([list(_client_numbers("", client)) for client in config.clients])
     for index, client in enumerate(config.clients):
-        if not client.client_id or not all(c.isalnum() or c in "-_." for c in client.client_id):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", client.client_id, re.ASCII):  # it names a folder too
             yield f"clients.{index}.client_id: one or more letters, digits, '-', '_', '.'; got {client.client_id!r}"
         if client.train_configs.pruner != "magnitude" and not client.data.text:
             yield f"clients.{index}.data.text: client {client.client_id!r} has no private text; name a file or a folder"
-        yield from _client_numbers(f"clients.{index}", client)
         yield from _must_be_shared(f"clients.{index}", client, config)
+
+
+def _said_once(by_client: list[list[str]]) -> Iterator[str]:
+    """What is wrong for every client is wrong in `client_configs`."""
+    everywhere = [problem for problem in by_client[0] if all(problem in found for found in by_client)]
+    common = everywhere if len(by_client) > 1 else []
+    yield from (f"client_configs{problem}" for problem in common)
+    for index, found in enumerate(by_client):
+        yield from (f"clients.{index}{problem}" for problem in found if problem not in common)
 
 
 def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:
@@ -81,16 +96,14 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
         yield f"{path}.train_configs.resource_share: a share in (0, 1], got {train.resource_share}"
     if train.pruner not in PRUNERS:
         yield f"{path}.train_configs.pruner: one of {', '.join(PRUNERS)}; got {train.pruner!r}"
-    if not 0 < train.damping < float("inf"):
-        yield f"{path}.train_configs.damping: greater than 0, got {train.damping}"
-    if train.damping_retries < 0:
-        yield f"{path}.train_configs.damping_retries: at least 0, got {train.damping_retries}"
+    if not 0 < train.damping <= MOST_DAMPING:
+        yield f"{path}.train_configs.damping: greater than 0, at most {MOST_DAMPING:g}, got {train.damping}"
+    yield from _between(f"{path}.train_configs.damping_retries", train.damping_retries, 0, 100)
     if train.threads is not None and train.threads < 1:
         yield f"{path}.train_configs.threads: at least 1, or null to leave it to torch; got {train.threads}"
     yield from _device(f"{path}.train_configs.device", train.device)
     for name, least in (("windows", 1), ("length", 2), ("batch", 1)):
-        if getattr(data, name) < least:
-            yield f"{path}.data.{name}: at least {least}, got {getattr(data, name)}"
+        yield from _between(f"{path}.data.{name}", getattr(data, name), least)
 
 
 def _device(path: str, device: str) -> Iterator[str]:
@@ -127,13 +140,17 @@ def _numbers(config: Config) -> Iterator[str]:
         ("evaluation.batch", evaluation.batch, 1),
         ("seed", config.seed, 0),
     ):
-        if value < least:
-            yield f"{path}: at least {least}, got {value}"
+        yield from _between(path, value, least, MESSAGE_LIMIT if path.endswith("bytes") else MOST)
     yield from _device("server_configs.device", server.device)
     yield from _device("evaluation.device", evaluation.device)
-    if comm.max_message_bytes > MPI_LIMIT:
-        path = "client_configs.comm_configs.max_message_bytes"
-        yield f"{path}: at most {MPI_LIMIT}, where MPI ends; got {comm.max_message_bytes}"
+
+
+def _between(path: str, value: int, least: int, most: int = MOST) -> Iterator[str]:
+    if value < least:
+        yield f"{path}: at least {least}, got {value}"
+    if value > most:
+        why = ", a little below where MPI ends" if most == MESSAGE_LIMIT else ""
+        yield f"{path}: at most {most}{why}, got {value}"
 
 
 def _comparisons(config: Config) -> Iterator[str]:
@@ -153,44 +170,54 @@ def _comparisons(config: Config) -> Iterator[str]:
 
 
 def check_with_files(config: Config) -> list[str]:
-    """Every problem that shows once model and text are opened; call it when `check` found none."""
+    """Every problem that shows once model and text are opened; says what it can where values are wrong too."""
     from fedspallm_appfl.lazy_model import Skeleton
 
+    problems: list[str] = []
+    skeleton = tokenizer = None
     try:
-        skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
-        tokenizer = load_tokenizer(skeleton.folder)
+        if config.model.path and config.model.dtype in ("auto", *DTYPES):
+            skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+            tokenizer = load_tokenizer(skeleton.folder)
     except FedSpaLLMError as error:
-        return [f"model: {error}"]
-    target = parse_target(config.client_configs.train_configs.sparsity)
-    vocabulary = skeleton.vocabulary
-    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
-    problems = list(_indivisible(skeleton.layout.blocks[0], target))
+        problems.append(f"model: {error}")
+    if skeleton is not None:
+        problems += _indivisible(skeleton.layout.blocks, config.client_configs.train_configs.sparsity)
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None) if skeleton else None
     for client in config.clients:
-        try:
-            if not client.data.text:  # magnitude needs none
-                continue
-            windows = cut_windows(tokenizer, read_text(client.data.text), client.data.length)
-            check_vocabulary(windows, vocabulary, f"client {client.client_id}")
-        except DataError as error:
-            problems.append(f"client {client.client_id}: {error}")
+        where, data, text = f"client {client.client_id}", client.data, client.data.text
+        if not text:
             continue
-        if len(windows) < client.data.windows:
+        found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
+        if found is not None and found < data.windows:
             problems.append(
-                f"client {client.client_id}: {client.data.windows} calibration windows of {client.data.length} tokens "
-                f"were asked for, its text has {len(windows)}; give more text, or lower data.windows or data.length"
+                f"{where}: {data.windows} calibration windows of {data.length} tokens were asked for, its text has "
+                f"{found}; give more text, or lower data.windows or data.length"
             )
-        problems += _too_long(f"client {client.client_id}: data.length", client.data.length, longest)
+        problems += _too_long(f"{where}: data.length", data.length, longest)
     for name, text in config.evaluation.texts.items():
-        try:
-            if not len(cut_windows(tokenizer, read_text(text), config.evaluation.length)):
-                problems.append(
-                    f"evaluation.texts.{name}: shorter than one window of {config.evaluation.length} tokens"
-                )
-        except DataError as error:
-            problems.append(f"evaluation.texts.{name}: {error}")
+        where, length = f"evaluation.texts.{name}", config.evaluation.length
+        if _count_windows(where, text, length, tokenizer, skeleton, problems) == 0:
+            problems.append(f"{where}: shorter than one window of {length} tokens")
     if config.evaluation.texts:
         problems += _too_long("evaluation.length", config.evaluation.length, longest)
     return problems
+
+
+def _count_windows(
+    where: str, text: Paths, length: int, tokenizer: Any, skeleton: "Skeleton | None", problems: list[str]
+) -> int | None:
+    """Windows in a text; None if it cannot be read or counted."""
+    try:
+        words = read_text(text)
+        if tokenizer is None or skeleton is None or length < 1:
+            return None
+        windows = cut_windows(tokenizer, words, length)
+        check_vocabulary(windows, skeleton.vocabulary, where)
+    except DataError as error:
+        problems.append(f"{where}: {error}")
+        return None
+    return len(windows)
 
 
 def forecast(config: Config) -> list[str]:
@@ -209,33 +236,35 @@ def forecast(config: Config) -> list[str]:
     dense = left_dense(skeleton.model, skeleton.layout)
     if dense:
         lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
-    if config.client_configs.train_configs.layer_sampling == "uniform":
+    missed = set(range(len(blocks))) - drawn_blocks(config, len(blocks))
+    if missed:
+        lines.append(
+            f"leaves dense what no client draws in {rounds} round{'s' * (rounds > 1)}: block {to_text(sorted(missed))}; "
+            "raise resource_share or num_global_epochs to reach them"
+        )
+    if train.layer_sampling == "uniform":
         expected = expected_uncovered(config.roster(), len(blocks))
         lines.append(f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation")
     return lines
 
 
-def _indivisible(linears: tuple, target: Target) -> Iterator[str]:
-    for linear in linears:
-        problem = check_divides(target, linear.shape[1])
-        if problem:
-            yield f"client_configs.train_configs.sparsity: {linear.name}: {problem}"
+def drawn_blocks(config: Config, blocks: int) -> set[int]:
+    """Blocks that some client prunes in some round."""
+    rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
+    draws = [draw(strategy, config.seed, index, rounds, config.roster(), blocks) for index in range(rounds)]
+    return {block for assigned in draws for mine in assigned.values() for block in mine}
+
+
+def _indivisible(blocks: tuple[tuple[Linear, ...], ...], sparsity: str) -> Iterator[str]:
+    try:
+        target = parse_target(sparsity)
+    except ValueError:  # `check` says so
+        return
+    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
+    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
 
 
 def _too_long(what: str, length: int, longest: int | None) -> list[str]:
     if longest is None or length <= longest:
         return []
     return [f"{what}: the model takes at most {longest} tokens (max_position_embeddings), got {length}"]
-
-
-def run_dir_problem(config: Config, overwrite: bool) -> str | None:
-    """Why the run directory cannot be used, or None."""
-    folder = Path(config.run_dir)
-    if folder.exists() and not folder.is_dir():
-        return f"run_dir: {folder} is a file; name a folder"
-    dense = Path(config.model.path).expanduser().resolve()
-    if dense == folder.resolve() or dense.is_relative_to((folder / "model").resolve()):
-        return f"run_dir: {folder} holds the dense model of model.path, which a run there would replace; name another"
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        return f"run_dir: {folder} exists and is not empty; give another run_dir=..., or --overwrite to replace it"
-    return None

@@ -15,7 +15,7 @@ from fedspallm_appfl.errors import ConfigError
 
 def is_device(asked: str) -> bool:
     """Whether a device is `auto`, `cpu`, `cuda` or `cuda:N`."""
-    return asked in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", asked) is not None
+    return asked in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:[0-9]+", asked) is not None
 
 
 def choose_device(asked: str, local_rank: int) -> str:

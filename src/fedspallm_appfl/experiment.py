@@ -1,24 +1,22 @@
-"""One experiment from its configuration to its run directory.
-
-A run directory holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder),
-`manifest.json` (sparsity of every matrix, read back from disk) and `report.md`.
-"""
+"""One experiment from its configuration to its run directory (see `run_dir`)."""
 
 import json
 import math
 import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from fedspallm_appfl import __version__, run_dir
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Config
-from fedspallm_appfl.config_rules import run_dir_problem
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, DataError
+from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.evaluation import PrunedBlock, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.export import check_model, write_model
@@ -29,28 +27,6 @@ from fedspallm_appfl.report import Results, closing, write_report
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 DEFAULT_LENGTH = 2048
-OWN_FILES = ("config.yaml", "metrics.jsonl", "report.md", "manifest.json", "model", "state")
-
-
-def prepare_run_dir(config: Config, overwrite: bool) -> Path:
-    """Make the run directory, or clear the one that may be overwritten of what runs write.
-
-    Raises:
-        ConfigError: it exists and must not be overwritten.
-    """
-    problem = run_dir_problem(config, overwrite)
-    if problem:
-        raise ConfigError(problem)
-    folder = Path(config.run_dir)
-    for name in OWN_FILES:
-        old = folder / name
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.exists():
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
-    return folder
 
 
 def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Results:
@@ -65,16 +41,16 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     Returns:
         What it has shown.
     """
-    folder = prepare_run_dir(config, overwrite)
     rounds, clients = config.server_configs.num_global_epochs, len(config.clients)
-    with RunProgress(console, rounds, clients) as progress:
-        log = EventLog(folder / "metrics.jsonl", progress)
-        log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
-        aggregator = launch(config, folder / "state", log)
-        results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log)
-    write_report(folder / "report.md", config, results, log)
-    shutil.rmtree(folder / "state")
-    log({"event": "end"})
+    with run_dir.claimed(config, overwrite) as folder:
+        with RunProgress(console, rounds, clients) as progress:
+            log = EventLog(folder / run_dir.MARK, progress)
+            log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
+            aggregator = launch(config, folder / "state", log)
+            results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log)
+        log({"event": "end"})
+        write_report(folder / "report.md", config, results, log)
+        shutil.rmtree(folder / "state")
     console.print(closing(config, results, log))
     console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False, markup=False)
     return results
@@ -83,8 +59,15 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog) -> Results:
     write_model(skeleton, model.done, folder / "model")
     matrices = check_model(skeleton, model.done, folder / "model")
+    zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
     manifest = {
+        "model": config.model.path,
+        "seed": config.seed,
+        "fedspallm_appfl": __version__,
         "target": config.client_configs.train_configs.sparsity,
+        "prunable": entries,
+        "zeros": zeros,
+        "sparsity": zeros / entries,
         "matrices": [matrix.to_dict() for matrix in matrices],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
@@ -128,9 +111,26 @@ def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dic
     return together
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Perplexities and how they were measured.
+
+    Attributes:
+        perplexity: text -> perplexity.
+        length: tokens in a window.
+        windows: windows of all texts together.
+        dtype: arithmetic.
+    """
+
+    perplexity: dict[str, float]
+    length: int
+    windows: int
+    dtype: str
+
+
 def evaluate_folder(
     folder: str, texts: list[str], length: int | None, windows: int | None, batch: int, dtype: str, device: str
-) -> dict[str, float]:
+) -> Measured:
     """Perplexity of a model folder on text files, for `fedspallm evaluate`.
 
     Args:
@@ -139,10 +139,16 @@ def evaluate_folder(
         length: tokens in a window; None for 2048, or what the model takes if that is less.
         windows: at most so many of each text; None for all.
         batch: windows in a forward pass.
-        dtype: arithmetic.
+        dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        DataError: a text cannot be read or is too short, or the length is not one for this model.
     """
-    lazy = LazyModel(folder, None, dtype, choose_device(device, 0))
+    where = choose_device(device, 0)
+    if dtype == "auto" and where == "cpu" and Skeleton(folder).stored_dtype == torch.float16:
+        dtype = "float32"
+    lazy = LazyModel(folder, None, dtype, where)
     longest = getattr(lazy.model.config, "max_position_embeddings", None) or math.inf
     length = length or int(min(longest, DEFAULT_LENGTH))
     if length > longest:
@@ -151,4 +157,5 @@ def evaluate_folder(
         raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
     tokenizer = load_tokenizer(lazy.skeleton.folder)
     cut = {text: cut_windows(tokenizer, read_text(text), length)[:windows] for text in texts}
-    return perplexities(lazy, cut, batch=batch)
+    rows = perplexities(lazy, cut, batch=batch)
+    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))

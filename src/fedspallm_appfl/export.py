@@ -74,6 +74,8 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
     for shard, keys in shards.items():
         tensors = {key: _tensor(files, key, places.get(key), pruned) for key in keys}
         save_file(tensors, folder / shard, metadata={"format": "pt"})
+        source = skeleton.folder / (shard if shard in files.shards else next(iter(files.shards)))
+        shutil.copymode(source, folder / shard)  # safetensors would let nobody else read it
 
 
 def _tensor(files: CheckpointFiles, key: str, place: tuple[int, Linear] | None, pruned: PackedStore) -> Tensor:

@@ -2,8 +2,8 @@
 
 A matrix is open from the first upload for it to the last. While it is open its sums and votes are in memory; then its l0
 mean is masked to the target (`l0_aggregation`, `mask_expansion`), packed and stored on disk, and the sums are dropped. So
-the server holds the sums of the open blocks and one upload, whatever the number of clients and rounds, and never the
-model.
+the server holds the sums of the open blocks, their finished matrices packed, and one message, whatever the number of
+clients and rounds, and never the model.
 
 Aggregated weights are rounded to the dtype of the checkpoint, which is also what clients send and receive.
 """
@@ -199,6 +199,12 @@ class GlobalModel:
         """Blocks of which some client sent a matrix and something is still missing."""
         return {block for block, _ in self._open} | set(self._ready)
 
+    def owes(self, client: str, block: int) -> bool:
+        """Whether a matrix of a block that was assigned to a client has not come yet."""
+        names = {linear.name for linear in self.layout.blocks[block]}
+        sent = {name for name in names if (client, block, name) in self._received}
+        return block in self.round.assigned.get(client, []) and sent != names
+
     def check_complete(self, client: str) -> None:
         """Refuse to end a round for a client that owes matrices.
 
@@ -208,9 +214,8 @@ class GlobalModel:
         for block in self.round.assigned[client]:
             for linear in self.layout.blocks[block]:
                 if (client, block, linear.name) not in self._received:
-                    raise UpdateError(
-                        f"client {client} ended round {self.round.index} without block {block}, {linear.name}"
-                    )
+                    where = f"block {block}, {linear.name}"
+                    raise UpdateError(f"client {client} ended round {self.round.index} without {where}")
 
     def changes(self, limit: int) -> list[Piece]:
         """What to send down, the blocks that changed in this round, in pieces of at most `limit` bytes.

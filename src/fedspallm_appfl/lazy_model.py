@@ -49,7 +49,23 @@ class Skeleton:
         self.model = _without_weights(self.folder, dtype)
         self.layout = find_layout(self.model, blocks)
         self._key_of = _match_keys(self.model, self.files)
-        self.stored_dtype = self.files.shape_and_dtype(self.key(0, self.layout.blocks[0][0].name))[1]
+        self.stored_dtype = self._one_dtype()
+
+    def _one_dtype(self) -> torch.dtype:
+        """The dtype of all prunable weights in the checkpoint.
+
+        Raises:
+            ModelError: they are not all of one floating-point dtype that can be pruned, e.g. quantized.
+        """
+        names = [self.key(block, linear.name) for block, linears in enumerate(self.layout.blocks) for linear in linears]
+        first = {self.files.shape_and_dtype(name)[1]: name for name in reversed(names)}
+        if len(first) > 1 or next(iter(first)) not in DTYPES.values():
+            found = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
+            raise ModelError(
+                f"{self.folder}: the weights to prune must be of one dtype, {', '.join(DTYPES)}, got {found}; a quantized "
+                "model cannot be pruned, and mixed ones have to be converted to one dtype first"
+            )
+        return next(iter(first))
 
     def key(self, block: int, linear: str) -> str:
         """Name of a linear's weight in the checkpoint."""
@@ -153,7 +169,7 @@ def _without_weights(folder: Path, dtype: str) -> PreTrainedModel:
         kind = config.dtype if dtype == "auto" else DTYPES[dtype]
         with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, dtype=kind)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # config.json may hold anything, and every model class trips over it in its own way
         raise ModelError(f"{folder} cannot be built as a causal LM by this transformers: {error}") from error
 
 
@@ -192,9 +208,14 @@ def _match_keys(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str
         elif name not in tied:
             missing.append(name)
     if missing:
+        lacks = f"{files.folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
+        if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
+            raise ModelError(
+                f"{lacks}; transformers puts several stored weights together for it, as with experts: not supported"
+            )
         raise ModelError(
-            f"{files.folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}; load it "
-            "with transformers and save it again with save_pretrained, which writes the names this version uses"
+            f"{lacks}; the checkpoint and config.json do not belong together, or it was written by an old version: then "
+            "load it with transformers and save it again with save_pretrained"
         )
     return matched
 

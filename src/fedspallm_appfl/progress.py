@@ -22,7 +22,7 @@ class RunProgress:
         self._console = console
         self._rounds = rounds
         self._clients = clients
-        self._started = time.monotonic()
+        self._first = 0.0
         self._uploads = 0
         self._places: list[Event] = []
         self._bar = Progress(
@@ -64,8 +64,15 @@ class RunProgress:
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
         )
-        seconds_left = (time.monotonic() - self._started) / self._uploads * (total - self._uploads)
-        self._say(what, self._uploads, total, f"  {seconds_left:.0f} s left", quiet=not event["blocks"])
+        self._say(what, self._uploads, total, self._time_left(total), quiet=not event["blocks"])
+
+    def _time_left(self, total: int) -> str:
+        """From the uploads since the first one, before which there was start-up too."""
+        if self._uploads == 1:
+            self._first = time.monotonic()
+            return ""
+        seconds = (time.monotonic() - self._first) / (self._uploads - 1) * (total - self._uploads)
+        return f"  {seconds:.0f} s left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
         """Move the bar; where there is none, print a line unless it would say nothing new."""

@@ -1,6 +1,7 @@
 """report.md and the lines that end a run: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
 
 import platform
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
     if not pruned:
         return "no matrix was pruned"
     dense = f"; {_count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
+    everything = sum(matrix.entries for matrix in matrices)
+    if dense:
+        dense += f", {100 * zeros / everything:.4f} % of all"
     share = f"{100 * zeros / entries:.4f} %"
     return f"{zeros:,} of {entries:,} weights in {_count(len(pruned), 'matrix')} are zero ({share}){dense}"
 
@@ -80,7 +84,8 @@ def closing(config: Config, results: Results, log: EventLog) -> Group:
     lines = (
         f"{sparsity_line(results.matrices)}\n"
         f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
-        f"{bytes_text(statistics.mean(up.values()))} up a client; the dense weights are {bytes_text(results.dense_bytes)}"
+        f"{bytes_text(statistics.mean(up.values()))} up a client on average; "
+        f"the prunable weights take {bytes_text(results.dense_bytes)} dense"
     )
     texts = list(config.evaluation.texts)
     if not texts:
@@ -112,7 +117,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         f"# {_title(config)}",
         f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, zeros included: "
         "it takes the disk and memory of the dense one. What is smaller is what travelled.",
-        *_perplexity(results),
+        *_perplexity(config, results),
         "## Sparsity",
         _sparsity(results.matrices, log),
         "## Bytes",
@@ -121,7 +126,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         _participation(config, results, log),
         *_notes(log),
         "## Settings",
-        _settings(config),
+        _settings(log),
     ]
     file.write_text("\n\n".join(parts) + "\n", "utf-8")
 
@@ -131,7 +136,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _perplexity(results: Results) -> list[str]:
+def _perplexity(config: Config, results: Results) -> list[str]:
     if not results.perplexity:
         return []
     texts = list(next(iter(results.perplexity.values())))
@@ -139,7 +144,18 @@ def _perplexity(results: Results) -> list[str]:
         [_label(method), *(f"{row[text]:.3f}" for text in texts), f"{_mean(row):.3f}"]
         for method, row in results.perplexity.items()
     ]
-    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows)]
+    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows), _measure_again(config)]
+
+
+def _measure_again(config: Config) -> str:
+    """The command that gives the last row of the table again."""
+    settings = config.evaluation
+    files = " ".join(
+        shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
+    )
+    windows = f" --windows {settings.windows}" if settings.windows else ""
+    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}"
+    return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
 
 
 def _sparsity(matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
@@ -154,7 +170,10 @@ def _sparsity(matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
     over = sum(event["over_target"] for event in facts.values())
     table = _markdown(["block", "weights", "zeros", "sparsity", "before expansion", "kept but zero"], rows)
     note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
-    return f"{table}{note}\n\nEach matrix stands in `manifest.json`."
+    words = (
+        "`before expansion` is the share that every client pruned; `kept but zero` counts kept weights that are zero."
+    )
+    return f"{table}{note}\n\n{words} Each matrix stands in `manifest.json`."
 
 
 def _bytes(config: Config, results: Results, log: EventLog) -> str:
@@ -218,9 +237,10 @@ def _notes(log: EventLog) -> list[str]:
     return ["## Out of the ordinary", head, _markdown(["client", "round", "block.linear", ""], rows)]
 
 
-def _settings(config: Config) -> str:
+def _settings(log: EventLog) -> str:
     versions = (
         f"fedspallm-appfl {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}"
     )
-    return f"{versions}. The resolved configuration is `config.yaml`."
+    seconds = log.events[-1]["time"] if log.events else 0.0
+    return f"{versions}; {seconds:.0f} s in all. The resolved configuration is `config.yaml`."

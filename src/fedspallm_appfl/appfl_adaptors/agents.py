@@ -33,7 +33,7 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
     }
     made: Any = OmegaConf.structured(ServerAgentConfig)
     made.server_configs = {
-        "num_clients": server.num_clients,
+        "num_clients": len(config.clients),
         "num_global_epochs": server.num_global_epochs,
         "optimize_memory": False,  # APPFL would collect garbage several times a message
         "aggregator": server.aggregator,
@@ -53,7 +53,7 @@ def client_agent_config(config: Config, client: Client, device: str, message_byt
     Args:
         config: the experiment.
         client: the client, with the shared part merged in.
-        device: where it runs; `auto` was decided by `placement`.
+        device: where it runs; `auto` was decided by `choose_device`.
         message_bytes: bytes that one of its messages may have.
     """
     train = dataclasses.asdict(client.train_configs) | {

@@ -23,9 +23,9 @@ from appfl.comm.mpi.serializer import (
 from mpi4py import MPI
 
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.messages import MPI_LIMIT
 
 POLL_SECONDS = 0.001
-MPI_LIMIT = 2**31 - 1
 
 
 class BatchedMPIServer(MPIServerCommunicator):
@@ -72,7 +72,10 @@ class BatchedMPIServer(MPIServerCommunicator):
 
     def _send(self, response: MPITaskResponse, rank: int) -> None:
         message = response_to_byte(response)
-        _check_size(len(message), "the server's answer", "fewer blocks a round (resource_share, layer_sampling: sweep)")
+        if len(message) > MPI_LIMIT:
+            raise ConfigError(
+                f"an answer has {len(message)} bytes, MPI carries at most {MPI_LIMIT}; lower comm_configs.max_message_bytes"
+            )
         self.comm.Send(message, dest=rank, tag=rank)
 
 
@@ -91,8 +94,3 @@ def _wait(comm: Any, source: int, tag: int, status: Any) -> None:
     """Return once a message has come."""
     while not comm.iprobe(source=source, tag=tag, status=status):
         time.sleep(POLL_SECONDS)
-
-
-def _check_size(size: int, what: str, fix: str) -> None:
-    if size > MPI_LIMIT:
-        raise ConfigError(f"{what} has {size} bytes, MPI carries at most {MPI_LIMIT} in one message; use {fix}")

@@ -1,9 +1,9 @@
 """APPFL scheduler that streams: every upload is folded on arrival and answered as soon as the client may go on.
 
 A message in the middle of a round is answered at once, unless more than `max_open_blocks` blocks have sums in memory and
-one that the client has just sent to is among them; then the client waits until that block is complete. All clients go
-through the blocks in ascending order, so the one behind never waits and nothing can lock up. The last message of a round
-is answered when all clients have sent theirs.
+the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom an
+open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
+message of a round is answered when all clients have sent theirs.
 
 If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging.
 """
@@ -69,9 +69,11 @@ class FedSpaLLMScheduler(BaseScheduler):
         return self.aggregator.get_parameters(**kwargs)
 
     def _release(self) -> None:
-        open_blocks = self.aggregator.global_model.open_blocks()
+        model = self.aggregator.global_model
+        open_blocks = model.open_blocks()
         for client, (future, sent) in list(self._held.items()):
-            if len(open_blocks) <= self.max_open_blocks or not sent & open_blocks:
+            owes = any(model.owes(client, block) for block in open_blocks)
+            if len(open_blocks) <= self.max_open_blocks or not sent & open_blocks or owes:
                 del self._held[client]
                 future.set_result(({}, {}))
 

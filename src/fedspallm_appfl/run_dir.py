@@ -1,0 +1,100 @@
+"""The folder of a run: what may be written where, one run at a time.
+
+It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
+(sparsity of every matrix, read back from disk) and `report.md`; while the run works also `state/`, the server's packed
+blocks and sums, and a lock.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from fedspallm_appfl.config import Config, Paths
+from fedspallm_appfl.errors import ConfigError
+
+MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
+OWN = ("config.yaml", MARK, "report.md", "manifest.json", "model", "state")
+
+
+def problem(config: Config, overwrite: bool) -> str | None:
+    """Why the run directory cannot be used, or None."""
+    folder = Path(config.run_dir).expanduser()
+    try:
+        if folder.exists() and not folder.is_dir():
+            return f"run_dir: {folder} is a file; name a folder"
+        used = _inputs_inside(config, folder)
+        if used:
+            return f"run_dir: {folder} holds {used}, which a run there would replace; name another folder"
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        if not (folder / MARK).is_file():
+            return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
+    except (OSError, ValueError) as error:
+        return f"run_dir: {folder} cannot be used: {error}; name another folder"
+    if not overwrite:
+        return f"run_dir: {folder} exists and is not empty; give another run_dir=..., or --overwrite to replace it"
+    return None
+
+
+def _inputs_inside(config: Config, folder: Path) -> str | None:
+    """An input of the run that lies where the run will write."""
+    texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
+    inputs = {config.model.path: "the dense model of model.path"}
+    inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
+    for path, what in inputs.items():
+        place = Path(path).expanduser().resolve()
+        if any(place.is_relative_to((folder / name).resolve()) for name in OWN):
+            return what
+    if Path(config.model.path).expanduser().resolve() == folder.resolve():
+        return "the dense model of model.path"
+    return None
+
+
+def _as_list(paths: Paths | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths or [])
+
+
+@contextmanager
+def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
+    """Make the folder, or clear the one that may be overwritten of what runs write, and keep other runs out of it.
+
+    Raises:
+        ConfigError: it must not be overwritten, cannot be written, or another run works in it.
+    """
+    wrong = problem(config, overwrite)
+    if wrong:
+        raise ConfigError(wrong)
+    folder = Path(config.run_dir).expanduser()
+    lock_file = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {folder} cannot be written: {error}") from error
+    with lock:
+        _lock(lock, folder)
+        try:
+            for name in OWN:
+                _remove(folder / name)
+            (folder / MARK).touch()
+            (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
+            yield folder
+        finally:
+            lock_file.unlink(missing_ok=True)
+
+
+def _lock(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"run_dir: another run is at work in {folder}; name another folder") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
