@@ -49,7 +49,9 @@ def finish(process, seconds=240):
 
 @pytest.mark.parametrize("ranks", [4, 3], ids=["one client a rank", "batched"])
 def test_mpi_gives_the_bits_of_one_process(tmp_path, ranks):
-    config = small_config(tmp_path, **UNEVEN)
+    waiting = {"scheduler_kwargs": {"max_open_blocks": 1}}
+    split = {"client_configs": {"comm_configs": {"max_message_bytes": 140_000}}}
+    config = small_config(tmp_path, **{**UNEVEN, **split, "server_configs": {**UNEVEN["server_configs"], **waiting}})
     code, out, err = finish(fedspallm(ranks, config, f"run_dir={tmp_path / 'mpi'}"))
     assert code == 0, err
     assert "Placement" in out and "\x1b" not in out

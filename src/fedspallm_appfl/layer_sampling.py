@@ -10,7 +10,8 @@ resource share r_k in (0, 1] and prunes `n_k = max(1, round(r_k * L))` of the L 
 * `sweep` (ours): round t takes the t-th run of consecutive blocks, dealt out as in `balanced`; the blocks before it come
   pruned, so that calibration inputs are those of the model being made. r_k is the share of the round's run.
 
-The draw is a pure function of (seed, round, roster): server and client compute the same one, and it does not depend on how clients are laid out over processes.
+The draw is a pure function of (seed, round, roster): server and client compute the same one, and it does not depend on
+how clients are laid out over processes.
 """
 
 import math
