@@ -252,6 +252,16 @@ def test_overwriting_clears_what_runs_write_and_nothing_else(tmp_path):
     assert load_config(folder / "config.yaml") == (config, [])
 
 
+def test_the_stored_configuration_is_good_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "law.txt").write_text("law")
+    monkeypatch.chdir(tmp_path)
+    config, _ = load_config(CONFIG, ["run_dir=run", "evaluation.texts.law=law.txt", "clients.0.data.text=[law.txt]"])
+    with claimed(config, overwrite=False) as folder:
+        stored, _ = load_config(folder / "config.yaml")
+    assert stored.evaluation.texts["law"] == str(tmp_path / "law.txt")
+    assert stored.clients[0].data.text == [str(tmp_path / "law.txt")]
+
+
 def test_two_runs_do_not_share_a_directory(tmp_path):
     config, _ = run_folder(tmp_path)
     with (

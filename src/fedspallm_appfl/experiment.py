@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from fedspallm_appfl import __version__, run_dir
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.errors import DataError, ModelError
 from fedspallm_appfl.evaluation import PrunedBlock, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.export import check_model, write_model
@@ -57,7 +58,12 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 
 
 def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog) -> Results:
-    write_model(skeleton, model.done, folder / "model")
+    try:
+        write_model(skeleton, model.done, folder / "model")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"the pruned model cannot be written to {folder / 'model'}: {error}; make room there"
+        ) from error
     matrices = check_model(skeleton, model.done, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
     manifest = {

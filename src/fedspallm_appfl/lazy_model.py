@@ -48,7 +48,8 @@ class Skeleton:
         self.files = CheckpointFiles(self.folder)
         self.model = _without_weights(self.folder, dtype)
         self.layout = find_layout(self.model, blocks)
-        self._key_of = _match_keys(self.model, self.files)
+        self._todays_names = _todays_names(self.model, self.files)
+        self._key_of = self._match_keys()
         self.stored_dtype = self._one_dtype()
 
     def _one_dtype(self) -> torch.dtype:
@@ -77,8 +78,30 @@ class Skeleton:
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
     def key_of(self, parameter: str) -> str:
-        """Name in the checkpoint of a parameter or buffer of the model."""
+        """Name in the checkpoint of a parameter of the model."""
         return self._key_of[parameter]
+
+    def find_key(self, name: str) -> str | None:
+        """Name in the checkpoint of a parameter or buffer, which may be an older one or differ by the base's prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        options = (name, name.removeprefix(prefix), prefix + name)
+        return next((self._todays_names[option] for option in options if option in self._todays_names), None)
+
+    def _match_keys(self) -> dict[str, str]:
+        """Parameter name -> name in the checkpoint."""
+        matched, missing, tied = {}, [], set(_tied_names(self.model))
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            key = self.find_key(name)
+            if key is not None:
+                shape, expected = self.files.shape_and_dtype(key)[0], tuple(parameter.shape)
+                if shape != expected:
+                    raise ModelError(f"{self.folder}: {key} has shape {list(shape)}, config.json says {list(expected)}")
+                matched[name] = key
+            elif name not in tied:
+                missing.append(name)
+        if missing:
+            raise ModelError(_what_is_missing(self.folder, self.model, missing))
+        return matched
 
     def dense_weight(self, block: int, linear: Linear) -> Tensor:
         """The dense weight of a linear as (O, I), in the dtype of the checkpoint."""
@@ -158,7 +181,8 @@ class LazyModel:
         """Move buffers to the device; those that the checkpoint holds take its values."""
         for name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
-            stored = self.skeleton.files.read(name).to(buffer.dtype) if name in self.skeleton.files else buffer
+            key = self.skeleton.find_key(name)
+            stored = buffer if key is None else self.skeleton.files.read(key).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
 
 
@@ -190,34 +214,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _match_keys(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
-    """Parameter name -> name in the checkpoint, which may be an older one, or differ by the base model's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    matched, missing = {}, []
-    tied, keys = set(_tied_names(model)), _todays_names(model, files)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        options = (name, name.removeprefix(prefix), prefix + name)
-        key = next((keys[option] for option in options if option in keys), None)
-        if key is not None:
-            shape = files.shape_and_dtype(key)[0]
-            if shape != tuple(parameter.shape):
-                raise ModelError(
-                    f"{files.folder}: {key} has shape {list(shape)}, config.json says {list(parameter.shape)}"
-                )
-            matched[name] = key
-        elif name not in tied:
-            missing.append(name)
-    if missing:
-        lacks = f"{files.folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
-        if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
-            raise ModelError(
-                f"{lacks}; transformers puts several stored weights together for it, as with experts: not supported"
-            )
-        raise ModelError(
-            f"{lacks}; the checkpoint and config.json do not belong together, or it was written by an old version: then "
-            "load it with transformers and save it again with save_pretrained"
-        )
-    return matched
+def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str]) -> str:
+    lacks = f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
+    if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
+        return f"{lacks}; transformers puts several stored weights together for it, as with experts: not supported"
+    return (
+        f"{lacks}; the checkpoint and config.json do not belong together, or it was written by an old version: then "
+        "load it with transformers and save it again with save_pretrained"
+    )
 
 
 def _todays_names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:

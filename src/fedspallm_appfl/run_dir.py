@@ -5,12 +5,13 @@ It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (
 blocks and sums, and a lock.
 """
 
+import copy
 import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fedspallm_appfl.config import Config, Paths
 from fedspallm_appfl.errors import ConfigError
@@ -53,6 +54,23 @@ def _inputs_inside(config: Config, folder: Path) -> str | None:
     return None
 
 
+def _with_whole_paths(config: Config) -> Config:
+    """The same configuration, good from any working directory."""
+    whole = copy.deepcopy(config)
+    if Path(config.model.path).expanduser().is_dir():
+        whole.model.path = _whole(config.model.path)
+    for client in whole.clients:
+        client.data.text = client.data.text and _whole(client.data.text)
+    whole.evaluation.texts = {name: _whole(text) for name, text in config.evaluation.texts.items()}
+    return whole
+
+
+def _whole(paths: Any) -> Any:
+    if isinstance(paths, list):
+        return [_whole(path) for path in paths]
+    return str(Path(paths).expanduser().absolute())
+
+
 def _as_list(paths: Paths | None) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths or [])
 
@@ -80,7 +98,7 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
             for name in OWN:
                 _remove(folder / name)
             (folder / MARK).touch()
-            (folder / "config.yaml").write_text(config.to_yaml(), "utf-8")
+            (folder / "config.yaml").write_text(_with_whole_paths(config).to_yaml(), "utf-8")
             yield folder
         finally:
             lock_file.unlink(missing_ok=True)

@@ -67,13 +67,13 @@ def parse_target(text: str | float | int) -> Target:
         ValueError: the text is neither, the share is outside [0, 1), or the pattern is not 0 < n < m.
     """
     words = str(text).strip()
-    if pattern := re.fullmatch(r"(\d+):(\d+)", words):
+    if pattern := re.fullmatch(r"([0-9]+):([0-9]+)", words):
         kept, group = int(pattern[1]), int(pattern[2])
         if not 0 < kept < group:
             raise ValueError(f"a pattern n:m needs 0 < n < m (n non-zero in every m), got {words}; 2:4 is one")
         return NM(kept, group)
     try:
-        share = Fraction(words)
+        share = Fraction(words.encode("ascii").decode())  # digits of other scripts are hardly meant
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {words!r}") from None
     if not 0 <= share < 1:
