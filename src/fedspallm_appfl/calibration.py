@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.errors import DataError, ModelError
+from fedspallm_appfl.errors import DataError, ModelError, first_line
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -26,8 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust library behind it raises bare exceptions
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} holds no tokenizer that can be read: {reason}") from error
+        raise ModelError(f"{folder} holds no tokenizer that can be read: {first_line(error)}") from error
 
 
 def read_text(paths: str | Sequence[str]) -> str:
@@ -85,13 +84,18 @@ def draw_windows(windows: Tensor, count: int, seed: int, client: str) -> Tensor:
         DataError: the text has fewer windows.
     """
     if len(windows) < count:
-        raise DataError(
-            f"client {client}: {count} calibration windows of {windows.shape[1]} tokens were asked for, its text has "
-            f"{len(windows)}; give more text, or lower data.windows or data.length"
-        )
+        raise DataError(too_few(client, count, windows.shape[1], len(windows)))
     digest = hashlib.sha256(f"calibration/{seed}/{client}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return windows[torch.randperm(len(windows), generator=generator)[:count]]
+
+
+def too_few(client: str, count: int, length: int, found: int) -> str:
+    """What to say of a private text with `found` windows of `length` tokens where `count` were asked for."""
+    return (
+        f"client {client}: {count} calibration windows of {length} tokens were asked for, its text has {found}; "
+        "give more text, or lower data.windows or data.length"
+    )
 
 
 def check_vocabulary(windows: Tensor, vocabulary: int, where: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, first_line
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -42,9 +42,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"model path {name!r} is no folder here and could not be fetched from the hub ({reason}); "
+            f"model path {name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "
             "download it first, then give the folder in `model.path`"
         ) from error
 
@@ -97,8 +96,7 @@ class CheckpointFiles:
             try:
                 self._open[name] = _load_pickled(path) if name.endswith(".bin") else safe_open(path, framework="pt")
             except Exception as error:  # every library that parses a damaged file has its own error type
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ModelError(f"{path} cannot be opened as a checkpoint: {reason}") from error
+                raise ModelError(f"{path} cannot be opened as a checkpoint: {first_line(error)}") from error
         return self._open[name]
 
 

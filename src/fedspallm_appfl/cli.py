@@ -21,11 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a mistake that the message explains."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    late = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(late) < len(rest) or (late and "overrides" not in args):
-        parser.error(
-            f"unrecognized arguments: {' '.join(word for word in rest if word not in late or 'overrides' not in args)}"
-        )
+    takes_overrides = "overrides" in args
+    late = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
     if late:  # overrides may stand after options too
         args.overrides = [*args.overrides, *late]
     if args.command == "run" and args.launcher == "mpi":

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedspallm_appfl import yaml_io
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, first_line
 
 Paths = str | list[str]
 
@@ -183,7 +183,7 @@ def _read(file: Path) -> DictConfig:
     try:
         return OmegaConf.create(loaded)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as a configuration: {_first_line(error)}") from error
+        raise ConfigError(f"{file} cannot be read as a configuration: {first_line(error)}") from error
 
 
 def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -196,16 +196,12 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             OmegaConf.update(loaded, key, yaml_io.load(value), merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"the override {override!r} cannot be applied: {_first_line(error)}") from error
+            raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error
     try:
         return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{where} refers to something that is not there: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where} refers to something that is not there: {first_line(error)}") from error
 
 
 def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:

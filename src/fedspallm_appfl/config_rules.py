@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.blocks import Linear, left_dense
-from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text
+from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.config import Client, Config, Paths
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
@@ -190,10 +190,7 @@ def check_with_files(config: Config) -> list[str]:
             continue
         found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
         if found is not None and found < data.windows:
-            problems.append(
-                f"{where}: {data.windows} calibration windows of {data.length} tokens were asked for, its text has "
-                f"{found}; give more text, or lower data.windows or data.length"
-            )
+            problems.append(too_few(client.client_id, data.windows, data.length, found))
         problems += _too_long(f"{where}: data.length", data.length, longest)
     for name, text in config.evaluation.texts.items():
         where, length = f"evaluation.texts.{name}", config.evaluation.length

@@ -23,3 +23,8 @@ class PruningError(FedSpaLLMError):
 
 class UpdateError(FedSpaLLMError):
     """An upload that is not what the server assigned."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the lines of advice that often follow."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
