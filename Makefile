@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+PEERS := .venv-peers
+TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint check clean
+.PHONY: help install demo test fast lint check triton bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -15,7 +17,7 @@ install: $(INSTALLED)  ## Make the virtual environment and install the pinned ve
 
 # A torch for the CPU does not go with the torchvision that one of APPFL's dependencies pulls in (built for CUDA), and a
 # broken torchvision breaks transformers; nothing here needs it, so it goes if it cannot be imported.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_appfl/native/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -39,5 +41,19 @@ lint: install  ## Style and types
 
 check: lint test  ## What CI runs
 
+triton: install  ## The GPU kernel in Triton's interpreter, and through its compiler; needs no GPU
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
+	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/test_triton_block.py
+
+bench: install  ## Speed and memory as ratios, half an hour on one core; with llm-compressor after `make bench-peers`
+	$(BIN)/python -m benchmarks
+
+bench-peers: $(PEERS)/installed
+
+$(PEERS)/installed: benchmarks/peers-requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --requirement $<
+	touch $@
+
 clean:  ## Remove the virtual environment, caches and runs
-	rm -rf $(VENV) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,12 +10,12 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "fedspallm_appfl"
 LAYERS = (
     # 0  pure mathematics and plain words
-    "__init__ errors yaml_io dtypes devices events messages pruning/* "
-    "sparsity l0_aggregation mask_expansion layer_sampling",
+    "__init__ errors yaml_io dtypes devices events messages pruning/* native/* "
+    "bitmask sparsity l0_aggregation mask_expansion layer_sampling",
     # 1  what travels and what rests
-    "payload packed_store checkpoint_files",
+    "payload packed_store agreed_blocks checkpoint_files",
     # 2  models and data
-    "blocks lazy_model calibration blockwise evaluation export",
+    "blocks lazy_model calibration activations blockwise evaluation export",
     # 3  settings, and the two sides of a round
     "config config_rules run_dir global_model local_client",
     # 4  APPFL adaptors

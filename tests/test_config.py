@@ -323,4 +323,5 @@ def test_the_resolved_configuration_spells_out_defaults_and_merged_clients(read)
         "fold": "latest",
         "expansion": "matrix",
     }
-    assert resolved["clients"][1]["data"] == {"text": ["b.txt", "more"], "windows": 7, "length": 2048, "batch": 3}
+    given = {"text": ["b.txt", "more"], "windows": 7, "batch": 3}
+    assert resolved["clients"][1]["data"] == given | {"length": 2048, "activations": "memory"}

@@ -35,6 +35,13 @@ def wrong(*overrides):
     return problems or check(config)
 
 
+@pytest.mark.parametrize("compression", ["auto", "none", "zstd"])
+def test_every_compression_there_is_may_be_asked_for(compression):
+    config = demo(f"{COMM}.compression={compression}")
+    assert check(config) == []
+    assert {client.comm_configs.compression for client in config.clients} == {compression}
+
+
 def test_the_demo_has_no_problem():
     config = demo()
     assert check(config) + check_with_files(config) == []
@@ -69,6 +76,8 @@ def test_the_demo_has_no_problem():
         ("clients.1.data.windows=0", ["clients.1.data.windows: at least 1, got 0"]),
         ("clients.1.data.length=1", ["clients.1.data.length: at least 2, got 1"]),
         ("clients.1.data.batch=0", ["clients.1.data.batch: at least 1, got 0"]),
+        ("clients.1.data.activations=disk", ["clients.1.data.activations: one of memory, file; got 'disk'"]),
+        ("client_configs.data.activations=1", ["client_configs.data.activations: one of memory, file; got '1'"]),
         ("clients.1.train_configs.resource_share=0", ["resource_share: a share in (0, 1], got 0.0"]),
         ("clients.1.train_configs.resource_share=1.5", ["resource_share: a share in (0, 1], got 1.5"]),
         ("clients.1.train_configs.resource_share=.nan", ["resource_share: a share in (0, 1], got nan"]),
@@ -99,6 +108,11 @@ def test_the_demo_has_no_problem():
         (f"{COMM}.max_message_bytes=2147483648", ["at most 2130706431, a little below where MPI ends, got 2147483648"]),
         ("clients.0.comm_configs.blocks_per_message=2", ["clients.0.comm_configs", "the same for every client, got 2"]),
         ("clients.0.comm_configs.max_message_bytes=2147483648", ["clients.0.comm_configs", "2147483648"]),
+        (f"{COMM}.compression=gzip", [f"{COMM}.compression: one of auto, none, zstd; got 'gzip'"]),
+        (
+            "clients.2.comm_configs.compression=zstd",
+            ["clients.2.comm_configs.compression: the same for every client, got 'zstd' beside 'auto'"],
+        ),
         ("evaluation.length=1", ["evaluation.length: at least 2, got 1"]),
         ("evaluation.device=gpu", ["evaluation.device: auto, cpu, cuda or cuda:N; got 'gpu'"]),
         ("evaluation.windows=0", ["evaluation.windows: at least 1, got 0"]),

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import DEMO, SHARED
 from experiments import UNEVEN, small_config
 from families import save_family
+from fedspallm_appfl import native
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.sparsity import parse_target
 
@@ -72,6 +73,76 @@ def test_bytes_sent_up_are_those_of_mask_and_kept_values(tmp_path):
     folder = run(small_config(tmp_path, 2))
     weights_of_block = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3
     assert {event["bytes"] for event in events(folder, "upload")} == {weights_of_block // 8 + weights_of_block // 2 * 2}
+
+
+def two_rounds(folder, pruner, compression):
+    """Two rounds on half of the blocks each, at 70 %, so that masks get smaller and pieces go down."""
+    folder.mkdir()
+    train = {"pruner": pruner, "sparsity": 0.7, "layer_sampling": "sweep"}
+    data = {"windows": 2, "length": 64, "batch": 2}
+    client = {"train_configs": train, "data": data, "comm_configs": {"compression": compression}}
+    return run(small_config(folder, 2, server_configs={"num_global_epochs": 2}, client_configs=client))
+
+
+@pytest.fixture(scope="module", params=["sparsegpt", "wanda"])
+def both(request, tmp_path_factory):
+    """(pruner, run without compression, the same with it)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, *(two_rounds(folder / how, request.param, how) for how in ("none", "zstd"))
+
+
+BLOCK = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3  # weights of a block of the bundled model
+
+
+def test_compression_changes_no_bit_of_the_model_and_sends_less(both):
+    pruner, plain, small = both
+    files = {path.name: path.read_bytes() for path in (plain / "model").iterdir()}
+    assert {path.name: path.read_bytes() for path in (small / "model").iterdir()} == files
+    assert events(plain, "block") and all(event["zeros"] for event in events(plain, "block"))
+    for one, other in zip(events(plain, "upload"), events(small, "upload"), strict=True):
+        assert [one[key] for key in ("round", "client", "message", "blocks")] == [
+            other[key] for key in ("round", "client", "message", "blocks")
+        ]
+        assert other["bytes"] < one["bytes"] if one["bytes"] else other["bytes"] == 0
+
+
+def test_uploads_say_what_each_block_took(both):
+    pruner, *folders = both
+    for folder in folders:
+        sent = [event for event in events(folder, "upload") if event["blocks"]]
+        assert len(sent) == 2 * 8
+        for event in events(folder, "upload"):
+            assert event["bytes"] == sum(event["block_bytes"].values())
+            assert ",".join(event["block_bytes"]) == event["blocks"]
+
+
+def test_a_mask_alone_goes_up_where_the_server_has_the_weights(both):
+    pruner, plain, _ = both
+    kept = sum(n - 7 * n // 10 for n in [128 * 128] * 2 + [64 * 128] * 2 + [344 * 128] * 3)
+    expected = BLOCK // 8 + (2 * kept if pruner == "sparsegpt" else 0)
+    assert {event["bytes"] for event in events(plain, "upload") if event["blocks"]} == {expected}
+
+
+def test_the_report_has_the_bytes_of_every_block(both):
+    _, *folders = both
+    for folder in folders:
+        report = (folder / "report.md").read_text()
+        assert "| block | uploads | up | dense float16 | times smaller |" in report
+        for block in range(8):
+            up = sum(event["block_bytes"].get(str(block), 0) for event in events(folder, "upload"))
+            assert f"| {block} | 2 | {up:,} | {2 * 2 * BLOCK:,} | {4 * BLOCK / up:.2f} |" in report
+
+
+@pytest.mark.parametrize("both", ["sparsegpt"], indirect=True)
+def test_a_run_without_compiled_loops_gives_the_same_model(both, tmp_path, monkeypatch):
+    pruner, plain, _ = both
+    if native.LIBRARY is None:
+        pytest.skip("the compiled loops were not built, or FEDSPALLM_NATIVE=0 is set")
+    assert "(compiled loops)" in (plain / "report.md").read_text()
+    monkeypatch.setattr(native, "LIBRARY", None)
+    slow = two_rounds(tmp_path / "slow", pruner, "none")
+    assert "(no compiled loops)" in (slow / "report.md").read_text()
+    assert (slow / "model/model.safetensors").read_bytes() == (plain / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """The server's side of a round: order of uploads, folds over rounds, comparisons, and what it refuses."""
 
 import random
+import weakref
 from fractions import Fraction
 
 import pytest
 import torch
 
+from conftest import DEMO
+from fedspallm_appfl import global_model
 from fedspallm_appfl.blocks import Layout, Linear
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.global_model import Aggregation, GlobalModel
-from fedspallm_appfl.payload import make_update, pack, unpack, update_nbytes
+from fedspallm_appfl.local_client import ClientSettings, LocalClient
+from fedspallm_appfl.payload import compress, make_update, matrices, pack, pack_mask, unpack, update_nbytes
+from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 
 SHAPES = {"q": (4, 6), "up": (3, 5)}
@@ -299,3 +304,177 @@ def test_nothing_of_a_refused_upload_is_folded(tmp_path):
     for client in SAMPLES:
         other.receive(client, upload(client, [0], dtype=torch.float32), 1)
     assert stored(model.done) == stored(other.done)
+
+
+STORES = ("global", "fedavg", *(f"standalone/{client}" for client in SAMPLES))
+
+
+def everything(model):
+    """Every byte of the global model and of its comparisons."""
+    return [stored(model.comparison(name)) for name in STORES]
+
+
+def dense(block, name):
+    """A dense matrix that all clients share, with zeros, ties and both signs."""
+    seed = random.Random(f"{block}/{name}").randrange(2**31)
+    return torch.randint(-3, 4, SHAPES[name], generator=torch.Generator().manual_seed(seed)).half() / 4
+
+
+def masks_of(client, blocks, t=0, values=False):
+    """An upload of a pruner that leaves kept weights as they are, as a mask alone or with its values."""
+
+    def packed(block, name):
+        mask = matrix(client, block, name, t)[1]
+        return pack(dense(block, name), mask, torch.float16) if values else pack_mask(mask)
+
+    return make_update(t, {b: {name: packed(b, name) for name in SHAPES} for b in blocks})
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+@pytest.mark.parametrize("masks_only", [{"ann"}, {"bob", "cy"}, set(SAMPLES)])
+def test_masks_alone_give_the_same_bits_as_masks_with_values(tmp_path, masks_only, weights):
+    results = []
+    for senders in (frozenset(), frozenset(masks_only)):
+        model = GlobalModel(
+            LAYOUT,
+            torch.float16,
+            Aggregation(HALF, weights, "cumulative", comparisons=("fedavg", "standalone"), mask_only=senders),
+            tmp_path / str(len(senders)),
+            dense=dense,
+        )
+        for t in range(2):
+            model.begin_round(t, EVERYTHING)
+            for client, blocks in EVERYTHING.items():
+                update = masks_of(client, blocks, t, values=client not in senders)
+                assert model.receive(client, update, SAMPLES[client]) == update_nbytes(update)
+        results.append(everything(model))
+    assert all(len(store) == 12 for store in results[1])
+    assert results[0] == results[1]
+
+
+def test_a_mask_alone_is_only_taken_from_those_who_leave_weights_as_they_are(tmp_path):
+    model = server(tmp_path, mask_only=frozenset({"ann"}))
+    with pytest.raises(UpdateError, match="from client bob, block 0, q: a matrix has the keys shape, mask, values"):
+        model.receive("bob", masks_of("bob", [0]), 1)
+    with pytest.raises(UpdateError, match="from client ann, block 0, q: a matrix has the keys shape, mask, and"):
+        model.receive("ann", masks_of("ann", [0], values=True), 1)
+    assert model.open_blocks() == set()
+
+
+WIDE = Layout("layers", ((Linear("q", (32, 48), False), Linear("up", (16, 96), False)),) * 2)
+SPARSE = parse_target("0.9")  # 1382 of 1536 entries
+
+
+def wide_upload(client, t, dtype):
+    """An upload of two blocks whose masks and values both get smaller."""
+
+    def packed(block, linear):
+        seed = random.Random(f"{client}/{block}/{linear.name}/{t}").randrange(2**31)
+        generator = torch.Generator().manual_seed(seed)
+        mask = (torch.randperm(32 * 48, generator=generator) >= 1382).view(linear.shape)
+        return pack(torch.randint(-3, 4, linear.shape, generator=generator) / 4, mask, dtype)
+
+    return make_update(t, {b: {linear.name: packed(b, linear) for linear in WIDE.blocks[b]} for b in range(2)})
+
+
+def wide_server(folder, dtype=torch.float16, **settings):
+    comparisons = ("fedavg", "standalone")
+    return GlobalModel(WIDE, dtype, Aggregation(SPARSE, comparisons=comparisons, **settings), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_compressed_uploads_give_the_same_bits_as_plain_ones(tmp_path, dtype):
+    results = []
+    for prepare in (lambda update: update, compress):
+        model, received = wide_server(tmp_path / str(len(results)), dtype, fold="cumulative"), 0
+        for t in range(2):
+            model.begin_round(t, dict.fromkeys(SAMPLES, [0, 1]))
+            for client in SAMPLES:
+                update = prepare(wide_upload(client, t, dtype))
+                received += model.receive(client, update, 1)
+                assert prepare is not compress or all(p["zstd"] == ["mask", "values"] for *_, p in matrices(update))
+        results.append((everything(model), received))
+    assert results[0][0] == results[1][0]
+    assert all(len(store) == 8 for store in results[0][0])
+    assert results[1][1] < results[0][1]
+
+
+@pytest.mark.parametrize("compression", [False, True])
+def test_what_goes_down_is_compressed_only_when_asked(tmp_path, compression):
+    model = wide_server(tmp_path, compression=compression)
+    model.begin_round(0, {"ann": [0, 1]})
+    model.receive("ann", wide_upload("ann", 0, torch.float16), 1)
+    sent = pieces(model, limit=192 + 2 * 154)
+    assert len(sent) == 4
+    assert [(update["piece"], update["pieces"]) for update in sent] == [(i, 4) for i in range(4)]
+    for update in sent:
+        for _, _, packed in matrices(update):
+            assert packed.get("zstd") == (["mask", "values"] if compression else None)
+        assert (update_nbytes(update) < 192 + 2 * 154) == compression
+
+
+def demo_client():
+    """A client that holds the bundled model and needs no text."""
+    pruning = Settings("magnitude", HALF)
+    options = {"seed": 0, "text": None, "windows": 1, "length": 2, "batch": 1, "pruning": pruning}
+    limits = {"blocks_per_message": 1, "max_message_bytes": 2**20}
+    return LocalClient(
+        ClientSettings("ann", str(DEMO / "model"), "float32", None, device="cpu", threads=1, **options, **limits)
+    )
+
+
+@pytest.mark.parametrize("compression", [False, True])
+def test_a_client_understands_what_goes_down(tmp_path, compression):
+    client = demo_client()
+    layout, dtype = client.model.layout, client.model.skeleton.stored_dtype
+    model = GlobalModel(layout, dtype, Aggregation(HALF, compression=compression), tmp_path)
+    model.begin_round(0, {"ann": [1, 3]})
+    for block in (1, 3):
+        for linear in layout.blocks[block]:
+            entries = linear.shape[0] * linear.shape[1]
+            generator = torch.Generator().manual_seed(entries + block)
+            mask = (torch.randperm(entries, generator=generator) >= HALF.zeros(entries)).view(linear.shape)
+            weight = torch.randn(linear.shape, generator=generator)
+            model.receive("ann", make_update(0, {block: {linear.name: pack(weight, mask, dtype)}}), 1)
+    sent = pieces(model, limit=100_000)
+    assert len(sent) > 2
+    assert any(packed.get("zstd") for update in sent for *_, packed in matrices(update)) == compression
+    for update in sent:
+        client.take(update)
+    assert client.agreed.blocks() == [1, 3]
+    for block in (1, 3):
+        linears, expected = client.agreed.get(block), model.done.load(block)
+        assert sorted(linears) == sorted(expected)
+        for name, packed in linears.items():
+            assert packed["shape"] == expected[name]["shape"]
+            for part in ("mask", "values"):
+                assert packed[part].dtype is expected[name][part].dtype
+                assert torch.equal(packed[part].view(torch.uint8), expected[name][part].view(torch.uint8))
+
+
+def test_what_goes_down_empty_changes_nothing():
+    client = demo_client()
+    client.take({})
+    assert client.agreed.blocks() == []
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+@pytest.mark.parametrize("fold", ["latest", "cumulative"])
+def test_the_sums_of_a_matrix_are_dropped_before_its_mask_is_made(tmp_path, monkeypatch, fold, weights):
+    model = server(tmp_path, fold=fold, weights=weights, comparisons=("fedavg",))
+    sums, opened, dropped = {}, [], []
+    expand = global_model.expand
+
+    def watched(votes, *rest):
+        dropped.append(sums[tuple(votes.shape)]() is None)
+        return expand(votes, *rest)
+
+    monkeypatch.setattr(global_model, "expand", watched)
+    for client in SAMPLES:
+        for name in SHAPES:
+            model.receive(client, upload(client, [0], [name]), SAMPLES[client])
+            opened.append([name for _, name in model._open])
+            sums.update({SHAPES[name]: weakref.ref(matrix.sums.total) for (_, name), matrix in model._open.items()})
+    assert opened == [["q"], ["q", "up"], ["q", "up"], ["q", "up"], ["up"], []]
+    assert dropped == [True, True]
+    assert all(reference() is None for reference in sums.values())

@@ -5,6 +5,7 @@ import torch
 
 from fedspallm_appfl.mask_expansion import expand, unexpanded_zeros
 from fedspallm_appfl.sparsity import NM, parse_target
+from loops import LOOPS, use
 
 HALF = parse_target(0.5)
 
@@ -104,3 +105,50 @@ def test_clients_that_agree_keep_their_mask(text):
 
 def test_a_target_of_zero_prunes_only_what_everybody_pruned():
     assert expand(torch.tensor([[0, 1, 2]]), 2, torch.zeros(1, 3), parse_target(0)).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize("clients", [1, 3, 255])
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [("0.5", "matrix"), ("0.7", "matrix"), ("0.5", "row"), ("0.61", "row"), ("2:4", "row"), ("3:6", "row")],
+)
+def test_only_the_magnitude_of_an_aggregate_counts(monkeypatch, text, group, clients, dtype, loops):
+    use(loops, monkeypatch)
+    target, shape = parse_target(text), (7, 24)
+    for seed in range(3):
+        votes, magnitude = random_votes(shape, clients, target, seed)
+        signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
+        aggregate = magnitude * signs  # zeros of both signs among them
+        given = aggregate.clone(), votes.to(dtype)
+        kept = expand(given[1], clients, aggregate, target, group)
+        assert kept.flatten().tolist() == expand_oracle(votes, clients, magnitude, target, group)
+        assert torch.equal(aggregate, given[0])
+        assert torch.equal(votes.to(dtype), given[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@pytest.mark.parametrize(("text", "group"), [("0.5", "matrix"), ("0.5", "row"), ("2:4", "row"), ("4:8", "row")])
+def test_what_everybody_pruned_stays_zero_beyond_the_target(text, group, dtype):
+    target, generator = parse_target(text), torch.Generator().manual_seed(0)
+    for seed in range(5):
+        votes, magnitude = random_votes((6, 16), 2, parse_target("0.9"), seed)
+        aggregate = magnitude * (torch.randint(0, 2, (6, 16), generator=generator) * 2 - 1)
+        kept = expand(votes.to(dtype), 2, aggregate, target, group)
+        assert kept.flatten().tolist() == expand_oracle(votes, 2, magnitude, target, group)
+        assert not kept[votes == 2].any()
+        assert int((~kept).sum()) > target.zeros(96)
+
+
+def test_votes_of_more_than_255_clients_are_told_apart():
+    votes = torch.tensor([[300, 44, 299, 300]], dtype=torch.int16)  # 300 is 44 in one byte
+    assert expand(votes, 301, torch.ones(1, 4), HALF).tolist() == [[False, True, True, False]]
+    assert expand(votes, 300, torch.ones(1, 4), parse_target(0)).tolist() == [[False, True, True, False]]
+    assert unexpanded_zeros(votes, 300) == 2
+
+
+def test_255_votes_of_255_clients_fit_in_a_byte():
+    votes = torch.tensor([[255, 254, 0, 255]], dtype=torch.uint8)
+    assert expand(votes, 255, torch.ones(1, 4), parse_target("0.75")).tolist() == [[False, False, True, False]]
+    assert unexpanded_zeros(votes, 255) == 2

@@ -5,18 +5,25 @@ from copy import deepcopy
 
 import pytest
 import torch
+import zstandard
 
+from fedspallm_appfl import bitmask, payload
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.payload import (
+    block_nbytes,
     check_update,
+    compress,
+    decompress,
     make_update,
     matrices,
     nbytes,
     pack,
+    pack_mask,
     packed_size,
     unpack,
     unpack_mask,
     update_nbytes,
+    with_values,
 )
 from fedspallm_appfl.sparsity import parse_target
 
@@ -221,3 +228,290 @@ def test_a_mask_of_the_right_count_but_another_pattern_is_refused():
 def test_what_is_no_update_is_refused(garbage):
     with pytest.raises(UpdateError, match="client ann: the format must be"):
         check(garbage)
+
+
+LARGE = {3: {"q": (32, 48), "up": (40, 64)}, 4: {"q": (32, 48)}}
+TARGETS = ["0.5", "0.7", "2:4"]
+
+
+def target_mask(shape, text, seed=0):
+    """A mask of exactly the target, unlike any other seed's."""
+    target, generator = parse_target(text), torch.Generator().manual_seed(seed)
+    size = getattr(target, "group", shape[0] * shape[1])
+    order = torch.rand(shape[0] * shape[1] // size, size, generator=generator).argsort(1)
+    return (order >= target.zeros(size)).view(shape)
+
+
+def coarse(shape, seed):
+    """Weights with few bits in their mantissas, so that the values of a small matrix get smaller too."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(8).round_() / 512
+
+
+def large(text, dtype, only_masks=False, round_index=2):
+    """A good update of three matrices."""
+    blocks = {}
+    for block, linears in LARGE.items():
+        for seed, (name, shape) in enumerate(linears.items()):
+            weight, mask = coarse(shape, 10 * block + seed), target_mask(shape, text, 10 * block + seed)
+            matrix = pack_mask(mask) if only_masks else pack(weight, mask, dtype)
+            blocks.setdefault(block, {})[name] = matrix
+    return make_update(round_index, blocks)
+
+
+def checked(update, text="0.5", dtype=torch.float16, shapes=LARGE, mask_only=False):
+    return check_update(update, "client ann", 2, set(shapes), shapes, dtype, parse_target(text), mask_only)
+
+
+def assert_same_update(one, other):
+    assert {key: one[key] for key in one if key != "blocks"} == {key: other[key] for key in other if key != "blocks"}
+    assert list(one["blocks"]) == list(other["blocks"])
+    for (_, name, first), (_, same, second) in zip(matrices(one), matrices(other), strict=True):
+        assert (name, list(first), first["shape"]) == (same, list(second), second["shape"])
+        assert all(same_bits(first[part], second[part]) for part in ("mask", "values") if part in first)
+
+
+@pytest.mark.parametrize("text", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compression_loses_no_bit(dtype, text):
+    update = large(text, dtype)
+    given = deepcopy(update)
+    small = compress(update)
+    assert all("values" in packed["zstd"] for _, _, packed in matrices(small))
+    assert_same_update(decompress(small, dtype), update)
+    assert_same_update(checked(small, text, dtype), checked(update, text, dtype))
+    assert_same_update(update, given)
+    assert all("zstd" not in packed for _, _, packed in matrices(decompress(small, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_of_both_signs_infinities_and_nan_survive_compression(dtype):
+    values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.0] * 40, dtype=dtype)
+    packed = pack(values.view(8, 30), torch.ones(8, 30, dtype=torch.bool), dtype)
+    update = make_update(0, {0: {"q": packed}})
+    small = compress(update)
+    assert small["blocks"]["0"]["q"]["zstd"] == ["mask", "values"]
+    assert_same_update(decompress(small, dtype), update)
+
+
+def test_a_frame_holds_all_first_bytes_then_all_second_ones():
+    values = torch.arange(0x4000, 0x4000 + 500, dtype=torch.int16).view(torch.float16)
+    small = compress(
+        make_update(0, {0: {"q": pack(values.view(5, 100), torch.ones(5, 100, dtype=torch.bool), torch.float16)}})
+    )
+    frame = small["blocks"]["0"]["q"]["values"]
+    assert frame.dtype is torch.uint8
+    plain = zstandard.ZstdDecompressor().decompress(bytes(frame.tolist()))
+    numbers = range(0x4000, 0x4000 + 500)
+    assert plain == bytes([n % 256 for n in numbers] + [n // 256 for n in numbers])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_that_would_not_get_smaller_stay_as_they_are(dtype):
+    generator = torch.Generator().manual_seed(0)
+    integer = torch.int32 if dtype is torch.float32 else torch.int16
+    low, high = torch.iinfo(integer).min, torch.iinfo(integer).max
+    noise = torch.randint(low, high, (32, 48), generator=generator, dtype=torch.int64).to(integer).view(dtype)
+    packed = pack(noise, target_mask((32, 48), "0.5"), dtype)
+    small = compress(make_update(0, {0: {"q": packed}}))["blocks"]["0"]["q"]
+    assert small["zstd"] == []
+    assert all(same_bits(small[part], packed[part]) for part in ("mask", "values"))
+    sparse = pack(noise, target_mask((32, 48), "0.95"), dtype)
+    assert compress(make_update(0, {0: {"q": sparse}}))["blocks"]["0"]["q"]["zstd"] == ["mask"]
+
+
+def test_nothing_at_all_can_be_compressed_and_comes_back():
+    packed = pack(torch.ones(4, 40), torch.zeros(4, 40, dtype=torch.bool), torch.float16)
+    update = make_update(0, {0: {"q": packed}, 1: {}})
+    assert_same_update(decompress(compress(update), torch.float16), update)
+
+
+@pytest.mark.parametrize("text", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compressed_bytes_are_those_that_are_counted(dtype, text):
+    small = compress(large(text, dtype))
+    sizes = {
+        int(block): sum(packed[part].nbytes for packed in linears.values() for part in ("mask", "values"))
+        for block, linears in small["blocks"].items()
+    }
+    assert block_nbytes(small) == sizes
+    assert update_nbytes(small) == sum(sizes.values()) < update_nbytes(large(text, dtype))
+    assert sum(block_nbytes(large(text, dtype)).values()) == update_nbytes(large(text, dtype))
+
+
+def test_masks_alone_take_one_bit_a_weight():
+    update = large("0.5", torch.float16, only_masks=True)
+    assert block_nbytes(update) == {3: (32 * 48 + 40 * 64) // 8, 4: 32 * 48 // 8}
+    assert block_nbytes({}) == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compressed_update_survives_torch_save_without_pickle(dtype):
+    buffer = io.BytesIO()
+    torch.save(compress(large("0.7", dtype)), buffer)
+    buffer.seek(0)
+    assert_same_update(checked(torch.load(buffer, weights_only=True), "0.7", dtype), large("0.7", dtype))
+
+
+@pytest.mark.parametrize("text", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_alone_are_taken_from_whom_sends_nothing_else(dtype, text):
+    update = large(text, dtype, only_masks=True)
+    for sent in (update, compress(update)):
+        taken = checked(sent, text, dtype, mask_only=True)
+        assert_same_update(taken, update)
+        assert all(set(packed) == {"shape", "mask"} for _, _, packed in matrices(taken))
+    full = with_values(update["blocks"]["4"]["q"], coarse((32, 48), 40).to(dtype))
+    assert same_bits(full["values"], large(text, dtype)["blocks"]["4"]["q"]["values"])
+    assert full["shape"] == [32, 48]
+
+
+@pytest.mark.parametrize("prepare", [lambda update: update, compress], ids=["plain", "compressed"])
+def test_values_from_whom_masks_are_expected_and_masks_from_others_are_refused(prepare):
+    with pytest.raises(UpdateError, match="client ann, block 3, q: a matrix has the keys shape, mask, and `zstd` if"):
+        checked(prepare(large("0.7", torch.float16)), "0.7", mask_only=True)
+    with pytest.raises(
+        UpdateError, match="client ann, block 3, q: a matrix has the keys shape, mask, values, and `zstd`"
+    ):
+        checked(prepare(large("0.7", torch.float16, only_masks=True)), "0.7")
+
+
+def test_a_mask_alone_is_checked_like_any_other():
+    update = large("0.5", torch.float16, only_masks=True)
+    update["blocks"]["4"]["q"]["mask"] = torch.full((32 * 48 // 8,), 255, dtype=torch.uint8)
+    for sent in (update, compress(update)):
+        with pytest.raises(
+            UpdateError, match="client ann, block 4, q: the mask keeps 1536 entries, sparsity 0.5 keeps 768"
+        ):
+            checked(sent, mask_only=True)
+    update["blocks"]["4"]["q"]["mask"] = "all"
+    with pytest.raises(UpdateError, match="client ann, block 4, q: mask must be a tensor"):
+        checked(update, mask_only=True)
+
+
+def framed(data, **options):
+    """A zstandard frame as it travels."""
+    return torch.tensor(list(zstandard.ZstdCompressor(**options).compress(data)), dtype=torch.uint8)
+
+
+def hostile(part, frame, frames=None):
+    """A good update for `LARGE` whose block 4 holds something else as a frame."""
+    update = large("0.5", torch.float16)
+    matrix = update["blocks"]["4"]["q"]
+    matrix[part], matrix["zstd"] = frame, [part] if frames is None else frames
+    return update
+
+
+def size_of(part):
+    return 192 if part == "mask" else 2 * 768
+
+
+def claiming(size):
+    """The header of a frame that promises `size` bytes, in eight bytes of content size, and nothing after it."""
+    return torch.tensor([0x28, 0xB5, 0x2F, 0xFD, 0xE0, *size.to_bytes(8, "little")], dtype=torch.uint8)
+
+
+def refuse_to_decompress(monkeypatch):
+    def decompressor(**_):
+        raise AssertionError("a frame was opened that should have been refused by its header")
+
+    monkeypatch.setattr(payload.zstandard, "ZstdDecompressor", decompressor)
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+def test_a_frame_of_the_right_size_is_taken_and_its_content_is_checked(part):
+    good = large("0.5", torch.float16)["blocks"]["4"]["q"]
+    shuffled = good["mask"] if part == "mask" else torch.cat([good["values"].view(torch.uint8)[i::2] for i in (0, 1)])
+    assert_same_update(checked(hostile(part, framed(bytes(shuffled.tolist())))), large("0.5", torch.float16))
+    message = {"mask": "the mask keeps 1536 entries", "values": "the values hold NaN or infinity"}[part]
+    with pytest.raises(UpdateError, match=f"client ann, block 4, q: {message}"):
+        checked(hostile(part, framed(bytes([255]) * size_of(part))))
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+@pytest.mark.parametrize("size", [0, 1, 191, 193, 1535, 1537, 10**9, 10**15, 2**63, 2**64 - 1])
+def test_a_frame_that_promises_another_size_is_refused_before_it_is_opened(monkeypatch, part, size):
+    refuse_to_decompress(monkeypatch)
+    with pytest.raises(
+        UpdateError, match=f"ann, block 4, q: {part}: the frame holds {size} bytes, expected {size_of(part)}$"
+    ):
+        checked(hostile(part, claiming(size)))
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+def test_a_frame_that_does_not_say_its_size_is_refused_before_it_is_opened(monkeypatch, part):
+    refuse_to_decompress(monkeypatch)
+    frame = framed(bytes(size_of(part)), write_content_size=False)
+    with pytest.raises(UpdateError, match=f"client ann, block 4, q: {part}: the frame holds [0-9]+ bytes, expected"):
+        checked(hostile(part, frame))
+
+
+def skippable(part):
+    return torch.tensor([0x50, 0x2A, 0x4D, 0x18, *size_of(part).to_bytes(4, "little"), *[0] * size_of(part)]).to(
+        torch.uint8
+    )
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        lambda part: framed(bytes(range(192)) * (size_of(part) // 192))[:-5],
+        lambda part: framed(bytes(range(192)) * (size_of(part) // 192))[:7],
+        lambda part: torch.arange(100, dtype=torch.uint8),
+        lambda part: torch.zeros(0, dtype=torch.uint8),
+        lambda part: claiming(size_of(part)),
+        lambda part: torch.cat([claiming(size_of(part)), framed(bytes(1000))[6:]]),
+        skippable,
+    ],
+    ids=["truncated", "header only", "garbage", "empty", "no content", "more than promised", "skippable"],
+)
+def test_a_frame_that_cannot_be_decompressed_is_refused(part, frame):
+    with pytest.raises(UpdateError, match=f"from client ann, block 4, q: {part} cannot be decompressed: "):
+        checked(hostile(part, frame(part)))
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.int64, torch.bool])
+def test_a_frame_is_one_row_of_bytes(part, dtype):
+    frame = framed(bytes(size_of(part)))
+    with pytest.raises(UpdateError, match=rf"client ann, block 4, q: {part}: not a frame but {dtype} of shape "):
+        checked(hostile(part, frame.to(dtype)))
+    with pytest.raises(
+        UpdateError, match=rf"client ann, block 4, q: {part}: not a frame but torch.uint8 of shape \(1, "
+    ):
+        checked(hostile(part, frame[None]))
+
+
+@pytest.mark.parametrize(
+    "frames", ["mask", {"mask": 1}, ("mask",), ["shape"], ["mask", "zstd"], [0], [["mask"]], [None], 1, None, True]
+)
+def test_what_is_compressed_is_said_in_a_list_of_known_parts(frames):
+    update = large("0.5", torch.float16)
+    update["blocks"]["4"]["q"]["zstd"] = frames
+    with pytest.raises(
+        UpdateError, match="client ann, block 4, q: `zstd` lists which of mask and values are compressed, got"
+    ):
+        checked(update)
+
+
+def test_a_mask_alone_has_no_values_to_name_as_compressed():
+    update = large("0.5", torch.float16, only_masks=True)
+    update["blocks"]["4"]["q"]["zstd"] = ["values"]
+    with pytest.raises(UpdateError, match=r"`zstd` lists which of mask and values are compressed, got \['values'\]"):
+        checked(update, mask_only=True)
+
+
+def test_a_compressed_part_that_is_not_named_as_such_is_refused():
+    update = compress(large("0.7", torch.float16))
+    update["blocks"]["4"]["q"]["zstd"] = []
+    with pytest.raises(UpdateError, match="client ann, block 4, q: "):
+        checked(update, "0.7")
+
+
+def test_values_that_travel_share_no_memory_with_the_matrix():
+    weight = torch.ones(4, 8)
+    packed = pack(weight, torch.ones(4, 8, dtype=torch.bool), torch.float32)
+    from_mask = with_values(pack_mask(torch.ones(4, 8, dtype=torch.bool)), weight)
+    weight.zero_()
+    assert packed["values"].tolist() == from_mask["values"].tolist() == [1.0] * 32
+    assert bitmask.count(packed["mask"]) == 32

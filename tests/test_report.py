@@ -10,6 +10,7 @@ from rich.console import Console
 from fedspallm_appfl.config import Client, Config, Evaluation, TrainConfigs
 from fedspallm_appfl.events import EventLog, ignore
 from fedspallm_appfl.export import MatrixSparsity
+from fedspallm_appfl.layer_sampling import from_text
 from fedspallm_appfl.report import Results, bytes_text, closing, sparsity_line, traffic, write_report
 
 NOTES = {"4.mlp.up_proj": {"damping": 0.1}}
@@ -25,6 +26,7 @@ def upload(client, blocks, size, round_index=0, message=0, notes=None):
         "messages": 3,
         "blocks": blocks,
         "bytes": size,
+        "block_bytes": {str(block): size // len(from_text(blocks)) for block in from_text(blocks)},
         "seconds": 1.25,
         "notes": notes or {},
     }
@@ -175,6 +177,8 @@ def test_the_report_shows_bytes_by_client_and_by_round(report):
     assert "| 1 | 1,500 | 1,400 |" in text
     assert "| 2 | 1,100 | 0 |" in text
     assert "once a round and client, would take 1,280." in text
+    assert "| 4 | 1 | 400 | 40 | 0.10 |" in text  # one upload in two messages; 20 weights are 40 bytes in float16
+    assert "| 5 | 2 | 200 | 80 | 0.40 |" in text  # in two rounds
 
 
 def test_the_report_counts_the_blocks_that_each_client_sent(report):

@@ -31,7 +31,7 @@ def gram_of(inputs):
 
 def gram_from(matrix):
     statistic = InputGram(len(matrix))
-    statistic.upper = matrix.triu()
+    statistic.upper = matrix.triu() + matrix.triu(1).T
     return statistic
 
 
@@ -69,8 +69,9 @@ def follow(weight, gram, target, block, mask):
 
 def assert_as_published(weight, statistic, text, block=128):
     target, given = parse_target(text), weight.clone()
-    pruned, mask = sparsegpt.prune(weight, target, Factor(statistic, DAMPING, 0), block)
-    expected = follow(weight, statistic.matrix(), target, block - block % getattr(target, "group", 1), mask)
+    width = sparsegpt.block_width(target, block)
+    pruned, mask = sparsegpt.prune(weight, target, Factor(statistic, DAMPING, 0, width))
+    expected = follow(weight, statistic.matrix(), target, width, mask)
     torch.testing.assert_close(pruned, expected, rtol=1e-4, atol=1e-4)
     assert int((~mask).sum()) == target.zeros(weight.numel())
     assert not pruned[~mask].any()
@@ -159,14 +160,27 @@ def test_the_scale_of_the_gram_matrix_changes_nothing(dead):
         torch.testing.assert_close(runs[0][0], runs[1][0])
 
 
-def test_the_factor_is_that_of_the_damped_inverse():
+def test_one_block_as_wide_as_the_matrix_holds_the_factor_of_the_damped_inverse():
     statistic = gram_of(correlated_inputs(20))
     factor, matrix = Factor(statistic, DAMPING, 0), statistic.matrix().double()
     damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(20)
-    upper = factor.upper.double()
+    upper = factor.panels.double()
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(20).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(factor.importance.double(), upper.diagonal() ** -2, rtol=1e-4, atol=0)
     assert (factor.attempts, factor.damping) == (1, DAMPING)
+
+
+def test_narrower_blocks_hold_what_carries_the_loss_of_finished_columns_over():
+    whole, narrow = (Factor(gram_of(correlated_inputs(20)), DAMPING, 0, width) for width in (20, 7))
+    upper = whole.panels.double()
+    for block in narrow.blocks():
+        torch.testing.assert_close(narrow.panels[block, block].double(), upper[block, block], rtol=1e-3, atol=1e-5)
+        # D R_b U_bb is what U_ab would have taken for the errors E = D U_aa^-1 of the finished columns a
+        a = slice(0, block.start)
+        errors_to_loss = torch.linalg.inv(upper[a, a])
+        expected = -errors_to_loss @ upper[a, block]
+        torch.testing.assert_close(narrow.panels[a, block].double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_singular_matrix_is_tried_again_with_ten_times_the_damping():
@@ -175,7 +189,7 @@ def test_a_singular_matrix_is_tried_again_with_ten_times_the_damping():
     assert factor.attempts > 2
     assert factor.damping == pytest.approx(1e-9 * 10 ** (factor.attempts - 1))
     direct = Factor(statistic, factor.damping, 0)
-    torch.testing.assert_close(factor.upper, direct.upper, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(factor.panels, direct.panels, rtol=1e-2, atol=1e-2)
     settings = Settings("sparsegpt", parse_target("0.5"), damping=1e-9, damping_retries=6)
     assert prepare(settings, statistic).notes == {"damping": factor.damping}
 
@@ -185,7 +199,7 @@ def test_a_raised_damping_replaces_the_lower_ones():
     matrix[0, 1] = 2.5
     factor = Factor(gram_from(matrix), 0.01, 2)
     assert (factor.attempts, factor.damping) == (3, 1.0)
-    torch.testing.assert_close(factor.upper[2, 2].item(), 0.5)
+    torch.testing.assert_close(factor.panels[2, 2].item(), 0.5)
 
 
 def test_a_matrix_that_can_never_be_factored_is_an_error_that_says_what_to_do():
@@ -204,14 +218,14 @@ def test_prepare_prunes_with_the_settings_and_notes_nothing_when_all_is_well():
     assert isinstance(new_statistic(settings, 24, torch.device("cpu")), InputGram)
     statistic.add(correlated_inputs(24))
     prepared = prepare(settings, statistic)
-    expected = sparsegpt.prune(weight, settings.target, Factor(statistic, DAMPING, 3), 8)
+    expected = sparsegpt.prune(weight, settings.target, Factor(statistic, DAMPING, 3, 8))
     assert prepared.notes == {}
     assert all(torch.equal(one, other) for one, other in zip(prepared.prune(weight), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_gram_matrix_is_the_sum_over_all_tokens(monkeypatch, dtype):
-    monkeypatch.setattr(gram, "STRIP", 4)
+    monkeypatch.setattr(gram, "NARROWEST", 4)
     statistic, norms = InputGram(11), InputNorms(11)
     batches = [torch.randint(-3, 4, (2, 5, 11), generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1)]
     for batch in batches:

@@ -9,6 +9,8 @@ from fedspallm_appfl.sparsity import (
     NM,
     Ratio,
     check_divides,
+    first_in_groups,
+    kth_smallest,
     parse_target,
     row_counts,
     select,
@@ -117,3 +119,66 @@ def test_select_compares_within_matrix_row_or_group(text, per_row, transposed):
     assert pruned.shape == scores.shape
     assert pruned.flatten().tolist() == sum(expected, [])
     assert int(pruned.sum()) == target.zeros(96)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_kth_smallest_is_the_kth_of_the_sorted_scores(seed):
+    scores = tied_scores(17, seed=seed) - 2
+    given = scores.clone()
+    assert [kth_smallest(scores, k).item() for k in range(1, 18)] == sorted(scores.tolist())
+    assert kth_smallest(scores[::2], 3).item() == sorted(scores[::2].tolist())[2]
+    assert torch.equal(scores, given)
+
+
+def test_infinite_scores_and_both_zeros_have_their_place():
+    scores = torch.tensor([0.0, float("inf"), -0.0, -float("inf"), 0.0, float("inf"), -1.0, -float("inf")])
+    for count in range(9):
+        assert smallest(scores, count).tolist() == lowest(scores, count)
+        assert smallest_in_rows(scores[None], torch.tensor([count])).tolist() == [lowest(scores, count)]
+
+
+def test_scores_that_are_all_equal_are_chosen_from_the_front():
+    for count in range(7):
+        assert smallest(torch.ones(6), count).tolist() == [i < count for i in range(6)]
+        rows = smallest_in_rows(torch.ones(3, 6), torch.tensor([count, 6 - count, 0])).tolist()
+        assert rows == [[i < count for i in range(6)], [i < 6 - count for i in range(6)], [False] * 6]
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [9, 9, 9, 9], [0, 9, 0, 9], [4, 4, 4, 4], [4, 5, 4, 5], [9, 0, 5, 4]])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_any_counts_are_chosen_exactly(counts, seed):
+    scores = tied_scores(4, 9, seed=seed)
+    given = scores.clone()
+    chosen = smallest_in_rows(scores, torch.tensor(counts))
+    assert chosen.tolist() == [lowest(row, count) for row, count in zip(scores, counts, strict=True)]
+    assert torch.equal(scores, given)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_of_every_group_are_chosen_whatever_the_order_is(size, seed):
+    scores = tied_scores(5, 3 * size, seed=seed)
+    places = scores.reshape(-1, size).T
+    for count in range(size + 1):
+        chosen = first_in_groups(size, count, lambda a, b: places[b] > places[a], (5, 3 * size), torch.device("cpu"))
+        expected = [flag for group in scores.reshape(-1, size) for flag in lowest(-group, count)]
+        assert chosen.shape == (5, 3 * size)
+        assert chosen.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "3:6", "8:16", "1:2", "2:3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pattern_takes_the_smallest_of_every_group(text, seed):
+    target = parse_target(text)
+    scores = tied_scores(5, 48, seed=seed)
+    expected = [
+        flag for group in scores.reshape(-1, target.group) for flag in lowest(group, target.group - target.kept)
+    ]
+    assert select(scores, target, per_row=True).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_share_of_nothing_and_a_share_of_nearly_all_are_met(per_row):
+    scores = tied_scores(3, 7)
+    assert not select(scores, parse_target(0), per_row).any()
+    assert int(select(scores, parse_target("0.999"), per_row).sum()) == 20

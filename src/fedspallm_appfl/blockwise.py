@@ -6,8 +6,9 @@ batches, with exactly those arguments and the hidden states that the block befor
 attention masks or rotary embeddings, so a new release of transformers has little to break.
 
 For a sampled block: one pass collects the statistic of each distinct linear input (query, key and value share one, gate
-and up share one) and stops as soon as the last of them was seen; the linears are pruned; a second pass with the pruned
-weights gives the next block's inputs. Other blocks run once. Nothing runs after the last sampled block.
+and up share one) and, from the second batch on, stops as soon as the last of them was seen; the linears are pruned; a
+second pass with the pruned weights gives the next block's inputs. Other blocks run once. Nothing runs after the last
+sampled block.
 
 Legend: B windows in a batch, T tokens in a window, H hidden size, I in features.
 """
@@ -15,11 +16,12 @@ Legend: B windows in a batch, T tokens in a window, H hidden size, I in features
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fedspallm_appfl.activations import HiddenStates, hidden_states
 from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.lazy_model import LazyModel
@@ -47,12 +49,12 @@ class Activations:
     """What goes into the next block.
 
     Attributes:
-        hidden: per batch (B, T, H), in the dtype of the model.
+        hidden: per batch (B, T, H), in the dtype of the model; one copy, whose batches are replaced one by one.
         calls: per batch, per block, the recorded arguments.
         tuples: whether blocks return a tuple; known after the first one ran.
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: HiddenStates
     calls: list[list[Call]] = field(default_factory=list)
     tuples: bool = False
 
@@ -62,18 +64,22 @@ class _Stop(Exception):  # noqa: N818 - nothing went wrong
 
 
 @torch.no_grad()
-def embed(model: LazyModel, windows: Tensor, batch: int) -> Activations:
+def embed(
+    model: LazyModel, windows: Tensor, batch: int, activations: str = "memory", client: str = "local"
+) -> Activations:
     """Record the inputs of the first block and the arguments of all blocks.
 
     Args:
         model: the model.
         windows: (n, T) int64 token ids.
         batch: windows in a batch.
+        activations: where hidden states are kept, one of `ACTIVATIONS`.
+        client: whom to name in errors.
 
     Returns:
         Activations in front of the first block.
     """
-    state = Activations()
+    state = Activations(hidden_states(activations, len(windows), client))
     for ids in windows.split(batch):
         calls: list[Call] = []
         recorder = _recorder(calls, len(model.blocks))
@@ -173,6 +179,13 @@ def _return_always(out: Any) -> Callable[..., Any]:
     return forward
 
 
+class Agreed(Protocol):
+    """Pruned matrices by block, such as a dict or `AgreedBlocks`."""
+
+    def get(self, block: int, /) -> Mapping[str, Packed] | None:
+        """The matrices of a block, or None if it is dense."""
+
+
 @dataclass
 class PrunedLinear:
     """One pruned matrix.
@@ -188,7 +201,6 @@ class PrunedLinear:
     notes: dict[str, float]
 
 
-@torch.no_grad()
 def prune_blocks(
     model: LazyModel,
     windows: Tensor,
@@ -196,8 +208,9 @@ def prune_blocks(
     settings: Settings,
     *,
     batch: int = 1,
-    pruned: Mapping[int, Mapping[str, Packed]] | None = None,
+    pruned: Agreed | None = None,
     client: str = "local",
+    activations: str = "memory",
 ) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
     """Sweep over the blocks and prune the assigned ones from their dense weights.
 
@@ -209,6 +222,7 @@ def prune_blocks(
         batch: windows in a batch.
         pruned: matrices that the federation already agreed on, used in the forward pass of blocks not assigned.
         client: whom to name in errors.
+        activations: where hidden states between the blocks are kept, `memory` or `file`; the results are the same bits.
 
     Yields:
         (block, linear name -> pruned matrix), as soon as each assigned block is done.
@@ -216,44 +230,65 @@ def prune_blocks(
     Raises:
         PruningError: activations that are not finite, an input that was never seen, a factorization that keeps failing;
             names client, block and linear.
+        ConfigError: there is no room for a file of hidden states.
     """
-    state = embed(model, windows, batch)
+    state = embed(model, windows, batch, activations, client)
     last = max(assigned, default=-1)
     for index in range(last + 1):
-        with model.block(index, None if index in assigned else (pruned or {}).get(index)) as block:
+        agreed = None if index in assigned or pruned is None else pruned.get(index)
+        with model.block(index, agreed) as block:
             if index in assigned:
                 done = _prune_block(model, block, index, state, settings, client)
             if index < last:
                 advance(block, index, state)
         if index in assigned:
             yield index, done
+            del done  # not kept while the next block is pruned
 
 
+@torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
 def _prune_block(
     model: LazyModel, block: nn.Module, index: int, state: Activations, settings: Settings, client: str
 ) -> dict[str, PrunedLinear]:
     linears = {linear.name: linear for linear in model.layout.blocks[index]}
+    where = f"client {client}, block {index}"
     done: dict[str, PrunedLinear] = {}
     statistics = _statistics(model, block, index, state, settings)
     for names, statistic in statistics:
         if statistic is not None:
-            _check(statistic, f"client {client}, block {index}, {names[0]}")
-    for names, statistic in statistics:
-        where = f"client {client}, block {index}, {names[0]}"
-        try:
-            prepared = prepare(settings, statistic)
-        except PruningError as error:
-            raise PruningError(f"{where}: {error}") from error
-        for name in names:
-            dense = model.skeleton.dense_weight(index, linears[name]).to(model.device, torch.float32)
-            weight, mask = prepared.prune(dense)
-            if not bool(weight.isfinite().all()):
-                what = "pruning gave NaN or infinity; lower `damping`"
-                if not bool(dense.isfinite().all()):
-                    what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
-                raise PruningError(f"client {client}, block {index}, {name}: {what}")
-            done[name] = PrunedLinear(model.put(block, linears[name], weight), mask, prepared.notes)
+            _check(statistic, f"{where}, {names[0]}")
+    while statistics:
+        names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
+        group = [linears[name] for name in names]
+        done |= _prune_group(model, block, index, group, statistic, settings, where)
     return {name: done[name] for name in linears}
+
+
+def _prune_group(
+    model: LazyModel,
+    block: nn.Module,
+    index: int,
+    linears: list[Linear],
+    statistic: Statistic | None,
+    settings: Settings,
+    where: str,
+) -> dict[str, PrunedLinear]:
+    """Prune linears that share an input, in place."""
+    try:
+        prepared = prepare(settings, statistic)
+    except PruningError as error:
+        raise PruningError(f"{where}, {linears[0].name}: {error}") from error
+    done = {}
+    for linear in linears:
+        dense = model.skeleton.dense_weight(index, linear).to(model.device, torch.float32)
+        weight, mask = prepared.prune(dense)
+        if not bool(weight.isfinite().all()):
+            what = "pruning gave NaN or infinity; lower `damping`"
+            if not bool(dense.isfinite().all()):
+                what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
+            raise PruningError(f"{where}, {linear.name}: {what}")
+        done[linear.name] = PrunedLinear(model.put(block, linear, weight), mask, prepared.notes)
+    return done
 
 
 def _check(statistic: Statistic, where: str) -> None:
@@ -296,6 +331,7 @@ class _SharedInputs:
         self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
         self._statistics: dict[str, Any] = {}
         self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
+        self._called: set[str] = set()  # in this batch
         self._last: str | None = None
 
     def hook(self, linear: Linear) -> Callable[..., None]:
@@ -303,6 +339,7 @@ class _SharedInputs:
         name = linear.name
 
         def fold(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._called.add(name)
             if name not in self._leader:
                 self._leader[name] = next((other for tensor, other in self._seen if tensor is args[0]), name)
                 if self._leader[name] == name:
@@ -317,8 +354,9 @@ class _SharedInputs:
 
     def end_of_batch(self) -> None:
         """After a batch in which every linear was called, later ones may stop at the last new input."""
-        if len(self._leader) == len(self._linears) and self._seen:
+        if len(self._called) == len(self._linears):
             self._last = self._seen[-1][1]
+        self._called.clear()
         self._seen.clear()
 
     def groups(self) -> list[tuple[list[str], Any]]:

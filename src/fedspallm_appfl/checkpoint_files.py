@@ -117,6 +117,9 @@ def _weight_files(folder: Path) -> list[str]:
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{folder / name} is not an index of weights: {error!r}; fetch the file again") from error
+        outside = [shard for shard in shards if Path(shard).name != shard]
+        if outside:
+            raise ModelError(f"{folder / name} names {outside}, which are no file names; fetch the file again")
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")

@@ -89,6 +89,7 @@ class Data:
     windows: int = 128  # calibration windows drawn from it
     length: int = 2048  # tokens in a window
     batch: int = 1  # windows in a forward pass; more is faster on a GPU and takes more memory
+    activations: str = "memory"  # memory | file: where hidden states between two blocks are kept
 
 
 @dataclass
@@ -97,6 +98,7 @@ class CommConfigs:
 
     blocks_per_message: int = 1
     max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2^31 - 1
+    compression: str = "auto"  # auto (where bytes are dear: not under serial and MPI) | none | zstd
 
 
 @dataclass

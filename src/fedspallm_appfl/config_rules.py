@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fedspallm_appfl.activations import ACTIVATIONS
 from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.config import Client, Config, Paths
@@ -19,6 +20,7 @@ from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
 from fedspallm_appfl.messages import MESSAGE_LIMIT
+from fedspallm_appfl.payload import COMPRESSIONS
 from fedspallm_appfl.pruning import PRUNERS
 from fedspallm_appfl.sparsity import check_divides, parse_target
 
@@ -82,7 +84,7 @@ def _said_once(by_client: list[list[str]]) -> Iterator[str]:
 def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:
     for group, names in (
         ("train_configs", ("sparsity", "layer_sampling", "trainer")),
-        ("comm_configs", ("blocks_per_message", "max_message_bytes")),
+        ("comm_configs", ("blocks_per_message", "max_message_bytes", "compression")),
     ):
         for name in names:
             own, common = getattr(getattr(client, group), name), getattr(getattr(config.client_configs, group), name)
@@ -104,6 +106,8 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
     yield from _device(f"{path}.train_configs.device", train.device)
     for name, least in (("windows", 1), ("length", 2), ("batch", 1)):
         yield from _between(f"{path}.data.{name}", getattr(data, name), least)
+    if data.activations not in ACTIVATIONS:
+        yield f"{path}.data.activations: one of {', '.join(ACTIVATIONS)}; got {data.activations!r}"
 
 
 def _device(path: str, device: str) -> Iterator[str]:
@@ -119,6 +123,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("server_configs.aggregator_kwargs.fold", kwargs.fold, FOLDS),
         ("server_configs.aggregator_kwargs.expansion", kwargs.expansion, GROUPS),
         ("client_configs.train_configs.layer_sampling", train.layer_sampling, STRATEGIES),
+        ("client_configs.comm_configs.compression", config.client_configs.comm_configs.compression, COMPRESSIONS),
     ):
         if value not in valid:
             yield f"{path}: one of {', '.join(valid)}; got {value!r}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.errors import UpdateError
@@ -27,12 +28,13 @@ from fedspallm_appfl.payload import (
     Blocks,
     Packed,
     check_update,
+    compress,
     make_update,
     matrices,
     nbytes,
     pack,
-    unpack,
     update_nbytes,
+    with_values,
 )
 from fedspallm_appfl.sparsity import Target, select
 
@@ -51,6 +53,8 @@ class Aggregation:
         fold: with `latest` a new round's aggregate of a block replaces the earlier one, `cumulative` adds sums and votes.
         expansion: `matrix` or `row`, the group in which entries compete in mask expansion.
         comparisons: which of `standalone` and `fedavg` to make beside the global model.
+        mask_only: clients whose pruner leaves kept weights as they are; they send masks without values.
+        compression: whether to compress what goes down.
     """
 
     target: Target
@@ -58,6 +62,8 @@ class Aggregation:
     fold: str = "latest"
     expansion: str = "matrix"
     comparisons: tuple[str, ...] = ()
+    mask_only: frozenset[str] = frozenset()
+    compression: bool = False
 
 
 @dataclass
@@ -122,6 +128,7 @@ class GlobalModel:
         folder: Path,
         device: str = "cpu",
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        dense: Callable[[int, str], Tensor] | None = None,
     ) -> None:
         """Start with nothing pruned.
 
@@ -132,6 +139,7 @@ class GlobalModel:
             folder: a folder of its own for packed blocks and, with `cumulative`, sums.
             device: where sums are kept and combined.
             on_event: called with a dict for each block that is done.
+            dense: (block, linear) -> its dense weight (O, I) in `dtype`; needed where clients send masks without values.
         """
         self.layout = layout
         self.dtype = dtype
@@ -139,6 +147,7 @@ class GlobalModel:
         self.folder = folder
         self.device = device
         self.on_event = on_event
+        self.dense = dense
         self.done = PackedStore(folder / "global")
         self.round = Round(-1, {})
         self._open: dict[tuple[int, str], _Open] = {}
@@ -178,22 +187,34 @@ class GlobalModel:
             raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
         if not update:
             return 0
-        assigned = set(self.round.assigned[client])
-        shapes = {block: self.layout.shapes(block) for block in assigned}
-        check_update(update, f"client {client}", self.round.index, assigned, shapes, self.dtype, self.settings.target)
-        for block, name, _ in matrices(update):
+        checked = self._checked(client, update)
+        for block, name, _ in matrices(checked):
             if (client, block, name) in self._received:
                 raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
         weight = self._client_weight(client, samples)
-        for block, name, packed in matrices(update):
+        for block, name, packed in matrices(checked):
             self._check_range(client, block, name, packed, weight)
-        for block, name, packed in matrices(update):
+        for block, name, packed in matrices(checked):
             self._received.add((client, block, name))
             self._fold(client, block, name, packed, weight)
         if "standalone" in self.settings.comparisons:
-            for block, linears in update["blocks"].items():
+            for block, linears in checked["blocks"].items():
                 self.comparison(f"standalone/{client}").add(int(block), linears)
         return update_nbytes(update)
+
+    def _checked(self, client: str, update: Any) -> dict[str, Any]:
+        """The update as it was before compression, with values in it whoever sent it."""
+        assigned = set(self.round.assigned[client])
+        shapes = {block: self.layout.shapes(block) for block in assigned}
+        target, mask_only = self.settings.target, client in self.settings.mask_only
+        checked = check_update(
+            update, f"client {client}", self.round.index, assigned, shapes, self.dtype, target, mask_only
+        )
+        if mask_only and self.dense is not None:
+            for block, linears in checked["blocks"].items():
+                for name, packed in linears.items():
+                    linears[name] = with_values(packed, self.dense(int(block), name))
+        return checked
 
     def open_blocks(self) -> set[int]:
         """Blocks of which some client sent a matrix and something is still missing."""
@@ -236,7 +257,8 @@ class GlobalModel:
         blocks: Blocks = {}
         for block, name in piece.units:
             blocks.setdefault(block, {})[name] = stored[block][name]
-        return make_update(piece.round_index, blocks) | {"piece": piece.number, "pieces": piece.total}
+        update = make_update(piece.round_index, blocks) | {"piece": piece.number, "pieces": piece.total}
+        return compress(update) if self.settings.compression else update
 
     def _stored(self, block: int) -> dict[str, Packed]:
         return self.done.load(block) or {}
@@ -255,9 +277,9 @@ class GlobalModel:
     def _matrix(self, block: int, name: str) -> _Open:
         """The sums of a matrix, opened by the first upload for it."""
         if (block, name) not in self._open:
-            shape = self.layout.shapes(block)[name]
-            empty = L0Sums.empty(shape, self.settings.weights == "sample_size", self.device)
-            self._open[block, name] = _Open(empty, self.round.clients_of(block))
+            shape, clients = self.layout.shapes(block)[name], self.round.clients_of(block)
+            empty = L0Sums.empty(shape, self.settings.weights == "sample_size", len(clients), self.device)
+            self._open[block, name] = _Open(empty, clients)
         return self._open[block, name]
 
     def _check_range(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
@@ -271,30 +293,35 @@ class GlobalModel:
 
     def _fold(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
         matrix = self._matrix(block, name)
-        dense, mask = unpack(packed)
-        matrix.sums.add(dense.to(self.device), mask.to(self.device), weight)
+        matrix.sums.add_packed(packed["values"].to(self.device), packed["mask"].to(self.device), weight)
         matrix.missing.discard(client)
         if not matrix.missing:
-            self._close(block, name, self._open.pop((block, name)).sums)
+            del matrix  # its sums are dropped as soon as they have been used
+            self._close(block, name)
 
-    def _close(self, block: int, name: str, sums: L0Sums) -> None:
+    def _close(self, block: int, name: str) -> None:
+        """Make the global matrix of its sums, and the FedAvg one if it is wanted."""
+        sums = self._open.pop((block, name)).sums
         if self.settings.fold == "cumulative":
             sums = self._with_earlier_rounds(block, name, sums)
-        target = self.settings.target
-        mean = l0_mean(sums)
-        mask = expand(sums.votes, sums.clients, mean.abs(), target, self.settings.expansion)
-        results = {"global": (mean, mask)}
+        ready = self._ready.setdefault(block, {"global": {}})
         if "fedavg" in self.settings.comparisons:
-            average = plain_mean(sums)
-            results["fedavg"] = (average, ~select(average.abs(), target, per_row=False))
-        for store, (weight, kept) in results.items():
-            self._ready.setdefault(block, {}).setdefault(store, {})[name] = pack(weight, kept, self.dtype)
+            ready.setdefault("fedavg", {})[name] = self._fedavg(sums)
+        mean, votes, clients = l0_mean(sums), sums.votes, sums.clients
+        del sums  # most of what an open matrix takes
+        mask = expand(votes, clients, mean, self.settings.target, self.settings.expansion)
+        ready["global"][name] = pack(mean, mask, self.dtype)
+        zeros = mask.numel() - int(mask.count_nonzero())
         facts = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
-        facts["zeros"] += int((~mask).sum())
-        facts["zeros_before_expansion"] += unexpanded_zeros(sums.votes, sums.clients)
-        facts["over_target"] += max(0, int((~mask).sum()) - target.zeros(mask.numel()))
-        if len(self._ready[block]["global"]) == len(self.layout.blocks[block]):
+        facts["zeros"] += zeros
+        facts["zeros_before_expansion"] += unexpanded_zeros(votes, clients)
+        facts["over_target"] += max(0, zeros - self.settings.target.zeros(mask.numel()))
+        if len(ready["global"]) == len(self.layout.blocks[block]):
             self._finish_block(block)
+
+    def _fedavg(self, sums: L0Sums) -> Packed:
+        average = plain_mean(sums)
+        return pack(average, ~select(average.abs(), self.settings.target, per_row=False), self.dtype)
 
     def _finish_block(self, block: int) -> None:
         for store, linears in self._ready.pop(block).items():

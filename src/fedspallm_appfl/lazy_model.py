@@ -19,7 +19,7 @@ from fedspallm_appfl.blocks import Layout, Linear, find_layout
 from fedspallm_appfl.checkpoint_files import CheckpointFiles, resolve_model
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.payload import Packed, unpack
+from fedspallm_appfl.payload import Packed, unpack_weight
 
 
 class Skeleton:
@@ -103,6 +103,10 @@ class Skeleton:
             raise ModelError(_what_is_missing(self.folder, self.model, missing))
         return matched
 
+    def dense_matrix(self, block: int, name: str) -> Tensor:
+        """The dense weight of the linear of that name."""
+        return self.dense_weight(block, next(one for one in self.layout.blocks[block] if one.name == name))
+
     def dense_weight(self, block: int, linear: Linear) -> Tensor:
         """The dense weight of a linear as (O, I), in the dtype of the checkpoint."""
         weight = self.files.read(self.key(block, linear.name))
@@ -154,7 +158,7 @@ class LazyModel:
         self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
         for linear in self.layout.blocks[index]:
             if pruned and linear.name in pruned:
-                self.put(block, linear, unpack(pruned[linear.name])[0])
+                self.put(block, linear, unpack_weight(pruned[linear.name], self.device))
         try:
             yield block
         finally:

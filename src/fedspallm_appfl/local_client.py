@@ -10,15 +10,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedspallm_appfl.agreed_blocks import AgreedBlocks
 from fedspallm_appfl.blockwise import PrunedLinear, prune_blocks
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.lazy_model import LazyModel
 from fedspallm_appfl.messages import plan
-from fedspallm_appfl.payload import Packed, make_update, matrices, pack, packed_size
+from fedspallm_appfl.payload import Packed, compress, make_update, pack, pack_mask, packed_size
 from fedspallm_appfl.pruning import Settings
 
 
@@ -41,6 +43,9 @@ class ClientSettings:
         pruning: how to prune a matrix.
         blocks_per_message: blocks in a message.
         max_message_bytes: bytes in a message.
+        compression: whether to compress messages.
+        activations: where hidden states between two blocks are kept, `memory` or `file`.
+        agreed: a folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
     """
 
     client_id: str
@@ -57,6 +62,9 @@ class ClientSettings:
     pruning: Settings
     blocks_per_message: int
     max_message_bytes: int
+    compression: bool = False
+    activations: str = "memory"
+    agreed: Path | None = None
 
 
 @dataclass
@@ -94,6 +102,7 @@ class LocalClient:
 
     Attributes:
         settings: what it was told.
+        agreed: pruned blocks that the server has sent.
         samples: calibration windows, its sample size.
     """
 
@@ -109,7 +118,7 @@ class LocalClient:
         self.model = _dense_model(settings.model, settings.blocks, settings.dtype, settings.device)
         self._windows = self._private_windows()
         self.samples = len(self._windows)
-        self._pruned: dict[int, dict[str, Packed]] = {}
+        self.agreed = AgreedBlocks(self.model.skeleton.stored_dtype, settings.agreed)
         self._progress: _Progress | None = None
         self.messages = plan(self._sizes(), settings.blocks_per_message, settings.max_message_bytes)
 
@@ -121,8 +130,9 @@ class LocalClient:
             set(blocks),
             self.settings.pruning,
             batch=self.settings.batch,
-            pruned=self._pruned,
+            pruned=self.agreed,
             client=self.settings.client_id,
+            activations=self.settings.activations,
         )
         self._progress = _Progress(round_index, set(blocks), sweep)
 
@@ -149,8 +159,9 @@ class LocalClient:
             while (block, name) not in progress.waiting:
                 done, linears = next(progress.sweep)
                 progress.waiting.update({(done, linear): result for linear, result in linears.items()})
+                del linears  # not kept while the next block is pruned
             result = progress.waiting.pop((block, name))
-            blocks.setdefault(block, {})[name] = pack(result.weight, result.mask, self.model.skeleton.stored_dtype)
+            blocks.setdefault(block, {})[name] = self._packed(result)
             if result.notes:
                 notes[f"{block}.{name}"] = result.notes
         progress.next_message += 1
@@ -158,14 +169,21 @@ class LocalClient:
             progress.sweep = iter(())
             self._progress = None
         update = make_update(progress.round_index, blocks) if blocks else {}
+        if update and self.settings.compression:
+            update = compress(update)
         seconds = time.monotonic() - started
         return Message(update, number, len(self.messages), seconds, json.dumps(notes) if notes else "")
 
     def take(self, update: dict[str, Any]) -> None:
         """Use the pruned blocks that the server sent in later forward passes."""
         if update:
-            for block, name, packed in matrices(update):
-                self._pruned.setdefault(block, {})[name] = packed
+            self.agreed.take(update)
+
+    def _packed(self, pruned: PrunedLinear) -> Packed:
+        """What travels of a pruned matrix; the server takes weights that the pruner left alone from its own copy."""
+        if self.settings.pruning.keeps_weights:
+            return pack_mask(pruned.mask)
+        return pack(pruned.weight, pruned.mask, self.model.skeleton.stored_dtype)
 
     def _use_threads(self) -> None:
         if self.settings.threads is not None:

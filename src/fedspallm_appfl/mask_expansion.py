@@ -14,18 +14,19 @@ Legend: O out features, I in features, N clients that pruned the matrix.
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.sparsity import NM, Target, row_counts, smallest
+from fedspallm_appfl import bitmask
+from fedspallm_appfl.sparsity import NM, Target, first_in_groups, kth_smallest, row_counts
 
 GROUPS = ("matrix", "row")
 
 
-def expand(votes: Tensor, clients: int, magnitude: Tensor, target: Target, group: str = "matrix") -> Tensor:
+def expand(votes: Tensor, clients: int, aggregate: Tensor, target: Target, group: str = "matrix") -> Tensor:
     """The global mask.
 
     Args:
         votes: (O, I) integer, number of clients that pruned the entry.
         clients: N; where `votes == N` nobody kept the entry and it stays zero.
-        magnitude: (O, I) float, |W_g|.
+        aggregate: (O, I) float, W_g; only its magnitude matters.
         target: ratio or n:m.
         group: `matrix` or `row`, where a ratio is counted.
 
@@ -34,42 +35,57 @@ def expand(votes: Tensor, clients: int, magnitude: Tensor, target: Target, group
         pruned by everybody: then nothing is expanded.
     """
     if isinstance(target, NM):
-        return ~_most_voted_in_groups(votes, clients, magnitude, target)
+        return _most_voted_in_groups(votes, clients, aggregate, target).logical_not_()
     if group == "row":
         counts = row_counts(target, *votes.shape).tolist()
-        rows = zip(votes, magnitude, counts, strict=True)
-        return ~torch.stack([_most_voted(v, clients, m, count) for v, m, count in rows])
-    pruned = _most_voted(votes.flatten(), clients, magnitude.flatten(), target.zeros(votes.numel()))
-    return ~pruned.view(votes.shape)
+        rows = zip(votes, aggregate, counts, strict=True)
+        return ~torch.stack([_most_voted(v, clients, w, count) for v, w, count in rows])
+    pruned = _most_voted(votes.flatten(), clients, aggregate.flatten(), target.zeros(votes.numel()))
+    return pruned.logical_not_().view(votes.shape)
 
 
-def _most_voted(votes: Tensor, clients: int, magnitude: Tensor, count: int) -> Tensor:
-    """Choose `count` entries by votes (most first), magnitude (smallest first), index; all of the unanimous ones stay."""
-    histogram = torch.bincount(votes.to(torch.int64), minlength=clients + 1)
-    border, above = clients, 0
-    while above + int(histogram[border]) < count:
-        above += int(histogram[border])
-        border -= 1
+def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> Tensor:
+    """Choose `count` entries by votes (most first), magnitude (smallest first), index; all of the unanimous ones stay.
+
+    No list of indices is made of more than the entries that are equal in both, and one array of magnitudes at a time.
+    """
+    border, above = _border(votes, clients, count)
     if border == clients:
         return votes == clients
-    inside = (votes == border).nonzero().flatten()
-    pruned = votes > border
-    pruned[inside[smallest(magnitude[inside], count - above)]] = True
+    inside = votes == border
+    candidates = bitmask.gather(aggregate, bitmask.to_bits(inside)).abs_()
+    threshold = kth_smallest(candidates, count - above)
+    missing = count - above - int((candidates < threshold).count_nonzero())
+    del candidates
+    magnitude = aggregate.abs()
+    pruned = (magnitude < threshold).logical_and_(inside).logical_or_(votes > border)
+    ties = (magnitude == threshold).logical_and_(inside)
+    pruned[ties.nonzero().flatten()[:missing]] = True
     return pruned
 
 
-def _most_voted_in_groups(votes: Tensor, clients: int, magnitude: Tensor, target: NM) -> Tensor:
-    """The same order inside each group of m. Two stable sorts, least significant key first, keep the index order."""
-    shape, votes, magnitude = votes.shape, votes.view(-1, target.group), magnitude.view(-1, target.group)
-    by_magnitude = magnitude.argsort(dim=1, stable=True)
-    by_votes = votes.gather(1, by_magnitude).argsort(dim=1, stable=True, descending=True)
-    order = by_magnitude.gather(1, by_votes)
-    first = torch.zeros_like(votes, dtype=torch.bool)
-    first[:, : target.group - target.kept] = True
-    pruned = torch.zeros_like(first).scatter_(1, order, first)
-    return (pruned | (votes == clients)).view(shape)
+def _border(votes: Tensor, clients: int, count: int) -> tuple[int, int]:
+    """The number of votes at which `count` is reached, coming from above, and how many entries have more."""
+    histogram = torch.bincount(votes, minlength=clients + 1).tolist()
+    border, above = clients, 0
+    while above + histogram[border] < count:
+        above += histogram[border]
+        border -= 1
+    return border, above
+
+
+def _most_voted_in_groups(votes: Tensor, clients: int, aggregate: Tensor, target: NM) -> Tensor:
+    """The same order inside each group of m."""
+    v = votes.reshape(-1, target.group).T.contiguous()
+    size = aggregate.reshape(-1, target.group).T.abs().contiguous()
+
+    def sooner(a: int, b: int) -> Tensor:
+        return (v[b] > v[a]) | ((v[b] == v[a]) & (size[b] < size[a]))
+
+    shape = (votes.shape[0], votes.shape[1])
+    return first_in_groups(target.group, target.group - target.kept, sooner, shape, votes.device) | (votes == clients)
 
 
 def unexpanded_zeros(votes: Tensor, clients: int) -> int:
     """Entries that everybody pruned: the zeros of the l0 mean before expansion."""
-    return int((votes == clients).sum())
+    return int((votes == clients).count_nonzero())

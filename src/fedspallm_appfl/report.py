@@ -3,6 +3,7 @@
 import platform
 import shlex
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedspallm_appfl import __version__
+from fedspallm_appfl import __version__, native
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.export import MatrixSparsity
@@ -189,12 +190,30 @@ def _bytes(config: Config, results: Results, log: EventLog) -> str:
         ]
         for r in log.of("round")
     ]
-    return (
-        _markdown(["client", "up", "down"], rows)
-        + "\n\n"
-        + _markdown(["round", "up", "down"], per_round)
-        + f"\n\nBytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}."
+    return "\n\n".join(
+        [
+            _markdown(["client", "up", "down"], rows),
+            _markdown(["round", "up", "down"], per_round),
+            _markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
+            f"Bytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}.",
+        ]
     )
+
+
+def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
+    """Bytes that came up for each block, beside as many dense float16 copies of it as clients sent."""
+    entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
+    for matrix in results.matrices:
+        entries[matrix.block] += matrix.entries
+    for event in log.of("upload"):
+        for block, count in event["block_bytes"].items():
+            sent[int(block)] += count
+            senders[int(block)].add((event["round"], event["client"]))
+    dense = {block: 2 * entries[block] * len(senders[block]) for block in sent}
+    return [
+        [str(b), str(len(senders[b])), f"{sent[b]:,}", f"{dense[b]:,}", f"{dense[b] / sent[b]:.2f}"]
+        for b in sorted(sent)
+    ]
 
 
 def _participation(config: Config, results: Results, log: EventLog) -> str:
@@ -239,8 +258,8 @@ def _notes(log: EventLog) -> list[str]:
 
 def _settings(log: EventLog) -> str:
     versions = (
-        f"fedspallm-appfl {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}"
+        f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
     )
     seconds = log.events[-1]["time"] if log.events else 0.0
     return f"{versions}; {seconds:.0f} s in all. The resolved configuration is `config.yaml`."

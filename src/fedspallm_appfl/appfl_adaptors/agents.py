@@ -9,6 +9,7 @@ from appfl.config import ClientAgentConfig, ServerAgentConfig
 from omegaconf import OmegaConf
 
 from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.pruning import KEEP_WEIGHTS
 
 
 def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
@@ -29,6 +30,8 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
         "device": server.device,
         "comparisons": config.evaluation.compare,
         "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
+        "compression": config.client_configs.comm_configs.compression,
+        "mask_only": [client.client_id for client in config.clients if client.train_configs.pruner in KEEP_WEIGHTS],
         "state_dir": str(state_dir),
     }
     made: Any = OmegaConf.structured(ServerAgentConfig)
@@ -47,7 +50,9 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
     return made
 
 
-def client_agent_config(config: Config, client: Client, device: str, message_bytes: int) -> ClientAgentConfig:
+def client_agent_config(
+    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
+) -> ClientAgentConfig:
     """What `ClientAgent` takes.
 
     Args:
@@ -55,6 +60,7 @@ def client_agent_config(config: Config, client: Client, device: str, message_byt
         client: the client, with the shared part merged in.
         device: where it runs; `auto` was decided by `choose_device`.
         message_bytes: bytes that one of its messages may have.
+        agreed: folder for the pruned blocks that come down, shared by the clients of this process; None: one each.
     """
     train = dataclasses.asdict(client.train_configs) | {
         "client_id": client.client_id,
@@ -64,6 +70,7 @@ def client_agent_config(config: Config, client: Client, device: str, message_byt
         "comm": {**dataclasses.asdict(client.comm_configs), "max_message_bytes": message_bytes},
         "seed": config.seed,
         "rounds": config.server_configs.num_global_epochs,
+        "agreed": str(agreed) if agreed else None,
         "logging_output_dirname": "",
         "logging_output_filename": "",
     }
@@ -76,6 +83,8 @@ def server_agent(config: Config, state_dir: Path) -> ServerAgent:
     return ServerAgent(server_agent_config(config, state_dir))
 
 
-def client_agent(config: Config, client: Client, device: str, message_bytes: int) -> ClientAgent:
+def client_agent(
+    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
+) -> ClientAgent:
     """A client agent with the trainer of this package."""
-    return ClientAgent(client_agent_config(config, client, device, message_bytes))
+    return ClientAgent(client_agent_config(config, client, device, message_bytes, agreed))

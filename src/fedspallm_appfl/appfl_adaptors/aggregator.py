@@ -13,6 +13,7 @@ from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.global_model import Aggregation, GlobalModel, Piece
 from fedspallm_appfl.layer_sampling import draw, to_text
 from fedspallm_appfl.lazy_model import Skeleton
+from fedspallm_appfl.payload import block_nbytes
 from fedspallm_appfl.sparsity import parse_target
 
 
@@ -48,6 +49,8 @@ class FedSpaLLMAggregator(BaseAggregator):
             fold=self.settings["fold"],
             expansion=self.settings["expansion"],
             comparisons=tuple(self.settings["comparisons"]),
+            mask_only=frozenset(self.settings.get("mask_only", ())),
+            compression=self.settings.get("compression") == "zstd",
         )
         self.global_model = GlobalModel(
             self.skeleton.layout,
@@ -56,6 +59,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             Path(folder),
             choose_device(self.settings["device"], 0),
             lambda event: self.on_event(event),
+            self.skeleton.dense_matrix,
         )
         self.round = 0
         self._ended: set[str] = set()
@@ -115,6 +119,7 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "messages": int(metadata["_total_chunks"]),
                 "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
                 "bytes": received,
+                "block_bytes": block_nbytes(update),
                 "seconds": float(metadata["seconds"]),
                 "notes": json.loads(metadata["notes"]) if metadata.get("notes") else {},
             }

@@ -7,6 +7,7 @@ stands in `train_configs`.
 """
 
 import socket
+from pathlib import Path
 from typing import Any
 
 from appfl.algorithm.trainer import BaseTrainer
@@ -140,4 +141,7 @@ def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSett
         ),
         blocks_per_message=comm["blocks_per_message"],
         max_message_bytes=comm["max_message_bytes"],
+        compression=comm.get("compression") == "zstd",
+        agreed=Path(train_configs["agreed"]) if train_configs.get("agreed") else None,
+        activations=data.get("activations", "memory"),
     )

@@ -7,6 +7,7 @@ A rank that fails prints its traceback and aborts the whole job.
 
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -99,14 +100,22 @@ def run_clients(config: Config, comm: Any) -> None:
 
     registration.register()
     from fedspallm_appfl.appfl_adaptors.agents import client_agent
-    from fedspallm_appfl.appfl_adaptors.mpi_communicators import PoliteMPIClient
 
     registration.freeze()
     mine, limit = _clients_of_rank(config, comm)
     node = _place_on_node(comm)
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
     comm.gather(describe(comm.Get_rank(), placed), root=0)
-    agents = {client.client_id: client_agent(config, client, device, limit) for client, device in placed}
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
+        agents = {
+            client.client_id: client_agent(config, client, device, limit, Path(agreed)) for client, device in placed
+        }
+        _all_rounds(comm, agents)
+
+
+def _all_rounds(comm: Any, agents: dict[str, Any]) -> None:
+    from fedspallm_appfl.appfl_adaptors.mpi_communicators import PoliteMPIClient
+
     wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
     first = wire.get_global_model(init_model=True)
     for agent in agents.values():

@@ -36,7 +36,8 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.clients]
     for place in describe(0, placed):
         on_event({"event": "place", **vars(place)})
-    agents = {client.client_id: client_agent(config, client, device, limit) for client, device in placed}
+    agreed = state_dir / "agreed"
+    agents = {client.client_id: client_agent(config, client, device, limit, agreed) for client, device in placed}
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
     while not server.training_finished():

@@ -15,6 +15,7 @@ from fedspallm_appfl.pruning.gram import InputGram, InputNorms, Statistic
 from fedspallm_appfl.sparsity import Target
 
 PRUNERS = ("sparsegpt", "wanda", "magnitude")
+KEEP_WEIGHTS = frozenset({"wanda", "magnitude"})  # they choose a mask and leave kept weights as they are
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Settings:
     damping_retries: int = 3
     column_block: int = sparsegpt.COLUMN_BLOCK
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a mask says all that the pruner did."""
+        return self.pruner in KEEP_WEIGHTS
+
 
 Prune = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -44,7 +50,7 @@ class Prepared:
     """A pruner ready for all linears that share one input.
 
     Attributes:
-        prune: weight (O, I) float32 -> (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
+        prune: weight (O, I) float -> (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
         notes: what the report should say, e.g. the damping if it had to be raised.
     """
 
@@ -70,9 +76,10 @@ def prepare(settings: Settings, statistic: Statistic | None) -> Prepared:
         PruningError: SparseGPT's factorization keeps failing.
     """
     if isinstance(statistic, InputGram):
-        factor = sparsegpt.Factor(statistic, settings.damping, settings.damping_retries)
+        width = sparsegpt.block_width(settings.target, settings.column_block)
+        factor = sparsegpt.Factor(statistic, settings.damping, settings.damping_retries, width)
         notes = {"damping": factor.damping} if factor.attempts > 1 else {}
-        return Prepared(lambda w: sparsegpt.prune(w, settings.target, factor, settings.column_block), notes)
+        return Prepared(lambda w: sparsegpt.prune(w, settings.target, factor), notes)
     if statistic is not None:
         return Prepared(lambda w: wanda.prune(w, settings.target, statistic))
     return Prepared(lambda w: magnitude.prune(w, settings.target))

@@ -9,7 +9,8 @@ Legend: I in features, T tokens.
 import torch
 from torch import Tensor
 
-STRIP = 1024  # columns of a strip of the symmetric product: a GEMM wide enough to run at full speed
+STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs still wide enough to run at full speed
+NARROWEST = 64
 
 
 class InputNorms:
@@ -52,7 +53,7 @@ class InputGram:
     def add(self, inputs: Tensor) -> None:
         """Fold inputs of shape (..., I), any float dtype."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        strip = max(STRIP, rows.shape[1] // 8)
+        strip = self._strip()
         for start in range(0, rows.shape[1], strip):
             self.upper[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:])
         self.tokens += len(rows)
@@ -62,9 +63,15 @@ class InputGram:
         return self.upper.diagonal()
 
     def matrix(self) -> Tensor:
-        """(I, I) float32, the whole symmetric matrix, a new tensor."""
-        upper = self.upper.triu()
-        return upper + upper.triu(1).T
+        """(I, I) float32, the whole symmetric matrix: `upper` itself, mirrored where it was not filled."""
+        strip = self._strip()
+        for start in range(strip, len(self.upper), strip):
+            self.upper[start : start + strip, :start] = self.upper[:start, start : start + strip].T
+        return self.upper
+
+    def _strip(self) -> int:
+        """Columns of a strip."""
+        return max(NARROWEST, -(-len(self.upper) // STRIPS))
 
 
 Statistic = InputGram | InputNorms

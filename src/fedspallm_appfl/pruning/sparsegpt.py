@@ -9,11 +9,13 @@ Where this differs from the authors' code:
 * exactly as many entries are pruned as asked, counted cumulatively over column blocks, ties by index;
 * an input feature that is always zero makes its weights free: they are pruned first and those that stay are left as they
   were (the authors set them all to zero, which would pull down the mean over clients that do see the feature);
-* U comes from one Cholesky factorization: with the order of features reversed, `H = R R^T` with R upper triangular, and
-  `U = R^-1`.  A factorization that fails is tried again with ten times the damping, `retries` times, and then is an error.
+* only H is factored, never inverted: with the order of features reversed, `H = R R^T` with R upper triangular and
+  `U = R^-1`. With D what the finished columns have lost, the next block of columns b is, before its own loop,
+  `W_b + D R_b U_bb`, where R_b are the rows of R of the finished columns and U_bb the inverse of a small triangle. The
+  `R_b U_bb` are made once for all linears that share an input. A factorization that fails is tried again with ten times
+  the damping, `retries` times, and then is an error.
 
-The work runs on the transposed matrix, so that a column lies in contiguous memory, and in sub-blocks of 16 columns, so
-that most of the compensation is a matrix product.
+The work runs on the transposed matrix, so that a column lies in contiguous memory.
 
 Legend: O out features, I in features.
 """
@@ -22,108 +24,114 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.pruning.gram import InputGram
-from fedspallm_appfl.sparsity import NM, Target, select, smallest
+from fedspallm_appfl.sparsity import NM, Ratio, Target, kth_smallest
 
 COLUMN_BLOCK = 128
-SUB_BLOCK = 16
 
 
 class Factor:
-    """The factor U of one Gram matrix, shared by all linears that have the same input.
+    """One Gram matrix, factored for all linears that have the same input.
 
     Attributes:
-        upper: (I, I) float32, upper triangular, `(G + damping mean(diag G) I)^-1 = upper^T upper`, where dead features
-            have mean(diag G) on the diagonal of G.
+        width: columns of a block; the last one may have fewer.
+        panels: (I, I) float32; for the block of columns b: `U_bb` on the diagonal, `R_b U_bb` above it.
+        importance: (I,) float32, `1 / U_jj^2`, what a squared weight of each column costs; 0 for dead features.
         dead: (I,) bool, features that are always zero.
         damping: the damping that was used in the end, as a share of mean(diag G).
         attempts: factorizations tried.
     """
 
-    def __init__(self, gram: InputGram, damping: float, retries: int) -> None:
+    def __init__(self, gram: InputGram, damping: float, retries: int, width: int = COLUMN_BLOCK) -> None:
         """Factor a Gram matrix.
 
         Raises:
             PruningError: the matrix could not be factored with any of the dampings tried.
         """
-        matrix = gram.matrix()
-        diagonal = matrix.diagonal()
-        self.dead = diagonal == 0
+        self.width = width
+        self.dead = gram.diagonal() == 0
+        factor = self._cholesky(gram, damping, retries)
+        self.importance = factor.diagonal().square().masked_fill_(self.dead, 0.0)
+        self.panels = _panels_in_place(factor, width)
+
+    def blocks(self) -> list[slice]:
+        """The blocks of columns, in order."""
+        return [slice(start, min(start + self.width, len(self.dead))) for start in range(0, len(self.dead), self.width)]
+
+    def _cholesky(self, gram: InputGram, damping: float, retries: int) -> Tensor:
+        """R, with `G + damping mean(diag G) I = R R^T`; a dead feature has mean(diag G) on the diagonal of G."""
+        reversed_gram = gram.matrix().flip(0, 1)
+        diagonal = reversed_gram.diagonal()
         mean = float(diagonal.mean()) or 1.0
-        diagonal[self.dead] = mean
+        diagonal[self.dead.flip(0)] = mean
         added = 0.0
         for self.attempts in range(1, retries + 2):
             self.damping = damping * 10.0 ** (self.attempts - 1)
             diagonal += self.damping * mean - added
             added = self.damping * mean
-            lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+            lower, failed = torch.linalg.cholesky_ex(reversed_gram)
             if not failed:
-                break
-        else:
-            raise PruningError(
-                f"the Cholesky factorization failed {self.attempts} times, at last with damping {self.damping:g}; "
-                "give more or more varied calibration text, a larger `damping`, or more `damping_retries`"
-            )
-        identity = torch.eye(len(matrix), device=matrix.device)
-        self.upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+                del reversed_gram, diagonal
+                return lower.flip(0, 1)
+        raise PruningError(
+            f"the Cholesky factorization failed {self.attempts} times, at last with damping {self.damping:g}; "
+            "give more or more varied calibration text, a larger `damping`, or more `damping_retries`"
+        )
 
 
-def prune(weight: Tensor, target: Target, factor: Factor, column_block: int = COLUMN_BLOCK) -> tuple[Tensor, Tensor]:
+def _panels_in_place(factor: Tensor, width: int) -> Tensor:
+    for start in range(0, len(factor), width):
+        block = slice(start, min(start + width, len(factor)))
+        identity = torch.eye(block.stop - start, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor[block, block], identity, upper=True)
+        factor[:start, block] = factor[:start, block] @ inverse
+        factor[block, block] = inverse
+    return factor
+
+
+def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tensor]:
     """Prune one matrix and compensate.
 
     Args:
-        weight: (O, I) float32, not changed.
-        target: ratio or n:m; for n:m, I is a multiple of m.
+        weight: (O, I) float, not changed.
+        target: ratio or n:m; for n:m, I and the width of a column block are multiples of m.
         factor: of the Gram matrix of the layer's inputs.
-        column_block: columns among which a ratio is compared at once.
 
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
     """
-    columns = weight.T.contiguous()
-    kept = torch.ones_like(columns, dtype=torch.bool)
-    in_features, out_features = columns.shape
-    if isinstance(target, NM):
-        column_block = max(target.group, column_block - column_block % target.group)
-    for start in range(0, in_features, column_block):
-        end = min(start + column_block, in_features)
-        if not isinstance(target, NM):
-            count = target.zeros(end * out_features) - target.zeros(start * out_features)
-            kept[start:end] = ~_choose(columns[start:end], _importance(factor, start, end), count)
-        errors = _compensate_inside(columns[start:end], kept[start:end], factor, start, target)
-        columns[end:].addmm_(factor.upper[start:end, end:].T, errors, alpha=-1)
-    return columns.T.contiguous(), kept.T.contiguous()
+    lost = weight.T.to(
+        torch.float32, memory_format=torch.contiguous_format, copy=True
+    )  # dense minus pruned, once visited
+    pruned, kept = torch.empty_like(lost), torch.ones_like(lost, dtype=torch.bool)
+    for block in factor.blocks():
+        columns, importance = pruned[block], factor.importance[block]
+        columns.copy_(lost[block]).addmm_(factor.panels[: block.start, block].T, lost[: block.start])
+        if isinstance(target, Ratio):
+            rows = columns.shape[1]
+            kept[block] = _keep(columns, importance, target.zeros(block.stop * rows) - target.zeros(block.start * rows))
+        column_block.solve(columns, kept[block], factor.panels[block, block].contiguous(), importance, target)
+        lost[block] -= columns
+    result = lost.view(weight.shape).copy_(pruned.T)  # nothing is needed any more of what was lost
+    return result, kept.T.contiguous()
 
 
-def _importance(factor: Factor, start: int, end: int) -> Tensor:
-    """(columns,) float32: `1 / U_jj^2`, what a squared weight of each column costs; nothing where the input is dead."""
-    cost = factor.upper.diagonal()[start:end].square().reciprocal()
-    return cost.masked_fill(factor.dead[start:end], 0.0)
+def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:
+    """(columns, O) bool, False for the `count` entries of a block to prune; ties by row, then by column."""
+    if count == 0:
+        return torch.ones_like(columns, dtype=torch.bool)
+    scores = columns.square().mul_(importance.unsqueeze(1))
+    threshold = kth_smallest(scores.view(-1), count)
+    pruned, ties = scores < threshold, scores == threshold
+    missing = count - int(pruned.count_nonzero())
+    if missing == int(ties.count_nonzero()):
+        return ~pruned.logical_or_(ties)
+    first = ties.T.nonzero()[:missing]
+    pruned[first[:, 1], first[:, 0]] = True
+    return ~pruned
 
 
-def _choose(columns: Tensor, importance: Tensor, count: int) -> Tensor:
-    """(columns, O) bool, the entries of a column block to prune; ties by row, then by column."""
-    scores = (columns.square() * importance.unsqueeze(1)).T.contiguous()
-    return smallest(scores.flatten(), count).view(scores.shape).T
-
-
-def _compensate_inside(columns: Tensor, kept: Tensor, factor: Factor, start: int, target: Target) -> Tensor:
-    """Visit the columns of one block; `columns` and, for n:m, `kept` are changed in place. Returns errors (columns, O)."""
-    upper = factor.upper[start : start + len(columns), start : start + len(columns)]
-    importance = _importance(factor, start, start + len(columns))
-    diagonal = upper.diagonal().tolist()
-    errors = torch.zeros_like(columns)
-    step = target.group * max(1, SUB_BLOCK // target.group) if isinstance(target, NM) else SUB_BLOCK
-    for low in range(0, len(columns), step):
-        high = min(low + step, len(columns))
-        for j in range(low, high):
-            if isinstance(target, NM) and j % target.group == 0:
-                group = slice(j, j + target.group)
-                scores = (columns[group].square() * importance[group].unsqueeze(1)).T
-                kept[group] = ~select(scores, target, per_row=True).T
-            error = torch.where(kept[j], 0.0, columns[j] / diagonal[j])
-            columns[j] *= kept[j]
-            columns[j + 1 : high].addr_(upper[j, j + 1 : high], error, alpha=-1)
-            errors[j] = error
-        columns[high:].addmm_(upper[low:high, high:].T, errors[low:high], alpha=-1)
-    return errors
+def block_width(target: Target, width: int = COLUMN_BLOCK) -> int:
+    """Columns of a block: `width`, or for n:m the nearest multiple of m below it."""
+    return max(target.group, width - width % target.group) if isinstance(target, NM) else width

@@ -1,0 +1,123 @@
+"""One whole federated run in one process, for `scale` and `overhead`: `python -m benchmarks.federation ...`.
+
+Arguments: model folder, clients, rounds, run folder. The last line is JSON: seconds and CPU seconds of all rounds without
+setting up, the seconds of them that are work proper (pruning, aggregation, coding), and the peak MB above what was
+resident before the rounds.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+
+from benchmarks import memory
+from benchmarks.models import DEMO
+from fedspallm_appfl.appfl_adaptors import registration
+from fedspallm_appfl.config import Config, load_config
+from fedspallm_appfl.global_model import GlobalModel
+from fedspallm_appfl.launch import serial
+from fedspallm_appfl.local_client import LocalClient
+
+TEXTS = ("austen", "bible", "csource", "sqldocs")
+OPENING = ((LocalClient, "__init__"),)
+WORK = (
+    (LocalClient, "next_message"),
+    (LocalClient, "take"),
+    (GlobalModel, "receive"),
+    (GlobalModel, "changes"),
+    (GlobalModel, "load_piece"),
+)
+
+
+class Stopwatch:
+    """Time spent inside some methods.
+
+    Attributes:
+        seconds: on the wall.
+        cpu: CPU seconds of the process.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.cpu = 0.0
+
+    @contextmanager
+    def on(self, *methods: tuple[type, str]) -> Iterator[None]:
+        """Count the calls of these methods, which must not call one another."""
+        with ExitStack() as patches:
+            for owner, name in methods:
+                patches.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name))))
+            yield
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started, cpu = time.perf_counter(), time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+                self.cpu += time.process_time() - cpu
+
+        return timed
+
+
+def configuration(model: Path, clients: int, rounds: int, folder: Path) -> Config:
+    """Every client prunes all blocks on eight windows of one of the bundled texts."""
+    raw = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "server_configs": {"num_clients": clients, "num_global_epochs": rounds},
+        "client_configs": {
+            "train_configs": {"threads": 1, "device": "cpu"},
+            "data": {"windows": 8, "length": 64, "batch": 8},
+        },
+        "clients": [
+            {"client_id": f"client-{n}", "data": {"text": str(DEMO / "text" / TEXTS[n % len(TEXTS)] / "calib.txt")}}
+            for n in range(clients)
+        ],
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    config, problems = load_config(file)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def run(model: Path, clients: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Run it and measure from the placement of the clients, the last thing before the rounds, to the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = configuration(model, clients, rounds, folder)
+    registration.register()
+    opening, work, before = Stopwatch(), Stopwatch(), {}
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "place" and not before:
+            memory.reset_peak()
+            before.update(wall=time.perf_counter(), cpu=time.process_time(), resident=memory.resident())
+
+    with opening.on(*OPENING), work.on(*WORK):
+        serial.run(config, folder / "state", on_event)
+    return {
+        "seconds": time.perf_counter() - before["wall"] - opening.seconds,
+        "cpu": time.process_time() - before["cpu"] - opening.cpu,
+        "work": work.seconds,
+        "peak": memory.peak() - before["resident"],
+    }
+
+
+def main() -> None:
+    model, clients, rounds, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    print(json.dumps(run(Path(model), int(clients), int(rounds), Path(folder))))
+
+
+if __name__ == "__main__":
+    main()

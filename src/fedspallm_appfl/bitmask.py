@@ -1,0 +1,90 @@
+"""Masks as bits, and the values under them.
+
+A mask of shape (O, I) packs into ceil(O * I / 8) bytes: row-major, least significant bit first, 1 = kept. Its values are
+the kept entries of a matrix in the same order. On the CPU the compiled loops do the work where they are there; numpy and
+torch do the same elsewhere, on a GPU without leaving it.
+
+Legend: O out features, I in features.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedspallm_appfl import native
+
+_LOOPS = {2: "2", 4: "4"}  # bytes of an element -> suffix of the compiled loop
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """Pack a mask.
+
+    Args:
+        mask: any shape, bool, True = kept.
+
+    Returns:
+        (ceil(n / 8),) uint8 on the same device; bits beyond the last entry are 0.
+    """
+    flat = mask.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << _places(flat.device)).sum(1, dtype=torch.uint8)
+
+
+def from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask of some bits, bool of the given shape, on the same device."""
+    entries = int(np.prod(shape))
+    if bits.device.type == "cpu":
+        unpacked = torch.from_numpy(np.unpackbits(bits.numpy(), count=entries, bitorder="little"))
+    else:
+        unpacked = (bits.unsqueeze(1) >> _places(bits.device) & 1).flatten()[:entries]
+    return unpacked.view(torch.bool).view(shape)
+
+
+def count(bits: Tensor) -> int:
+    """Kept entries."""
+    if native.serves(bits):
+        return int(native.call("count_bits", bits, len(bits)))
+    return int(from_bits(bits, (8 * len(bits),)).sum())
+
+
+def gather(dense: Tensor, bits: Tensor) -> Tensor:
+    """The kept entries of a matrix.
+
+    Args:
+        dense: any shape, float.
+        bits: its mask.
+
+    Returns:
+        (kept,) in the dtype of `dense`.
+    """
+    if dense.element_size() in _LOOPS and native.serves(dense, bits):
+        kept = count(bits)
+        values = torch.empty(kept + native.EXTRA, dtype=dense.dtype)  # the loop writes eight at once
+        native.call(f"gather_{dense.element_size()}", dense, bits, dense.numel(), values)
+        return values[:kept]
+    return dense[from_bits(bits, tuple(dense.shape))]
+
+
+def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The matrix of some kept entries, zero elsewhere.
+
+    Args:
+        values: (kept,) float; as many as `bits` has ones.
+        bits: the mask.
+        shape: (O, I).
+
+    Returns:
+        (O, I) in the dtype of the values.
+    """
+    if values.element_size() in _LOOPS and native.serves(values, bits):
+        dense = torch.empty(shape, dtype=values.dtype)
+        native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)
+        return dense
+    mask = from_bits(bits, shape)
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,0 +1,50 @@
+"""The compiled loops of `kernels.c`, if they were built when the package was installed.
+
+Nothing depends on them but time: each caller has a path in torch that gives the same bits. Set `FEDSPALLM_NATIVE=0` to do
+without. A report says which of the two a run used.
+"""
+
+import ctypes
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+WIDEST_BLOCK = 256  # columns that `sparsegpt_block` has room for
+EXTRA = 8  # entries that the gathering loops may write behind the last value
+
+
+def _load() -> ctypes.CDLL | None:
+    spec = find_spec(f"{__name__}._kernels")
+    if os.environ.get("FEDSPALLM_NATIVE") == "0" or spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.count_bits.restype = ctypes.c_int64
+    return library
+
+
+LIBRARY = _load()
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the compiled loops are there and can read these tensors: contiguous and on the CPU."""
+    return LIBRARY is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def call(function: str, *arguments: Tensor | int | None) -> Any:
+    """Call a loop; tensors are passed by address, integers as int64, None as a null pointer.
+
+    The caller has checked dtypes, sizes and `serves`: nothing is checked here.
+    """
+    plain = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else _plain(a) for a in arguments]
+    return getattr(LIBRARY, function)(*plain)
+
+
+def _plain(argument: int | None) -> ctypes.c_int64 | ctypes.c_void_p:
+    return ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument)
+
+
+def description() -> str:
+    """Which loops run, for a report."""
+    return "compiled loops" if LIBRARY is not None else "no compiled loops"

@@ -1,0 +1,206 @@
+/* The loops that neither torch nor numpy runs at the speed of memory. Plain C, called through ctypes; every one of them
+ * has a twin in Python that gives the same bits (the build must not contract a*b+c: -ffp-contract=off).
+ *
+ * A mask is one bit an entry, row-major, least significant bit first, 1 = kept. `values` are the kept entries in order. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FAST
+#endif
+
+#define BIT(mask, i) ((mask)[(i) >> 3] >> ((i) & 7) & 1)
+
+/* Number of set bits of n bytes. */
+FAST int64_t count_bits(const uint8_t *mask, int64_t n)
+{
+    int64_t total = 0, i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t word;
+        memcpy(&word, mask + i, 8);
+        total += __builtin_popcountll(word);
+    }
+    for (; i < n; i++)
+        total += __builtin_popcount(mask[i]);
+    return total;
+}
+
+/* values = dense[mask], and dense = 0, dense[mask] = values. A byte of the mask stands for eight entries, 16 or 32 bytes,
+ * which one or two shuffles bring into place: `places` says for each of the 16 bytes where it comes from. Neither reads
+ * behind the last value; `values` of a gather has room for EXTRA entries more, since whole groups of eight are written. */
+#define EXTRA 8
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+static void fill_places(bytes *to_values, bytes *to_dense, bytes *is_kept, int size)
+{
+    int lanes = 16 / size;
+    for (int mask = 0; mask < 1 << lanes; mask++) {
+        uint8_t gather[16] = {0}, scatter[16] = {0}, flags[16] = {0};
+        for (int lane = 0, n = 0; lane < lanes; lane++)
+            if (mask >> lane & 1) {
+                for (int byte = 0; byte < size; byte++) {
+                    gather[n * size + byte] = lane * size + byte;
+                    scatter[lane * size + byte] = n * size + byte;
+                    flags[lane * size + byte] = 255;
+                }
+                n++;
+            }
+        memcpy(to_values + mask, gather, 16);
+        memcpy(to_dense + mask, scatter, 16);
+        memcpy(is_kept + mask, flags, 16);
+    }
+}
+
+#define CODEC(SIZE, TYPE)                                                                                              \
+    FAST void gather_##SIZE(const TYPE *dense, const uint8_t *mask, int64_t entries, TYPE *values)                     \
+    {                                                                                                                  \
+        enum { LANES_ = 16 / SIZE, ALL = (1 << LANES_) - 1 };                                                          \
+        bytes to_values[ALL + 1], to_dense[ALL + 1], is_kept[ALL + 1];                                                 \
+        fill_places(to_values, to_dense, is_kept, SIZE);                                                               \
+        int64_t whole = entries & ~(int64_t)7;                                                                         \
+        for (int64_t i = 0; i < whole; i += LANES_) {                                                                  \
+            unsigned bits = mask[i >> 3] >> (i & 7) & ALL;                                                             \
+            bytes group;                                                                                               \
+            memcpy(&group, dense + i, 16);                                                                             \
+            group = __builtin_shuffle(group, to_values[bits]);                                                         \
+            memcpy(values, &group, 16);                                                                                \
+            values += __builtin_popcount(bits);                                                                        \
+        }                                                                                                              \
+        for (int64_t i = whole; i < entries; i++) {                                                                    \
+            *values = dense[i];                                                                                        \
+            values += BIT(mask, i);                                                                                    \
+        }                                                                                                              \
+    }                                                                                                                  \
+    FAST void scatter_##SIZE(const TYPE *values, const uint8_t *mask, int64_t entries, int64_t count, TYPE *dense)     \
+    {                                                                                                                  \
+        enum { LANES_ = 16 / SIZE, ALL = (1 << LANES_) - 1 };                                                          \
+        bytes to_values[ALL + 1], to_dense[ALL + 1], is_kept[ALL + 1];                                                 \
+        fill_places(to_values, to_dense, is_kept, SIZE);                                                               \
+        int64_t i = 0, n = 0;                                                                                          \
+        for (; i + 8 <= entries && n + LANES_ <= count; i += LANES_) {                                                 \
+            unsigned bits = mask[i >> 3] >> (i & 7) & ALL;                                                             \
+            bytes group;                                                                                               \
+            memcpy(&group, values + n, 16);                                                                            \
+            group = __builtin_shuffle(group, to_dense[bits]) & is_kept[bits];                                          \
+            memcpy(dense + i, &group, 16);                                                                             \
+            n += __builtin_popcount(bits);                                                                             \
+        }                                                                                                              \
+        for (; i < entries; i++)                                                                                       \
+            dense[i] = BIT(mask, i) && n < count ? values[n++] : 0;                                                    \
+    }
+CODEC(2, uint16_t)
+CODEC(4, uint32_t)
+
+/* total += weight * fixed(values) where kept; votes += 1 where pruned; counts += weight where kept, unless it is null.
+ * A 16-bit value is looked up in `table` (65536 fixed-point numbers), whatever its format. */
+#define FOLD(NAME, VALUE, VOTE, FIXED)                                                                                 \
+    void NAME(const VALUE *restrict values, const uint8_t *restrict mask, int64_t entries, int64_t count,              \
+              const int64_t *restrict table, int64_t weight, int64_t *restrict total, VOTE *restrict votes,            \
+              int32_t *restrict counts)                                                                                \
+    {                                                                                                                  \
+        int64_t i = 0, n = 0;                                                                                          \
+        (void)table;                                                                                                   \
+        for (; i + 8 <= entries && n + 8 < count; i += 8) {                                                            \
+            unsigned bits = mask[i >> 3];                                                                              \
+            for (int b = 0; b < 8; b++) {                                                                              \
+                int64_t bit = bits >> b & 1;                                                                           \
+                VALUE value = values[n];                                                                               \
+                total[i + b] += weight * (FIXED) & -bit;                                                               \
+                votes[i + b] += (VOTE)(1 - bit);                                                                       \
+                n += bit;                                                                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; i < entries; i++) {                                                                                     \
+            if (BIT(mask, i) && n < count) {                                                                           \
+                VALUE value = values[n++];                                                                             \
+                total[i] += weight * (FIXED);                                                                          \
+            } else                                                                                                     \
+                votes[i] += 1;                                                                                         \
+        }                                                                                                              \
+        if (counts)                                                                                                    \
+            for (i = 0; i < entries; i++)                                                                              \
+                counts[i] += (int32_t)(weight * BIT(mask, i));                                                         \
+    }
+FOLD(fold_2_1, uint16_t, uint8_t, table[value])
+FOLD(fold_2_2, uint16_t, int16_t, table[value])
+FOLD(fold_8_1, int64_t, uint8_t, value)
+FOLD(fold_8_2, int64_t, int16_t, value)
+
+/* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do not depend on each other, so a tile of them is finished in the fastest cache. The errors of a few columns
+ * are applied to the columns on their right at once, in the order of the columns: the same sums as one by one.
+ * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index. */
+typedef float lane __attribute__((vector_size(64)));
+#define LANES 2
+#define TILE (int64_t)(LANES * sizeof(lane) / sizeof(float))
+#define WIDEST 256
+#define FEW 8
+
+typedef union {
+    lane lanes[LANES];
+    float row[LANES * sizeof(lane) / sizeof(float)];
+} column;
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static void choose(const column *w, uint8_t *kept, int64_t rows, int64_t tile, const float *importance, int64_t group,
+                   int64_t prune)
+{
+    column scores[WIDEST];
+    for (int64_t a = 0; a < group; a++)
+        for (int64_t r = 0; r < TILE; r++)
+            scores[a].row[r] = w[a].row[r] * w[a].row[r] * importance[a];
+    for (int64_t a = 0; a < group; a++) {
+        int32_t before[LANES * sizeof(lane) / sizeof(float)] = {0};
+        for (int64_t b = 0; b < group; b++)
+            for (int64_t r = 0; r < TILE; r++)
+                before[r] += scores[b].row[r] < scores[a].row[r] || (b < a && scores[b].row[r] == scores[a].row[r]);
+        for (int64_t r = 0; r < tile; r++)
+            kept[a * rows + r] = before[r] >= prune;
+    }
+}
+
+FAST void sparsegpt_block(float *columns, uint8_t *kept, int64_t width, int64_t rows, const float *upper,
+                          const float *importance, int64_t group, int64_t prune)
+{
+    column w[WIDEST], errors[WIDEST];
+    int64_t step = group > FEW ? group : group ? FEW / group * group : FEW; /* whole groups */
+    for (int64_t first = 0; first < rows; first += TILE) {
+        int64_t tile = smaller(TILE, rows - first);
+        memset(w, 0, sizeof *w * width);
+        memset(errors, 0, sizeof *errors * step);
+        for (int64_t j = 0; j < width; j++)
+            memcpy(w[j].row, columns + j * rows + first, tile * sizeof(float));
+        for (int64_t low = 0; low < width; low += step) {
+            int64_t high = smaller(low + step, width);
+            for (int64_t j = low; j < high; j++) {
+                const float *u = upper + j * width;
+                uint8_t *flags = kept + j * rows + first;
+                column *error = errors + (j - low);
+                if (group && j % group == 0)
+                    choose(w + j, flags, rows, tile, importance + j, group, prune);
+                for (int64_t r = 0; r < tile; r++) {
+                    error->row[r] = flags[r] ? 0.0f : w[j].row[r] / u[j];
+                    w[j].row[r] = flags[r] ? w[j].row[r] : 0.0f;
+                }
+                for (int64_t k = j + 1; k < high; k++)
+                    for (int l = 0; l < LANES; l++)
+                        w[k].lanes[l] -= u[k] * error->lanes[l];
+            }
+            for (int64_t k = high; k < width; k++) {
+                column rest = w[k];
+                for (int64_t j = low; j < high; j++)
+                    for (int l = 0; l < LANES; l++)
+                        rest.lanes[l] -= upper[j * width + k] * errors[j - low].lanes[l];
+                w[k] = rest;
+            }
+        }
+        for (int64_t j = 0; j < width; j++)
+            memcpy(columns + j * rows + first, w[j].row, tile * sizeof(float));
+    }
+}

@@ -1,0 +1,50 @@
+"""The inner loop of SparseGPT: visit the columns of one block, and let those to the right make up for each error.
+
+Source: Frantar & Alistarh, "SparseGPT", ICML 2023, algorithm 1, inner loop. For each column j in order, with U the upper
+factor of the block: the error of a pruned entry is `w_j / U_jj`, and `U_jk` times it is taken from every column k > j.
+
+Three paths with one meaning: compiled loops and torch give the same bits, the Triton kernel rounds otherwise.
+
+Legend: B columns of the block, O out features. Everything is transposed, so that a column lies in contiguous memory.
+"""
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl import native
+from fedspallm_appfl.pruning import triton_block
+from fedspallm_appfl.sparsity import NM, Target, select
+
+
+def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, target: Target) -> None:
+    """Prune and compensate the columns of one block in place.
+
+    Args:
+        columns: (B, O) float32, the weights; pruned and compensated afterwards.
+        kept: (B, O) bool, True = kept; given for a ratio, written for n:m.
+        upper: (B, B) float32, the block's factor U.
+        importance: (B,) float32, what a squared weight of each column costs, `1 / U_jj^2`.
+        target: ratio or n:m; for n:m, B is a multiple of m.
+    """
+    on_gpu = columns.is_cuda and len(columns) <= triton_block.LARGEST_BLOCK and triton_block.supports(target)
+    if on_gpu and triton_block.available():
+        triton_block.solve(columns, kept, upper, importance, target)
+    elif native.serves(columns, kept, upper, importance) and len(columns) <= native.WIDEST_BLOCK:
+        group, pruned = (target.group, target.group - target.kept) if isinstance(target, NM) else (0, 0)
+        width, rows = columns.shape
+        native.call("sparsegpt_block", columns, kept, width, rows, upper, importance, group, pruned)
+    else:
+        _column_by_column(columns, kept, upper, importance, target)
+
+
+def _column_by_column(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, target: Target) -> None:
+    diagonal = upper.diagonal().tolist()
+    changes = torch.empty_like(columns)
+    for j in range(len(columns)):
+        if isinstance(target, NM) and j % target.group == 0:
+            group = slice(j, j + target.group)
+            scores = columns[group].square() * importance[group].unsqueeze(1)
+            kept[group] = ~select(scores.T, target, per_row=True).T
+        error = (columns[j] / diagonal[j]).masked_fill_(kept[j], 0.0)
+        columns[j].masked_fill_(~kept[j], 0.0)
+        columns[j + 1 :] -= torch.mul(upper[j, j + 1 :].unsqueeze(1), error, out=changes[j + 1 :])
