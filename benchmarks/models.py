@@ -52,7 +52,7 @@ def correlated(rows: int, features: int, seed: int = 0) -> Tensor:
     return shared / rank**0.5 + torch.randn(rows, features, generator=generator)
 
 
-def half_mask(shape: tuple[int, int], zeros: int, seed: int) -> Tensor:
+def random_mask(shape: tuple[int, int], zeros: int, seed: int) -> Tensor:
     """A random mask with an exact number of zeros, (O, I) bool, True = kept."""
     scores = torch.rand(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))
     mask = scores > scores.kthvalue(zeros).values if zeros else torch.ones_like(scores, dtype=torch.bool)

@@ -34,8 +34,9 @@ def run(context: Context) -> Table:
         table.add(f"memory of the {side}", "", f"{result[side]:.0f} MB", f"{messages:.2f}x", "", "<= 3x", verdict)
     table.notes.append(
         f"{result['bytes'] / 1e6:.0f} MB of tensors, two ranks on one node, seconds on the wall until the answer is back. "
-        "Ours goes from a dict of tensors on one side to one on the other. Memory is the high-water mark above what is "
-        "resident before, when the client holds the update already; its ratio is to the bytes of the tensors."
+        "Both receive into new memory; ours goes from a dict of tensors on one side to one on the other. Memory is the "
+        "high-water mark above what is resident before, when the client holds the update already; its ratio is to the "
+        "bytes of the tensors."
     )
     return table
 

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from mpi4py import MPI
 from omegaconf import OmegaConf
 
-from benchmarks.measure import interleave, wall_seconds
+from benchmarks.measure import interleave
 from benchmarks.memory import peak_above
 from benchmarks.uploads import SEVEN_B, SMALL, upload
 from fedspallm_appfl.appfl_adaptors import registration
@@ -64,31 +65,32 @@ class Silent:
     debug = warning = error = info
 
 
-def plain(comm: MPI.Comm, buffer: np.ndarray) -> None:
-    """Bytes over, one byte back."""
+def plain(comm: MPI.Comm, sent: np.ndarray) -> float:
+    """Seconds for bytes over and one byte back. The server takes them into new memory, as one that keeps them must."""
     answer = np.zeros(1, np.uint8)
+    comm.Barrier()
+    started = time.perf_counter()
     if comm.Get_rank() == CLIENT:
-        comm.Send(buffer, dest=SERVER)
+        comm.Send(sent, dest=SERVER)
         comm.Recv(answer, source=SERVER)
     else:
-        comm.Recv(buffer, source=CLIENT)
+        comm.Recv(np.empty(len(sent), np.uint8), source=CLIENT)
         comm.Send(answer, dest=CLIENT)
+    return time.perf_counter() - started
 
 
-def ours(comm: MPI.Comm, update: dict[str, Any] | None) -> None:
-    """An update over, an answer back."""
-    if comm.Get_rank() == SERVER:
-        BatchedMPIServer(comm, Sink(), logger=Silent(), optimize_memory=False).serve()
-        return
-    wire = PoliteMPIClient(comm, server_rank=SERVER, client_ids=[NAME], optimize_memory=False)
-    wire.update_global_model({NAME: update}, kwargs={NAME: {"samples": 1}})
-    wire.invoke_custom_action(action="close_connection")
-
-
-def together(comm: MPI.Comm, work: partial) -> float:
-    """Seconds on the wall of some work that both ranks begin at the same time."""
+def ours(comm: MPI.Comm, update: dict[str, Any] | None) -> float:
+    """Seconds for an update over and an answer back."""
     comm.Barrier()
-    return wall_seconds(work)
+    started = time.perf_counter()
+    if comm.Get_rank() == CLIENT:
+        wire = PoliteMPIClient(comm, server_rank=SERVER, client_ids=[NAME], optimize_memory=False)
+        wire.update_global_model({NAME: update}, kwargs={NAME: {"samples": 1}})
+        taken = time.perf_counter() - started
+        wire.invoke_custom_action(action="close_connection")
+        return taken
+    BatchedMPIServer(comm, Sink(), logger=Silent(), optimize_memory=False).serve()
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def main() -> None:
     nbytes = comm.bcast(update_nbytes(update) if update else 0, root=CLIENT)
     buffer = np.ones(nbytes, np.uint8)
     ways = partial(plain, comm, buffer), partial(ours, comm, update)
-    times = interleave(int(turns), *(partial(together, comm, way) for way in ways))
+    times = interleave(int(turns), *ways)
     memory = comm.gather(peak_above(ways[1]), root=CLIENT)
     if comm.Get_rank() == CLIENT:
         by_side = {"client": memory[CLIENT], "server": memory[SERVER]}

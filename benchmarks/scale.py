@@ -33,14 +33,25 @@ def run(context: Context) -> Table:
         "clients": [(clients, job(clients, FIXED_BLOCKS)) for clients in counts],
         "blocks": [(depth, job(FIXED_CLIENTS, depth)) for depth in depths],
     }
-    columns = ("what", "CPU s", "s for each", "to the first", "MB above start", "to the first", "must", "met")
+    columns = (
+        "what",
+        "CPU s",
+        "s for each",
+        "to the first",
+        "MB above start",
+        "to the first",
+        "MB for each more",
+        "must",
+        "met",
+    )
     table = Table(f"Scale, LLaMA {hidden} / {mlp}", columns)
     for what, points in curves.items():
         _add(table, what, points)
     _plot(curves, context.out / "scale.png")
     table.notes.append(
         f"Over clients with {FIXED_BLOCKS} blocks, over blocks with {FIXED_CLIENTS} clients. All clients live in one "
-        "process here, so their activations add up; on the server nothing does. Plot: scale.png."
+        "process here, so what each of them holds between two messages adds up; `aggregation` has the memory of the server alone. "
+        "Plot: scale.png."
     )
     return table
 
@@ -50,11 +61,11 @@ def _add(table: Table, what: str, points: Points) -> None:
     first, start = points[0]
     for count, result in points:
         each, memory = result["cpu"] / count / (start["cpu"] / first), result["peak"] / start["peak"]
-        numbers = (f"{result['cpu']:.2f}", f"{result['cpu'] / count:.3f}", f"{each:.2f}x")
+        times = (f"{result['cpu']:.2f}", f"{result['cpu'] / count:.3f}", f"{each:.2f}x")
+        more = f"{(result['peak'] - start['peak']) / (count - first):.2f}" if count > first else ""
         verdict = "must" if each <= LINEAR and memory <= FLAT else "NO"
-        table.add(
-            f"{count} {what}", *numbers, f"{result['peak']:.0f}", f"{memory:.2f}x", f"<= {LINEAR}x, {FLAT}x", verdict
-        )
+        megabytes = (f"{result['peak']:.0f}", f"{memory:.2f}x", more)
+        table.add(f"{count} {what}", *times, *megabytes, f"<= {LINEAR}x, {FLAT}x", verdict)
 
 
 def _plot(curves: dict[str, Points], file: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import half_mask
+from benchmarks.models import random_mask
 from fedspallm_appfl.blocks import Layout, Linear
 from fedspallm_appfl.global_model import Aggregation, GlobalModel
 from fedspallm_appfl.payload import make_update, pack
@@ -33,7 +33,7 @@ def matrix(shape: tuple[int, int], seed: int, share: float = 0.5) -> tuple[Tenso
     """A pruned matrix (O, I) float16 and its mask; clients share most of what they keep, as real ones do."""
     common = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     own = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
-    mask = half_mask(shape, int(share * shape[0] * shape[1]), seed)
+    mask = random_mask(shape, int(share * shape[0] * shape[1]), seed)
     return (0.02 * (common + 0.1 * own) * mask).half(), mask
 
 

@@ -17,7 +17,7 @@ from benchmarks import children, memory
 from benchmarks.__main__ import NAMES
 from benchmarks.context import Context
 from benchmarks.measure import Ratio, interleave
-from benchmarks.models import correlated, half_mask, random_windows, save_llama
+from benchmarks.models import correlated, random_mask, random_windows, save_llama
 from benchmarks.reference import driver
 from benchmarks.reference.aggregation import aggregate
 from benchmarks.reference.sparsegpt import SparseGPT
@@ -119,7 +119,7 @@ def test_the_peak_of_some_work_is_above_what_was_there():
 
 
 def test_masks_have_the_number_of_zeros_asked_for():
-    assert int((~half_mask((30, 50), 700, 0)).sum()) == 700
+    assert int((~random_mask((30, 50), 700, 0)).sum()) == 700
 
 
 def test_a_table_says_which_target_is_met():

@@ -172,7 +172,7 @@ def sums_oracle(clients, weights):
     return total, votes, [sum(a for _, m, a in rows if m[i]) for i in entries]
 
 
-@pytest.mark.parametrize("tile", [8, 16, 2**16])
+@pytest.mark.parametrize("tile", [16, 2**16])
 @pytest.mark.parametrize("room", [4, 300])
 @pytest.mark.parametrize("weights", [None, [1, 5, 128, 3]])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -164,7 +164,7 @@ def test_one_block_as_wide_as_the_matrix_holds_the_factor_of_the_damped_inverse(
     statistic = gram_of(correlated_inputs(20))
     factor, matrix = Factor(statistic, DAMPING, 0), statistic.matrix().double()
     damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(20)
-    upper = factor.panels.double()
+    upper = factor.corner(slice(0, 20)).double()
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(20).double(), rtol=0, atol=1e-3)
     torch.testing.assert_close(factor.importance.double(), upper.diagonal() ** -2, rtol=1e-4, atol=0)
@@ -173,14 +173,14 @@ def test_one_block_as_wide_as_the_matrix_holds_the_factor_of_the_damped_inverse(
 
 def test_narrower_blocks_hold_what_carries_the_loss_of_finished_columns_over():
     whole, narrow = (Factor(gram_of(correlated_inputs(20)), DAMPING, 0, width) for width in (20, 7))
-    upper = whole.panels.double()
-    for block in narrow.blocks():
-        torch.testing.assert_close(narrow.panels[block, block].double(), upper[block, block], rtol=1e-3, atol=1e-5)
+    upper = whole.corner(slice(0, 20)).double()
+    for block in narrow.blocks:
+        torch.testing.assert_close(narrow.corner(block).double(), upper[block, block], rtol=1e-3, atol=1e-5)
         # D R_b U_bb is what U_ab would have taken for the errors E = D U_aa^-1 of the finished columns a
         a = slice(0, block.start)
         errors_to_loss = torch.linalg.inv(upper[a, a])
         expected = -errors_to_loss @ upper[a, block]
-        torch.testing.assert_close(narrow.panels[a, block].double(), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(narrow.carry(block).T.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_singular_matrix_is_tried_again_with_ten_times_the_damping():
@@ -189,7 +189,8 @@ def test_a_singular_matrix_is_tried_again_with_ten_times_the_damping():
     assert factor.attempts > 2
     assert factor.damping == pytest.approx(1e-9 * 10 ** (factor.attempts - 1))
     direct = Factor(statistic, factor.damping, 0)
-    torch.testing.assert_close(factor.panels, direct.panels, rtol=1e-2, atol=1e-2)
+    whole = slice(0, 8)
+    torch.testing.assert_close(factor.corner(whole), direct.corner(whole), rtol=1e-2, atol=1e-2)
     settings = Settings("sparsegpt", parse_target("0.5"), damping=1e-9, damping_retries=6)
     assert prepare(settings, statistic).notes == {"damping": factor.damping}
 
@@ -199,7 +200,7 @@ def test_a_raised_damping_replaces_the_lower_ones():
     matrix[0, 1] = 2.5
     factor = Factor(gram_from(matrix), 0.01, 2)
     assert (factor.attempts, factor.damping) == (3, 1.0)
-    torch.testing.assert_close(factor.panels[2, 2].item(), 0.5)
+    torch.testing.assert_close(factor.corner(slice(0, 3))[2, 2].item(), 0.5)
 
 
 def test_a_matrix_that_can_never_be_factored_is_an_error_that_says_what_to_do():

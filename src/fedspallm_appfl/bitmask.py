@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspallm_appfl import native
+from fedspallm_appfl import allocation, native
 
 _LOOPS = {2: "2", 4: "4"}  # bytes of an element -> suffix of the compiled loop
 
@@ -60,10 +60,9 @@ def gather(dense: Tensor, bits: Tensor) -> Tensor:
         (kept,) in the dtype of `dense`.
     """
     if dense.element_size() in _LOOPS and native.serves(dense, bits):
-        kept = count(bits)
-        values = torch.empty(kept + native.EXTRA, dtype=dense.dtype)  # the loop writes eight at once
-        native.call(f"gather_{dense.element_size()}", dense, bits, dense.numel(), values)
-        return values[:kept]
+        values = allocation.empty((count(bits),), dense.dtype)
+        native.call(f"gather_{dense.element_size()}", dense, bits, dense.numel(), len(values), values)
+        return values
     return dense[from_bits(bits, tuple(dense.shape))]
 
 
@@ -79,7 +78,7 @@ def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
         (O, I) in the dtype of the values.
     """
     if values.element_size() in _LOOPS and native.serves(values, bits):
-        dense = torch.empty(shape, dtype=values.dtype)
+        dense = allocation.empty(shape, values.dtype)
         native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)
         return dense
     mask = from_bits(bits, shape)

@@ -90,6 +90,11 @@ class CheckpointFiles:
         tensor = self.read(key)
         return tuple(tensor.shape), tensor.dtype
 
+    def release(self) -> None:
+        """Close the files: pages that were read are no longer the process's. They are opened again when needed."""
+        if not self.pickled:
+            self._open.clear()
+
     def _reader(self, name: str) -> Any:
         if name not in self._open:
             path = self.folder / name

@@ -59,7 +59,7 @@ class ServerConfigs:
 
     num_clients: int | None = None  # must equal the length of `clients` where it is given
     num_global_epochs: int = 1  # rounds
-    device: str = "cpu"  # where sums are kept and combined
+    device: str = "auto"  # where sums are kept and combined: auto (a GPU if the server sees one), cpu, cuda, cuda:1
     aggregator: str = "FedSpaLLMAggregator"
     aggregator_kwargs: AggregatorKwargs = field(default_factory=AggregatorKwargs)
     scheduler: str = "FedSpaLLMScheduler"

@@ -9,7 +9,7 @@ Aggregated weights are rounded to the dtype of the checkpoint, which is also wha
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, plain_mean
+from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, largest_magnitude, plain_mean
 from fedspallm_appfl.mask_expansion import expand, unexpanded_zeros
 from fedspallm_appfl.messages import Unit, plan
 from fedspallm_appfl.packed_store import PackedStore
@@ -246,19 +246,34 @@ class GlobalModel:
         """
         sizes = {block: {n: nbytes(p) for n, p in self._stored(block).items()} for block in sorted(self.round.changed)}
         parts = plan(sizes, len(sizes), limit)
-        return [
+        pieces = [
             Piece(self.round.index, number, len(parts), units, sum(sizes[block][name] for block, name in units))
             for number, units in enumerate(parts)
         ]
+        return [self._compressed(piece) for piece in pieces] if self.settings.compression else pieces
+
+    def _compressed(self, piece: Piece) -> Piece:
+        """Compress a piece once and keep it on disk: it goes down to every client."""
+        update = compress(self._made(piece))
+        self._file_of(piece).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(update, self._file_of(piece))
+        return replace(piece, nbytes=update_nbytes(update))
+
+    def _file_of(self, piece: Piece) -> Path:
+        return self.folder / "down" / f"{piece.number}.pt"
 
     def load_piece(self, piece: Piece) -> dict[str, Any]:
         """One piece of the update to send down, ready for the wire."""
+        if self.settings.compression:
+            return torch.load(self._file_of(piece), weights_only=True)
+        return self._made(piece)
+
+    def _made(self, piece: Piece) -> dict[str, Any]:
         stored = {block: self._stored(block) for block in {block for block, _ in piece.units}}
         blocks: Blocks = {}
         for block, name in piece.units:
             blocks.setdefault(block, {})[name] = stored[block][name]
-        update = make_update(piece.round_index, blocks) | {"piece": piece.number, "pieces": piece.total}
-        return compress(update) if self.settings.compression else update
+        return make_update(piece.round_index, blocks) | {"piece": piece.number, "pieces": piece.total}
 
     def _stored(self, block: int) -> dict[str, Packed]:
         return self.done.load(block) or {}
@@ -283,8 +298,7 @@ class GlobalModel:
         return self._open[block, name]
 
     def _check_range(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
-        values = packed["values"]
-        largest = float(values.abs().max()) if len(values) else 0.0
+        largest = largest_magnitude(packed["values"])
         sums = self._open[block, name].sums if (block, name) in self._open else self._no_sums
         try:
             sums.check_range(largest, weight)

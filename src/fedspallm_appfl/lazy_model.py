@@ -165,6 +165,7 @@ class LazyModel:
             for name, parameter in empty.items():
                 owner, _, leaf = name.rpartition(".")
                 block.get_submodule(owner)._parameters[leaf] = parameter
+            self.skeleton.files.release()
 
     def put(self, block: nn.Module, linear: Linear, weight: Tensor) -> Tensor:
         """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype; returns that."""

@@ -259,8 +259,8 @@ def _checked(
     right_shape = type(packed["shape"]) is list and all(type(n) is int for n in packed["shape"])
     right_shape = right_shape and packed["shape"] == list(shape)
     _require(right_shape, where, f"the shape is {packed['shape']}, expected {list(shape)}")
-    tensors = all(isinstance(packed[part], Tensor) for part in parts[1:])
-    _require(tensors, where, f"{' and '.join(parts[1:])} must be {'a tensor' if mask_only else 'tensors'}")
+    plain = all(_is_plain(packed[part]) for part in parts[1:])
+    _require(plain, where, f"{' and '.join(parts[1:])} must be {'a tensor' if mask_only else 'tensors'} in memory")
     mask = _plain_mask(packed, where)
     _check_mask(mask, where, shape, target)
     if mask_only:
@@ -268,6 +268,17 @@ def _checked(
     values = _plain_values(packed, where, mask, dtype)
     _check_values(values, where, shape[0] * shape[1] - target.zeros(shape[0] * shape[1]), dtype)
     return {"shape": packed["shape"], "mask": mask, "values": values}
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether something is a tensor that numpy could read too: neither sparse nor nested, on the CPU."""
+    return (
+        isinstance(part, Tensor)
+        and part.layout == torch.strided
+        and not part.is_nested
+        and not part.is_quantized
+        and part.device.type == "cpu"
+    )
 
 
 def _check_mask(mask: Tensor, where: str, shape: tuple[int, int], target: Target) -> None:

@@ -11,6 +11,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from fedspallm_appfl import allocation
+
 TENSOR = "tensor"  # the key that stands for one; no key of an update is called so
 
 
@@ -36,7 +38,7 @@ def put_together(description: bytes) -> tuple[Any, list[Tensor]]:
     def build(part: Any) -> Any:
         if isinstance(part, dict) and set(part) == {TENSOR}:
             dtype, shape = part[TENSOR]
-            tensors.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+            tensors.append(allocation.empty(tuple(shape), getattr(torch, dtype)))
             return tensors[-1]
         if isinstance(part, dict):
             return {key: build(value) for key, value in part.items()}

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 WIDEST_BLOCK = 256  # columns that `sparsegpt_block` has room for
-EXTRA = 8  # entries that the gathering loops may write behind the last value
 
 
 def _load() -> ctypes.CDLL | None:

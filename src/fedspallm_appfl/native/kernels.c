@@ -29,9 +29,7 @@ FAST int64_t count_bits(const uint8_t *mask, int64_t n)
 }
 
 /* values = dense[mask], and dense = 0, dense[mask] = values. A byte of the mask stands for eight entries, 16 or 32 bytes,
- * which one or two shuffles bring into place: `places` says for each of the 16 bytes where it comes from. Neither reads
- * behind the last value; `values` of a gather has room for EXTRA entries more, since whole groups of eight are written. */
-#define EXTRA 8
+ * which one or two shuffles bring into place. There are `count` values, and none is touched behind the last. */
 typedef uint8_t bytes __attribute__((vector_size(16)));
 
 static void fill_places(bytes *to_values, bytes *to_dense, bytes *is_kept, int size)
@@ -55,24 +53,23 @@ static void fill_places(bytes *to_values, bytes *to_dense, bytes *is_kept, int s
 }
 
 #define CODEC(SIZE, TYPE)                                                                                              \
-    FAST void gather_##SIZE(const TYPE *dense, const uint8_t *mask, int64_t entries, TYPE *values)                     \
+    FAST void gather_##SIZE(const TYPE *dense, const uint8_t *mask, int64_t entries, int64_t count, TYPE *values)      \
     {                                                                                                                  \
         enum { LANES_ = 16 / SIZE, ALL = (1 << LANES_) - 1 };                                                          \
         bytes to_values[ALL + 1], to_dense[ALL + 1], is_kept[ALL + 1];                                                 \
         fill_places(to_values, to_dense, is_kept, SIZE);                                                               \
-        int64_t whole = entries & ~(int64_t)7;                                                                         \
-        for (int64_t i = 0; i < whole; i += LANES_) {                                                                  \
+        int64_t i = 0, n = 0;                                                                                          \
+        for (; i + 8 <= entries && n + LANES_ <= count; i += LANES_) {                                                 \
             unsigned bits = mask[i >> 3] >> (i & 7) & ALL;                                                             \
             bytes group;                                                                                               \
             memcpy(&group, dense + i, 16);                                                                             \
             group = __builtin_shuffle(group, to_values[bits]);                                                         \
-            memcpy(values, &group, 16);                                                                                \
-            values += __builtin_popcount(bits);                                                                        \
+            memcpy(values + n, &group, 16);                                                                            \
+            n += __builtin_popcount(bits);                                                                             \
         }                                                                                                              \
-        for (int64_t i = whole; i < entries; i++) {                                                                    \
-            *values = dense[i];                                                                                        \
-            values += BIT(mask, i);                                                                                    \
-        }                                                                                                              \
+        for (; i < entries && n < count; i++)                                                                          \
+            if (BIT(mask, i))                                                                                          \
+                values[n++] = dense[i];                                                                                \
     }                                                                                                                  \
     FAST void scatter_##SIZE(const TYPE *values, const uint8_t *mask, int64_t entries, int64_t count, TYPE *dense)     \
     {                                                                                                                  \

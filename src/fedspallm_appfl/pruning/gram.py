@@ -42,7 +42,7 @@ class InputGram:
     Only strips above and on the diagonal are accumulated, half of the work; `matrix` mirrors them.
 
     Attributes:
-        upper: (I, I) float32, right above the diagonal and in the diagonal strips.
+        upper: (I, I) float32, right on and above the diagonal.
         tokens: T so far.
     """
 
@@ -63,11 +63,9 @@ class InputGram:
         return self.upper.diagonal()
 
     def matrix(self) -> Tensor:
-        """(I, I) float32, the whole symmetric matrix: `upper` itself, mirrored where it was not filled."""
-        strip = self._strip()
-        for start in range(strip, len(self.upper), strip):
-            self.upper[start : start + strip, :start] = self.upper[:start, start : start + strip].T
-        return self.upper
+        """(I, I) float32, the whole symmetric matrix, a new tensor."""
+        upper = self.upper.triu()
+        return upper + upper.triu(1).T
 
     def _strip(self) -> int:
         """Columns of a strip."""

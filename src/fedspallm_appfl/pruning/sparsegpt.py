@@ -9,7 +9,7 @@ Where this differs from the authors' code:
 * exactly as many entries are pruned as asked, counted cumulatively over column blocks, ties by index;
 * an input feature that is always zero makes its weights free: they are pruned first and those that stay are left as they
   were (the authors set them all to zero, which would pull down the mean over clients that do see the feature);
-* only H is factored, never inverted: with the order of features reversed, `H = R R^T` with R upper triangular and
+* only H is factored, never inverted: `H = R R^T` with R upper triangular, block by block from the last to the first, has
   `U = R^-1`. With D what the finished columns have lost, the next block of columns b is, before its own loop,
   `W_b + D R_b U_bb`, where R_b are the rows of R of the finished columns and U_bb the inverse of a small triangle. The
   `R_b U_bb` are made once for all linears that share an input. A factorization that fails is tried again with ten times
@@ -35,8 +35,7 @@ class Factor:
     """One Gram matrix, factored for all linears that have the same input.
 
     Attributes:
-        width: columns of a block; the last one may have fewer.
-        panels: (I, I) float32; for the block of columns b: `U_bb` on the diagonal, `R_b U_bb` above it.
+        blocks: the blocks of columns, in order; the last one may be narrower.
         importance: (I,) float32, `1 / U_jj^2`, what a squared weight of each column costs; 0 for dead features.
         dead: (I,) bool, features that are always zero.
         damping: the damping that was used in the end, as a share of mean(diag G).
@@ -44,50 +43,61 @@ class Factor:
     """
 
     def __init__(self, gram: InputGram, damping: float, retries: int, width: int = COLUMN_BLOCK) -> None:
-        """Factor a Gram matrix.
+        """Factor a Gram matrix in its own memory: what is below its diagonal is overwritten, what is above stays.
 
         Raises:
             PruningError: the matrix could not be factored with any of the dampings tried.
         """
-        self.width = width
-        self.dead = gram.diagonal() == 0
-        factor = self._cholesky(gram, damping, retries)
-        self.importance = factor.diagonal().square().masked_fill_(self.dead, 0.0)
-        self.panels = _panels_in_place(factor, width)
-
-    def blocks(self) -> list[slice]:
-        """The blocks of columns, in order."""
-        return [slice(start, min(start + self.width, len(self.dead))) for start in range(0, len(self.dead), self.width)]
-
-    def _cholesky(self, gram: InputGram, damping: float, retries: int) -> Tensor:
-        """R, with `G + damping mean(diag G) I = R R^T`; a dead feature has mean(diag G) on the diagonal of G."""
-        reversed_gram = gram.matrix().flip(0, 1)
-        diagonal = reversed_gram.diagonal()
+        features = len(gram.upper)
+        self.blocks = [slice(start, min(start + width, features)) for start in range(0, features, width)]
+        self._store = gram.upper
+        self._corners = torch.zeros(features, min(width, features), device=self._store.device)
+        diagonal = gram.diagonal().clone()
+        self.dead = diagonal == 0
         mean = float(diagonal.mean()) or 1.0
-        diagonal[self.dead.flip(0)] = mean
-        added = 0.0
+        diagonal[self.dead] = mean
         for self.attempts in range(1, retries + 2):
             self.damping = damping * 10.0 ** (self.attempts - 1)
-            diagonal += self.damping * mean - added
-            added = self.damping * mean
-            lower, failed = torch.linalg.cholesky_ex(reversed_gram)
-            if not failed:
-                del reversed_gram, diagonal
-                return lower.flip(0, 1)
-        raise PruningError(
-            f"the Cholesky factorization failed {self.attempts} times, at last with damping {self.damping:g}; "
-            "give more or more varied calibration text, a larger `damping`, or more `damping_retries`"
-        )
+            if self._factor(diagonal + self.damping * mean):
+                break
+        else:
+            raise PruningError(
+                f"the Cholesky factorization failed {self.attempts} times, at last with damping {self.damping:g}; "
+                "give more or more varied calibration text, a larger `damping`, or more `damping_retries`"
+            )
+        for block in self.blocks:
+            self.carry(block).copy_(self.corner(block).T @ self.carry(block))
+        inverse = torch.cat([self.corner(block).diagonal() for block in self.blocks])
+        self.importance = inverse.square().reciprocal_().masked_fill_(self.dead, 0.0)
 
+    def corner(self, block: slice) -> Tensor:
+        """(B, B) float32 upper triangular, `U_bb` of a block."""
+        return self._corners[block, : block.stop - block.start]
 
-def _panels_in_place(factor: Tensor, width: int) -> Tensor:
-    for start in range(0, len(factor), width):
-        block = slice(start, min(start + width, len(factor)))
-        identity = torch.eye(block.stop - start, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor[block, block], identity, upper=True)
-        factor[:start, block] = factor[:start, block] @ inverse
-        factor[block, block] = inverse
-    return factor
+    def carry(self, block: slice) -> Tensor:
+        """(B, start) float32, `(R_b U_bb)^T`: times what the finished columns lost, it is what the block gains."""
+        return self._store[block, : block.start]
+
+    def _factor(self, diagonal: Tensor) -> bool:
+        """Factor with this diagonal, from the last block to the first; whether that went well.
+
+        Until all blocks are done, `carry(b)` holds the rows of R of the columns in front of b, transposed.
+        """
+        failed = []
+        for block in reversed(self.blocks):
+            behind = self._store[block.stop :, block]
+            corner = self._store[block, block].triu(1)
+            corner += corner.T.clone()
+            corner.diagonal().copy_(diagonal[block])
+            lower, info = torch.linalg.cholesky_ex(corner.addmm_(behind.T, behind, alpha=-1).flip(0, 1))
+            failed.append(info)
+            identity = torch.eye(len(corner), device=corner.device)
+            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            self.corner(block).copy_(inverse)
+            rest = self._store[: block.start, block].T
+            rest = torch.addmm(rest, behind.T, self._store[block.stop :, : block.start], alpha=-1)
+            self.carry(block).copy_(inverse @ rest)
+        return not bool(torch.stack(failed).any())
 
 
 def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tensor]:
@@ -105,13 +115,13 @@ def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tenso
         torch.float32, memory_format=torch.contiguous_format, copy=True
     )  # dense minus pruned, once visited
     pruned, kept = torch.empty_like(lost), torch.ones_like(lost, dtype=torch.bool)
-    for block in factor.blocks():
+    for block in factor.blocks:
         columns, importance = pruned[block], factor.importance[block]
-        columns.copy_(lost[block]).addmm_(factor.panels[: block.start, block].T, lost[: block.start])
+        columns.copy_(lost[block]).addmm_(factor.carry(block), lost[: block.start])
         if isinstance(target, Ratio):
             rows = columns.shape[1]
             kept[block] = _keep(columns, importance, target.zeros(block.stop * rows) - target.zeros(block.start * rows))
-        column_block.solve(columns, kept[block], factor.panels[block, block].contiguous(), importance, target)
+        column_block.solve(columns, kept[block], factor.corner(block).contiguous(), importance, target)
         lost[block] -= columns
     result = lost.view(weight.shape).copy_(pruned.T)  # nothing is needed any more of what was lost
     return result, kept.T.contiguous()

@@ -1,0 +1,369 @@
+"""What a run will send and how much memory it will take, before anything runs: arithmetic on shapes and settings.
+
+Memory is that of the tensors alive at the worst moment of each side, followed through the code:
+
+* a client at rest holds its outer parts, its token ids and its activations. On top of them it collects statistics of a
+  block (the statistics, and what a forward pass makes on its way), prunes it matrix by matrix, or runs it again (and holds
+  what it pruned). The worst of the three counts;
+* the server holds sums and votes of the open blocks, one upload, and what closing a matrix takes beside them;
+* afterwards it evaluates, which is a forward pass over all windows of all texts, and logits.
+
+Not counted is what a process holds before it does anything (Python and its packages, see `resident`) and what a tokenizer
+makes of a text. All sizes are bytes unless they are called entries.
+
+Legend: O out features, I in features, H hidden size, F widest input or output of a linear, B windows in a batch, T tokens
+in a window, L decoder blocks.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedspallm_appfl.blocks import Linear
+from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.dtypes import DTYPES
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.global_model import Aggregation
+from fedspallm_appfl.l0_aggregation import vote_dtype
+from fedspallm_appfl.layer_sampling import draw
+from fedspallm_appfl.lazy_model import Skeleton
+from fedspallm_appfl.messages import plan
+from fedspallm_appfl.payload import packed_size
+from fedspallm_appfl.pruning import KEEP_WEIGHTS
+from fedspallm_appfl.pruning.sparsegpt import COLUMN_BLOCK
+from fedspallm_appfl.sparsity import NM, Target, parse_target
+
+FLOAT = 4  # bytes of what statistics and pruners calculate in
+PRUNING = 10  # bytes an entry: a pruner's two float32 copies and two masks
+CHECKING = 11  # bytes an entry: result, mask, and what looking for NaN and infinity makes
+CLOSING = 6  # bytes an entry beside the sums: the mean, and what choosing among equal votes makes
+AVERAGING = 13  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks
+HEAP_SHARE, HEAP_MOST = 0.1, 2**25  # freed matrices below 32 MiB may stay with the allocator of the C library
+ZSTD_VALUES = {torch.float16: 0.84}  # measured: what shuffled and compressed values shrink to
+GLOBUS_LIMIT = 10**7  # bytes of the arguments or the result of a Globus Compute task
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What there is to know of a model.
+
+    Attributes:
+        outer: entries outside the blocks; what is tied counts once.
+        blocks: entries of all parameters of each block.
+        linears: of each block, what is pruned.
+        vocabulary: token ids.
+        stored: dtype of the checkpoint.
+        arithmetic: dtype of forward passes.
+    """
+
+    outer: int
+    blocks: tuple[int, ...]
+    linears: tuple[tuple[Linear, ...], ...]
+    vocabulary: int
+    stored: torch.dtype
+    arithmetic: torch.dtype
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, dtype: str = "auto") -> "ModelSizes":
+        """Sizes of a model whose weights need not be read; `dtype` as in `model.dtype`."""
+        prefix = f"{skeleton.layout.path}."
+        blocks: list = list(skeleton.model.get_submodule(skeleton.layout.path))  # type: ignore[arg-type]
+        outer = sum(p.numel() for name, p in skeleton.model.named_parameters() if not name.startswith(prefix))
+        return cls(
+            outer,
+            tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+            skeleton.layout.blocks,
+            skeleton.vocabulary,
+            skeleton.stored_dtype,
+            skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype],
+        )
+
+    @property
+    def hidden(self) -> int:
+        """H: what the first linear of a block takes."""
+        return self.linears[0][0].shape[1]
+
+    def entries(self, block: int) -> int:
+        """Prunable entries of a block."""
+        return sum(map(_entries, self.linears[block]))
+
+    def packed(self, block: int, target: Target, mask_only: bool = False) -> dict[str, int]:
+        """Bytes of each matrix of a block once packed."""
+        return {linear.name: _packed(linear, target, self.stored, mask_only) for linear in self.linears[block]}
+
+
+def _entries(linear: Linear) -> int:
+    return linear.shape[0] * linear.shape[1]
+
+
+def _packed(linear: Linear, target: Target, dtype: torch.dtype, mask_only: bool = False) -> int:
+    entries = _entries(linear)
+    return packed_size(linear.shape, entries if mask_only else target.zeros(entries), dtype)
+
+
+def shared_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
+    """Linears that are called with the same input, guessed from names and shapes.
+
+    Members of one module that take equally many features share an input, as query, key and value or gate and up do, but
+    for the last of several, which leads back from what the others made.
+    """
+    groups: dict[tuple[str, int, bool], list[Linear]] = {}
+    module_of = {linear.name: linear.name.rpartition(".")[0] for linear in linears}
+    last = {module_of[linear.name]: linear.name for linear in linears}
+    for linear in linears:
+        module = module_of[linear.name]
+        groups.setdefault((module, linear.shape[1], last[module] == linear.name), []).append(linear)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process at its worst moment.
+
+    Attributes:
+        parts: what for -> bytes; they are alive at the same time.
+        mapped: bytes of mapped files that count as resident while they are read; the kernel takes them back when it must.
+    """
+
+    parts: Mapping[str, int]
+    mapped: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes without mapped files."""
+        return sum(self.parts.values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes with mapped files: what the system reports as resident, less what was there before."""
+        return self.needed + self.mapped
+
+
+def _with_heap(parts: Mapping[str, int], mapped: int = 0) -> Memory:
+    return Memory({**parts, "heap": min(int(HEAP_SHARE * sum(parts.values())), HEAP_MOST)}, mapped)
+
+
+def client_memory(model: ModelSizes, client: Client) -> Memory:
+    """Memory of one client that is alone in its process.
+
+    Args:
+        model: its model.
+        client: its settings.
+    """
+    size, data = model.arithmetic.itemsize, client.data
+    states = _activations(model, *_windows(client))
+    resting = {"outer parts": model.outer * size, "activations": 0 if data.activations == "file" else states}
+    mapped = _mapped(model) + (states if data.activations == "file" else 0)
+    return _with_heap(resting | {"one block": client_work(model, client)}, mapped)
+
+
+def client_work(model: ModelSizes, client: Client) -> int:
+    """The most that a client takes, beside what it holds at rest, while it works at a block."""
+    train, comm = client.train_configs, client.comm_configs
+    target = parse_target(train.sparsity)
+    windows, length = _windows(client)
+    tokens = min(client.data.batch, windows) * length
+    earlier = comm.blocks_per_message - 1  # blocks of the same message, packed
+    return max(
+        _work(model, block, train.pruner, tokens)
+        + earlier * sum(model.packed(block, target, train.pruner in KEEP_WEIGHTS).values())
+        for block in range(len(model.blocks))
+    )
+
+
+def kept_between_messages(model: ModelSizes) -> int:
+    """What a client holds of the block that it finished, while others take their turn: weights and masks."""
+    return max(map(model.entries, range(len(model.blocks)))) * (model.stored.itemsize + 1)
+
+
+def _windows(client: Client) -> tuple[int, int]:
+    """Calibration windows and their length; a client without text takes one short window (see `local_client`)."""
+    without = client.data.text is None and client.train_configs.pruner == "magnitude"
+    return (1, 2) if without else (client.data.windows, client.data.length)
+
+
+def _activations(model: ModelSizes, windows: int, length: int) -> int:
+    """Hidden states of all windows, and their token ids."""
+    return windows * length * (model.hidden * model.arithmetic.itemsize + torch.int64.itemsize)
+
+
+def _work(model: ModelSizes, block: int, pruner: str, tokens: int) -> int:
+    linears, size = model.linears[block], model.arithmetic.itemsize
+    groups = [(group, statistic_bytes(group[0].shape[1], pruner)) for group in shared_inputs(linears)]
+    done = model.entries(block) * (model.stored.itemsize + 1)
+    phases = [pruning_bytes(groups, model.stored, pruner), done + tokens * forward_bytes(model, block)]
+    if pruner != "magnitude":
+        statistics = sum(statistic for _, statistic in groups)
+        phases.append(statistics + tokens * statistics_bytes(model, block, pruner))
+    return model.blocks[block] * size + max(phases)
+
+
+def statistic_bytes(features: int, pruner: str) -> int:
+    """Bytes of what is known of one input: a Gram matrix, its diagonal, or nothing."""
+    return {"sparsegpt": FLOAT * features * features, "wanda": FLOAT * features}.get(pruner, 0)
+
+
+def forward_bytes(model: ModelSizes, block: int) -> int:
+    """Bytes a token inside a block, at most: in its MLP, where all that widened is alive and one more is made of it."""
+    widest = max(max(linear.shape) for linear in model.linears[block])
+    widening = sum(linear.shape[0] == widest for linear in model.linears[block])
+    return model.arithmetic.itemsize * ((widening + 1) * widest + 2 * model.hidden)
+
+
+def statistics_bytes(model: ModelSizes, block: int, pruner: str) -> int:
+    """Bytes a token inside a block while its inputs are looked at: they stay alive, and the widest is converted."""
+    size, hidden = model.arithmetic.itemsize, model.hidden
+    widest = max(linear.shape[1] for linear in model.linears[block])
+    converted = (FLOAT if size != FLOAT else 0) + (FLOAT if pruner == "wanda" else 0)  # float32, and its squares
+    return max(forward_bytes(model, block) + 2 * hidden * size, widest * (size + converted) + 4 * hidden * size)
+
+
+def pruning_bytes(groups: Sequence[tuple[Sequence[Linear], int]], stored: torch.dtype, pruner: str) -> int:
+    """The most that pruning a block takes beside the block itself.
+
+    Args:
+        groups: linears that share an input, with the bytes of its statistic; in the order of pruning.
+        stored: dtype of the checkpoint.
+        pruner: its name.
+    """
+    dense = 0 if stored.itemsize == FLOAT else FLOAT  # a float32 checkpoint is read in place
+    statistics, done, most = sum(statistic for _, statistic in groups), 0, 0
+    for group, statistic in groups:
+        corners = 2 * FLOAT * COLUMN_BLOCK * group[0].shape[1] if pruner == "sparsegpt" else 0
+        before = 0  # the float32 result of the linear before, still alive while the next is pruned
+        for linear in group:
+            entries = _entries(linear)
+            here = max((PRUNING + dense) * entries + before, (CHECKING + dense) * entries)
+            most = max(most, statistics + corners + done + here)
+            done += (stored.itemsize + 1) * entries
+            before = dense * entries
+        statistics -= statistic
+    return most
+
+
+def sums_bytes(clients: int, weighted: bool) -> int:
+    """Bytes an entry of an open matrix: sum, votes, and with client weights the weight of those that kept it."""
+    return torch.int64.itemsize + vote_dtype(clients).itemsize + (torch.int32.itemsize if weighted else 0)
+
+
+def closing_bytes(
+    linears: Sequence[Linear], dtype: torch.dtype, clients: int, aggregation: Aggregation
+) -> int:
+    """The most that one open block takes: when its matrices are made from their sums, one after the other.
+
+    Args:
+        linears: of the block.
+        dtype: of the checkpoint.
+        clients: that prune it.
+        aggregation: how uploads are combined.
+    """
+    average = "fedavg" in aggregation.comparisons
+    entry = sums_bytes(clients, aggregation.weights == "sample_size")
+    sums, finished, most = entry * sum(map(_entries, linears)), 0, 0
+    for linear in linears:
+        most = max(most, sums + finished + (AVERAGING if average else CLOSING) * _entries(linear))
+        sums -= entry * _entries(linear)
+        finished += _packed(linear, aggregation.target, dtype) * (2 if average else 1)
+    return max(most, finished)
+
+
+def server_memory(config: Config, model: ModelSizes, together: int = 1, at_once: int | None = None) -> Memory:
+    """Memory of the server during the rounds.
+
+    Args:
+        config: the experiment.
+        model: its model.
+        together: clients whose uploads arrive in one message.
+        at_once: blocks that are open at the same time; None: what the scheduler allows, and those that arrive.
+    """
+    aggregation, senders = aggregation_of(config), _senders(config, model)
+    comm, scheduler = config.client_configs.comm_configs, config.server_configs.scheduler_kwargs
+    at_once = at_once or scheduler.max_open_blocks + comm.blocks_per_message
+    weighted = aggregation.weights == "sample_size"
+    # A block of one client is closed as soon as it comes, matrix by matrix: it is open, but nothing waits.
+    waiting = [block for block, clients in senders.items() if clients > 1] or list(senders)[:1]
+    opened = sorted((model.entries(block) * sums_bytes(senders[block], weighted) for block in waiting), reverse=True)
+    closing = max(
+        closing_bytes(model.linears[block], model.stored, senders[block], aggregation) for block in waiting
+    )
+    upload = max(sum(model.packed(block, aggregation.target).values()) for block in senders)
+    parts = {
+        "other open blocks": sum(opened[1:at_once]),
+        "block to close": closing,
+        "uploads": together * min(comm.blocks_per_message * upload, comm.max_message_bytes),
+    }
+    return _with_heap(parts)
+
+
+def aggregation_of(config: Config) -> Aggregation:
+    """How the server combines uploads."""
+    kwargs, target = config.server_configs.aggregator_kwargs, parse_target(config.client_configs.train_configs.sparsity)
+    return Aggregation(target, kwargs.weights, kwargs.fold, kwargs.expansion, tuple(config.evaluation.compare))
+
+
+def draws(config: Config, blocks: int) -> list[dict[str, list[int]]]:
+    """The blocks of each client in each round."""
+    rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
+    return [draw(strategy, config.seed, index, rounds, config.roster(), blocks) for index in range(rounds)]
+
+
+def _senders(config: Config, model: ModelSizes) -> dict[int, int]:
+    """Block -> the most clients that prune it in one round; blocks that nobody prunes are not there."""
+    senders: dict[int, int] = {}
+    for assigned in draws(config, len(model.blocks)):
+        for block in range(len(model.blocks)):
+            clients = sum(block in mine for mine in assigned.values())
+            if clients:
+                senders[block] = max(senders.get(block, 0), clients)
+    return senders
+
+
+def evaluation_memory(config: Config, model: ModelSizes, windows: int, largest_text: int) -> Memory:
+    """Memory of the evaluation.
+
+    Args:
+        config: the experiment.
+        model: its model.
+        windows: windows of all texts together.
+        largest_text: windows of the largest text.
+    """
+    size, settings = model.arithmetic.itemsize, config.evaluation
+    batch = min(settings.batch, largest_text)
+    tokens = batch * settings.length
+    copied = FLOAT if size != FLOAT or batch > 1 else 0  # one row without its last token needs no copy
+    logits = tokens * model.vocabulary * (size + copied + FLOAT)
+    blocks = (
+        entries * size + tokens * forward_bytes(model, block) for block, entries in enumerate(model.blocks)
+    )
+    parts = {
+        "outer parts": model.outer * size,
+        "activations": _activations(model, windows, settings.length),
+        "a block, or logits": max(logits, *blocks),
+    }
+    return _with_heap(parts, _mapped(model))
+
+
+def serial_memory(config: Config, model: ModelSizes) -> Memory:
+    """Memory of server and clients in one process, during the rounds.
+
+    Clients take turns: one works while the others hold activations and their last block. They share the outer parts.
+    """
+    clients = [client_memory(model, client) for client in config.clients]
+    server = server_memory(config, model, at_once=config.client_configs.comm_configs.blocks_per_message)
+    parts = {
+        "outer parts": clients[0].parts["outer parts"],
+        "activations": sum(client.parts["activations"] for client in clients),
+        "finished blocks": kept_between_messages(model) * (len(clients) - 1),
+        "one block": max(client.parts["one block"] for client in clients),
+        "server": server.needed - server.parts["heap"],
+    }
+    files = _mapped(model)
+    return _with_heap(parts, files + sum(client.mapped - files for client in clients))
+
+
+def _mapped(model: ModelSizes) -> int:
+    """Parts of the checkpoint that are mapped at the same time: the outer ones until the first block was read."""
+    return (model.outer + max(model.blocks)) * model.stored.itemsize
