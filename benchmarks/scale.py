@@ -13,6 +13,11 @@ CLIENTS, BLOCKS = (4, 16, 64), (4, 8, 32)
 FIXED_CLIENTS, FIXED_BLOCKS = 4, 4
 LINEAR, FLAT = 1.2, 1.2
 
+COLUMNS = (
+    *("what", "CPU s", "s for each", "to the first"),
+    *("MB above start", "to the first", "MB for each more", "must", "met"),
+)
+
 Points = list[tuple[int, dict[str, float]]]
 
 
@@ -50,8 +55,8 @@ def run(context: Context) -> Table:
     _plot(curves, context.out / "scale.png")
     table.notes.append(
         f"Over clients with {FIXED_BLOCKS} blocks, over blocks with {FIXED_CLIENTS} clients. All clients live in one "
-        "process here, so what each of them holds between two messages adds up; `aggregation` has the memory of the server alone. "
-        "Plot: scale.png."
+        "process here, so what each of them holds between two messages adds up; `aggregation` has the memory of the server "
+        "alone. Plot: scale.png."
     )
     return table
 

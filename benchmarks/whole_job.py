@@ -26,17 +26,7 @@ def run(context: Context) -> list[Table]:
     folder = save_llama(context.scratch / "model", *sizes)
     model_mb = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
     times = Table(f"Whole job, LLaMA {sizes[0]} / {sizes[1]}, {sizes[2]} blocks, {windows[0]} x {windows[1]} tokens")
-    columns = (
-        "job",
-        "model",
-        "after imports",
-        "after loading",
-        "peak",
-        "above imports",
-        "above the model",
-        "above loading",
-    )
-    memory = Table("Whole job, memory in MB", (*columns, "scheme : ours", "must", "met"))
+    memory = Table("Whole job, memory in MB", MEMORY)
     for pruner in TARGETS:
         arguments = (pruner, folder, *windows, sizes[3])
         runs = _runs(arguments, 1 if context.quick else 2)
@@ -97,14 +87,6 @@ def _add_memory(table: Table, pruner: str, runs: Runs, model: float) -> None:
     above = {who: one["peak"] - one["imports"] for who, one in least.items()}
     ratio = above["scheme"] / above["ours"]
     for who, one in least.items():
-        numbers = (
-            model,
-            one["imports"],
-            one["loaded"],
-            one["peak"],
-            above[who],
-            above[who] - model,
-            one["peak"] - one["loaded"],
-        )
+        numbers = (model, one["imports"], one["loaded"], one["peak"], above[who], above[who] - model)
         verdict = (f"{ratio:.2f}x", "1x", met(ratio, 1.0)) if who == "ours" else ("", "", "")
         table.add(f"{pruner}, {who}", *(f"{number:.0f}" for number in numbers), *verdict)

@@ -140,7 +140,7 @@ def test_a_cheap_benchmark_runs(name, tmp_path):
     found = importlib.import_module(f"benchmarks.{name}").run(Context(True, tmp_path, tmp_path))
     for table in found if isinstance(found, list) else [found]:
         assert table.rows
-        assert {len(row) for row in table.rows} == {len(table.columns)}
+        assert table.title in table.markdown()
 
 
 def test_without_the_peers_their_rows_say_how_to_get_them(tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_without_the_peers_their_rows_say_how_to_get_them(tmp_path, monkeypatch)
     monkeypatch.setattr(children, "peers_python", lambda: None)
     times, memories = importlib.import_module("benchmarks.whole_job").run(Context(True, tmp_path, tmp_path))
     assert [row[1] for row in times.rows if "llm-compressor" in row[0]] == ["not installed: make bench-peers"] * 2
-    assert all("llm-compressor" not in row[0] for row in memories.rows)
+    assert "llm-compressor" not in memories.markdown()
 
 
 def test_the_interpreter_of_the_peers_can_be_named(monkeypatch):

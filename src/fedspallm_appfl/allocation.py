@@ -4,11 +4,21 @@ Filling new memory page by page takes longer than most that is done with it afte
 pages, torch does so only for a whole process, small tensors included, which costs memory.
 """
 
+import ctypes
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+_LIBC = ctypes.CDLL(None)
+
+
+def give_back() -> None:
+    """Give freed memory back to the system; the C library would keep what lies between pieces that are in use."""
+    if hasattr(_LIBC, "malloc_trim"):  # glibc
+        _LIBC.malloc_trim(0)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

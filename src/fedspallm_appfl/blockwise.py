@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.activations import HiddenStates, hidden_states
+from fedspallm_appfl.allocation import give_back
 from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.lazy_model import LazyModel
@@ -155,13 +156,17 @@ def advance(block: nn.Module, index: int, state: Activations) -> None:
         state.hidden[number] = out[0] if state.tuples else out
 
 
-@torch.no_grad()
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
-        through = [_return_input(state.tuples)] * (len(model.blocks) - 1)
-        with _forwards_replaced(model.blocks, [*through, _return_always((hidden,) if state.tuples else hidden)]):
-            yield ids, model.model(input_ids=ids.to(model.device), use_cache=False).logits
+        yield ids, _logits(model, ids, hidden, state.tuples)
+
+
+@torch.no_grad()
+def _logits(model: LazyModel, ids: Tensor, hidden: Tensor, tuples: bool) -> Tensor:
+    through = [_return_input(tuples)] * (len(model.blocks) - 1)
+    with _forwards_replaced(model.blocks, [*through, _return_always((hidden,) if tuples else hidden)]):
+        return model.model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 def _return_input(tuples: bool) -> Callable[..., Any]:
@@ -239,6 +244,7 @@ def prune_blocks(
         with model.block(index, agreed) as block:
             if index in assigned:
                 done = _prune_block(model, block, index, state, settings, client)
+            give_back()
             if index < last:
                 advance(block, index, state)
         if index in assigned:
@@ -254,6 +260,7 @@ def _prune_block(
     where = f"client {client}, block {index}"
     done: dict[str, PrunedLinear] = {}
     statistics = _statistics(model, block, index, state, settings)
+    give_back()  # what the forward pass used; the solve allocates other sizes
     for names, statistic in statistics:
         if statistic is not None:
             _check(statistic, f"{where}, {names[0]}")

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from fedspallm_appfl.blocks import Linear
+from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.dtypes import DTYPES
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.global_model import Aggregation
 from fedspallm_appfl.l0_aggregation import vote_dtype
 from fedspallm_appfl.layer_sampling import draw
@@ -34,16 +35,16 @@ from fedspallm_appfl.messages import plan
 from fedspallm_appfl.payload import packed_size
 from fedspallm_appfl.pruning import KEEP_WEIGHTS
 from fedspallm_appfl.pruning.sparsegpt import COLUMN_BLOCK
-from fedspallm_appfl.sparsity import NM, Target, parse_target
+from fedspallm_appfl.sparsity import NM, Target, check_divides, parse_target
 
 FLOAT = 4  # bytes of what statistics and pruners calculate in
 PRUNING = 10  # bytes an entry: a pruner's two float32 copies and two masks
 CHECKING = 11  # bytes an entry: result, mask, and what looking for NaN and infinity makes
 CLOSING = 6  # bytes an entry beside the sums: the mean, and what choosing among equal votes makes
-AVERAGING = 13  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks
-HEAP_SHARE, HEAP_MOST = 0.1, 2**25  # freed matrices below 32 MiB may stay with the allocator of the C library
+AVERAGING = 18  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks, and what of it is packed
+HEAP_SHARE, HEAP_MOST = 0.15, 2**26  # freed matrices below 32 MiB may stay with the allocator of the C library
 ZSTD_VALUES = {torch.float16: 0.84}  # measured: what shuffled and compressed values shrink to
-GLOBUS_LIMIT = 10**7  # bytes of the arguments or the result of a Globus Compute task
+GLOBUS_LIMIT = 10**7  # bytes of the arguments or of the result of a Globus Compute task
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ def shared_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
         module = module_of[linear.name]
         groups.setdefault((module, linear.shape[1], last[module] == linear.name), []).append(linear)
     return list(groups.values())
+
+
+def check_pattern(model: ModelSizes, target: Target) -> None:
+    """Refuse a pattern n:m that does not fit the rows of some matrix.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for linear in (linear for linears in model.linears for linear in linears):
+        if problem := check_divides(target, linear.shape[1]):
+            raise ConfigError(f"client_configs.train_configs.sparsity: {linear.name}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -249,9 +261,7 @@ def sums_bytes(clients: int, weighted: bool) -> int:
     return torch.int64.itemsize + vote_dtype(clients).itemsize + (torch.int32.itemsize if weighted else 0)
 
 
-def closing_bytes(
-    linears: Sequence[Linear], dtype: torch.dtype, clients: int, aggregation: Aggregation
-) -> int:
+def closing_bytes(linears: Sequence[Linear], dtype: torch.dtype, clients: int, aggregation: Aggregation) -> int:
     """The most that one open block takes: when its matrices are made from their sums, one after the other.
 
     Args:
@@ -286,9 +296,7 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1, at_once:
     # A block of one client is closed as soon as it comes, matrix by matrix: it is open, but nothing waits.
     waiting = [block for block, clients in senders.items() if clients > 1] or list(senders)[:1]
     opened = sorted((model.entries(block) * sums_bytes(senders[block], weighted) for block in waiting), reverse=True)
-    closing = max(
-        closing_bytes(model.linears[block], model.stored, senders[block], aggregation) for block in waiting
-    )
+    closing = max(closing_bytes(model.linears[block], model.stored, senders[block], aggregation) for block in waiting)
     upload = max(sum(model.packed(block, aggregation.target).values()) for block in senders)
     parts = {
         "other open blocks": sum(opened[1:at_once]),
@@ -321,26 +329,23 @@ def _senders(config: Config, model: ModelSizes) -> dict[int, int]:
     return senders
 
 
-def evaluation_memory(config: Config, model: ModelSizes, windows: int, largest_text: int) -> Memory:
+def evaluation_memory(config: Config, model: ModelSizes, windows: Mapping[str, int]) -> Memory:
     """Memory of the evaluation.
 
     Args:
         config: the experiment.
         model: its model.
-        windows: windows of all texts together.
-        largest_text: windows of the largest text.
+        windows: windows of each text.
     """
     size, settings = model.arithmetic.itemsize, config.evaluation
-    batch = min(settings.batch, largest_text)
+    batch = min(settings.batch, max(windows.values()))
     tokens = batch * settings.length
     copied = FLOAT if size != FLOAT or batch > 1 else 0  # one row without its last token needs no copy
     logits = tokens * model.vocabulary * (size + copied + FLOAT)
-    blocks = (
-        entries * size + tokens * forward_bytes(model, block) for block, entries in enumerate(model.blocks)
-    )
+    blocks = (entries * size + tokens * forward_bytes(model, block) for block, entries in enumerate(model.blocks))
     parts = {
         "outer parts": model.outer * size,
-        "activations": _activations(model, windows, settings.length),
+        "activations": _activations(model, sum(windows.values()), settings.length),
         "a block, or logits": max(logits, *blocks),
     }
     return _with_heap(parts, _mapped(model))
@@ -367,3 +372,165 @@ def serial_memory(config: Config, model: ModelSizes) -> Memory:
 def _mapped(model: ModelSizes) -> int:
     """Parts of the checkpoint that are mapped at the same time: the outer ones until the first block was read."""
     return (model.outer + max(model.blocks)) * model.stored.itemsize
+
+
+def resident() -> int | None:
+    """Bytes that this process has resident now; None where the system does not say so."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
+
+
+@dataclass(frozen=True)
+class RoundTraffic:
+    """What travels in one round: bytes of tensors; names and shapes add less than a kilobyte a matrix.
+
+    Attributes:
+        blocks: blocks that some client prunes.
+        up: client -> bytes that it sends, without compression.
+        zstd: client -> bytes that it sends with compression, roughly.
+        dense: client -> bytes of the same blocks dense in float16.
+        down: bytes that each client gets once the round is over; nothing after the last.
+    """
+
+    blocks: int
+    up: Mapping[str, int]
+    zstd: Mapping[str, int]
+    dense: Mapping[str, int]
+    down: int
+
+
+def traffic(config: Config, model: ModelSizes) -> list[RoundTraffic]:
+    """What travels in each round, with the layers that the run will draw."""
+    return [_round(config, model, number, assigned) for number, assigned in enumerate(draws(config, len(model.blocks)))]
+
+
+def _round(config: Config, model: ModelSizes, number: int, assigned: Mapping[str, Sequence[int]]) -> RoundTraffic:
+    target = parse_target(config.client_configs.train_configs.sparsity)
+    last = number == config.server_configs.num_global_epochs - 1
+    mask_only = {client.client_id: client.train_configs.pruner in KEEP_WEIGHTS for client in config.clients}
+    changed = {block for mine in assigned.values() for block in mine}
+    up = {
+        client: sum(sum(model.packed(block, target, mask_only[client]).values()) for block in mine)
+        for client, mine in assigned.items()
+    }
+    return RoundTraffic(
+        blocks=len(changed),
+        up=up,
+        zstd={client: round(up[client] * zstd_share(target, model.stored, mask_only[client])) for client in up},
+        dense={client: 2 * sum(map(model.entries, mine)) for client, mine in assigned.items()},
+        down=0 if last else sum(sum(model.packed(block, target).values()) for block in changed),
+    )
+
+
+def zstd_share(target: Target, dtype: torch.dtype, mask_only: bool = False) -> float:
+    """What an update shrinks to when it is compressed, roughly: its masks to their entropy, float16 values as measured."""
+    zeros = target.zeros(10**6) / 10**6 if not isinstance(target, NM) else 1 - target.kept / target.group
+    mask, values = 1 / 8, 0.0 if mask_only else (1 - zeros) * dtype.itemsize
+    small = mask * _mask_entropy(target, zeros) + values * ZSTD_VALUES.get(dtype, 1.0)
+    return small / (mask + values)
+
+
+def _mask_entropy(target: Target, zeros: float) -> float:
+    """Bits an entry."""
+    if isinstance(target, NM):
+        return math.log2(math.comb(target.group, target.kept)) / target.group
+    return -sum(share * math.log2(share) for share in (zeros, 1 - zeros) if share)
+
+
+def uncovered(config: Config, blocks: int) -> list[int]:
+    """Blocks that no client prunes in any round, with the layers that the run will draw."""
+    drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
+    return sorted(set(range(blocks)) - drawn)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """The messages of a client in a round, as many as they are for each of them.
+
+    Attributes:
+        count: messages.
+        largest: bytes of the largest.
+        matrix: bytes of the largest matrix, which no message can split.
+    """
+
+    count: int
+    largest: int
+    matrix: int
+
+
+def messages(config: Config, model: ModelSizes) -> Messages:
+    """The messages of a client that is alone on its rank.
+
+    Raises:
+        ConfigError: one matrix exceeds the limit.
+    """
+    comm, target = config.client_configs.comm_configs, parse_target(config.client_configs.train_configs.sparsity)
+    planned = {block: model.packed(block, target) for block in range(len(model.blocks))}
+    parts = plan(planned, comm.blocks_per_message, comm.max_message_bytes)
+    mask_only = all(client.train_configs.pruner in KEEP_WEIGHTS for client in config.clients)
+    sent = {block: model.packed(block, target, mask_only) for block in planned}
+    largest = max(sum(sent[block][name] for block, name in part) for part in parts)
+    return Messages(len(parts), largest, max(size for sizes in sent.values() for size in sizes.values()))
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Whether a transport can carry the messages.
+
+    Attributes:
+        name: of the transport.
+        carries: whether it can.
+        why: what to know or to change.
+    """
+
+    name: str
+    carries: bool
+    why: str
+
+
+def transports(config: Config, model: ModelSizes) -> list[Transport]:
+    """Whether each transport can carry the messages, with the setting to change when not."""
+    limit, clients = config.client_configs.comm_configs.max_message_bytes, len(config.clients)
+    try:
+        made = messages(config, model)
+    except ConfigError as error:
+        return [Transport(name, False, str(error)) for name in ("serial", "MPI", "Globus Compute")]
+    target = parse_target(config.client_configs.train_configs.sparsity)
+    planned = max(max(model.packed(block, target).values()) for block in range(len(model.blocks)))
+    together = min(limit // planned, clients)  # clients whose messages fit into that of their rank
+    ranks = f"with {-(-clients // together)} client ranks or more; for fewer raise comm_configs.max_message_bytes"
+    return [
+        Transport("serial", True, "memory to memory"),
+        Transport("MPI", True, "with any number of ranks" if together == clients else ranks),
+        Transport("Globus Compute", False, f"not in this version; {_inline(made)}"),
+    ]
+
+
+def _inline(made: Messages) -> str:
+    """What it would take to put a message into the result of a Globus Compute task."""
+    where = f"a result holds at most {GLOBUS_LIMIT:,} bytes"
+    if made.largest <= GLOBUS_LIMIT:
+        return f"{where}, the largest message has {made.largest:,}"
+    if made.matrix <= GLOBUS_LIMIT:
+        return f"{where}, the largest message has {made.largest:,}: lower comm_configs.max_message_bytes to that"
+    return f"{where}, the largest matrix has {made.matrix:,} and cannot be split: it needs a data store"
+
+
+def evaluation_windows(config: Config, folder: Path) -> dict[str, int] | None:
+    """Windows of each text that is evaluated; None if the texts would have to be counted and cannot be read.
+
+    Args:
+        config: the experiment.
+        folder: model folder with the tokenizer.
+    """
+    settings = config.evaluation
+    if settings.windows is not None:
+        return dict.fromkeys(settings.texts, settings.windows)
+    try:
+        tokenizer = load_tokenizer(folder)
+        return {
+            name: len(cut_windows(tokenizer, read_text(text), settings.length)) for name, text in settings.texts.items()
+        }
+    except FedSpaLLMError:
+        return None

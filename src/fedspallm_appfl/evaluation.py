@@ -59,4 +59,5 @@ def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
             targets = ids[:, 1:].to(logits.device).flatten()
             total += float(cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum"))
             tokens += len(targets)
+            del logits  # not kept while the next ones are made
     return total / tokens
