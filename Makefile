@@ -11,7 +11,7 @@ TRITON := triton==3.9.0
 .PHONY: help install demo test fast lint check triton bench bench-peers clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 install: $(INSTALLED)  ## Make the virtual environment and install the pinned versions
 
@@ -45,10 +45,10 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/test_triton_block.py
 
-bench: install  ## Speed and memory as ratios, half an hour on one core; with llm-compressor after `make bench-peers`
+bench: install  ## Speed and memory as ratios, half an hour on one core
 	$(BIN)/python -m benchmarks
 
-bench-peers: $(PEERS)/installed
+bench-peers: $(PEERS)/installed  ## An environment with llm-compressor, to be compared with
 
 $(PEERS)/installed: benchmarks/peers-requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -1,8 +1,8 @@
 """One whole federated run in one process, for `scale` and `overhead`: `python -m benchmarks.federation ...`.
 
 Arguments: model folder, clients, rounds, run folder. The last line is JSON: seconds and CPU seconds of all rounds without
-setting up, the seconds of them that are work proper (pruning, aggregation, coding), and the peak MB above what was
-resident before the rounds.
+setting up, the seconds of them that are work proper (pruning, aggregation, coding), and the peak MB of the process
+during the rounds.
 """
 
 import json
@@ -101,7 +101,7 @@ def run(model: Path, clients: int, rounds: int, folder: Path) -> dict[str, float
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "place" and not before:
             memory.reset_peak()
-            before.update(wall=time.perf_counter(), cpu=time.process_time(), resident=memory.resident())
+            before.update(wall=time.perf_counter(), cpu=time.process_time())
 
     with opening.on(*OPENING), work.on(*WORK):
         serial.run(config, folder / "state", on_event)
@@ -109,7 +109,7 @@ def run(model: Path, clients: int, rounds: int, folder: Path) -> dict[str, float
         "seconds": time.perf_counter() - before["wall"] - opening.seconds,
         "cpu": time.process_time() - before["cpu"] - opening.cpu,
         "work": work.seconds,
-        "peak": memory.peak() - before["resident"],
+        "peak": memory.peak(),
     }
 
 

@@ -243,13 +243,12 @@ def prune_blocks(
         agreed = None if index in assigned or pruned is None else pruned.get(index)
         with model.block(index, agreed) as block:
             if index in assigned:
-                done = _prune_block(model, block, index, state, settings, client)
+                done = [_prune_block(model, block, index, state, settings, client)]
             give_back()
             if index < last:
                 advance(block, index, state)
         if index in assigned:
-            yield index, done
-            del done  # not kept while the next block is pruned
+            yield index, done.pop()  # a client that stands still here holds no finished block
 
 
 @torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last

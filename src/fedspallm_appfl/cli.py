@@ -1,4 +1,4 @@
-"""The command line: `fedspallm run`, `validate`, `evaluate`. Nothing heavy is imported before it is needed."""
+"""The command line: `fedspallm run`, `validate`, `estimate`, `evaluate`. Nothing heavy is imported before it is needed."""
 
 import argparse
 import sys
@@ -78,6 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(validate)
     validate.add_argument("--no-files", action="store_true", help="look at the values only, not at model and text")
     validate.set_defaults(work=_validate)
+
+    estimate = _command(
+        verbs,
+        "estimate",
+        "Say what a run would send and how much memory it would take; opens the model, needs no text.",
+        "fedspallm estimate configs/demo.yaml\n"
+        "  fedspallm estimate configs/demo.yaml client_configs.data.batch=1 server_configs.num_global_epochs=2",
+    )
+    _config_arguments(estimate)
+    estimate.set_defaults(work=_estimate)
 
     evaluate = _command(
         verbs,
@@ -179,6 +189,14 @@ def _validate(args: argparse.Namespace) -> int:
     console.print(f"{args.config}: no problem found", highlight=False, markup=False)
     if not args.no_files:
         _introduce(config, console)
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from fedspallm_appfl.estimate_tables import tables
+
+    config = _checked(args, files=False, overwrite=True)
+    _console().print(tables(config))
     return 0
 
 

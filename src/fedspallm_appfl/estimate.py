@@ -8,8 +8,8 @@ Memory is that of the tensors alive at the worst moment of each side, followed t
 * the server holds sums and votes of the open blocks, one upload, and what closing a matrix takes beside them;
 * afterwards it evaluates, which is a forward pass over all windows of all texts, and logits.
 
-Not counted is what a process holds before it does anything (Python and its packages, see `resident`) and what a tokenizer
-makes of a text. All sizes are bytes unless they are called entries.
+Not counted is what a process holds before it does anything (Python and its packages, see `resident_now`) and what a
+tokenizer makes of a text. All sizes are bytes unless they are called entries.
 
 Legend: O out features, I in features, H hidden size, F widest input or output of a linear, B windows in a batch, T tokens
 in a window, L decoder blocks.
@@ -70,17 +70,15 @@ class ModelSizes:
     @classmethod
     def of(cls, skeleton: Skeleton, dtype: str = "auto") -> "ModelSizes":
         """Sizes of a model whose weights need not be read; `dtype` as in `model.dtype`."""
-        prefix = f"{skeleton.layout.path}."
-        blocks: list = list(skeleton.model.get_submodule(skeleton.layout.path))  # type: ignore[arg-type]
-        outer = sum(p.numel() for name, p in skeleton.model.named_parameters() if not name.startswith(prefix))
-        return cls(
-            outer,
-            tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
-            skeleton.layout.blocks,
-            skeleton.vocabulary,
-            skeleton.stored_dtype,
-            skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype],
-        )
+        layout = skeleton.layout
+        outer, blocks = 0, [0] * len(layout.blocks)
+        for name, parameter in skeleton.model.named_parameters():
+            if name.startswith(f"{layout.path}."):
+                blocks[int(name.removeprefix(f"{layout.path}.").split(".")[0])] += parameter.numel()
+            else:
+                outer += parameter.numel()
+        arithmetic = skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
+        return cls(outer, tuple(blocks), layout.blocks, skeleton.vocabulary, skeleton.stored_dtype, arithmetic)
 
     @property
     def hidden(self) -> int:
@@ -159,31 +157,24 @@ def _with_heap(parts: Mapping[str, int], mapped: int = 0) -> Memory:
 
 
 def client_memory(model: ModelSizes, client: Client) -> Memory:
-    """Memory of one client that is alone in its process.
-
-    Args:
-        model: its model.
-        client: its settings.
-    """
-    size, data = model.arithmetic.itemsize, client.data
+    """Memory of one client that is alone in its process."""
     states = _activations(model, *_windows(client))
-    resting = {"outer parts": model.outer * size, "activations": 0 if data.activations == "file" else states}
-    mapped = _mapped(model) + (states if data.activations == "file" else 0)
-    return _with_heap(resting | {"one block": client_work(model, client)}, mapped)
+    on_disk = client.data.activations == "file"
+    parts = {
+        "outer parts": model.outer * model.arithmetic.itemsize,
+        "activations": 0 if on_disk else states,
+        "earlier blocks of a message": _earlier(model, client),
+    }
+    work = (_work(model, client, block) for block in range(len(model.blocks)))
+    return _with_heap(parts | max(work, key=lambda part: sum(part.values())), _mapped(model) + on_disk * states)
 
 
-def client_work(model: ModelSizes, client: Client) -> int:
-    """The most that a client takes, beside what it holds at rest, while it works at a block."""
-    train, comm = client.train_configs, client.comm_configs
-    target = parse_target(train.sparsity)
-    windows, length = _windows(client)
-    tokens = min(client.data.batch, windows) * length
-    earlier = comm.blocks_per_message - 1  # blocks of the same message, packed
-    return max(
-        _work(model, block, train.pruner, tokens)
-        + earlier * sum(model.packed(block, target, train.pruner in KEEP_WEIGHTS).values())
-        for block in range(len(model.blocks))
-    )
+def _earlier(model: ModelSizes, client: Client) -> int:
+    """Blocks that are packed and wait for the last one of their message."""
+    train = client.train_configs
+    target, mask_only = parse_target(train.sparsity), train.pruner in KEEP_WEIGHTS
+    packed = (sum(model.packed(block, target, mask_only).values()) for block in range(len(model.blocks)))
+    return min(client.comm_configs.blocks_per_message - 1, len(model.blocks) - 1) * max(packed)
 
 
 def kept_between_messages(model: ModelSizes) -> int:
@@ -202,15 +193,19 @@ def _activations(model: ModelSizes, windows: int, length: int) -> int:
     return windows * length * (model.hidden * model.arithmetic.itemsize + torch.int64.itemsize)
 
 
-def _work(model: ModelSizes, block: int, pruner: str, tokens: int) -> int:
-    linears, size = model.linears[block], model.arithmetic.itemsize
-    groups = [(group, statistic_bytes(group[0].shape[1], pruner)) for group in shared_inputs(linears)]
+def _work(model: ModelSizes, client: Client, block: int) -> dict[str, int]:
+    """What a client takes beside what it holds at rest while it works at a block: the block, and the worst phase."""
+    pruner, (windows, length) = client.train_configs.pruner, _windows(client)
+    tokens = min(client.data.batch, windows) * length
+    groups = [(group, statistic_bytes(group[0].shape[1], pruner)) for group in shared_inputs(model.linears[block])]
     done = model.entries(block) * (model.stored.itemsize + 1)
-    phases = [pruning_bytes(groups, model.stored, pruner), done + tokens * forward_bytes(model, block)]
+    forward = done + tokens * forward_bytes(model, block)
     if pruner != "magnitude":
         statistics = sum(statistic for _, statistic in groups)
-        phases.append(statistics + tokens * statistics_bytes(model, block, pruner))
-    return model.blocks[block] * size + max(phases)
+        forward = max(forward, statistics + tokens * statistics_bytes(model, block, pruner))
+    pruning = pruning_bytes(groups, model.stored, pruner)
+    worst = {"pruning a block": pruning} if pruning > forward else {"forward passes": forward}
+    return {"one block": model.blocks[block] * model.arithmetic.itemsize} | worst
 
 
 def statistic_bytes(features: int, pruner: str) -> int:
@@ -244,7 +239,8 @@ def pruning_bytes(groups: Sequence[tuple[Sequence[Linear], int]], stored: torch.
     dense = 0 if stored.itemsize == FLOAT else FLOAT  # a float32 checkpoint is read in place
     statistics, done, most = sum(statistic for _, statistic in groups), 0, 0
     for group, statistic in groups:
-        corners = 2 * FLOAT * COLUMN_BLOCK * group[0].shape[1] if pruner == "sparsegpt" else 0
+        features = group[0].shape[1]
+        corners = 2 * FLOAT * min(COLUMN_BLOCK, features) * features if pruner == "sparsegpt" else 0
         before = 0  # the float32 result of the linear before, still alive while the next is pruned
         for linear in group:
             entries = _entries(linear)
@@ -272,10 +268,11 @@ def closing_bytes(linears: Sequence[Linear], dtype: torch.dtype, clients: int, a
     """
     average = "fedavg" in aggregation.comparisons
     entry = sums_bytes(clients, aggregation.weights == "sample_size")
-    sums, finished, most = entry * sum(map(_entries, linears)), 0, 0
+    rest, finished, most = entry * sum(map(_entries, linears)), 0, 0
     for linear in linears:
+        sums = entry * _entries(linear) if clients == 1 else rest  # of one client: opened and closed one by one
         most = max(most, sums + finished + (AVERAGING if average else CLOSING) * _entries(linear))
-        sums -= entry * _entries(linear)
+        rest -= entry * _entries(linear)
         finished += _packed(linear, aggregation.target, dtype) * (2 if average else 1)
     return max(most, finished)
 
@@ -293,10 +290,11 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1, at_once:
     comm, scheduler = config.client_configs.comm_configs, config.server_configs.scheduler_kwargs
     at_once = at_once or scheduler.max_open_blocks + comm.blocks_per_message
     weighted = aggregation.weights == "sample_size"
-    # A block of one client is closed as soon as it comes, matrix by matrix: it is open, but nothing waits.
-    waiting = [block for block, clients in senders.items() if clients > 1] or list(senders)[:1]
-    opened = sorted((model.entries(block) * sums_bytes(senders[block], weighted) for block in waiting), reverse=True)
-    closing = max(closing_bytes(model.linears[block], model.stored, senders[block], aggregation) for block in waiting)
+    opened = sorted(
+        (model.entries(b) * sums_bytes(clients, weighted) for b, clients in senders.items() if clients > 1),
+        reverse=True,
+    )
+    closing = max(closing_bytes(model.linears[b], model.stored, n, aggregation) for b, n in senders.items())
     upload = max(sum(model.packed(block, aggregation.target).values()) for block in senders)
     parts = {
         "other open blocks": sum(opened[1:at_once]),
@@ -345,7 +343,7 @@ def evaluation_memory(config: Config, model: ModelSizes, windows: Mapping[str, i
     blocks = (entries * size + tokens * forward_bytes(model, block) for block, entries in enumerate(model.blocks))
     parts = {
         "outer parts": model.outer * size,
-        "activations": _activations(model, sum(windows.values()), settings.length),
+        "windows of all texts": _activations(model, sum(windows.values()), settings.length),
         "a block, or logits": max(logits, *blocks),
     }
     return _with_heap(parts, _mapped(model))
@@ -362,11 +360,16 @@ def serial_memory(config: Config, model: ModelSizes) -> Memory:
         "outer parts": clients[0].parts["outer parts"],
         "activations": sum(client.parts["activations"] for client in clients),
         "finished blocks": kept_between_messages(model) * (len(clients) - 1),
-        "one block": max(client.parts["one block"] for client in clients),
+        "a client at work": max(client.needed - _resting(client) for client in clients),
         "server": server.needed - server.parts["heap"],
     }
     files = _mapped(model)
     return _with_heap(parts, files + sum(client.mapped - files for client in clients))
+
+
+def _resting(client: Memory) -> int:
+    """What a client holds whether it works or not; the allocator's part is added once for all."""
+    return sum(client.parts[name] for name in ("outer parts", "activations", "heap"))
 
 
 def _mapped(model: ModelSizes) -> int:
@@ -374,7 +377,7 @@ def _mapped(model: ModelSizes) -> int:
     return (model.outer + max(model.blocks)) * model.stored.itemsize
 
 
-def resident() -> int | None:
+def resident_now() -> int | None:
     """Bytes that this process has resident now; None where the system does not say so."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
@@ -509,12 +512,16 @@ def transports(config: Config, model: ModelSizes) -> list[Transport]:
 
 def _inline(made: Messages) -> str:
     """What it would take to put a message into the result of a Globus Compute task."""
-    where = f"a result holds at most {GLOBUS_LIMIT:,} bytes"
+    holds = f"a result holds {_megabytes(GLOBUS_LIMIT)} at most"
     if made.largest <= GLOBUS_LIMIT:
-        return f"{where}, the largest message has {made.largest:,}"
+        return f"{holds}, the largest message has {_megabytes(made.largest)}"
     if made.matrix <= GLOBUS_LIMIT:
-        return f"{where}, the largest message has {made.largest:,}: lower comm_configs.max_message_bytes to that"
-    return f"{where}, the largest matrix has {made.matrix:,} and cannot be split: it needs a data store"
+        return f"{holds}: lower comm_configs.max_message_bytes from {_megabytes(made.largest)} to that"
+    return f"{holds}, a matrix has {_megabytes(made.matrix)} and cannot be split"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
 
 
 def evaluation_windows(config: Config, folder: Path) -> dict[str, int] | None:
