@@ -17,11 +17,11 @@ LAYERS = (
     # 2  models and data
     "blocks lazy_model calibration activations blockwise evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules run_dir global_model local_client",
+    "config config_rules estimate run_dir global_model local_client",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running
-    "launch/* progress report experiment cli __main__",
+    "launch/* progress report estimate_tables experiment cli __main__",
 )
 FROM_LAYER = {"transformers": 2, "appfl": 4, "mpi4py": 4, "globus_compute_sdk": 4}  # the lowest that may import it
 FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}

@@ -148,7 +148,7 @@ def test_problems_of_a_configuration_go_to_stderr_with_exit_code_2(fedspallm, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("verb", ["run", "validate"])
+@pytest.mark.parametrize("verb", ["run", "validate", "estimate"])
 def test_a_missing_configuration_is_named(fedspallm, verb):
     code, out, err = fedspallm(verb, "none.yaml")
     assert (code, out) == (2, "")

@@ -66,23 +66,23 @@ def gather(dense: Tensor, bits: Tensor) -> Tensor:
     return dense[from_bits(bits, tuple(dense.shape))]
 
 
-def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
+def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """The matrix of some kept entries, zero elsewhere.
 
     Args:
         values: (kept,) float; as many as `bits` has ones.
         bits: the mask.
         shape: (O, I).
+        out: (O, I) contiguous, of the same dtype and device, where to write; None makes a new tensor.
 
     Returns:
         (O, I) in the dtype of the values.
     """
-    if values.element_size() in _LOOPS and native.serves(values, bits):
-        dense = allocation.empty(shape, values.dtype)
+    dense = allocation.empty(shape, values.dtype, values.device) if out is None else out
+    if values.element_size() in _LOOPS and native.serves(values, bits, dense):
         native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)
         return dense
-    mask = from_bits(bits, shape)
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
+    return dense.zero_().masked_scatter_(from_bits(bits, shape), values)
 
 
 def _places(device: torch.device) -> Tensor:

@@ -15,11 +15,11 @@ from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_toke
 from fedspallm_appfl.config import Client, Config, Paths
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
-from fedspallm_appfl.errors import DataError, FedSpaLLMError
+from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
-from fedspallm_appfl.messages import MESSAGE_LIMIT
+from fedspallm_appfl.messages import MESSAGE_LIMIT, plan
 from fedspallm_appfl.payload import COMPRESSIONS
 from fedspallm_appfl.pruning import PRUNERS
 from fedspallm_appfl.sparsity import check_divides, parse_target
@@ -188,6 +188,7 @@ def check_with_files(config: Config) -> list[str]:
         problems.append(f"model: {error}")
     if skeleton is not None:
         problems += _indivisible(skeleton.layout.blocks, config.client_configs.train_configs.sparsity)
+        problems += _too_large(config, skeleton)
     longest = getattr(skeleton.model.config, "max_position_embeddings", None) if skeleton else None
     for client in config.clients:
         where, data, text = f"client {client.client_id}", client.data, client.data.text
@@ -264,6 +265,21 @@ def _indivisible(blocks: tuple[tuple[Linear, ...], ...], sparsity: str) -> Itera
         return
     found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
     yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
+
+
+def _too_large(config: Config, skeleton: "Skeleton") -> Iterator[str]:
+    """What does not fit into a message."""
+    from fedspallm_appfl.local_client import packed_sizes
+
+    comm = config.client_configs.comm_configs
+    try:
+        target = parse_target(config.client_configs.train_configs.sparsity)
+        sizes = packed_sizes(skeleton.layout, target, skeleton.stored_dtype)
+        plan(sizes, max(1, comm.blocks_per_message), comm.max_message_bytes)
+    except ValueError:  # `check` says so
+        return
+    except ConfigError as error:
+        yield f"client_configs.comm_configs.max_message_bytes: {error}"
 
 
 def _too_long(what: str, length: int, longest: int | None) -> list[str]:

@@ -42,7 +42,7 @@ PRUNING = 10  # bytes an entry: a pruner's two float32 copies and two masks
 CHECKING = 11  # bytes an entry: result, mask, and what looking for NaN and infinity makes
 CLOSING = 6  # bytes an entry beside the sums: the mean, and what choosing among equal votes makes
 AVERAGING = 18  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks, and what of it is packed
-HEAP_SHARE, HEAP_MOST = 0.15, 2**26  # freed matrices below 32 MiB may stay with the allocator of the C library
+HEAP_SHARE, HEAP_MOST = 0.15, 2**26  # measured: freed matrices below 32 MiB may stay with the C library's allocator
 ZSTD_VALUES = {torch.float16: 0.84}  # measured: what shuffled and compressed values shrink to
 GLOBUS_LIMIT = 10**7  # bytes of the arguments or of the result of a Globus Compute task
 
@@ -177,11 +177,6 @@ def _earlier(model: ModelSizes, client: Client) -> int:
     return min(client.comm_configs.blocks_per_message - 1, len(model.blocks) - 1) * max(packed)
 
 
-def kept_between_messages(model: ModelSizes) -> int:
-    """What a client holds of the block that it finished, while others take their turn: weights and masks."""
-    return max(map(model.entries, range(len(model.blocks)))) * (model.stored.itemsize + 1)
-
-
 def _windows(client: Client) -> tuple[int, int]:
     """Calibration windows and their length; a client without text takes one short window (see `local_client`)."""
     without = client.data.text is None and client.train_configs.pruner == "magnitude"
@@ -277,27 +272,21 @@ def closing_bytes(linears: Sequence[Linear], dtype: torch.dtype, clients: int, a
     return max(most, finished)
 
 
-def server_memory(config: Config, model: ModelSizes, together: int = 1, at_once: int | None = None) -> Memory:
+def server_memory(config: Config, model: ModelSizes, together: int = 1) -> Memory:
     """Memory of the server during the rounds.
 
     Args:
         config: the experiment.
         model: its model.
         together: clients whose uploads arrive in one message.
-        at_once: blocks that are open at the same time; None: what the scheduler allows, and those that arrive.
     """
     aggregation, senders = aggregation_of(config), _senders(config, model)
     comm, scheduler = config.client_configs.comm_configs, config.server_configs.scheduler_kwargs
-    at_once = at_once or scheduler.max_open_blocks + comm.blocks_per_message
-    weighted = aggregation.weights == "sample_size"
-    opened = sorted(
-        (model.entries(b) * sums_bytes(clients, weighted) for b, clients in senders.items() if clients > 1),
-        reverse=True,
-    )
+    at_once = scheduler.max_open_blocks + comm.blocks_per_message  # what the scheduler allows, and what arrives then
     closing = max(closing_bytes(model.linears[b], model.stored, n, aggregation) for b, n in senders.items())
     upload = max(sum(model.packed(block, aggregation.target).values()) for block in senders)
     parts = {
-        "other open blocks": sum(opened[1:at_once]),
+        "other open blocks": sum(_open_sums(config, model)[1:at_once]),
         "block to close": closing,
         "uploads": together * min(comm.blocks_per_message * upload, comm.max_message_bytes),
     }
@@ -352,19 +341,26 @@ def evaluation_memory(config: Config, model: ModelSizes, windows: Mapping[str, i
 def serial_memory(config: Config, model: ModelSizes) -> Memory:
     """Memory of server and clients in one process, during the rounds.
 
-    Clients take turns: one works while the others hold activations and their last block. They share the outer parts.
+    Clients take turns and share the outer parts: one works while the others hold their activations and the server the sums
+    of the message that is on. What the server does between the turns takes less than pruning.
     """
     clients = [client_memory(model, client) for client in config.clients]
-    server = server_memory(config, model, at_once=config.client_configs.comm_configs.blocks_per_message)
     parts = {
         "outer parts": clients[0].parts["outer parts"],
         "activations": sum(client.parts["activations"] for client in clients),
-        "finished blocks": kept_between_messages(model) * (len(clients) - 1),
         "a client at work": max(client.needed - _resting(client) for client in clients),
-        "server": server.needed - server.parts["heap"],
+        "open blocks": sum(_open_sums(config, model)[: config.client_configs.comm_configs.blocks_per_message]),
     }
     files = _mapped(model)
     return _with_heap(parts, files + sum(client.mapped - files for client in clients))
+
+
+def _open_sums(config: Config, model: ModelSizes) -> list[int]:
+    """Bytes of the sums of each block that several clients prune, the largest first; others are never left open."""
+    weighted = config.server_configs.aggregator_kwargs.weights == "sample_size"
+    several = {block: clients for block, clients in _senders(config, model).items() if clients > 1}
+    sums = (model.entries(block) * sums_bytes(clients, weighted) for block, clients in several.items())
+    return sorted(sums, reverse=True)
 
 
 def _resting(client: Memory) -> int:

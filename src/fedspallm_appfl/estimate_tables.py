@@ -105,10 +105,8 @@ def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None
     registration.register()  # imports what every process of a run imports, and then has in memory
     fixed = estimate.resident_now()
     if fixed:
-        yield Text(
-            f"beside it each process has Python and its packages, {bytes_text(fixed)} as in this one; files are mapped, "
-            "and the system takes their memory back when it must"
-        )
+        yield Text(f"beside it each process has Python and its packages, {bytes_text(fixed)} as in this one")
+    yield Text("files are mapped, and the system takes their memory back when it must")
     if config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")
     if any(client.train_configs.device != "cpu" for client in config.clients):
@@ -119,7 +117,6 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "activations": "data.activations: file",
     "forward passes": "data.batch",
     "earlier blocks of a message": "comm_configs.blocks_per_message",
-    "finished blocks": "--launcher mpi",
     "other open blocks": "scheduler_kwargs.max_open_blocks",
     "uploads": "comm_configs.max_message_bytes",
     "windows of all texts": "evaluation.windows",

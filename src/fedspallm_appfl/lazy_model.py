@@ -158,7 +158,7 @@ class LazyModel:
         self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
         for linear in self.layout.blocks[index]:
             if pruned and linear.name in pruned:
-                self.put(block, linear, unpack_weight(pruned[linear.name], self.device))
+                self._put_packed(block, linear, pruned[linear.name])
         try:
             yield block
         finally:
@@ -172,6 +172,13 @@ class LazyModel:
         rounded = weight.to(self.skeleton.stored_dtype)
         block.get_submodule(linear.name).weight.copy_(rounded.T if linear.transposed else rounded)  # type: ignore
         return rounded
+
+    def _put_packed(self, block: nn.Module, linear: Linear, packed: Packed) -> None:
+        weight: Tensor = block.get_submodule(linear.name).weight.data  # type: ignore[assignment]
+        if weight.dtype == packed["values"].dtype and not linear.transposed:
+            unpack_weight(packed, self.device, out=weight)
+        else:
+            self.put(block, linear, unpack_weight(packed, self.device))
 
     def _fill(self, module: nn.Module, wanted: Callable[[str], bool], prefix: str) -> None:
         """Read the wanted parameters and persistent buffers of a module from the checkpoint."""

@@ -83,10 +83,19 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     return unpack_weight(packed), unpack_mask(packed)
 
 
-def unpack_weight(packed: Packed, device: torch.device | str = "cpu") -> Tensor:
-    """The weight (O, I) of a packed matrix in the dtype of its values, zero where pruned; unpacked on the device."""
+def unpack_weight(packed: Packed, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
+    """The weight of a packed matrix.
+
+    Args:
+        packed: the matrix.
+        device: where to unpack it.
+        out: (O, I) contiguous, on the device and in the dtype of the values, where to write; None makes a new tensor.
+
+    Returns:
+        (O, I) in the dtype of the values, zero where pruned.
+    """
     rows, columns = packed["shape"]
-    return bitmask.scatter(packed["values"].to(device), packed["mask"].to(device), (rows, columns))
+    return bitmask.scatter(packed["values"].to(device), packed["mask"].to(device), (rows, columns), out)
 
 
 def nbytes(packed: Packed) -> int:

@@ -109,6 +109,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             UpdateError: the message is not what was assigned.
         """
         received = self.global_model.receive(client, update, int(metadata["samples"]))
+        self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {
                 "event": "upload",

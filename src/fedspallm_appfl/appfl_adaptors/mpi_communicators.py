@@ -4,7 +4,7 @@
   scheduler only, and answers as soon as one of the clients can go on; here any scheduler will do, and the answer goes
   out when all of them can go on.
 * APPFL's server sleeps a tenth of a second before each message, its clients spin while they wait. Here both look every
-  millisecond.
+  millisecond, at first more often.
 * APPFL pickles a model several times over on its way. Here only what describes it is pickled; tensors go from memory to
   memory (see `tensor_messages`).
 """
@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from fedspallm_appfl.appfl_adaptors import tensor_messages
 
-POLL_SECONDS = 0.001
+FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
 
 
 class BatchedMPIServer(MPIServerCommunicator):
@@ -29,6 +29,7 @@ class BatchedMPIServer(MPIServerCommunicator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clients_of_rank: dict[int, list[str]] = {}
+        self._inbox = tensor_messages.Inbox()
 
     def serve(self) -> None:
         """Take messages until all clients have closed their connection."""
@@ -50,9 +51,7 @@ class BatchedMPIServer(MPIServerCommunicator):
     def _update_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
         """Hand the messages of all clients of a rank to the scheduler."""
         metadata = yaml.unsafe_load(request.meta_data)
-        updates, tensors = tensor_messages.put_together(request.payload)
-        tensor_messages.receive(self.comm, tensors, client_rank, _data_tag(self.comm))
-        del tensors
+        updates = self._inbox.receive(self.comm, request.payload, client_rank, _data_tag(self.comm))
         self._clients_of_rank[client_rank] = metadata["_client_ids"]
         for client in metadata["_client_ids"]:
             future = self.server_agent.global_update(client, updates.pop(client), blocking=False, **metadata[client])
@@ -80,6 +79,10 @@ class BatchedMPIServer(MPIServerCommunicator):
 
 class PoliteMPIClient(MPIClientCommunicator):
     """APPFL's client that does not take a core while it waits; for one rank with several clients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._inbox = tensor_messages.Inbox()
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
@@ -113,8 +116,7 @@ class PoliteMPIClient(MPIClientCommunicator):
 
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()
-        payload, tensors = tensor_messages.put_together(response.payload)
-        tensor_messages.receive(self.comm, tensors, self.server_rank, _data_tag(self.comm))
+        payload = self._inbox.receive(self.comm, response.payload, self.server_rank, _data_tag(self.comm))
         return response.status, payload, yaml.unsafe_load(response.meta_data)
 
     def _recv_response(self) -> MPITaskResponse:
@@ -136,6 +138,8 @@ def _receive(comm: Any, status: MPI.Status) -> bytearray:
 
 
 def _wait(comm: Any, source: int, tag: int, status: MPI.Status) -> None:
-    """Return once a message has come."""
+    """Return once a message has come: look often at first, as an answer may be near, then leave the core to others."""
+    pause = FIRST_PAUSE
     while not comm.iprobe(source=source, tag=tag, status=status):
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

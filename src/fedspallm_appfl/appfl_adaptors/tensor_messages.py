@@ -4,7 +4,10 @@ The dict goes ahead as JSON, in which every tensor is replaced by its dtype and 
 straight from and into its own memory. MPI keeps messages between two ranks in order, so nothing has to be numbered.
 """
 
+import itertools
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from fedspallm_appfl import allocation
 
+ALIGNMENT = 64  # bytes, as torch allocates
 TENSOR = "tensor"  # the key that stands for one; no key of an update is called so
 
 
@@ -31,32 +35,56 @@ def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
     return json.dumps(describe(payload)).encode(), tensors
 
 
-def put_together(description: bytes) -> tuple[Any, list[Tensor]]:
-    """What `take_apart` took apart, with empty tensors to be filled: (payload, its tensors in order)."""
-    tensors: list[Tensor] = []
+class Inbox:
+    """Takes messages in, one at a time.
 
-    def build(part: Any) -> Any:
-        if isinstance(part, dict) and set(part) == {TENSOR}:
-            dtype, shape = part[TENSOR]
-            tensors.append(allocation.empty(tuple(shape), getattr(torch, dtype)))
-            return tensors[-1]
-        if isinstance(part, dict):
-            return {key: build(value) for key, value in part.items()}
-        return [build(value) for value in part] if isinstance(part, list) else part
+    The memory of a message is kept for the next one, as new memory is slow to fill: whoever gets a payload has to be done
+    with its tensors, or copy them, before the next message is taken in. Server and clients fold or store them at once.
+    """
 
-    return build(json.loads(description)), tensors
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, comm: Any, description: bytes, rank: int, tag: int) -> Any:
+        """The payload of a description, with its tensors received."""
+        tensors: list[tuple[torch.dtype, list[int]]] = []
+        payload = json.loads(description, object_hook=lambda part: _placeholder(part, tensors))
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
+        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        if starts[-1] > len(self._memory):
+            self._memory = allocation.empty((starts[-1],), torch.uint8)
+        parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        for part in parts:
+            comm.Recv([part.numpy().data, MPI.BYTE], source=rank, tag=tag)
+        filled = [part.view(dtype).view(shape) for part, (dtype, shape) in zip(parts, tensors, strict=True)]
+        return _filled(payload, filled)
+
+
+@dataclass
+class _Placeholder:
+    number: int
+
+
+def _placeholder(part: dict[str, Any], tensors: list[tuple[torch.dtype, list[int]]]) -> Any:
+    if set(part) != {TENSOR}:
+        return part
+    dtype, shape = part[TENSOR]
+    tensors.append((getattr(torch, dtype), shape))
+    return _Placeholder(len(tensors) - 1)
+
+
+def _filled(part: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(part, _Placeholder):
+        return tensors[part.number]
+    if isinstance(part, dict):
+        return {key: _filled(value, tensors) for key, value in part.items()}
+    return [_filled(value, tensors) for value in part] if isinstance(part, list) else part
 
 
 def send(comm: Any, tensors: list[Tensor], rank: int, tag: int) -> None:
     """Send the tensors of a payload, each below 2^31 bytes."""
     for tensor in tensors:
         comm.Send([_memory(tensor), MPI.BYTE], dest=rank, tag=tag)
-
-
-def receive(comm: Any, tensors: list[Tensor], rank: int, tag: int) -> None:
-    """Fill the tensors of a payload."""
-    for tensor in tensors:
-        comm.Recv([_memory(tensor), MPI.BYTE], source=rank, tag=tag)
 
 
 def _memory(tensor: Tensor) -> memoryview:
