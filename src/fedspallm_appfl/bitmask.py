@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspallm_appfl import allocation, native
+from fedspallm_appfl import native
 
 _LOOPS = {2: "2", 4: "4"}  # bytes of an element -> suffix of the compiled loop
 
@@ -60,7 +60,7 @@ def gather(dense: Tensor, bits: Tensor) -> Tensor:
         (kept,) in the dtype of `dense`.
     """
     if dense.element_size() in _LOOPS and native.serves(dense, bits):
-        values = allocation.empty((count(bits),), dense.dtype)
+        values = torch.empty(count(bits), dtype=dense.dtype)
         native.call(f"gather_{dense.element_size()}", dense, bits, dense.numel(), len(values), values)
         return values
     return dense[from_bits(bits, tuple(dense.shape))]
@@ -78,7 +78,7 @@ def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], out: Tensor | 
     Returns:
         (O, I) in the dtype of the values.
     """
-    dense = allocation.empty(shape, values.dtype, values.device) if out is None else out
+    dense = torch.empty(shape, dtype=values.dtype, device=values.device) if out is None else out
     if values.element_size() in _LOOPS and native.serves(values, bits, dense):
         native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)
         return dense

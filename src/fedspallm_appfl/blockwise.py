@@ -294,6 +294,8 @@ def _prune_group(
                 what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
             raise PruningError(f"{where}, {linear.name}: {what}")
         done[linear.name] = PrunedLinear(model.put(block, linear, weight), mask, prepared.notes)
+        del dense, weight
+        model.skeleton.files.release()
     return done
 
 

@@ -38,8 +38,7 @@ from fedspallm_appfl.pruning.sparsegpt import COLUMN_BLOCK
 from fedspallm_appfl.sparsity import NM, Target, check_divides, parse_target
 
 FLOAT = 4  # bytes of what statistics and pruners calculate in
-PRUNING = 10  # bytes an entry: a pruner's two float32 copies and two masks
-CHECKING = 11  # bytes an entry: result, mask, and what looking for NaN and infinity makes
+PRUNING = 11  # bytes an entry: a pruner's two float32 copies, two masks, and what looking for NaN and infinity makes
 CLOSING = 6  # bytes an entry beside the sums: the mean, and what choosing among equal votes makes
 AVERAGING = 18  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks, and what of it is packed
 HEAP_SHARE, HEAP_MOST = 0.15, 2**26  # measured: freed matrices below 32 MiB may stay with the C library's allocator
@@ -193,12 +192,14 @@ def _work(model: ModelSizes, client: Client, block: int) -> dict[str, int]:
     pruner, (windows, length) = client.train_configs.pruner, _windows(client)
     tokens = min(client.data.batch, windows) * length
     groups = [(group, statistic_bytes(group[0].shape[1], pruner)) for group in shared_inputs(model.linears[block])]
-    done = model.entries(block) * (model.stored.itemsize + 1)
+    # A mask; and the rounded weight, but where it is the block's own (see `LazyModel.put`).
+    held = 1 if model.arithmetic == model.stored else 1 + model.stored.itemsize
+    done = model.entries(block) * held
     forward = done + tokens * forward_bytes(model, block)
     if pruner != "magnitude":
         statistics = sum(statistic for _, statistic in groups)
         forward = max(forward, statistics + tokens * statistics_bytes(model, block, pruner))
-    pruning = pruning_bytes(groups, model.stored, pruner)
+    pruning = pruning_bytes(groups, model.stored, pruner, held)
     worst = {"pruning a block": pruning} if pruning > forward else {"forward passes": forward}
     return {"one block": model.blocks[block] * model.arithmetic.itemsize} | worst
 
@@ -223,26 +224,24 @@ def statistics_bytes(model: ModelSizes, block: int, pruner: str) -> int:
     return max(forward_bytes(model, block) + 2 * hidden * size, widest * (size + converted) + 4 * hidden * size)
 
 
-def pruning_bytes(groups: Sequence[tuple[Sequence[Linear], int]], stored: torch.dtype, pruner: str) -> int:
+def pruning_bytes(groups: Sequence[tuple[Sequence[Linear], int]], stored: torch.dtype, pruner: str, held: int) -> int:
     """The most that pruning a block takes beside the block itself.
 
     Args:
         groups: linears that share an input, with the bytes of its statistic; in the order of pruning.
         stored: dtype of the checkpoint.
         pruner: its name.
+        held: bytes an entry of a matrix that is done.
     """
     dense = 0 if stored.itemsize == FLOAT else FLOAT  # a float32 checkpoint is read in place
     statistics, done, most = sum(statistic for _, statistic in groups), 0, 0
     for group, statistic in groups:
         features = group[0].shape[1]
         corners = 2 * FLOAT * min(COLUMN_BLOCK, features) * features if pruner == "sparsegpt" else 0
-        before = 0  # the float32 result of the linear before, still alive while the next is pruned
         for linear in group:
             entries = _entries(linear)
-            here = max((PRUNING + dense) * entries + before, (CHECKING + dense) * entries)
-            most = max(most, statistics + corners + done + here)
-            done += (stored.itemsize + 1) * entries
-            before = dense * entries
+            most = max(most, statistics + corners + done + (PRUNING + dense) * entries)
+            done += held * entries
         statistics -= statistic
     return most
 
@@ -369,8 +368,8 @@ def _resting(client: Memory) -> int:
 
 
 def _mapped(model: ModelSizes) -> int:
-    """Parts of the checkpoint that are mapped at the same time: the outer ones until the first block was read."""
-    return (model.outer + max(model.blocks)) * model.stored.itemsize
+    """Parts of the checkpoint that are mapped at the same time: the outer ones, then a block while it is read."""
+    return max(model.outer, *model.blocks) * model.stored.itemsize
 
 
 def resident_now() -> int | None:

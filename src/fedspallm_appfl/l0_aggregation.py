@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fedspallm_appfl import allocation, bitmask, native
+from fedspallm_appfl import bitmask, native
 
 FRACTION_BITS = 40
 LARGEST_SUM = 2.0 ** (62 - FRACTION_BITS)
@@ -75,9 +75,9 @@ class L0Sums:
             device: where the accumulators are.
         """
         return cls(
-            allocation.zeros(shape, torch.int64, device),
-            allocation.zeros(shape, vote_dtype(clients), device),
-            allocation.zeros(shape, torch.int32, device) if weighted else None,
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=vote_dtype(clients), device=device),
+            torch.zeros(shape, dtype=torch.int32, device=device) if weighted else None,
         )
 
     def add(self, weight: Tensor, mask: Tensor, client_weight: int = 1) -> None:
@@ -214,7 +214,7 @@ def largest_magnitude(values: Tensor) -> float:
 
 def _divided(total: Tensor, by: Callable[[slice], Tensor | int]) -> Tensor:
     """The sums in units of 1 divided by what `by` says for each tile. (O, I) float32."""
-    mean = allocation.empty(tuple(total.shape), torch.float32, total.device)
+    mean = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     sums, means = total.view(-1), mean.view(-1)
     for tile in _tiles(sums):
         means[tile] = sums[tile].double().mul_(2.0**-FRACTION_BITS).div_(by(tile)).float()

@@ -159,18 +159,26 @@ class LazyModel:
         for linear in self.layout.blocks[index]:
             if pruned and linear.name in pruned:
                 self._put_packed(block, linear, pruned[linear.name])
+        self.skeleton.files.release()
         try:
             yield block
         finally:
             for name, parameter in empty.items():
                 owner, _, leaf = name.rpartition(".")
                 block.get_submodule(owner)._parameters[leaf] = parameter
-            self.skeleton.files.release()
 
     def put(self, block: nn.Module, linear: Linear, weight: Tensor) -> Tensor:
-        """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype; returns that."""
+        """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype.
+
+        Returns:
+            The rounded weight; where it can, the block uses its memory, so that it is not held twice.
+        """
         rounded = weight.to(self.skeleton.stored_dtype)
-        block.get_submodule(linear.name).weight.copy_(rounded.T if linear.transposed else rounded)  # type: ignore
+        parameter: Tensor = block.get_submodule(linear.name).weight  # type: ignore[assignment]
+        if parameter.dtype == rounded.dtype and not linear.transposed:
+            parameter.data = rounded.contiguous()
+        else:
+            parameter.data.copy_(rounded.T if linear.transposed else rounded)
         return rounded
 
     def _put_packed(self, block: nn.Module, linear: Linear, packed: Packed) -> None:

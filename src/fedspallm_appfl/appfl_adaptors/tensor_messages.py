@@ -14,8 +14,6 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from fedspallm_appfl import allocation
-
 ALIGNMENT = 64  # bytes, as torch allocates
 TENSOR = "tensor"  # the key that stands for one; no key of an update is called so
 
@@ -52,7 +50,7 @@ class Inbox:
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
         starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         if starts[-1] > len(self._memory):
-            self._memory = allocation.empty((starts[-1],), torch.uint8)
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8)
         parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         for part in parts:
             comm.Recv([part.numpy().data, MPI.BYTE], source=rank, tag=tag)
