@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedspallm_appfl.allocation import give_back
 from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, largest_magnitude, plain_mean
@@ -315,6 +316,7 @@ class GlobalModel:
 
     def _close(self, block: int, name: str) -> None:
         """Make the global matrix of its sums, and the FedAvg one if it is wanted."""
+        give_back()  # what the uploads left behind; the steps to come are the largest
         sums = self._open.pop((block, name)).sums
         if self.settings.fold == "cumulative":
             sums = self._with_earlier_rounds(block, name, sums)

@@ -47,7 +47,7 @@ def expand(votes: Tensor, clients: int, aggregate: Tensor, target: Target, group
 def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> Tensor:
     """Choose `count` entries by votes (most first), magnitude (smallest first), index; all of the unanimous ones stay.
 
-    No list of indices is made of more than the entries that are equal in both, and one array of magnitudes at a time.
+    No list of indices is made of more than the entries that are equal in both, and no copy of more than the border class.
     """
     border, above = _border(votes, clients, count)
     if border == clients:
@@ -57,9 +57,9 @@ def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> T
     threshold = kth_smallest(candidates, count - above)
     missing = count - above - int((candidates < threshold).count_nonzero())
     del candidates
-    magnitude = aggregate.abs()
-    pruned = (magnitude < threshold).logical_and_(inside).logical_or_(votes > border)
-    ties = (magnitude == threshold).logical_and_(inside)
+    smaller = (aggregate < threshold).logical_and_(aggregate > -threshold)  # in magnitude, without a copy of it
+    ties = (aggregate == threshold).logical_or_(aggregate == -threshold).logical_and_(inside)
+    pruned = smaller.logical_and_(inside).logical_or_(votes > border)
     pruned[ties.nonzero().flatten()[:missing]] = True
     return pruned
 
