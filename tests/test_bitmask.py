@@ -150,3 +150,10 @@ def test_gathered_values_are_a_copy_even_where_everything_is_kept(loops):
 def test_set_bits_are_counted_in_every_byte(loops, length):
     octets = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     assert bitmask.count(as_bits(octets)) == sum(octet.bit_count() for octet in octets)
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_more_or_fewer_values_than_the_mask_keeps_are_refused(count):
+    bits = bitmask.to_bits(torch.tensor([True, False, True, True]))
+    with pytest.raises(ValueError, match=f"a mask with 3 kept entries needs as many values, got {count}"):
+        bitmask.scatter(torch.ones(count), bits, (2, 2))

@@ -515,3 +515,21 @@ def test_values_that_travel_share_no_memory_with_the_matrix():
     weight.zero_()
     assert packed["values"].tolist() == from_mask["values"].tolist() == [1.0] * 32
     assert bitmask.count(packed["mask"]) == 32
+
+
+def test_nothing_may_follow_a_frame():
+    frame = zstandard.ZstdCompressor().compress(bytes(16))
+    tensor = torch.frombuffer(bytearray(frame + b"more"), dtype=torch.uint8)
+    with pytest.raises(UpdateError, match="ann: mask cannot be decompressed"):
+        payload._inflated(tensor, "ann", "mask", 16, torch.uint8)
+
+
+def test_a_negated_view_counts_as_what_it_shows():
+    mask = torch.tensor([[True, False], [False, True]])
+    packed = pack(torch.ones(2, 2), mask, torch.float32)
+    packed["values"] = torch._neg_view(packed["values"])
+    update = {"format": payload.FORMAT, "round": 0, "blocks": {"0": {"q": packed}}}
+    checked = payload.check_update(update, "ann", 0, {0}, {0: {"q": (2, 2)}}, torch.float32, parse_target("0.5"))
+    values = checked["blocks"]["0"]["q"]["values"]
+    assert not values.is_neg()
+    assert values.tolist() == [-1.0, -1.0]

@@ -70,14 +70,19 @@ def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], out: Tensor | 
     """The matrix of some kept entries, zero elsewhere.
 
     Args:
-        values: (kept,) float; as many as `bits` has ones.
+        values: (kept,) float.
         bits: the mask.
         shape: (O, I).
         out: (O, I) contiguous, of the same dtype and device, where to write; None makes a new tensor.
 
     Returns:
         (O, I) in the dtype of the values.
+
+    Raises:
+        ValueError: there are more or fewer values than the mask keeps.
     """
+    if len(values) != count(bits):
+        raise ValueError(f"a mask with {count(bits)} kept entries needs as many values, got {len(values)}")
     dense = torch.empty(shape, dtype=values.dtype, device=values.device) if out is None else out
     if values.element_size() in _LOOPS and native.serves(values, bits, dense):
         native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)

@@ -98,7 +98,7 @@ class CommConfigs:
 
     blocks_per_message: int = 1
     max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2^31 - 1
-    compression: str = "auto"  # auto (where bytes are dear: not under serial and MPI) | none | zstd
+    compression: str = "auto"  # auto (none under serial and MPI, whose links are fast) | none | zstd
 
 
 @dataclass
@@ -144,6 +144,10 @@ class Config:
     def to_yaml(self) -> str:
         """The whole configuration, defaults and merged clients spelt out."""
         return yaml_io.dump(dataclasses.asdict(self))
+
+    def pruners(self) -> str:
+        """The pruners that clients use, in the order of the file."""
+        return ", ".join(dict.fromkeys(client.train_configs.pruner for client in self.clients))
 
     def roster(self) -> dict[str, float]:
         """Client id -> resource share, in the order of the file."""

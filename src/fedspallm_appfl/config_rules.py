@@ -233,7 +233,7 @@ def forecast(config: Config) -> list[str]:
     names = ", ".join(linear.name for linear in blocks[0])
     train, rounds = config.client_configs.train_configs, config.server_configs.num_global_epochs
     lines = [
-        f"{len(config.clients)} clients, {rounds} round{'s' * (rounds > 1)}, {train.pruner}, sparsity {train.sparsity}",
+        f"{len(config.clients)} clients, {rounds} round{'s' * (rounds > 1)}, {config.pruners()}, sparsity {train.sparsity}",
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
     ]
     dense = left_dense(skeleton.model, skeleton.layout)

@@ -40,7 +40,7 @@ def _who_prunes_what(config: Config, blocks: int) -> str:
     rounds, train = config.server_configs.num_global_epochs, config.client_configs.train_configs
     missed = estimate.uncovered(config, blocks)
     lines = [
-        f"{len(config.clients)} clients, {_rounds(rounds)}, {train.pruner}, sparsity {train.sparsity}, {blocks} blocks",
+        f"{len(config.clients)} clients, {_rounds(rounds)}, {config.pruners()}, sparsity {train.sparsity}, {blocks} blocks",
         f"blocks that nobody draws in {_rounds(rounds)}: {to_text(missed) if missed else 'none'}",
     ]
     if missed:

@@ -142,6 +142,8 @@ class GlobalModel:
             on_event: called with a dict for each block that is done.
             dense: (block, linear) -> its dense weight (O, I) in `dtype`; needed where clients send masks without values.
         """
+        if settings.mask_only and dense is None:
+            raise ValueError(f"clients {sorted(settings.mask_only)} send masks alone: `dense` must give the weights")
         self.layout = layout
         self.dtype = dtype
         self.settings = settings
@@ -182,11 +184,12 @@ class GlobalModel:
             Bytes of the tensors received.
 
         Raises:
-            UpdateError: the upload is not what was assigned; nothing of it was folded.
+            UpdateError: the upload is not what was assigned, and nothing of it was folded; or, with `cumulative`, the
+                sums of all rounds leave their range.
         """
         if client not in self.round.assigned:
             raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
-        if not update:
+        if isinstance(update, Mapping) and not update:
             return 0
         checked = self._checked(client, update)
         for block, name, _ in matrices(checked):
@@ -195,12 +198,12 @@ class GlobalModel:
         weight = self._client_weight(client, samples)
         for block, name, packed in matrices(checked):
             self._check_range(client, block, name, packed, weight)
-        for block, name, packed in matrices(checked):
-            self._received.add((client, block, name))
-            self._fold(client, block, name, packed, weight)
         if "standalone" in self.settings.comparisons:
             for block, linears in checked["blocks"].items():
                 self.comparison(f"standalone/{client}").add(int(block), linears)
+        for block, name, packed in matrices(checked):
+            self._received.add((client, block, name))
+            self._fold(client, block, name, packed, weight)
         return update_nbytes(update)
 
     def _checked(self, client: str, update: Any) -> dict[str, Any]:
@@ -211,7 +214,7 @@ class GlobalModel:
         checked = check_update(
             update, f"client {client}", self.round.index, assigned, shapes, self.dtype, target, mask_only
         )
-        if mask_only and self.dense is not None:
+        if mask_only and self.dense:
             for block, linears in checked["blocks"].items():
                 for name, packed in linears.items():
                     linears[name] = with_values(packed, self.dense(int(block), name))

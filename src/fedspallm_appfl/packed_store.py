@@ -6,9 +6,10 @@ A file appears under its name only when it is complete, so that a run that was k
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.payload import Packed
 
 
@@ -27,13 +28,20 @@ class PackedStore:
         return sorted(int(file.stem.removeprefix("block-")) for file in self.folder.glob("block-*.safetensors"))
 
     def save(self, block: int, linears: dict[str, Packed]) -> None:
-        """Store one block, in place of what was stored of it."""
+        """Store one block, in place of what was stored of it.
+
+        Raises:
+            ModelError: there is no room, or the folder cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in ("mask", "values")}
         shapes = {name: linears[name]["shape"] for name in sorted(linears)}
         partial = self._file(block).with_suffix(".partial")
-        save_file(tensors, partial, metadata={"shapes": json.dumps(shapes)})
-        partial.replace(self._file(block))
+        try:
+            save_file(tensors, partial, metadata={"shapes": json.dumps(shapes)})
+            partial.replace(self._file(block))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"block {block} cannot be stored in {self.folder}: {error}; make room there") from error
 
     def add(self, block: int, linears: dict[str, Packed]) -> None:
         """Store some matrices of a block beside those that are stored of it already."""

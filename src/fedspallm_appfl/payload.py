@@ -165,7 +165,7 @@ def _plain_values(packed: Packed, where: str, mask: Tensor, dtype: torch.dtype) 
 
 def _frames(packed: Packed, where: str) -> list[str]:
     frames = packed.get("zstd", [])
-    right = type(frames) is list and all(part in ("mask", "values") and part in packed for part in frames)
+    right = type(frames) is list and all(type(p) is str and p in ("mask", "values") and p in packed for p in frames)
     _require(right, where, f"`zstd` lists which of mask and values are compressed, got {frames!r}")
     return frames
 
@@ -177,7 +177,7 @@ def _inflated(frame: Tensor, where: str, part: str, count: int, dtype: torch.dty
         data = frame.contiguous().numpy().data
         promised = zstandard.get_frame_parameters(data).content_size  # so much would be allocated
         _require(promised == size, where, f"{part}: the frame holds {promised} bytes, expected {size}")
-        plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data)
+        plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise UpdateError(f"refused an update from {where}: {part} cannot be decompressed: {error}") from error
     unshuffled = np.frombuffer(plain, np.uint8).reshape(dtype.itemsize, count).T.copy()
@@ -241,9 +241,11 @@ def check_update(
     Raises:
         UpdateError: the first thing that is wrong, with sender, block and linear.
     """
-    _require(isinstance(update, Mapping) and update.get("format") == FORMAT, sender, f"the format must be {FORMAT}")
+    named = isinstance(update, Mapping) and type(update.get("format")) is str and update["format"] == FORMAT
+    _require(named, sender, f"the format must be {FORMAT}")
     _require(set(update) == {"format", "round", "blocks"}, sender, f"the keys are {sorted(map(str, update))}")
-    _require(update["round"] == round_index, sender, f"it is for round {update['round']}, this is round {round_index}")
+    right_round = type(update["round"]) is int and update["round"] == round_index
+    _require(right_round, sender, f"it is for round {update['round']}, this is round {round_index}")
     _require(isinstance(update["blocks"], Mapping), sender, "`blocks` is not a dict")
     checked: dict[str, dict[str, Packed]] = {}
     for key, linears in update["blocks"].items():
@@ -270,11 +272,11 @@ def _checked(
     _require(right_shape, where, f"the shape is {packed['shape']}, expected {list(shape)}")
     plain = all(_is_plain(packed[part]) for part in parts[1:])
     _require(plain, where, f"{' and '.join(parts[1:])} must be {'a tensor' if mask_only else 'tensors'} in memory")
-    mask = _plain_mask(packed, where)
+    mask = _plain_mask(packed, where).contiguous()
     _check_mask(mask, where, shape, target)
     if mask_only:
         return {"shape": packed["shape"], "mask": mask}
-    values = _plain_values(packed, where, mask, dtype)
+    values = _plain_values(packed, where, mask, dtype).detach().resolve_neg().contiguous()
     _check_values(values, where, shape[0] * shape[1] - target.zeros(shape[0] * shape[1]), dtype)
     return {"shape": packed["shape"], "mask": mask, "values": values}
 

@@ -101,7 +101,7 @@ def closing(config: Config, results: Results, log: EventLog) -> Group:
 def _title(config: Config) -> str:
     train = config.client_configs.train_configs
     what = "Perplexity" if config.evaluation.texts else "Pruned"
-    return f"{what}, {_count(len(config.clients), 'client')}, {train.pruner}, sparsity {train.sparsity}"
+    return f"{what}, {_count(len(config.clients), 'client')}, {config.pruners()}, sparsity {train.sparsity}"
 
 
 def _label(method: str) -> str:

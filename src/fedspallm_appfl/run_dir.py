@@ -7,6 +7,7 @@ blocks and sums, and a lock.
 
 import copy
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,8 +108,11 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
 def _lock(lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        mine = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
+    except (BlockingIOError, FileNotFoundError) as error:
         raise ConfigError(f"run_dir: another run is at work in {folder}; name another folder") from error
+    if not mine:  # the run that held the file removed it while we waited for it
+        raise ConfigError(f"run_dir: another run is at work in {folder}; name another folder")
 
 
 def _remove(path: Path) -> None:

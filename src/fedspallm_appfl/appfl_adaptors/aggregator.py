@@ -42,7 +42,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         self.settings: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
         self.on_event: OnEvent = ignore
         self.skeleton = Skeleton(self.settings["model"]["path"], self.settings["model"]["blocks"])
-        folder = self.settings.get("state_dir") or tempfile.mkdtemp(prefix="fedspallm-")
+        self._own_folder = None if self.settings.get("state_dir") else tempfile.TemporaryDirectory(prefix="fedspallm-")
+        folder = self._own_folder.name if self._own_folder else self.settings["state_dir"]
         aggregation = Aggregation(
             target=parse_target(self.settings["sparsity"]),
             weights=self.settings["weights"],

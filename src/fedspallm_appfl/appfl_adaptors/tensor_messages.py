@@ -15,7 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, as torch allocates
-TENSOR = "tensor"  # the key that stands for one; no key of an update is called so
+TENSOR = "\0tensor"  # the key that stands for one; no client, block or linear is called so
 
 
 def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
@@ -50,6 +50,7 @@ class Inbox:
         sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
         starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
         if starts[-1] > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
             self._memory = torch.empty(starts[-1], dtype=torch.uint8)
         parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         for part in parts:

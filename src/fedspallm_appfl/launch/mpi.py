@@ -5,6 +5,7 @@ APPFL's MPI communicators carry the messages, slightly changed (`appfl_adaptors.
 A rank that fails prints its traceback and aborts the whole job.
 """
 
+import signal
 import socket
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.launch.placement import batches, describe
+
+TERMINATED = 128 + signal.SIGTERM  # exit code
 
 
 def communicator() -> Any:
@@ -41,6 +44,14 @@ def communicator() -> Any:
     return MPI.COMM_WORLD
 
 
+class Terminated(BaseException):
+    """This rank was told to end."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
 def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
     """Do a rank's work; if it fails, print why and end the whole job at once.
 
@@ -48,8 +59,12 @@ def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
         comm: MPI's world.
         work: what to do; returns an exit code.
     """
+    signal.signal(signal.SIGTERM, _terminate)  # so that temporary folders are removed when another rank has failed
     try:
         return work()
+    except Terminated:
+        comm.Abort(TERMINATED)
+        return TERMINATED
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         sys.stdout.flush()
         expected = isinstance(error, FedSpaLLMError)

@@ -126,8 +126,8 @@ FOLD(fold_2_2, uint16_t, int16_t, table[value])
 FOLD(fold_8_1, int64_t, uint8_t, value)
 FOLD(fold_8_2, int64_t, int16_t, value)
 
-/* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do not depend on each other, so a tile of them is finished in the fastest cache. The errors of a few columns
- * are applied to the columns on their right at once, in the order of the columns: the same sums as one by one.
+/* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do
+ * not depend on each other, so a tile of them is finished in the fastest cache. The errors of a few columns are applied to the columns on their right at once, in the order of the columns: the same sums as one by one.
  * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index. */
 typedef float lane __attribute__((vector_size(64)));
 #define LANES 2

@@ -111,9 +111,8 @@ def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tenso
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
     """
-    lost = weight.T.to(
-        torch.float32, memory_format=torch.contiguous_format, copy=True
-    )  # dense minus pruned, once visited
+    # The dense columns; once visited, dense minus pruned.
+    lost = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     pruned, kept = torch.empty_like(lost), torch.ones_like(lost, dtype=torch.bool)
     for block in factor.blocks:
         columns, importance = pruned[block], factor.importance[block]

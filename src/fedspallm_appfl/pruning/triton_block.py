@@ -31,9 +31,8 @@ USUAL_BLOCK = 128  # a narrower block runs the code compiled for this one
 # out features make 512 programs, one for each of the four schedulers of the 132 multiprocessors of a large GPU. Not fewer,
 # since 8 floats fill the 32 bytes that memory hands out at a time.
 TILE = 8
-WARPS = (
-    1  # a column goes round a single warp by shuffles; several warps would need shared memory and two barriers for it
-)
+# A column goes round a single warp by shuffles; several warps would need shared memory and two barriers for it.
+WARPS = 1
 
 
 def available() -> bool:
