@@ -1,6 +1,6 @@
 """A plain APPFL script for MPI, one client a rank, that prunes with FedSpaLLM.
 
-    mpiexec -n 3 python -m mpi4py examples/appfl/run_mpi.py
+    mpiexec --oversubscribe -n 3 python -m mpi4py examples/appfl/run_mpi.py
 
 It uses APPFL's agents and communicators only. `fedspallm run --launcher mpi` does more: any number of clients a rank,
 checks, placement, report, the finished model.
