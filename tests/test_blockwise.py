@@ -7,6 +7,7 @@ import stat
 import tempfile
 import weakref
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,21 +123,24 @@ def test_the_file_has_no_name_is_private_and_goes_with_the_sweep(llama, folder, 
     assert mapped_in(folder) == []
 
 
-@pytest.fixture
+@contextmanager
 def no_large_files():
+    """Around no more than needs it: what pytest writes meanwhile may be a large file, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_for_the_file_is_an_error_before_anything_is_pruned(llama, folder, no_large_files):
+def test_no_room_for_the_file_is_an_error_before_anything_is_pruned(llama, folder):
     size = 2 * 4 * 24 * 32 * 4  # two batches of four windows, float32
-    with pytest.raises(
-        ConfigError,
-        match=rf"client ward: `data.activations` is file, but {size:,} bytes for hidden states cannot be had in {folder}: "
-        "File too large; make room there, name another folder in the environment variable TMPDIR, or set it to memory",
-    ):
+    message = (
+        rf"client ward: `data.activations` is file, but {size:,} bytes for hidden states cannot be had in {folder}: "
+        "File too large; make room there, name another folder in the environment variable TMPDIR, or set it to memory"
+    )
+    with pytest.raises(ConfigError, match=message), no_large_files():
         next(prune_blocks(llama, windows(), {0}, WANDA, batch=4, client="ward", activations="file"))
 
 
