@@ -343,7 +343,6 @@ def test_bytes_are_those_of_a_run(tmp_path):
 
 MEASURE = """
 import ctypes, gc, os, sys
-os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
 from pathlib import Path
 import torch
 from transformers.models.llama import modeling_llama
