@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "fedspallm_appfl"
 LAYERS = (
     # 0  pure mathematics and plain words
     "__init__ errors yaml_io dtypes devices events messages pruning/* native/* "
-    "allocation bitmask sparsity l0_aggregation mask_expansion layer_sampling",
+    "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling",
     # 1  what travels and what rests
     "payload packed_store agreed_blocks checkpoint_files",
     # 2  models and data

@@ -12,7 +12,7 @@ import yaml
 from conftest import DEMO, ROOT
 from experiments import UNEVEN, small_config
 from families import FAMILIES, save_family, windows
-from fedspallm_appfl import cli, estimate
+from fedspallm_appfl import cli, config_rules, estimate
 from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.blockwise import _statistics, embed
 from fedspallm_appfl.config import Client, Config, load_config
@@ -206,9 +206,9 @@ def test_compression_is_expected_to_do_what_was_measured(sparsity, mask_only, sm
 
 def test_blocks_that_nobody_draws_are_named():
     config = experiment(1, resource_share=0.5)
-    assert len(estimate.uncovered(config, 4)) == 2
+    assert len(config_rules.uncovered(config, 4)) == 2
     config.server_configs.num_global_epochs = 50
-    assert estimate.uncovered(config, 4) == []
+    assert config_rules.uncovered(config, 4) == []
 
 
 def test_messages_by_hand():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedspallm_appfl import native
 
-_LOOPS = {2: "2", 4: "4"}  # bytes of an element -> suffix of the compiled loop
+_LOOPS = (2, 4)  # bytes of an element for which there is a compiled loop
 
 
 def to_bits(mask: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.activations import HiddenStates, hidden_states
-from fedspallm_appfl.allocation import give_back
 from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.errors import ModelError, PruningError
+from fedspallm_appfl.heap import give_back
 from fedspallm_appfl.lazy_model import LazyModel
 from fedspallm_appfl.payload import Packed
 from fedspallm_appfl.pruning import Settings, new_statistic, prepare

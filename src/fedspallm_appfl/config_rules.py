@@ -20,9 +20,9 @@ from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
 from fedspallm_appfl.messages import MESSAGE_LIMIT, plan
-from fedspallm_appfl.payload import COMPRESSIONS
+from fedspallm_appfl.payload import COMPRESSIONS, packed_sizes
 from fedspallm_appfl.pruning import PRUNERS
-from fedspallm_appfl.sparsity import check_divides, parse_target
+from fedspallm_appfl.sparsity import Target, check_divides, parse_target
 
 if TYPE_CHECKING:
     from fedspallm_appfl.lazy_model import Skeleton
@@ -187,8 +187,7 @@ def check_with_files(config: Config) -> list[str]:
     except FedSpaLLMError as error:
         problems.append(f"model: {error}")
     if skeleton is not None:
-        problems += _indivisible(skeleton.layout.blocks, config.client_configs.train_configs.sparsity)
-        problems += _too_large(config, skeleton)
+        problems += _sizes(config, skeleton)
     longest = getattr(skeleton.model.config, "max_position_embeddings", None) if skeleton else None
     for client in config.clients:
         where, data, text = f"client {client.client_id}", client.data, client.data.text
@@ -231,55 +230,68 @@ def forecast(config: Config) -> list[str]:
     blocks = skeleton.layout.blocks
     entries = sum(linear.shape[0] * linear.shape[1] for block in blocks for linear in block)
     names = ", ".join(linear.name for linear in blocks[0])
-    train, rounds = config.client_configs.train_configs, config.server_configs.num_global_epochs
     lines = [
-        f"{len(config.clients)} clients, {rounds} round{'s' * (rounds > 1)}, {config.pruners()}, sparsity {train.sparsity}",
+        headline(config),
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
     ]
     dense = left_dense(skeleton.model, skeleton.layout)
     if dense:
         lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
-    missed = set(range(len(blocks))) - drawn_blocks(config, len(blocks))
+    missed = uncovered(config, len(blocks))
     if missed:
         lines.append(
-            f"leaves dense what no client draws in {rounds} round{'s' * (rounds > 1)}: block {to_text(sorted(missed))}; "
+            f"leaves dense what no client draws in {rounds_text(config)}: block {to_text(missed)}; "
             "raise resource_share or num_global_epochs to reach them"
         )
-    if train.layer_sampling == "uniform":
+    if config.client_configs.train_configs.layer_sampling == "uniform":
         expected = expected_uncovered(config.roster(), len(blocks))
         lines.append(f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation")
     return lines
 
 
-def drawn_blocks(config: Config, blocks: int) -> set[int]:
-    """Blocks that some client prunes in some round."""
+def headline(config: Config) -> str:
+    """Who prunes how, in a line."""
+    sparsity = config.client_configs.train_configs.sparsity
+    return f"{len(config.clients)} clients, {rounds_text(config)}, {config.pruners()}, sparsity {sparsity}"
+
+
+def rounds_text(config: Config) -> str:
+    """The number of rounds in words."""
+    rounds = config.server_configs.num_global_epochs
+    return f"{rounds} round{'s' * (rounds > 1)}"
+
+
+def draws(config: Config, blocks: int) -> list[dict[str, list[int]]]:
+    """The blocks of each client in each round."""
     rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
-    draws = [draw(strategy, config.seed, index, rounds, config.roster(), blocks) for index in range(rounds)]
-    return {block for assigned in draws for mine in assigned.values() for block in mine}
+    return [draw(strategy, config.seed, index, rounds, config.roster(), blocks) for index in range(rounds)]
 
 
-def _indivisible(blocks: tuple[tuple[Linear, ...], ...], sparsity: str) -> Iterator[str]:
-    try:
-        target = parse_target(sparsity)
-    except ValueError:  # `check` says so
-        return
-    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
-    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
+def uncovered(config: Config, blocks: int) -> list[int]:
+    """Blocks that no client prunes in any round, with the layers that the run will draw."""
+    drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
+    return sorted(set(range(blocks)) - drawn)
 
 
-def _too_large(config: Config, skeleton: "Skeleton") -> Iterator[str]:
-    """What does not fit into a message."""
-    from fedspallm_appfl.local_client import packed_sizes
-
-    comm = config.client_configs.comm_configs
+def _sizes(config: Config, skeleton: "Skeleton") -> Iterator[str]:
+    """What does not go with the shapes of the model."""
+    layout, comm = skeleton.layout, config.client_configs.comm_configs
     try:
         target = parse_target(config.client_configs.train_configs.sparsity)
-        sizes = packed_sizes(skeleton.layout, target, skeleton.stored_dtype)
-        plan(sizes, max(1, comm.blocks_per_message), comm.max_message_bytes)
     except ValueError:  # `check` says so
         return
+    yield from indivisible(layout.blocks, target)
+    sizes = {b: packed_sizes(layout.shapes(b), target, skeleton.stored_dtype) for b in range(len(layout.blocks))}
+    try:
+        plan(sizes, max(1, comm.blocks_per_message), comm.max_message_bytes)
     except ConfigError as error:
         yield f"client_configs.comm_configs.max_message_bytes: {error}"
+
+
+def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:
+    """The linears whose rows a pattern n:m does not fit."""
+    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
+    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
 
 
 def _too_long(what: str, length: int, longest: int | None) -> list[str]:

@@ -25,17 +25,17 @@ import torch
 from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.config_rules import draws, indivisible
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.global_model import Aggregation
 from fedspallm_appfl.l0_aggregation import vote_dtype
-from fedspallm_appfl.layer_sampling import draw
 from fedspallm_appfl.lazy_model import Skeleton
 from fedspallm_appfl.messages import plan
-from fedspallm_appfl.payload import packed_size
+from fedspallm_appfl.payload import packed_size, packed_sizes
 from fedspallm_appfl.pruning import KEEP_WEIGHTS
 from fedspallm_appfl.pruning.sparsegpt import COLUMN_BLOCK
-from fedspallm_appfl.sparsity import NM, Target, check_divides, parse_target
+from fedspallm_appfl.sparsity import NM, Target, parse_target
 
 FLOAT = 4  # bytes of what statistics and pruners calculate in
 PRUNING = 11  # bytes an entry: a pruner's two float32 copies, two masks, and what looking for NaN and infinity makes
@@ -90,16 +90,12 @@ class ModelSizes:
 
     def packed(self, block: int, target: Target, mask_only: bool = False) -> dict[str, int]:
         """Bytes of each matrix of a block once packed."""
-        return {linear.name: _packed(linear, target, self.stored, mask_only) for linear in self.linears[block]}
+        shapes = {linear.name: linear.shape for linear in self.linears[block]}
+        return packed_sizes(shapes, target, self.stored, mask_only)
 
 
 def _entries(linear: Linear) -> int:
     return linear.shape[0] * linear.shape[1]
-
-
-def _packed(linear: Linear, target: Target, dtype: torch.dtype, mask_only: bool = False) -> int:
-    entries = _entries(linear)
-    return packed_size(linear.shape, entries if mask_only else target.zeros(entries), dtype)
 
 
 def shared_inputs(linears: Sequence[Linear]) -> list[list[Linear]]:
@@ -123,9 +119,8 @@ def check_pattern(model: ModelSizes, target: Target) -> None:
     Raises:
         ConfigError: names the first.
     """
-    for linear in (linear for linears in model.linears for linear in linears):
-        if problem := check_divides(target, linear.shape[1]):
-            raise ConfigError(f"client_configs.train_configs.sparsity: {linear.name}: {problem}")
+    for problem in indivisible(model.linears, target):
+        raise ConfigError(problem)
 
 
 @dataclass(frozen=True)
@@ -267,7 +262,8 @@ def closing_bytes(linears: Sequence[Linear], dtype: torch.dtype, clients: int, a
         sums = entry * _entries(linear) if clients == 1 else rest  # of one client: opened and closed one by one
         most = max(most, sums + finished + (AVERAGING if average else CLOSING) * _entries(linear))
         rest -= entry * _entries(linear)
-        finished += _packed(linear, aggregation.target, dtype) * (2 if average else 1)
+        packed = packed_size(linear.shape, aggregation.target.zeros(_entries(linear)), dtype)
+        finished += packed * (2 if average else 1)
     return max(most, finished)
 
 
@@ -296,12 +292,6 @@ def aggregation_of(config: Config) -> Aggregation:
     """How the server combines uploads."""
     kwargs, target = config.server_configs.aggregator_kwargs, parse_target(config.client_configs.train_configs.sparsity)
     return Aggregation(target, kwargs.weights, kwargs.fold, kwargs.expansion, tuple(config.evaluation.compare))
-
-
-def draws(config: Config, blocks: int) -> list[dict[str, list[int]]]:
-    """The blocks of each client in each round."""
-    rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
-    return [draw(strategy, config.seed, index, rounds, config.roster(), blocks) for index in range(rounds)]
 
 
 def _senders(config: Config, model: ModelSizes) -> dict[int, int]:
@@ -434,12 +424,6 @@ def _mask_entropy(target: Target, zeros: float) -> float:
     if isinstance(target, NM):
         return math.log2(math.comb(target.group, target.kept)) / target.group
     return -sum(share * math.log2(share) for share in (zeros, 1 - zeros) if share)
-
-
-def uncovered(config: Config, blocks: int) -> list[int]:
-    """Blocks that no client prunes in any round, with the layers that the run will draw."""
-    drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
-    return sorted(set(range(blocks)) - drawn)
 
 
 @dataclass(frozen=True)

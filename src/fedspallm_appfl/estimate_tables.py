@@ -10,6 +10,7 @@ from rich.text import Text
 from fedspallm_appfl import estimate
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.config import Config
+from fedspallm_appfl.config_rules import headline, rounds_text, uncovered
 from fedspallm_appfl.estimate import Memory, ModelSizes, RoundTraffic
 from fedspallm_appfl.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.lazy_model import Skeleton
@@ -37,21 +38,16 @@ def tables(config: Config) -> Group:
 
 
 def _who_prunes_what(config: Config, blocks: int) -> str:
-    rounds, train = config.server_configs.num_global_epochs, config.client_configs.train_configs
-    missed = estimate.uncovered(config, blocks)
+    missed = uncovered(config, blocks)
     lines = [
-        f"{len(config.clients)} clients, {_rounds(rounds)}, {config.pruners()}, sparsity {train.sparsity}, {blocks} blocks",
-        f"blocks that nobody draws in {_rounds(rounds)}: {to_text(missed) if missed else 'none'}",
+        f"{headline(config)}, {blocks} blocks",
+        f"blocks that nobody draws in {rounds_text(config)}: {to_text(missed) if missed else 'none'}",
     ]
     if missed:
         lines[-1] += "; raise train_configs.resource_share or server_configs.num_global_epochs"
-    if train.layer_sampling == "uniform":
+    if config.client_configs.train_configs.layer_sampling == "uniform":
         lines.append(f"expected of uniform sampling: {expected_uncovered(config.roster(), blocks):.2f} a round")
     return "\n".join(lines)
-
-
-def _rounds(count: int) -> str:
-    return f"{count} round{'s' * (count > 1)}"
 
 
 def _traffic(config: Config, model: ModelSizes) -> Table:

@@ -25,7 +25,7 @@ from fedspallm_appfl.checkpoint_files import CheckpointFiles
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.lazy_model import Skeleton
 from fedspallm_appfl.packed_store import PackedStore
-from fedspallm_appfl.payload import Packed, unpack, unpack_mask
+from fedspallm_appfl.payload import Packed, unpack_mask, unpack_weight
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
 DTYPE_NAMES = {  # as they stand in the header of a safetensors file
@@ -129,7 +129,7 @@ def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
 
 
 def _overwrite(stream: IO[bytes], data: int, key: str, entry: dict[str, Any], linear: Linear, packed: Packed) -> None:
-    weight = unpack(packed)[0]
+    weight = unpack_weight(packed)
     weight = weight.T if linear.transposed else weight
     got = {"dtype": DTYPE_NAMES[weight.dtype], "shape": list(weight.shape)}
     expected = {name: entry[name] for name in got}

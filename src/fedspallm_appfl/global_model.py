@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedspallm_appfl.allocation import give_back
 from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.heap import give_back
 from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean, largest_magnitude, plain_mean
 from fedspallm_appfl.mask_expansion import expand, unexpanded_zeros
 from fedspallm_appfl.messages import Unit, plan

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.agreed_blocks import AgreedBlocks
-from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.blockwise import PrunedLinear, prune_blocks
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.lazy_model import LazyModel
 from fedspallm_appfl.messages import plan
-from fedspallm_appfl.payload import Packed, compress, make_update, pack, pack_mask, packed_size
+from fedspallm_appfl.payload import Packed, compress, make_update, pack, pack_mask, packed_sizes
 from fedspallm_appfl.pruning import Settings
-from fedspallm_appfl.sparsity import Target
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,11 @@ class LocalClient:
         self.samples = len(self._windows)
         self.agreed = AgreedBlocks(self.model.skeleton.stored_dtype, settings.agreed)
         self._progress: _Progress | None = None
-        sizes = packed_sizes(self.model.layout, settings.pruning.target, self.model.skeleton.stored_dtype)
+        target, dtype = settings.pruning.target, self.model.skeleton.stored_dtype
+        # With values whatever the pruner, as all clients must send equally many messages.
+        sizes = {
+            b: packed_sizes(self.model.layout.shapes(b), target, dtype) for b in range(len(self.model.layout.blocks))
+        }
         self.messages = plan(sizes, settings.blocks_per_message, settings.max_message_bytes)
 
     def start_round(self, round_index: int, blocks: list[int]) -> None:
@@ -201,17 +203,6 @@ class LocalClient:
         windows = cut_windows(tokenizer, read_text(settings.text), settings.length)
         check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {settings.client_id}")
         return draw_windows(windows, settings.windows, settings.seed, settings.client_id)
-
-
-def packed_sizes(layout: Layout, target: Target, dtype: torch.dtype) -> dict[int, dict[str, int]]:
-    """Block -> linear -> bytes of its packed matrix with values: the same for all clients, as their messages must be."""
-    return {
-        block: {
-            linear.name: packed_size(linear.shape, target.zeros(linear.shape[0] * linear.shape[1]), dtype)
-            for linear in linears
-        }
-        for block, linears in enumerate(layout.blocks)
-    }
 
 
 @lru_cache(maxsize=4)

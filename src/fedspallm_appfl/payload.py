@@ -109,6 +109,15 @@ def packed_size(shape: tuple[int, int], zeros: int, dtype: torch.dtype) -> int:
     return -(-entries // 8) + (entries - zeros) * dtype.itemsize
 
 
+def packed_sizes(shapes: Shapes, target: Target, dtype: torch.dtype, mask_only: bool = False) -> dict[str, int]:
+    """Bytes of each matrix of a block once packed, with its values unless `mask_only`."""
+    entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    return {
+        name: packed_size(shapes[name], count if mask_only else target.zeros(count), dtype)
+        for name, count in entries.items()
+    }
+
+
 def compress(update: Mapping[str, Any]) -> dict[str, Any]:
     """The same update with every part as a zstandard frame that is smaller so."""
     blocks = {
@@ -204,7 +213,7 @@ def matrices(update: Mapping[str, Any]) -> Iterator[tuple[int, str, Packed]]:
 
 def update_nbytes(update: Mapping[str, Any]) -> int:
     """Bytes of all tensors of an update; the dict around them adds less than a kilobyte a matrix."""
-    return sum(nbytes(packed) for _, _, packed in matrices(update)) if update else 0
+    return sum(block_nbytes(update).values())
 
 
 def block_nbytes(update: Mapping[str, Any]) -> dict[int, int]:

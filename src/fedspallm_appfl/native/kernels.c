@@ -32,7 +32,11 @@ FAST int64_t count_bits(const uint8_t *mask, int64_t n)
  * which one or two shuffles bring into place. There are `count` values, and none is touched behind the last. */
 typedef uint8_t bytes __attribute__((vector_size(16)));
 
-static void fill_places(bytes *to_values, bytes *to_dense, bytes *is_kept, int size)
+typedef struct {
+    bytes to_values[256], to_dense[256], is_kept[256]; /* by mask of the entries in 16 bytes: 8 bits or 4 */
+} places;
+
+static void fill(places *p, int size)
 {
     int lanes = 16 / size;
     for (int mask = 0; mask < 1 << lanes; mask++) {
@@ -46,50 +50,42 @@ static void fill_places(bytes *to_values, bytes *to_dense, bytes *is_kept, int s
                 }
                 n++;
             }
-        memcpy(to_values + mask, gather, 16);
-        memcpy(to_dense + mask, scatter, 16);
-        memcpy(is_kept + mask, flags, 16);
+        memcpy(p->to_values + mask, gather, 16);
+        memcpy(p->to_dense + mask, scatter, 16);
+        memcpy(p->is_kept + mask, flags, 16);
     }
 }
 
-#define CODEC(SIZE, TYPE)                                                                                              \
-    FAST void gather_##SIZE(const TYPE *dense, const uint8_t *mask, int64_t entries, int64_t count, TYPE *values)      \
+/* Entry i and value n are where the loop stands; READ and WRITE are one of them each, PLACED is `group` in its new order,
+ * ENTRY what to do with a single entry. */
+#define CODEC(NAME, TYPE, READ, WRITE, PLACED, ENTRY)                                                                  \
+    FAST void NAME(const TYPE *from, const uint8_t *mask, int64_t entries, int64_t count, TYPE *to)                    \
     {                                                                                                                  \
-        enum { LANES_ = 16 / SIZE, ALL = (1 << LANES_) - 1 };                                                          \
-        bytes to_values[ALL + 1], to_dense[ALL + 1], is_kept[ALL + 1];                                                 \
-        fill_places(to_values, to_dense, is_kept, SIZE);                                                               \
+        enum { TOGETHER = 16 / sizeof(TYPE) };                                                                         \
         int64_t i = 0, n = 0;                                                                                          \
-        for (; i + 8 <= entries && n + LANES_ <= count; i += LANES_) {                                                 \
-            unsigned bits = mask[i >> 3] >> (i & 7) & ALL;                                                             \
+        places p;                                                                                                      \
+        fill(&p, sizeof(TYPE));                                                                                        \
+        for (; i + 8 <= entries && n + TOGETHER <= count; i += TOGETHER) {                                             \
+            unsigned bits = mask[i >> 3] >> (i & 7) & ((1 << TOGETHER) - 1);                                           \
             bytes group;                                                                                               \
-            memcpy(&group, dense + i, 16);                                                                             \
-            group = __builtin_shuffle(group, to_values[bits]);                                                         \
-            memcpy(values + n, &group, 16);                                                                            \
-            n += __builtin_popcount(bits);                                                                             \
-        }                                                                                                              \
-        for (; i < entries && n < count; i++)                                                                          \
-            if (BIT(mask, i))                                                                                          \
-                values[n++] = dense[i];                                                                                \
-    }                                                                                                                  \
-    FAST void scatter_##SIZE(const TYPE *values, const uint8_t *mask, int64_t entries, int64_t count, TYPE *dense)     \
-    {                                                                                                                  \
-        enum { LANES_ = 16 / SIZE, ALL = (1 << LANES_) - 1 };                                                          \
-        bytes to_values[ALL + 1], to_dense[ALL + 1], is_kept[ALL + 1];                                                 \
-        fill_places(to_values, to_dense, is_kept, SIZE);                                                               \
-        int64_t i = 0, n = 0;                                                                                          \
-        for (; i + 8 <= entries && n + LANES_ <= count; i += LANES_) {                                                 \
-            unsigned bits = mask[i >> 3] >> (i & 7) & ALL;                                                             \
-            bytes group;                                                                                               \
-            memcpy(&group, values + n, 16);                                                                            \
-            group = __builtin_shuffle(group, to_dense[bits]) & is_kept[bits];                                          \
-            memcpy(dense + i, &group, 16);                                                                             \
+            memcpy(&group, from + READ, 16);                                                                           \
+            group = PLACED;                                                                                            \
+            memcpy(to + WRITE, &group, 16);                                                                            \
             n += __builtin_popcount(bits);                                                                             \
         }                                                                                                              \
         for (; i < entries; i++)                                                                                       \
-            dense[i] = BIT(mask, i) && n < count ? values[n++] : 0;                                                    \
+            ENTRY;                                                                                                     \
     }
-CODEC(2, uint16_t)
-CODEC(4, uint32_t)
+#define GATHERED __builtin_shuffle(group, p.to_values[bits])
+#define GATHER_ONE                                                                                                     \
+    if (BIT(mask, i) && n < count)                                                                                     \
+    to[n++] = from[i]
+#define SCATTERED (__builtin_shuffle(group, p.to_dense[bits]) & p.is_kept[bits])
+#define SCATTER_ONE to[i] = BIT(mask, i) && n < count ? from[n++] : 0
+CODEC(gather_2, uint16_t, i, n, GATHERED, GATHER_ONE)
+CODEC(gather_4, uint32_t, i, n, GATHERED, GATHER_ONE)
+CODEC(scatter_2, uint16_t, n, i, SCATTERED, SCATTER_ONE)
+CODEC(scatter_4, uint32_t, n, i, SCATTERED, SCATTER_ONE)
 
 /* total += weight * fixed(values) where kept; votes += 1 where pruned; counts += weight where kept, unless it is null.
  * A 16-bit value is looked up in `table` (65536 fixed-point numbers), whatever its format. */
