@@ -1,9 +1,9 @@
 """APPFL scheduler that streams: every upload is folded on arrival and answered as soon as the client may go on.
 
-A message in the middle of a round is answered at once, unless more than `max_open_blocks` blocks have sums in memory and
-the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom an
-open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
-message of a round is answered when all clients have sent theirs.
+A message in the middle of an exchange is answered at once, unless more than `max_open_blocks` blocks have sums in memory
+and the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom
+an open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
+message of an exchange is answered when all clients have sent theirs.
 
 If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging.
 """
@@ -18,7 +18,7 @@ from fedspallm_appfl.appfl_adaptors.aggregator import FedSpaLLMAggregator
 
 
 class FedSpaLLMScheduler(BaseScheduler):
-    """Fold on arrival, one barrier a round."""
+    """Fold on arrival, one barrier an exchange."""
 
     aggregator: FedSpaLLMAggregator
 
@@ -51,7 +51,7 @@ class FedSpaLLMScheduler(BaseScheduler):
                     self._at_barrier[client] = future
                 else:
                     self._held[client] = (future, {int(block) for block in local_model.get("blocks", {})})
-                ended = self.aggregator.end_round() if self.aggregator.all_ended() else None
+                ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
             except BaseException as error:
                 self._fail(error)
                 raise
