@@ -1,4 +1,7 @@
-"""The command line: `fedspallm run`, `validate`, `estimate`, `prune`, `evaluate`. Nothing heavy is imported before it is needed."""
+"""The command line: `fedspallm run`, `validate`, `estimate`, `prune`, `evaluate`.
+
+Nothing heavy is imported before it is needed.
+"""
 
 import argparse
 import sys

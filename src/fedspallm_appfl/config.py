@@ -307,7 +307,11 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], default: Any)
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    name = {list: "a list", dict: "keys and values"}.get(origin or hint) or getattr(hint, "__name__", str(hint))
+    if hint is bool and isinstance(value, bool):
+        return value
+    name = {list: "a list", dict: "keys and values", bool: "true or false"}.get(origin or hint) or getattr(
+        hint, "__name__", str(hint)
+    )
     problems.append(f"{where}: expected {name}, got {value!r}")
     return default
 

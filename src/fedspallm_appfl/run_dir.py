@@ -1,9 +1,9 @@
 """The folder of a run: what may be written where, one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
-(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a model for each client in `models/`
-instead, with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while the run works also `state/`, the server's packed
-blocks and sums, and a lock.
+(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
+with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while the run works also
+`state/`, the server's packed blocks and sums, and a lock.
 """
 
 import copy

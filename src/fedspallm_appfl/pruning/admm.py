@@ -29,7 +29,7 @@ from fedspallm_appfl.sparsity import Target, select
 
 STEPS = 60
 PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last
-PERIOD = 5  # steps with one penalty
+PERIOD = 3  # steps with one penalty
 
 
 def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS) -> tuple[Tensor, Tensor]:
