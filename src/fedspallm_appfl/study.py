@@ -37,7 +37,17 @@ from fedspallm_appfl.report import traffic
 from fedspallm_appfl.sparsity import parse_target
 from fedspallm_appfl.study_cells import DENSE, FILE, Cell, CellFile, opened
 
-DEFAULT = ("standalone", "fedprllm+wanda", "fedavg", "fedspallm", "consensus", "gram", "gram+admm", "centralized")
+DEFAULT = (
+    "standalone",
+    "fedprllm+wanda",
+    "fedavg",
+    "fedspallm",
+    "consensus",
+    "gram",
+    "consensus+admm",
+    "gram+admm",
+    "centralized",
+)
 RUNS = "runs"  # a run directory for each cell
 OWN = (FILE, "study.md", "study.json", RUNS, *study_plots.FILES)
 
