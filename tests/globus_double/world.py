@@ -1,0 +1,195 @@
+"""Start and stop RabbitMQ, Redis, the double of the web service and endpoint daemons, each in a folder of a test run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from globus_double.service import PORT
+
+BIN = Path(sys.executable).parent
+RABBITMQ = Path("/usr/lib/rabbitmq/bin")  # the scripts in PATH change the user
+CREDENTIALS = {"GLOBUS_COMPUTE_CLIENT_ID": "22222222-2222-4222-8222-222222222222", "GLOBUS_COMPUTE_CLIENT_SECRET": "x"}
+
+
+def missing():
+    """What is not installed, in words."""
+    wanted = {"rabbitmq-server": RABBITMQ / "rabbitmq-server", "redis-server": shutil.which("redis-server")}
+    return [name for name, program in wanted.items() if not (program and Path(program).exists())]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(true, what, seconds=60):
+    until = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{what} did not come up in {seconds} s")
+        time.sleep(0.2)
+
+
+class World:
+    """Everything that a run over Globus Compute needs, on this machine.
+
+    Attributes:
+        folder: where it lies.
+        environment: of processes that live in it.
+        redis_port: where Redis listens.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        self.endpoints = {}
+        self.redis_port = free_port()
+        self.environment = {
+            **os.environ,
+            **CREDENTIALS,
+            "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin",
+            "GLOBUS_SDK_ENVIRONMENT": "local",
+            "GLOBUS_SDK_SERVICE_URL_AUTH": f"http://127.0.0.1:{PORT}/",
+            "GLOBUS_COMPUTE_USER_DIR": str(folder / "endpoints"),
+            "NO_PROXY": "localhost,127.0.0.1",
+            "no_proxy": "localhost,127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def __enter__(self):
+        if listens(PORT):
+            raise RuntimeError(f"port {PORT}, where the SDK looks for its local service, is taken; free it first")
+        try:
+            self._start_redis()
+            url = self._start_rabbitmq()
+            self._start("service", [sys.executable, "-m", "globus_double.service", url], cwd=Path(__file__).parent.parent)
+            wait_until(lambda: listens(PORT), "the double of the web service")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for name in self.endpoints:
+            self._command("stop", name)
+        for process in reversed(self.processes):
+            self._stop(process)
+
+    def _start(self, name, command, environment=None, **options):
+        """Start a server in a session of its own: an endpoint that stops ends its whole process group."""
+        log = (self.folder / f"{name}.log").open("ab")
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            env=environment or self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **options,
+        )
+        self.processes.append(process)
+        return process
+
+    @staticmethod
+    def _stop(process):
+        """End a process and what it has started and left in its group."""
+        for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(patience)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _start_redis(self):
+        options = ["--port", self.redis_port, "--bind", "127.0.0.1", "--save", "", "--dir", self.folder]
+        self._start("redis", ["redis-server", *options])
+        wait_until(lambda: listens(self.redis_port), "redis-server")
+
+    def _start_rabbitmq(self):
+        port, between_nodes, mapper = free_port(), free_port(), free_port()
+        home = self.folder / "rabbitmq"
+        home.mkdir()
+        (home / "rabbitmq.conf").write_text(
+            f"listeners.tcp.local = 127.0.0.1:{port}\n"
+            "default_user = double\ndefault_pass = double\ndisk_free_limit.absolute = 50MB\n"
+        )
+        (home / "plugins").write_text("[].\n")
+        on_loopback = "-kernel inet_dist_use_interface {127,0,0,1}"
+        environment = {
+            **self.environment,
+            "HOME": str(home),
+            "RABBITMQ_NODENAME": f"double{port}@localhost",
+            "RABBITMQ_CONFIG_FILE": str(home / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(home / "plugins"),
+            "RABBITMQ_MNESIA_BASE": str(home / "data"),
+            "RABBITMQ_LOG_BASE": str(home / "log"),
+            "RABBITMQ_DIST_PORT": str(between_nodes),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{on_loopback} +S 1:1",
+            "RABBITMQ_CTL_ERL_ARGS": on_loopback,
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(mapper),
+        }
+        self._start("rabbitmq", [RABBITMQ / "rabbitmq-server"], environment)
+        wait_until(lambda: listens(port), "rabbitmq-server", 120)
+        return f"amqp://double:double@127.0.0.1:{port}/%2F"
+
+    def _command(self, verb, *words):
+        command = [BIN / "globus-compute-endpoint", verb, *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        if done.returncode and verb != "stop":
+            raise RuntimeError(done.stdout + done.stderr)
+
+    def start_endpoint(self, name, worker_init, workers=1):
+        """Configure and start an endpoint daemon; returns its id.
+
+        Args:
+            name: what to call it.
+            worker_init: shell lines that run before its workers start.
+            workers: worker processes.
+        """
+        self._command("configure", name)
+        home = Path(self.environment["GLOBUS_COMPUTE_USER_DIR"]) / name
+        engine = {
+            "type": "GlobusComputeEngine",
+            "address": "127.0.0.1",
+            "max_workers_per_node": workers,
+            "heartbeat_period": 5,
+            "provider": {"type": "LocalProvider", "min_blocks": 1, "init_blocks": 1, "max_blocks": 1},
+        }
+        engine["provider"]["worker_init"] = worker_init
+        (home / "config.yaml").write_text(yaml.safe_dump({"display_name": name, "heartbeat_period": 5}))
+        template = {"heartbeat_period": 5, "idle_heartbeats_soft": 0, "engine": engine}
+        (home / "user_config_template.yaml.j2").write_text(yaml.safe_dump(template))
+        (home / "user_config_schema.json").write_text("{}")
+        kept = [*CREDENTIALS, "PATH", "GLOBUS_SDK_ENVIRONMENT", "GLOBUS_SDK_SERVICE_URL_AUTH", "GLOBUS_COMPUTE_USER_DIR"]
+        kept += ["NO_PROXY", "no_proxy", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"]
+        (home / "user_environment.yaml").write_text(yaml.safe_dump({key: self.environment[key] for key in kept}))
+        process = self._start(f"endpoint-{name}", [BIN / "globus-compute-endpoint", "start", name])
+        self.endpoints[name] = process
+        identity = home / "endpoint.json"
+        wait_until(identity.is_file, f"endpoint {name}")
+        return json.loads(identity.read_text())["endpoint_id"]
+
+    def ask(self, path, body=None):
+        """Read from the double what it saw, or tell it what to do."""
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", data, timeout=10) as answer:
+            return json.load(answer)
