@@ -13,17 +13,23 @@ LAYERS = (
     "__init__ errors yaml_io dtypes devices events messages pruning/* native/* "
     "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling",
     # 1  what travels and what rests
-    "payload packed_store agreed_blocks checkpoint_files",
+    "payload payload_bytes packed_store agreed_blocks checkpoint_files model_identity data_store site",
     # 2  models and data
     "blocks lazy_model calibration activations blockwise evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules estimate run_dir global_model local_client",
+    "config config_rules globus_rules estimate run_dir global_model local_client",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running
     "launch/* progress report estimate_tables experiment cli __main__",
 )
-FROM_LAYER = {"transformers": 2, "appfl": 4, "mpi4py": 4, "globus_compute_sdk": 4}  # the lowest that may import it
+FROM_LAYER = {
+    "transformers": 2,
+    "appfl": 4,
+    "mpi4py": 4,
+    "globus_compute_sdk": 4,
+    "proxystore": 1,
+}  # the lowest that may import it
 FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}
 

@@ -83,14 +83,16 @@ class Round:
         index: the round, from 0.
         assigned: client -> blocks.
         changed: blocks that were completed in it.
+        given_up: clients of whom nothing more is expected.
     """
 
     index: int
     assigned: Mapping[str, list[int]]
     changed: set[int] = field(default_factory=set)
+    given_up: set[str] = field(default_factory=set)
 
     def clients_of(self, block: int) -> set[str]:
-        """Clients that prune a block."""
+        """Clients that prune a block, or have before they were given up."""
         return {client for client, blocks in self.assigned.items() if block in blocks}
 
 
@@ -189,6 +191,8 @@ class GlobalModel:
         """
         if client not in self.round.assigned:
             raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
+        if client in self.round.given_up:
+            raise UpdateError(f"refused an update from client {client}: round {self.round.index} goes on without it")
         if isinstance(update, Mapping) and not update:
             return 0
         checked = self._checked(client, update)
@@ -205,6 +209,26 @@ class GlobalModel:
             self._received.add((client, block, name))
             self._fold(client, block, name, packed, weight)
         return update_nbytes(update)
+
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round; what it has sent counts, matrix by matrix.
+
+        Matrices that lacked only its part are finished. A block of which some matrices can no longer come stays as it was.
+        """
+        self.round.given_up.add(client)
+        sent = {block for sender, block, _ in self._received if sender == client}
+        assigned = {**self.round.assigned, client: [b for b in self.round.assigned.get(client, []) if b in sent]}
+        self.round = replace(self.round, assigned=assigned)
+        for (block, name), matrix in list(self._open.items()):
+            matrix.missing.discard(client)
+            if not matrix.missing:
+                del matrix
+                self._close(block, name)
+        for block in [block for block in self._ready if not self._can_be_finished(block)]:
+            del self._ready[block], self._facts[block]
+
+    def _can_be_finished(self, block: int) -> bool:
+        return any(self.owes(client, block) for client in self.round.assigned)
 
     def _checked(self, client: str, update: Any) -> dict[str, Any]:
         """The update as it was before compression, with values in it whoever sent it."""
@@ -228,7 +252,7 @@ class GlobalModel:
         """Whether a matrix of a block that was assigned to a client has not come yet."""
         names = {linear.name for linear in self.layout.blocks[block]}
         sent = {name for name in names if (client, block, name) in self._received}
-        return block in self.round.assigned.get(client, []) and sent != names
+        return client not in self.round.given_up and block in self.round.assigned.get(client, []) and sent != names
 
     def check_complete(self, client: str) -> None:
         """Refuse to end a round for a client that owes matrices.
@@ -296,7 +320,7 @@ class GlobalModel:
     def _matrix(self, block: int, name: str) -> _Open:
         """The sums of a matrix, opened by the first upload for it."""
         if (block, name) not in self._open:
-            shape, clients = self.layout.shapes(block)[name], self.round.clients_of(block)
+            shape, clients = self.layout.shapes(block)[name], self.round.clients_of(block) - self.round.given_up
             empty = L0Sums.empty(shape, self.settings.weights == "sample_size", len(clients), self.device)
             self._open[block, name] = _Open(empty, clients)
         return self._open[block, name]

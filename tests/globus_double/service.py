@@ -33,7 +33,7 @@ PERSON = {
 }
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer with an error status."""
 
     def __init__(self, status, code, reason):
@@ -158,18 +158,18 @@ class Service:
 
     def submit(self, endpoint, submission, size):
         if self.faults:
-            raise Refusal(self.faults.pop(0), "INJECTED", "a fault that a test asked for")
+            raise RefusalError(self.faults.pop(0), "INJECTED", "a fault that a test asked for")
         if size > LIMIT:
-            raise Refusal(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes, the limit is {LIMIT}")
+            raise RefusalError(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes, the limit is {LIMIT}")
         if "name" not in self.endpoints.get(endpoint, {}):
-            raise Refusal(404, "ENDPOINT_NOT_FOUND", endpoint)
+            raise RefusalError(404, "ENDPOINT_NOT_FOUND", endpoint)
         group = submission.get("task_group_id") or str(uuid.uuid4())
         self.broker.queue(f"group.{group}")
         worker = self.start_worker(endpoint, submission)
         accepted = {}
         for function, payloads in submission["tasks"].items():
             if function not in self.functions:
-                raise Refusal(404, "FUNCTION_NOT_FOUND", function)
+                raise RefusalError(404, "FUNCTION_NOT_FOUND", function)
             for payload in payloads:
                 task = str(uuid.uuid4())
                 with self.lock:
@@ -312,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         body, path = self.rfile.read(size), urlsplit(self.path).path
         try:
             status, answer = 200, self.answer(path, body)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             status, answer = refusal.status, refusal.body
         except Exception as error:
             logging.exception("%s %s", self.command, path)
@@ -326,16 +326,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    do_GET = do_POST = do_PUT = handle_one
+    do_GET = do_POST = do_PUT = handle_one  # noqa: N815 - names of the base class
 
     def answer(self, path, body):
         for method, pattern, needs_token, answer in ROUTES:
             match = pattern.fullmatch(path)
             if match and method == self.command:
                 if needs_token and not (self.headers.get("Authorization") or "").startswith("Bearer "):
-                    raise Refusal(401, "NOT_AUTHENTICATED", "no token")
+                    raise RefusalError(401, "NOT_AUTHENTICATED", "no token")
                 return answer(self.service, body=body, **match.groupdict())
-        raise Refusal(404, "NO_SUCH_ROUTE", f"{self.command} {path}")
+        raise RefusalError(404, "NO_SUCH_ROUTE", f"{self.command} {path}")
 
     def log_message(self, *_):
         pass

@@ -78,7 +78,9 @@ class World:
         try:
             self._start_redis()
             url = self._start_rabbitmq()
-            self._start("service", [sys.executable, "-m", "globus_double.service", url], cwd=Path(__file__).parent.parent)
+            self._start(
+                "service", [sys.executable, "-m", "globus_double.service", url], cwd=Path(__file__).parent.parent
+            )
             wait_until(lambda: listens(PORT), "the double of the web service")
         except BaseException:
             self.__exit__()
@@ -179,7 +181,13 @@ class World:
         template = {"heartbeat_period": 5, "idle_heartbeats_soft": 0, "engine": engine}
         (home / "user_config_template.yaml.j2").write_text(yaml.safe_dump(template))
         (home / "user_config_schema.json").write_text("{}")
-        kept = [*CREDENTIALS, "PATH", "GLOBUS_SDK_ENVIRONMENT", "GLOBUS_SDK_SERVICE_URL_AUTH", "GLOBUS_COMPUTE_USER_DIR"]
+        kept = [
+            *CREDENTIALS,
+            "PATH",
+            "GLOBUS_SDK_ENVIRONMENT",
+            "GLOBUS_SDK_SERVICE_URL_AUTH",
+            "GLOBUS_COMPUTE_USER_DIR",
+        ]
         kept += ["NO_PROXY", "no_proxy", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"]
         (home / "user_environment.yaml").write_text(yaml.safe_dump({key: self.environment[key] for key in kept}))
         process = self._start(f"endpoint-{name}", [BIN / "globus-compute-endpoint", "start", name])

@@ -64,6 +64,7 @@ class FedSpaLLMAggregator(BaseAggregator):
         )
         self.round = 0
         self._ended: set[str] = set()
+        self._given_up: set[str] = set()
         self._pieces: list[Piece] = []
         self._begin()
 
@@ -132,15 +133,21 @@ class FedSpaLLMAggregator(BaseAggregator):
             self._ended.add(client)
         return last
 
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round."""
+        self.global_model.give_up(client)
+        self._ended.discard(client)
+        self._given_up.add(client)
+
     def all_ended(self) -> bool:
-        """Whether every client has sent its last message of the round."""
-        return self._ended == set(self.settings["roster"])
+        """Whether every client that was not given up has sent its last message of the round."""
+        return self._ended | self._given_up == set(self.settings["roster"])
 
     def end_round(self) -> dict[str, Any]:
         """Close the round and begin the next; returns the first piece of the update, `{}` after the last round."""
         changed = to_text(sorted(self.global_model.round.changed))
         self.round += 1
-        self._ended = set()
+        self._ended, self._given_up = set(), set()
         self._pieces = [] if self.finished else self.global_model.changes(self.settings["max_message_bytes"])
         first = self.global_model.load_piece(self._pieces[0]) if self._pieces else {}
         sent = sum(piece.nbytes for piece in self._pieces)
