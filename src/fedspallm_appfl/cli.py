@@ -1,4 +1,4 @@
-"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `evaluate`. Nothing heavy is imported before it is needed."""
+"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `evaluate`; heavy imports wait until needed."""
 
 import argparse
 import sys

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.lazy_model import Skeleton
 
 MOST_DAMPING = 100.0
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
 
@@ -192,10 +193,9 @@ def _globus(config: Config) -> Iterator[str]:
         if seconds is not None and not 0 < seconds <= MOST:
             yield f"server_configs.{name}: seconds, greater than 0 and at most {MOST}, got {seconds:g}"
     for index, client in enumerate(config.clients):
-        if client.endpoint_id and not re.fullmatch(
-            r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", client.endpoint_id
-        ):
-            yield f"clients.{index}.endpoint_id: the UUID that globus-compute-endpoint list shows, got {client.endpoint_id!r}"
+        if client.endpoint_id and not UUID.fullmatch(client.endpoint_id):
+            where = f"clients.{index}.endpoint_id"
+            yield f"{where}: the UUID that globus-compute-endpoint list shows, got {client.endpoint_id!r}"
     where = "client_configs.comm_configs.store"
     if store.connector not in CONNECTORS:
         yield f"{where}.connector: one of {', '.join(CONNECTORS)}; got {store.connector!r}"

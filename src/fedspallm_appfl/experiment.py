@@ -94,7 +94,9 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
 
     methods: dict[str, PrunedBlock] = {"dense": lambda block: None}
     if "standalone" in settings.compare:
-        methods |= {f"standalone/{client}": model.comparison(f"standalone/{client}").load for client in config.roster()}
+        methods |= {
+            f"standalone/{client}": model.comparison(f"standalone/{client}").load for client in _whole(config, model)
+        }
     if "fedavg" in settings.compare:
         methods["fedavg"] = model.comparison("fedavg").load
     methods["fedspallm"] = model.done.load
@@ -103,6 +105,12 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
         rows[method] = perplexities(lazy, texts, pruned, settings.batch)
         log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
     return _with_mean_of_standalone(rows)
+
+
+def _whole(config: Config, model: GlobalModel) -> list[str]:
+    """Clients that sent every block; one that was left out has no model of its own to compare with."""
+    blocks = list(range(len(model.layout.blocks)))
+    return [client for client in config.roster() if model.comparison(f"standalone/{client}").blocks() == blocks]
 
 
 def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

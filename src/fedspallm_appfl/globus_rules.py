@@ -18,7 +18,7 @@ INLINE_LIMIT = 7_000_000  # bytes of tensors in a task or a result: 10 MB by the
 
 
 def prepared(config: Config) -> Config:
-    """The configuration as it is used: paths of private text left out, which only the sites know, and messages compressed."""
+    """The configuration as it is used: without paths of private text, which only the sites know, and with compression."""
     made = copy.deepcopy(config)
     for group in (made.client_configs, *made.clients):
         group.data.text = None

@@ -1,4 +1,4 @@
-"""Whether two sites hold the same dense model: hashes that cost a few pages of each weight, not a pass over the checkpoint."""
+"""Whether two sites hold the same dense model: hashes that read a few pages of each weight, not the whole checkpoint."""
 
 import hashlib
 import json

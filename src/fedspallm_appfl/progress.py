@@ -53,6 +53,8 @@ class RunProgress:
                 self._console.print(_placement(self._places))
         elif event["event"] == "upload":
             self._upload(event)
+        elif event["event"] == "absent":
+            self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":
             done, total = event["of"]
             self._say(f"perplexity of {event['method']}", done, total)
@@ -83,6 +85,13 @@ class RunProgress:
         if self._task is None:
             self._task = self._bar.add_task(what, total=total)
         self._bar.update(self._task, description=escape(what), completed=done, total=total)
+
+
+def _absence(event: Event) -> str:
+    """Why a round goes on without a client, with the remote traceback if there is one."""
+    where = "".join(f", {what} {event[what]}" for what in ("host", "blocks") if event[what])
+    stack = f"\n{event['traceback'].rstrip()}" if event["traceback"] else ""
+    return f"round {event['round'] + 1} goes on without client {event['client']}{where}: {event['why']}{stack}"
 
 
 def _placement(places: list[Event]) -> Table:

@@ -111,7 +111,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
         """What the service says about a client's endpoint: `online`, `offline`, or why it cannot be asked."""
         try:
             return str(self.gce.client.get_endpoint_status(self.endpoints[client])["status"])
-        except Exception as error:  # as in `__init__`
+        except Exception as error:  # noqa: BLE001 - as in `__init__`
             return first_line(error)
 
     def send_task_to_one_client(
@@ -173,7 +173,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
                 return Outcome(task.client, task.request, None, "its task was dropped twice before it was sent")
             self._submit(task)
             return None
-        except Exception as error:  # what the task raised, or what the service or the SDK says of it
+        except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
             words = str(error).strip()
             last = words.splitlines()[-1] if words else ""
             return Outcome(task.client, task.request, None, f"{type(error).__name__}: {last[:MOST]}", words[-MOST:])

@@ -9,7 +9,7 @@ that have not answered by then, have failed, or have sent what was not assigned,
 that others sent are aggregated without them.
 """
 
-import json
+import dataclasses
 import time
 import uuid
 from collections import deque
@@ -23,6 +23,7 @@ from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.errors import DataStoreError, FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.launch.globus_results import Failure, Message, printable, read_result
 from fedspallm_appfl.model_identity import model_hash
 
 POLL = 1.0  # seconds between two looks at deadlines
@@ -144,7 +145,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
         payload = next(iter(answers.values()))[0]
         if not server.training_finished():
             pieces = range(1, payload.get("pieces", 1))
-            down.add(payload, *(server.get_parameters(init_model=False, piece=piece) for piece in pieces))
+            down.add(payload, *(server.get_parameters(init_model=False, piece=piece)[0] for piece in pieces))
         instructions = {client: metadata for client, (_, metadata) in answers.items()}
         number += 1
     return server.aggregator
@@ -193,7 +194,7 @@ class Exchange:
         self._on_event = on_event
         self._number = number
         self._round = server.aggregator.round
-        self._arrived: dict[str, deque[tuple[str, dict[str, Any]]]] = {}
+        self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
         self._given_up: dict[str, str] = {}
 
@@ -221,7 +222,7 @@ class Exchange:
         why = "it had not answered when enough others had" if self._enough() else "it had not answered in time"
         self._require_quorum()
         for client in sorted(self._waiting()):
-            self._give_up(client, why)
+            self._give_up(client, Failure(why))
         self._feed()
         self._require_quorum()
         return {client: future.result(timeout=0) for client, future in self._answers.items()}
@@ -231,14 +232,14 @@ class Exchange:
         for client in self._config.clients:
             name = client.client_id
             if name in busy:
-                self._give_up(name, "it is still at work on an earlier round")
+                self._give_up(name, Failure("it is still at work on an earlier round"))
                 continue
             told = instructions.get(name) or self._server.get_parameters(serial_run=True, client_id=name)[1]
             request = self._connection.request(client, f"{name}.{self._number}") | {"down": down, "instructions": told}
             try:
                 self._connection.wire.send_task_to_one_client(name, "prune", metadata=request)
             except FederationError as error:
-                self._give_up(name, str(error))
+                self._give_up(name, Failure(str(error)))
 
     def _waiting(self) -> set[str]:
         """Clients that may still answer."""
@@ -259,19 +260,20 @@ class Exchange:
 
     def _take(self, outcome: Any) -> None:
         """File what a task returned, or why it failed."""
-        client, request, result = outcome.client, outcome.request, outcome.result
+        client, request = outcome.client, outcome.request
         if client in self._given_up:  # of an earlier exchange, or too late for this one
-            self._discard(request, result)
-        elif result is None:
-            self._give_up(client, outcome.problem, outcome.details)
-        elif not _is_result(result):
-            self._give_up(client, "its result is not of the form that was agreed on")
-        elif "error" in result:
-            error = {key: str(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
-            self._give_up(client, error["message"], error["traceback"], error["host"], error["blocks"])
+            self._discard(request, outcome.result)
+            return
+        read: list[Message] | Failure = Failure(printable(outcome.problem), printable(outcome.details))
+        if outcome.result is not None:
+            try:
+                read = read_result(client, outcome.result)
+            except UpdateError as error:
+                read = Failure(str(error))
+        if isinstance(read, Failure):
+            self._give_up(client, read)
         else:
-            numbered = enumerate(result["messages"])
-            self._arrived[client] = deque((_object_name(request, number), message) for number, message in numbered)
+            self._arrived[client] = deque((_object_name(request, n), message) for n, message in enumerate(read))
 
     def _feed(self) -> None:
         """Give the scheduler every message that may go on."""
@@ -282,85 +284,35 @@ class Exchange:
     def _may_go_on(self, client: str) -> bool:
         return bool(self._arrived[client]) and (client not in self._answers or self._answers[client].done())
 
-    def _feed_one(self, client: str, name: str, message: dict[str, Any]) -> None:
+    def _feed_one(self, client: str, name: str, message: Message) -> None:
         from fedspallm_appfl.appfl_adaptors.globus_worker import fetched
 
-        place = message["payload"]
+        place = {**message.place, "stored": name} if "stored" in message.place else message.place
         try:
-            payload = fetched({**place, "stored": name} if "stored" in place else place, self._connection.store, client)
+            payload = fetched(place, self._connection.store, f"client {client}")
             self._connection.remove({name})
-            metadata = checked_metadata(message["metadata"], client)
-            self._answers[client] = self._server.global_update(client, payload, blocking=False, **metadata)
-        except (UpdateError, DataStoreError, FederationError) as error:
-            self._give_up(client, str(error))
+            answer = self._server.global_update(client, payload, blocking=False, **message.metadata)
+            self._answers[client] = answer
+        except (UpdateError, DataStoreError) as error:
+            self._give_up(client, Failure(str(error), host=message.metadata["host"]))
 
-    def _give_up(self, client: str, why: str, details: str = "", host: str = "", blocks: str = "") -> None:
+    def _give_up(self, client: str, failure: Failure) -> None:
         """Go on without a client for the rest of the round."""
-        self._given_up[client] = why
-        left = self._arrived.pop(client, deque())
-        self._connection.remove({name for name, _ in left})
+        self._given_up[client] = failure.why
+        self._connection.remove({name for name, _ in self._arrived.pop(client, ())})
         self._answers.pop(client, None)
-        self._on_event(
-            {
-                "event": "absent",
-                "round": self._round,
-                "client": client,
-                "why": why,
-                "host": host,
-                "blocks": blocks,
-                "traceback": details,
-            }
-        )
+        what = {"event": "absent", "round": self._round, "client": client}
+        self._on_event(what | dataclasses.asdict(failure))
         self._server.scheduler.give_up(client)
 
     def _discard(self, request: Mapping[str, Any], result: Any) -> None:
         """Remove what a task has placed whose result nobody waits for."""
-        if _is_result(result) and "messages" in result:
-            self._connection.remove({_object_name(request, number) for number in range(len(result["messages"]))})
+        messages = result.get("messages") if isinstance(result, dict) else None
+        if isinstance(messages, list):
+            self._connection.remove({_object_name(request, number) for number in range(len(messages))})
 
 
 def _object_name(request: Mapping[str, Any], number: int) -> str:
     from fedspallm_appfl.appfl_adaptors.globus_worker import object_name
 
     return object_name(request["name"], number)
-
-
-def _is_result(result: Any) -> bool:
-    """Whether a result has the form of `globus_worker.run_exchange`'s."""
-    if not isinstance(result, dict):
-        return False
-    if isinstance(result.get("error"), dict):
-        return True
-    messages = result.get("messages")
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(one, dict) and isinstance(one.get("payload"), dict) and isinstance(one.get("metadata"), dict)
-            for one in messages
-        )
-    )
-
-
-def checked_metadata(metadata: Mapping[str, Any], client: str) -> dict[str, Any]:
-    """What a client says beside a payload, with the types that the server relies on.
-
-    Raises:
-        UpdateError: something is missing or of another type.
-    """
-    numbers = ("_chunk_idx", "_total_chunks", "samples")
-    right = all(type(metadata.get(key)) is int and 0 <= metadata[key] < 2**31 for key in numbers)
-    right = right and type(metadata.get("seconds")) in (int, float) and isinstance(metadata.get("notes"), str)
-    if not right or not _are_notes(metadata["notes"]):
-        raise UpdateError(f"refused an update from client {client}: its metadata are {str(dict(metadata))[:200]}")
-    host = "".join(letter for letter in str(metadata.get("host", ""))[:100] if letter.isalnum() or letter in "-._")
-    return {**metadata, "host": host}
-
-
-def _are_notes(notes: str) -> bool:
-    """Whether notes are JSON of linear -> name -> number."""
-    try:
-        read = json.loads(notes) if notes else {}
-        return all(isinstance(value, int | float) for linear in read.values() for value in linear.values())
-    except (ValueError, AttributeError, RecursionError):
-        return False

@@ -14,6 +14,7 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.config import Client
 from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.launch.globus import POLL, Connection
+from fedspallm_appfl.launch.globus_results import printable
 from fedspallm_appfl.site import SITE
 
 COLUMNS = ("endpoint", "Python", "fedspallm-appfl", "appfl", "torch", "transformers", "GPU", "model", "text", "store")
@@ -157,7 +158,7 @@ def _group(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return str(value)[:500]
+    return printable(value)[:500]
 
 
 def _python(version: Any) -> Cell:
