@@ -13,7 +13,7 @@ from fedspallm_appfl.activations import ACTIVATIONS
 from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.config import Client, Config, Paths
-from fedspallm_appfl.data_store import CONNECTORS, REDIS_LIMIT
+from fedspallm_appfl.data_store import CONNECTORS
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
@@ -203,9 +203,6 @@ def _globus(config: Config) -> Iterator[str]:
         yield f"{where}.folder: name a folder that the server and every client mount"
     if store.connector == "redis":
         yield from _between(f"{where}.port", store.port, 1, 65535)
-        size = config.client_configs.comm_configs.max_message_bytes
-        if size > REDIS_LIMIT:
-            yield f"client_configs.comm_configs.max_message_bytes: at most {REDIS_LIMIT} with Redis, got {size}"
 
 
 def check_with_files(config: Config) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.config_rules import draws
+from fedspallm_appfl.data_store import REDIS_LIMIT
 from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.payload import packed_sizes
 from fedspallm_appfl.pruning import KEEP_WEIGHTS
@@ -22,8 +23,10 @@ def prepared(config: Config) -> Config:
     made = copy.deepcopy(config)
     for group in (made.client_configs, *made.clients):
         group.data.text = None
-        if group.comm_configs.compression == "auto":
-            group.comm_configs.compression = "zstd"
+        comm = group.comm_configs
+        comm.compression = "zstd" if comm.compression == "auto" else comm.compression
+        if comm.store.connector == "redis":
+            comm.max_message_bytes = min(comm.max_message_bytes, REDIS_LIMIT)
     return made
 
 

@@ -3,7 +3,7 @@
     python service.py AMQP_URL
 
 Tasks come in over HTTP and go to endpoints through AMQP; results come back through AMQP and go to the task group that the
-SDK listens to. Everything is in memory. What it saw can be read at /seen; /fault makes the next submissions fail.
+SDK listens to. Everything is in memory. What it saw can be read at /seen.
 """
 
 import json
@@ -114,7 +114,6 @@ class Service:
         self.endpoints = {}
         self.tasks = {}
         self.requests = []
-        self.faults = []
         self.broker.follow("results", self.take_result)
         self.broker.follow("heartbeats", self.take_heartbeat)
 
@@ -157,8 +156,6 @@ class Service:
         }
 
     def submit(self, endpoint, submission, size):
-        if self.faults:
-            raise RefusalError(self.faults.pop(0), "INJECTED", "a fault that a test asked for")
         if size > LIMIT:
             raise RefusalError(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes, the limit is {LIMIT}")
         if "name" not in self.endpoints.get(endpoint, {}):
@@ -293,12 +290,6 @@ def take_tasks(service, body, id, **_):
 @route("GET", "/seen", needs_token=False)
 def tell_all(service, **_):
     return service.seen()
-
-
-@route("POST", "/fault", needs_token=False)
-def take_faults(service, body, **_):
-    service.faults = json.loads(body)
-    return {}
 
 
 class Handler(BaseHTTPRequestHandler):

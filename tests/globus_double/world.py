@@ -59,6 +59,7 @@ class World:
         self.processes = []
         self.endpoints = {}
         self.redis_port = free_port()
+        self.mapper = 0  # port of the daemon that Erlang starts and leaves behind
         self.environment = {
             **os.environ,
             **CREDENTIALS,
@@ -88,10 +89,13 @@ class World:
         return self
 
     def __exit__(self, *_):
-        for name in self.endpoints:
-            self._command("stop", name)
+        stopping = [self._command("stop", name) for name in self.endpoints]
+        for process in stopping:
+            process.wait(120)
         for process in reversed(self.processes):
             self._stop(process)
+        if self.mapper:
+            subprocess.run(["epmd", "-port", str(self.mapper), "-kill"], capture_output=True)
 
     def _start(self, name, command, environment=None, **options):
         """Start a server in a session of its own: an endpoint that stops ends its whole process group."""
@@ -126,7 +130,7 @@ class World:
         wait_until(lambda: listens(self.redis_port), "redis-server")
 
     def _start_rabbitmq(self):
-        port, between_nodes, mapper = free_port(), free_port(), free_port()
+        port, between_nodes, self.mapper = free_port(), free_port(), free_port()
         home = self.folder / "rabbitmq"
         home.mkdir()
         (home / "rabbitmq.conf").write_text(
@@ -147,17 +151,16 @@ class World:
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{on_loopback} +S 1:1",
             "RABBITMQ_CTL_ERL_ARGS": on_loopback,
             "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "ERL_EPMD_PORT": str(mapper),
+            "ERL_EPMD_PORT": str(self.mapper),
         }
         self._start("rabbitmq", [RABBITMQ / "rabbitmq-server"], environment)
         wait_until(lambda: listens(port), "rabbitmq-server", 120)
         return f"amqp://double:double@127.0.0.1:{port}/%2F"
 
-    def _command(self, verb, *words):
-        command = [BIN / "globus-compute-endpoint", verb, *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
-        if done.returncode and verb != "stop":
-            raise RuntimeError(done.stdout + done.stderr)
+    def _command(self, verb, name):
+        command = [str(BIN / "globus-compute-endpoint"), verb, name]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def start_endpoint(self, name, worker_init, workers=1):
         """Configure and start an endpoint daemon; returns its id.
@@ -167,7 +170,7 @@ class World:
             worker_init: shell lines that run before its workers start.
             workers: worker processes.
         """
-        self._command("configure", name)
+        out, _ = self._command("configure", name).communicate(timeout=120)
         home = Path(self.environment["GLOBUS_COMPUTE_USER_DIR"]) / name
         engine = {
             "type": "GlobusComputeEngine",
@@ -177,6 +180,7 @@ class World:
             "provider": {"type": "LocalProvider", "min_blocks": 1, "init_blocks": 1, "max_blocks": 1},
         }
         engine["provider"]["worker_init"] = worker_init
+        assert home.is_dir(), out
         (home / "config.yaml").write_text(yaml.safe_dump({"display_name": name, "heartbeat_period": 5}))
         template = {"heartbeat_period": 5, "idle_heartbeats_soft": 0, "engine": engine}
         (home / "user_config_template.yaml.j2").write_text(yaml.safe_dump(template))
@@ -196,8 +200,13 @@ class World:
         wait_until(identity.is_file, f"endpoint {name}")
         return json.loads(identity.read_text())["endpoint_id"]
 
+    def register_endpoint(self, name):
+        """An endpoint that the service knows and that nobody starts; returns its id."""
+        return self.ask("/v3/endpoints", {"endpoint_name": name})["endpoint_id"]
+
     def ask(self, path, body=None):
-        """Read from the double what it saw, or tell it what to do."""
+        """Read from the double what it saw, or tell it something."""
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", data, timeout=10) as answer:
+        request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Authorization": "Bearer test"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)

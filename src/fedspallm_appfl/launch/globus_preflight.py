@@ -1,7 +1,7 @@
 """Look at every endpoint before anything is sent: one line a client, and in a red cell what to change at the site."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from fedspallm_appfl.launch.globus import POLL, Connection
 from fedspallm_appfl.launch.globus_results import printable
 from fedspallm_appfl.site import SITE
 
-COLUMNS = ("endpoint", "Python", "fedspallm-appfl", "appfl", "torch", "transformers", "GPU", "model", "text", "store")
+PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
+COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")
 OLDEST_PYTHON = (3, 10)
 GREETING = "greeting"  # name of the object that clients read to see that they reach the store
 INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with pip install fedspallm-appfl=={}"
@@ -136,11 +137,8 @@ def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:
     if not isinstance(result, dict):
         return {"endpoint": Cell(False, outcome.problem or "its answer is not of the form that was agreed on")}
     cells = {"endpoint": Cell(True, f"online, {_text(result.get('host'))}"), "Python": _python(result.get("python"))}
-    cells |= dict(_versions(_group(result, "versions")))
+    cells["packages"] = _packages(_group(result, "versions"), result.get("not_importable"))
     if "not_importable" in result:
-        if cells["fedspallm-appfl"].ok:
-            words = f"cannot be imported: {_text(result['not_importable'])}; {INSTALL.format(__version__)}"
-            cells["fedspallm-appfl"] = Cell(False, words)
         return cells
     checks = _group(result, "checks")
     for name in ("GPU", "model", "text", "store"):
@@ -171,14 +169,17 @@ def _python(version: Any) -> Cell:
     return Cell(False, f"{_text(version)}, 3.10 or newer is needed; {INSTALL.format(__version__)}")
 
 
-def _versions(versions: dict[str, Any]) -> Iterator[tuple[str, Cell]]:
-    here = {"torch": torch.__version__, "transformers": transformers.__version__}
-    for package in ("fedspallm-appfl", "appfl", "torch", "transformers"):
-        found = versions.get(package)
-        if not isinstance(found, str):
-            yield package, Cell(False, f"not installed; {INSTALL.format(__version__)}")
-        elif package == "fedspallm-appfl" and found != __version__:
-            yield package, Cell(False, f"{_text(found)}, the server has {__version__}; {INSTALL.format(__version__)}")
-        else:
-            other = here.get(package, found)
-            yield package, Cell(True, _text(found) if found == other else f"{_text(found)} (here {other})")
+def _packages(versions: dict[str, Any], not_importable: Any) -> Cell:
+    """What is installed, or what is missing or of another version than here."""
+    missing = [name for name in PACKAGES if not isinstance(versions.get(name), str)]
+    if missing:
+        return Cell(False, f"not installed: {', '.join(missing)}; {INSTALL.format(__version__)}")
+    found = {name: _text(versions[name]) for name in PACKAGES}
+    if found["fedspallm-appfl"] != __version__:
+        here = f"fedspallm-appfl {found['fedspallm-appfl']}, the server has {__version__}"
+        return Cell(False, f"{here}; {INSTALL.format(__version__)}")
+    if not_importable is not None:
+        return Cell(False, f"cannot be imported: {_text(not_importable)}; {INSTALL.format(__version__)}")
+    ours = {"torch": torch.__version__, "transformers": transformers.__version__}
+    other = {name: f" (here {version})" for name, version in ours.items() if version != found[name]}
+    return Cell(True, "\n".join(f"{name} {version}{other.get(name, '')}" for name, version in found.items()))
