@@ -316,6 +316,29 @@ def test_a_result_that_is_not_what_was_asked_for_is_refused_and_the_others_go_on
     assert len(aggregator.global_model.done.blocks()) == 8
 
 
+def test_a_client_that_fails_in_the_middle_names_the_block_and_leaves_nothing_in_the_store(
+    federation, tmp_path, monkeypatch
+):
+    from fedspallm_appfl.local_client import LocalClient
+
+    (tmp_path / "store").mkdir()
+    pack, host, text = LocalClient._packed, "elsewhere", DEMO / "text" / "bible" / "calib.txt"
+
+    def fail_late(self, pruned):
+        if self.settings.client_id == "bible" and self._progress.next_message == 5:
+            raise OSError(f"no room for {text}")
+        return pack(self, pruned)
+
+    monkeypatch.setattr(LocalClient, "_packed", fail_late)
+    monkeypatch.setattr(globus_worker.socket, "gethostname", lambda: host)
+    store = {"connector": "file", "folder": str(tmp_path / "store")}
+    events, _ = federation(Wire(), client_configs={"comm_configs": {"store": store}})
+    [absent] = [event for event in events if event["event"] == "absent"]
+    assert (absent["why"], absent["host"], absent["blocks"]) == ("OSError: no room for <private text>", host, "5")
+    assert "fail_late" in absent["traceback"] and "calib" not in absent["traceback"]
+    assert list((tmp_path / "store" / "run").iterdir()) == []
+
+
 def test_who_failed_before_anything_was_folded_leaves_no_trace(federation):
     _, without = federation(Wire({"csource": lambda result: {}}))
     _, aggregator = federation(Wire({"csource": first_payload({})}))

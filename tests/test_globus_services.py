@@ -231,7 +231,7 @@ def test_an_endpoint_that_never_answers_is_done_without(world, tmp_path, fedspal
 
 
 def worker_of(site):
-    """The worker process of a site with one worker: of those in whose environment its file is named the busiest leaf."""
+    """(process id, CPU ticks) of the worker of a site: of those in whose environment its file is named the busiest leaf."""
     times, parents = {}, set()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -239,12 +239,12 @@ def worker_of(site):
                 fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
                 times[int(entry.name)] = int(fields[11]) + int(fields[12])
                 parents.add(int(fields[1]))
-    return max(times.keys() - parents, key=times.__getitem__)
+    return max(((pid, times[pid]) for pid in times.keys() - parents), key=lambda worker: worker[1])
 
 
-def wait_for_upload(folder, client, process):
-    until = time.monotonic() + 200
-    while not any(upload["client"] == client for upload in uploads(folder)):
+def wait_for(happened, process, seconds=200):
+    until = time.monotonic() + seconds
+    while not happened():
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.2)
 
@@ -258,9 +258,12 @@ def long_for(config, index):
 def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
     config = write_config(world, tmp_path)
     long_for(config, 1)
+    before = len(submissions(world))
     job = start(world, "run", config, "--launcher", "globus")
-    wait_for_upload(tmp_path / "run", "austen", job)
-    os.kill(worker_of("site-b"), signal.SIGKILL)
+    wait_for(lambda: len(submissions(world)) == before + 3 + 3, job)
+    pid, ticks = worker_of("site-b")
+    wait_for(lambda: worker_of("site-b")[1] > ticks + 200, job)  # two seconds into a task; an idle one holds a lock
+    os.kill(pid, signal.SIGKILL)
     code, out, err = finish(job)
     assert code == 0, out + err
     [absent] = absences(tmp_path / "run")

@@ -13,6 +13,7 @@
 """
 
 import json
+import logging
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -102,6 +103,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
 
     def _load_gce(self, **kwargs: Any) -> None:
         """Make the Executor; function text and JSON are all that is sent or read."""
+        logging.getLogger(sdk_executor.__name__).setLevel(logging.ERROR)  # else eight lines whenever it slows down
         allowed = [PureSourceTextInspect, JSONData]
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
         # One task a submission: two of them together might exceed what the service takes.

@@ -24,6 +24,7 @@ from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError, UpdateError
 from fedspallm_appfl.layer_sampling import to_text
+from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.model_identity import config_hash, model_hash
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
 from fedspallm_appfl.site import Site, load_site
@@ -42,12 +43,13 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
     """
-    site, agent, store = Site(), None, None
+    site, client, store = Site(), None, None
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
         store = open_store({**request["store"], **site.store}, request["run"])
         agent = _agent(request, site)
+        client = agent.trainer.client  # opens model and text
         for message in _messages(agent, request, store):
             messages.append(message)
         return _within_limit({"messages": messages}, request["client"])
@@ -55,7 +57,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         if store is not None:
             for number in range(len(messages)):
                 store.evict(object_name(request["name"], number))
-        return {"error": _described(error, site) | {"blocks": _blocks_of_message(agent, len(messages))}}
+        return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, len(messages))}}
 
 
 def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
@@ -162,12 +164,11 @@ def _described(error: Exception, site: Site) -> dict[str, str]:
     }
 
 
-def _blocks_of_message(agent: Any, number: int) -> str:
+def _blocks_of_message(client: LocalClient | None, number: int) -> str:
     """The blocks that a message is about; nothing before the first."""
-    if agent is None or agent.trainer.client.agreed is None:
+    if client is None or number >= len(client.messages):
         return ""
-    messages = agent.trainer.client.messages
-    return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""
+    return to_text(sorted({block for block, _ in client.messages[number]}))
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
