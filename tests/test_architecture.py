@@ -17,7 +17,7 @@ LAYERS = (
     # 2  models and data
     "blocks lazy_model calibration activations blockwise evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules globus_rules estimate run_dir global_model local_client",
+    "config config_rules globus_rules globus_sizes estimate run_dir global_model local_client",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running

@@ -92,6 +92,16 @@ def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, connector)
     assert max(sizes) > 10**6 if connector == "none" else max(sizes) < 10**4
 
 
+@pytest.mark.parametrize(
+    "changes", [{"algorithm": "consensus"}, {"algorithm": "gram"}], ids=lambda changes: changes["algorithm"]
+)
+def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, changes):
+    config = write_config(tmp_path, **changes)
+    assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
+    assert main(["run", str(config)]) == 0
+    assert same_bits(tmp_path / "run", tmp_path / "globus")
+
+
 def test_nothing_of_the_text_travels_and_no_pickle(tmp_path, site):
     config = write_config(tmp_path)
     assert over_globus(config) == 0
@@ -415,3 +425,5 @@ def test_what_went_down_is_told_again_until_it_is_replaced(tmp_path):
     down.add({"blocks": {"0": {"up": 1, "q": 1}}}, {})
     assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.4"]
     assert connection.removed == {"down.0", "down.3"}
+    down.add({"exchange": 1, "blocks": {"0": {"up": 1, "q": 1}}})  # of another kind: masks, say
+    assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.4", "down.5"]

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO, ROOT
-from fedspallm_appfl import __version__, globus_rules
+from fedspallm_appfl import __version__, globus_rules, globus_sizes
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.config_rules import check
@@ -62,6 +62,17 @@ def test_every_client_needs_an_endpoint_over_globus_and_a_text_on_this_machine()
     assert not config.over_globus() and demo().over_globus()
 
 
+def test_algorithms_that_make_no_sense_over_globus_are_refused():
+    assert list(globus_rules.check(demo("algorithm=consensus"))) == []
+    for name in ("centralized", "standalone"):
+        [problem] = globus_rules.check(demo(f"algorithm={name}"))
+        assert problem.startswith("algorithm: over Globus Compute one of fedspallm") and problem.endswith(
+            f"got '{name}'"
+        )
+    [problem] = globus_rules.check(demo("algorithm=gram", "gram.propagate=pruned"))
+    assert problem.startswith("gram.propagate: pruned is an exchange for every input")
+
+
 def test_a_prepared_configuration_names_no_text_and_compresses():
     config = globus_rules.prepared(demo(f"{STORE}.connector=redis"))
     groups = [config.client_configs, *config.clients]
@@ -78,18 +89,18 @@ def test_what_travels_is_measured_before_it_is_sent(monkeypatch):
     """724,992 of 1,449,984 weights are kept in the demo's 56 matrices: two bytes each, and a bit for every weight."""
     config = demo(f"{SERVER}.num_global_epochs=2", "evaluation.compare=[]")
     size = 2 * 724_992 + 1_449_984 // 8
-    assert list(globus_rules.check_sizes(config)) == []
-    monkeypatch.setattr(globus_rules, "INLINE_LIMIT", size - 1)
-    up, down = globus_rules.check_sizes(config)
-    assert "what a client sends in a round may take 1.6 MB before compression" in up
+    assert list(globus_sizes.check_sizes(config)) == []
+    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", size - 1)
+    up, down = globus_sizes.check_sizes(config)
+    assert "what a client sends in an exchange may take 1.6 MB before compression" in up
     assert "what is sent to a client may take 1.6 MB" in down
-    monkeypatch.setattr(globus_rules, "INLINE_LIMIT", size)
-    assert list(globus_rules.check_sizes(config)) == []
-    monkeypatch.setattr(globus_rules, "INLINE_LIMIT", 1_449_984 // 8)
+    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", size)
+    assert list(globus_sizes.check_sizes(config)) == []
+    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", 1_449_984 // 8)
     wanda = demo("client_configs.train_configs.pruner=wanda")
-    assert list(globus_rules.check_sizes(wanda)) == []
-    monkeypatch.setattr(globus_rules, "INLINE_LIMIT", 0)
-    assert list(globus_rules.check_sizes(demo(f"{STORE}.connector=redis"))) == []
+    assert list(globus_sizes.check_sizes(wanda)) == []
+    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", 0)
+    assert list(globus_sizes.check_sizes(demo(f"{STORE}.connector=redis"))) == []
 
 
 def test_the_communicator_can_be_imported_without_the_login_manager_that_newer_sdks_lack(monkeypatch):

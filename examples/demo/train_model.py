@@ -1,6 +1,7 @@
 """Train the demo's language model from random weights: LLaMA architecture, 1.58 M parameters, two cores, half an hour.
 
     python examples/demo/train_model.py WORK examples/demo/model
+    python examples/demo/train_model.py WORK runs/tiny-opt --architecture opt --steps 1200
 
 `WORK/train/*.txt` comes from `make_text.py`.  A vocabulary of 1024 and many passes of the gradient matter more here than
 width: the model has to be good enough that pruning hurts it.  Everything is seeded; two machines agree to rounding.
@@ -13,7 +14,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 1024
 WINDOW = 256
@@ -44,7 +52,25 @@ def windows(files: list[Path], tokenizer: PreTrainedTokenizerFast) -> torch.Tens
     return torch.cat(rows)
 
 
-def new_model() -> LlamaForCausalLM:
+def new_opt() -> OPTForCausalLM:
+    """Eight blocks of width 128 with ReLU, learned positions, biases and tied embeddings."""
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        ffn_dim=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        dropout=0.0,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return OPTForCausalLM(config)
+
+
+def new_llama() -> LlamaForCausalLM:
     """Eight blocks of width 128 with grouped-query attention and tied embeddings."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -61,6 +87,9 @@ def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+ARCHITECTURES = {"llama": new_llama, "opt": new_opt}
+
+
 def rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a fiftieth."""
     if step < WARMUP:
@@ -68,7 +97,7 @@ def rate(step: int, steps: int) -> float:
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
 
 
-def train(model: LlamaForCausalLM, data: torch.Tensor, steps: int) -> None:
+def train(model: PreTrainedModel, data: torch.Tensor, steps: int) -> None:
     """AdamW over windows in an order drawn anew for each pass."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
@@ -93,13 +122,14 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder that make_text.py filled")
     parser.add_argument("model", type=Path, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=2000, help="gradient steps of 16 x 256 tokens")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     args = parser.parse_args()
     torch.manual_seed(0)
     files = sorted((args.work / "train").glob("*.txt"))
     tokenizer = train_tokenizer(files)
     data = windows(files, tokenizer)
     print(f"{data.numel():,} training tokens, {args.steps * BATCH * WINDOW:,} seen", flush=True)
-    model = new_model()
+    model = ARCHITECTURES[args.architecture]()
     train(model, data, args.steps)
     model.half().save_pretrained(args.model)
     tokenizer.save_pretrained(args.model)

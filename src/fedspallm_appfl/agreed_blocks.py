@@ -32,7 +32,7 @@ class AgreedBlocks:
 
     def take(self, update: Mapping[str, Any]) -> None:
         """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
-        mark = self._folder / f"round-{update['round']}-piece-{update['piece']}"
+        mark = self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
         if mark.exists():
             return
         for block, linears in decompress(update, self._dtype)["blocks"].items():

@@ -26,7 +26,7 @@ from fedspallm_appfl.blocks import Linear
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.heap import give_back
 from fedspallm_appfl.lazy_model import LazyModel
-from fedspallm_appfl.payload import Packed
+from fedspallm_appfl.payload import Packed, unpack_mask
 from fedspallm_appfl.pruning import Settings, new_statistic, prepare
 from fedspallm_appfl.pruning.gram import Statistic
 
@@ -59,8 +59,13 @@ class Activations:
     calls: list[list[Call]] = field(default_factory=list)
     tuples: bool = False
 
+    def take_output(self, number: int, out: Any) -> None:
+        """Put what a block gave for a batch in the place of its input."""
+        self.tuples = isinstance(out, tuple)
+        self.hidden[number] = out[0] if self.tuples else out
 
-class _Stop(Exception):  # noqa: N818 - nothing went wrong
+
+class Stop(Exception):  # noqa: N818 - nothing went wrong
     """Ends a forward pass that has done what it was run for."""
 
 
@@ -84,7 +89,7 @@ def embed(
     for ids in windows.split(batch):
         calls: list[Call] = []
         recorder = _recorder(calls, len(model.blocks))
-        with _forwards_replaced(model.blocks, [recorder] * len(model.blocks)), suppress(_Stop):
+        with _forwards_replaced(model.blocks, [recorder] * len(model.blocks)), suppress(Stop):
             model.model(input_ids=ids.to(model.device), use_cache=False)
         if len(calls) != len(model.blocks):
             raise ModelError(
@@ -101,7 +106,7 @@ def _recorder(calls: list[Call], blocks: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls.append(Call(args, kwargs))
         if len(calls) == blocks:
-            raise _Stop
+            raise Stop
         return args[0] if args else kwargs["hidden_states"]
 
     return forward
@@ -151,9 +156,7 @@ def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]
 def advance(block: nn.Module, index: int, state: Activations) -> None:
     """Run one block over all batches; its outputs take the place of its inputs."""
     for number, hidden in enumerate(state.hidden):
-        out = state.calls[number][index](block, hidden)
-        state.tuples = isinstance(out, tuple)
-        state.hidden[number] = out[0] if state.tuples else out
+        state.take_output(number, state.calls[number][index](block, hidden))
 
 
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,6 +217,7 @@ def prune_blocks(
     *,
     batch: int = 1,
     pruned: Agreed | None = None,
+    masks: Agreed | None = None,
     client: str = "local",
     activations: str = "memory",
 ) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
@@ -226,6 +230,7 @@ def prune_blocks(
         settings: how to prune a matrix.
         batch: windows in a batch.
         pruned: matrices that the federation already agreed on, used in the forward pass of blocks not assigned.
+        masks: packed masks of the assigned blocks that the federation agreed on; None to choose them here.
         client: whom to name in errors.
         activations: where hidden states between the blocks are kept, `memory` or `file`; the results are the same bits.
 
@@ -243,7 +248,8 @@ def prune_blocks(
         agreed = None if index in assigned or pruned is None else pruned.get(index)
         with model.block(index, agreed) as block:
             if index in assigned:
-                done = [_prune_block(model, block, index, state, settings, client)]
+                given = None if masks is None else masks.get(index)
+                done = [_prune_block(model, block, index, state, settings, given, client)]
             give_back()
             if index < last:
                 advance(block, index, state)
@@ -253,7 +259,13 @@ def prune_blocks(
 
 @torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
 def _prune_block(
-    model: LazyModel, block: nn.Module, index: int, state: Activations, settings: Settings, client: str
+    model: LazyModel,
+    block: nn.Module,
+    index: int,
+    state: Activations,
+    settings: Settings,
+    given: Mapping[str, Packed] | None,
+    client: str,
 ) -> dict[str, PrunedLinear]:
     linears = {linear.name: linear for linear in model.layout.blocks[index]}
     where = f"client {client}, block {index}"
@@ -262,11 +274,11 @@ def _prune_block(
     give_back()  # what the forward pass used; the solve allocates other sizes
     for names, statistic in statistics:
         if statistic is not None:
-            _check(statistic, f"{where}, {names[0]}")
+            check_statistic(statistic, f"{where}, {names[0]}")
     while statistics:
         names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
         group = [linears[name] for name in names]
-        done |= _prune_group(model, block, index, group, statistic, settings, where)
+        done |= _prune_group(model, block, index, group, statistic, settings, given, where)
     return {name: done[name] for name in linears}
 
 
@@ -277,6 +289,7 @@ def _prune_group(
     linears: list[Linear],
     statistic: Statistic | None,
     settings: Settings,
+    given: Mapping[str, Packed] | None,
     where: str,
 ) -> dict[str, PrunedLinear]:
     """Prune linears that share an input, in place."""
@@ -287,7 +300,11 @@ def _prune_group(
     done = {}
     for linear in linears:
         dense = model.skeleton.dense_weight(index, linear).to(model.device, torch.float32)
-        weight, mask = prepared.prune(dense)
+        if given is None:
+            weight, mask = prepared.prune(dense)
+        else:
+            mask = unpack_mask(given[linear.name]).to(model.device)
+            weight = prepared.compensate(dense, mask)
         if not bool(weight.isfinite().all()):
             what = "pruning gave NaN or infinity; lower `damping`"
             if not bool(dense.isfinite().all()):
@@ -299,7 +316,12 @@ def _prune_group(
     return done
 
 
-def _check(statistic: Statistic, where: str) -> None:
+def check_statistic(statistic: Statistic, where: str) -> None:
+    """Refuse statistics that no pruner can use.
+
+    Raises:
+        PruningError: no token reached the input, or it holds NaN or infinity; says `where`.
+    """
     if statistic.tokens == 0:
         raise PruningError(
             f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs"
@@ -318,19 +340,16 @@ def _statistics(
     linears = model.layout.blocks[index]
     if new_statistic(settings, 1, model.device) is None:
         return [([linear.name for linear in linears], None)]
-    inputs = _SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], model.device))
-    with ExitStack() as hooks:
-        for linear in linears:
-            hook = inputs.hook(linear)
-            hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
+    inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], model.device))
+    with inputs.watched(block):
         for number, hidden in enumerate(state.hidden):
-            with suppress(_Stop):
+            with suppress(Stop):
                 state.calls[number][index](block, hidden)
             inputs.end_of_batch()
     return inputs.groups()
 
 
-class _SharedInputs:
+class SharedInputs:
     """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
 
     def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
@@ -342,7 +361,16 @@ class _SharedInputs:
         self._called: set[str] = set()  # in this batch
         self._last: str | None = None
 
-    def hook(self, linear: Linear) -> Callable[..., None]:
+    @contextmanager
+    def watched(self, block: nn.Module) -> Iterator[None]:
+        """Fold what goes into the linears of a block while it runs."""
+        with ExitStack() as hooks:
+            for linear in self._linears:
+                hook = self._hook(linear)
+                hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
+            yield
+
+    def _hook(self, linear: Linear) -> Callable[..., None]:
         """A forward pre-hook that folds the linear's inputs, unless another linear folds them already."""
         name = linear.name
 
@@ -356,20 +384,23 @@ class _SharedInputs:
                 self._seen.append((args[0], name))
                 self._statistics[name].add(args[0])
             if name == self._last:
-                raise _Stop
+                raise Stop
 
         return fold
 
-    def end_of_batch(self) -> None:
+    def end_of_batch(self, stop: bool = True) -> None:
         """After a batch in which every linear was called, later ones may stop at the last new input."""
-        if len(self._called) == len(self._linears):
+        if stop and len(self._called) == len(self._linears):
             self._last = self._seen[-1][1]
         self._called.clear()
         self._seen.clear()
 
     def groups(self) -> list[tuple[list[str], Any]]:
-        """(linears that share an input, statistic), and an empty statistic for a linear that was never called."""
-        members: dict[str, list[str]] = {}
+        """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
+
+        In the order of the forward pass; linears that were never called come last.
+        """
+        members: dict[str, list[str]] = {leader: [] for leader in self._statistics}
         for linear in self._linears:
             members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
         by_name = {linear.name: linear for linear in self._linears}

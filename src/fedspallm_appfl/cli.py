@@ -1,4 +1,7 @@
-"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `evaluate`; heavy imports wait until needed."""
+"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `prune`, `evaluate`.
+
+Nothing heavy is imported before it is needed.
+"""
 
 import argparse
 import sys
@@ -100,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(estimate)
     estimate.set_defaults(work=_estimate)
+
+    prune = _command(
+        verbs,
+        "prune",
+        "Make further models from the statistics that a run with algorithm gram has gathered.",
+        "fedspallm prune runs/demo-gram --sparsity 0.6 0.7 2:4\n"
+        "  fedspallm prune runs/demo-gram --sparsity 0.7 --pruner admm",
+    )
+    prune.add_argument("run", metavar="RUN_DIR", type=Path, help="run_dir of the finished run")
+    prune.add_argument("--sparsity", nargs="+", required=True, metavar="TARGET", help="ratios in [0, 1), or n:m")
+    prune.add_argument("--pruner", default=None, help="sparsegpt, admm or wanda (default: that of the run)")
+    prune.set_defaults(work=_prune)
 
     evaluate = _command(
         verbs,
@@ -220,6 +235,10 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
         mpi.run_clients(config, comm)
         return 0
     config = _checked(args, files=True, overwrite=args.overwrite)
+    if config.algorithm == "centralized":
+        raise ConfigError(
+            "algorithm centralized pools the text of all clients in one process; run it without --launcher mpi"
+        )
     mpi.send_config(comm, config)
     experiment.run(
         config, lambda c, state, log: mpi.run_server(c, comm, state, log), _console(plain=True), args.overwrite
@@ -240,6 +259,13 @@ def _estimate(args: argparse.Namespace) -> int:
 
     config = _checked(args, files=False, overwrite=True)
     _console().print(tables(config))
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from fedspallm_appfl import further_models
+
+    further_models.prune(args.run, args.sparsity, args.pruner, _console())
     return 0
 
 
@@ -280,11 +306,17 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     problems += [problem] if problem else []
     if files:
         problems += config_rules.check_with_files(config)
-        problems += globus_rules.check_sizes(config) if globus else []
+        problems += _sizes(config) if globus else []
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{args.config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
     return config
+
+
+def _sizes(config: "Config") -> list[str]:
+    from fedspallm_appfl import globus_sizes
+
+    return list(globus_sizes.check_sizes(config))
 
 
 def _means_globus(args: argparse.Namespace, config: "Config") -> bool:

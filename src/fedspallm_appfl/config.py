@@ -23,7 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedspallm_appfl import yaml_io
+from fedspallm_appfl.algorithms.centralized import POOLED
 from fedspallm_appfl.errors import ConfigError, first_line
+from fedspallm_appfl.pruning import KEEP_WEIGHTS
 
 Paths = str | list[str]
 
@@ -35,6 +37,16 @@ class Model:
     path: str = ""  # folder saved by save_pretrained, or hub name
     dtype: str = "auto"  # arithmetic of forward passes: auto (as stored), float32, float16, bfloat16
     blocks: str | None = None  # dotted name of the list of decoder blocks, where the search does not find it
+
+
+@dataclass
+class Gram:
+    """What clients send with `algorithm: gram`."""
+
+    precision: str = "int8"  # fp32 | bf16 | int8
+    propagate: str = "dense"  # dense (one pass) | pruned (a sweep, an exchange for each input of each block)
+    target: str = "own"  # own | dense: in a sweep, whether outputs should be those of the dense model
+    min_tokens: int | None = None  # statistics of fewer tokens are not sent; null is the width of the input
 
 
 @dataclass
@@ -74,10 +86,12 @@ class TrainConfigs:
     """Local pruning."""
 
     trainer: str = "FedSpaLLMTrainer"
-    pruner: str = "sparsegpt"  # sparsegpt | wanda | magnitude
+    pruner: str = "sparsegpt"  # sparsegpt | admm | wanda | magnitude
     sparsity: str = "0.5"  # share in [0, 1), or n:m; the same for every client
     damping: float = 0.01  # SparseGPT: share of mean(diag G) added to the diagonal
     damping_retries: int = 3  # failed factorizations are tried again with ten times the damping, so often
+    iterations: int = 60  # ADMM: steps
+    refit: bool = False  # least squares on the support after SparseGPT or Wanda
     layer_sampling: str = "balanced"  # balanced | uniform | sweep
     resource_share: float = 1.0  # share of the blocks that a client prunes in a round, in (0, 1]
     device: str = "auto"  # auto (a GPU of this node if there is one), cpu, cuda, cuda:1
@@ -152,6 +166,8 @@ class Config:
 
     run_dir: str = ""
     seed: int = 0
+    algorithm: str = "fedspallm"  # fedspallm | fedprllm | fedavg | consensus | gram | standalone | centralized
+    gram: Gram = field(default_factory=Gram)
     model: Model = field(default_factory=Model)
     server_configs: ServerConfigs = field(default_factory=ServerConfigs)
     client_configs: ClientConfigs = field(default_factory=ClientConfigs)
@@ -170,9 +186,21 @@ class Config:
         """Whether every client has an endpoint, so that the file is meant for Globus Compute."""
         return bool(self.clients) and all(client.endpoint_id for client in self.clients)
 
+    def participants(self) -> list[Client]:
+        """The clients of the experiment; with `centralized` one that has the text of all."""
+        if self.algorithm != "centralized":
+            return self.clients
+        shared = self.client_configs
+        return [Client(shared.train_configs, shared.data, shared.comm_configs, client_id=POOLED)]
+
     def roster(self) -> dict[str, float]:
-        """Client id -> resource share, in the order of the file."""
-        return {client.client_id: client.train_configs.resource_share for client in self.clients}
+        """Participant's id -> resource share, in the order of the file."""
+        return {client.client_id: client.train_configs.resource_share for client in self.participants()}
+
+
+def keeps_weights(train: TrainConfigs) -> bool:
+    """Whether a client's pruner leaves the weights that it keeps as they were."""
+    return train.pruner in KEEP_WEIGHTS and not (train.refit and train.pruner == "wanda")
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
@@ -300,7 +328,11 @@ def _value(hint: Any, value: Any, where: str, problems: list[str], default: Any)
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    name = {list: "a list", dict: "keys and values"}.get(origin or hint) or getattr(hint, "__name__", str(hint))
+    if hint is bool and isinstance(value, bool):
+        return value
+    name = {list: "a list", dict: "keys and values", bool: "true or false"}.get(origin or hint) or getattr(
+        hint, "__name__", str(hint)
+    )
     problems.append(f"{where}: expected {name}, got {value!r}")
     return default
 

@@ -10,18 +10,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.activations import ACTIVATIONS
+from fedspallm_appfl.algorithms import ALGORITHMS, COMPARISONS, LABELS
+from fedspallm_appfl.algorithms.gram import PROPAGATE, TARGETS
 from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
-from fedspallm_appfl.config import Client, Config, Paths
+from fedspallm_appfl.compression import COMPRESSIONS
+from fedspallm_appfl.config import Client, Config, Gram, Paths, keeps_weights
 from fedspallm_appfl.data_store import CONNECTORS
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
-from fedspallm_appfl.global_model import COMPARISONS, FOLDS, WEIGHTS
+from fedspallm_appfl.global_model import FOLDS, WEIGHTS
+from fedspallm_appfl.gram_payload import PRECISIONS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
 from fedspallm_appfl.messages import MESSAGE_LIMIT, plan
-from fedspallm_appfl.payload import COMPRESSIONS, packed_sizes
+from fedspallm_appfl.payload import packed_sizes
 from fedspallm_appfl.pruning import PRUNERS
 from fedspallm_appfl.sparsity import Target, check_divides, parse_target
 
@@ -41,6 +45,7 @@ def check(config: Config) -> list[str]:
         *_choices(config),
         *_numbers(config),
         *_comparisons(config),
+        *_algorithm(config),
         *_globus(config),
     ]
 
@@ -110,6 +115,7 @@ def _client_numbers(path: str, client: Client) -> Iterator[str]:
     if not 0 < train.damping <= MOST_DAMPING:
         yield f"{path}.train_configs.damping: greater than 0, at most {MOST_DAMPING:g}, got {train.damping}"
     yield from _between(f"{path}.train_configs.damping_retries", train.damping_retries, 0, 100)
+    yield from _between(f"{path}.train_configs.iterations", train.iterations, 1)
     if train.threads is not None and train.threads < 1:
         yield f"{path}.train_configs.threads: at least 1, or null to leave it to torch; got {train.threads}"
     yield from _device(f"{path}.train_configs.device", train.device)
@@ -127,6 +133,10 @@ def _device(path: str, device: str) -> Iterator[str]:
 def _choices(config: Config) -> Iterator[str]:
     kwargs, train = config.server_configs.aggregator_kwargs, config.client_configs.train_configs
     for path, value, valid in (
+        ("algorithm", config.algorithm, ALGORITHMS),
+        ("gram.precision", config.gram.precision, tuple(PRECISIONS)),
+        ("gram.propagate", config.gram.propagate, PROPAGATE),
+        ("gram.target", config.gram.target, TARGETS),
         ("model.dtype", config.model.dtype, ("auto", *DTYPES)),
         ("server_configs.aggregator_kwargs.weights", kwargs.weights, WEIGHTS),
         ("server_configs.aggregator_kwargs.fold", kwargs.fold, FOLDS),
@@ -145,6 +155,7 @@ def _choices(config: Config) -> Iterator[str]:
 def _numbers(config: Config) -> Iterator[str]:
     server, comm, evaluation = config.server_configs, config.client_configs.comm_configs, config.evaluation
     for path, value, least in (
+        ("gram.min_tokens", 1 if config.gram.min_tokens is None else config.gram.min_tokens, 1),
         ("server_configs.num_global_epochs", server.num_global_epochs, 1),
         ("server_configs.scheduler_kwargs.max_open_blocks", server.scheduler_kwargs.max_open_blocks, 1),
         ("client_configs.comm_configs.blocks_per_message", comm.blocks_per_message, 1),
@@ -180,6 +191,56 @@ def _comparisons(config: Config) -> Iterator[str]:
             "evaluation.compare: standalone needs every client to prune every block in one round, here are "
             f"{config.server_configs.num_global_epochs} rounds and resource shares below 1 of {partial or 'no client'}; "
             "measure it in a run of its own with resource_share 1 and one round"
+        )
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    """What does not go with the algorithm."""
+    name, gram, train = config.algorithm, config.gram, config.client_configs.train_configs
+    kwargs = config.server_configs.aggregator_kwargs
+    if config.evaluation.compare and name != "fedspallm":
+        yield f"evaluation.compare: made from the uploads of fedspallm, got algorithm {name}; run each on its own"
+    if gram != Gram() and name != "gram":
+        yield f"gram: its keys are for algorithm gram, got algorithm {name}"
+    if gram.target == "dense" and gram.propagate != "pruned":
+        yield "gram.target: dense outputs are a target in a sweep; set gram.propagate to pruned, or gram.target to own"
+    if name in ("gram", "centralized"):
+        yield from _one_pruner(config)
+    if name == "gram" and kwargs.weights != "equal":
+        yield "server_configs.aggregator_kwargs.weights: with gram every token counts the same; leave it at equal"
+    if name == "consensus" and any(keeps_weights(client.train_configs) for client in config.clients):
+        yield (
+            "client_configs.train_configs.pruner: with wanda or magnitude no weight changes, so consensus is fedprllm; "
+            "choose that, another pruner, or refit for wanda"
+        )
+    if name in ("standalone", "centralized"):
+        yield from _whole_model_once(config)
+    if train.refit and train.pruner == "magnitude":
+        yield "client_configs.train_configs.refit: magnitude knows no inputs; choose another pruner"
+
+
+def _one_pruner(config: Config) -> Iterator[str]:
+    """The server, or the one that has all text, prunes for all."""
+    shared = config.client_configs.train_configs
+    for index, client in enumerate(config.clients):
+        for key in ("pruner", "damping", "damping_retries", "iterations", "refit"):
+            own, common = getattr(client.train_configs, key), getattr(shared, key)
+            if own != common:
+                yield (
+                    f"clients.{index}.train_configs.{key}: {config.algorithm} prunes in one place, so the same for all; "
+                    f"got {own!r} beside {common!r}"
+                )
+    if config.algorithm == "gram" and shared.pruner == "magnitude":
+        yield "client_configs.train_configs.pruner: magnitude needs no statistics; choose another pruner for gram"
+
+
+def _whole_model_once(config: Config) -> Iterator[str]:
+    rounds = config.server_configs.num_global_epochs
+    partial = [client.client_id for client in config.clients if client.train_configs.resource_share < 1]
+    if rounds > 1 or partial:
+        yield (
+            f"algorithm: {config.algorithm} prunes every block once; set server_configs.num_global_epochs to 1 and "
+            f"resource_share to 1, got {rounds} rounds and shares below 1 of {partial or 'no client'}"
         )
 
 
@@ -283,7 +344,8 @@ def forecast(config: Config) -> list[str]:
 def headline(config: Config) -> str:
     """Who prunes how, in a line."""
     sparsity = config.client_configs.train_configs.sparsity
-    return f"{len(config.clients)} clients, {rounds_text(config)}, {config.pruners()}, sparsity {sparsity}"
+    how = f"{LABELS[config.algorithm]} with {config.pruners()}"
+    return f"{len(config.clients)} clients, {rounds_text(config)}, {how}, sparsity {sparsity}"
 
 
 def rounds_text(config: Config) -> str:

@@ -28,12 +28,12 @@ from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.config_rules import draws, indivisible
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
-from fedspallm_appfl.global_model import Aggregation
+from fedspallm_appfl.folds import Aggregation
 from fedspallm_appfl.l0_aggregation import vote_dtype
 from fedspallm_appfl.lazy_model import Skeleton
 from fedspallm_appfl.messages import plan
 from fedspallm_appfl.payload import packed_size, packed_sizes
-from fedspallm_appfl.pruning import KEEP_WEIGHTS
+from fedspallm_appfl.pruning import KEEP_WEIGHTS, Settings
 from fedspallm_appfl.pruning.sparsegpt import COLUMN_BLOCK
 from fedspallm_appfl.sparsity import NM, Target, parse_target
 
@@ -91,7 +91,7 @@ class ModelSizes:
     def packed(self, block: int, target: Target, mask_only: bool = False) -> dict[str, int]:
         """Bytes of each matrix of a block once packed."""
         shapes = {linear.name: linear.shape for linear in self.linears[block]}
-        return packed_sizes(shapes, target, self.stored, mask_only)
+        return packed_sizes(shapes, target, self.stored, "masks" if mask_only else "weights")
 
 
 def _entries(linear: Linear) -> int:
@@ -262,7 +262,7 @@ def closing_bytes(linears: Sequence[Linear], dtype: torch.dtype, clients: int, a
         sums = entry * _entries(linear) if clients == 1 else rest  # of one client: opened and closed one by one
         most = max(most, sums + finished + (AVERAGING if average else CLOSING) * _entries(linear))
         rest -= entry * _entries(linear)
-        packed = packed_size(linear.shape, aggregation.target.zeros(_entries(linear)), dtype)
+        packed = packed_size(linear.shape, aggregation.pruning.target.zeros(_entries(linear)), dtype)
         finished += packed * (2 if average else 1)
     return max(most, finished)
 
@@ -279,7 +279,7 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1) -> Memor
     comm, scheduler = config.client_configs.comm_configs, config.server_configs.scheduler_kwargs
     at_once = scheduler.max_open_blocks + comm.blocks_per_message  # what the scheduler allows, and what arrives then
     closing = max(closing_bytes(model.linears[b], model.stored, n, aggregation) for b, n in senders.items())
-    upload = max(sum(model.packed(block, aggregation.target).values()) for block in senders)
+    upload = max(sum(model.packed(block, aggregation.pruning.target).values()) for block in senders)
     parts = {
         "other open blocks": sum(_open_sums(config, model)[1:at_once]),
         "block to close": closing,
@@ -291,7 +291,15 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1) -> Memor
 def aggregation_of(config: Config) -> Aggregation:
     """How the server combines uploads."""
     kwargs, target = config.server_configs.aggregator_kwargs, parse_target(config.client_configs.train_configs.sparsity)
-    return Aggregation(target, kwargs.weights, kwargs.fold, kwargs.expansion, tuple(config.evaluation.compare))
+    train = config.client_configs.train_configs
+    return Aggregation(
+        Settings(train.pruner, target, train.damping, train.damping_retries),
+        config.algorithm,
+        kwargs.weights,
+        kwargs.fold,
+        kwargs.expansion,
+        tuple(config.evaluation.compare),
+    )
 
 
 def _senders(config: Config, model: ModelSizes) -> dict[int, int]:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import DataError, ModelError
 from fedspallm_appfl.evaluation import PrunedBlock, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
-from fedspallm_appfl.export import check_model, write_model
+from fedspallm_appfl.export import MatrixSparsity, check_model, write_model
+from fedspallm_appfl.folds import STATISTICS
 from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.packed_store import PackedStore
 from fedspallm_appfl.progress import RunProgress
 from fedspallm_appfl.report import Results, closing, write_report
 
@@ -51,6 +53,9 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
             results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log)
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
+        statistics_folder = folder / "state" / STATISTICS
+        if statistics_folder.is_dir():
+            statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
         shutil.rmtree(folder / "state")
     console.print(closing(config, results, log))
     console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False, markup=False)
@@ -58,16 +63,44 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 
 
 def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog) -> Results:
+    methods: dict[str, PrunedBlock] = {}
+    left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
+    alone = {f"standalone/{c}": model.store(f"standalone/{c}") for c in config.roster() if c not in left_out}
+    if config.algorithm == "standalone":
+        for name, store in alone.items():
+            matrices = write_pruned(config, skeleton, store, folder / "models" / name.removeprefix("standalone/"))
+        place = folder / "models"
+    else:
+        matrices, place = write_pruned(config, skeleton, model.done, folder), folder / "model"
+    if "standalone" in (config.algorithm, *config.evaluation.compare):
+        methods |= {name: store.load for name, store in alone.items()}
+    if "fedavg" in config.evaluation.compare:
+        methods["fedavg"] = model.store("fedavg").load
+    if config.algorithm != "standalone":
+        methods[config.algorithm] = model.done.load
+    perplexity = evaluate(config, methods, log) if config.evaluation.texts else {}
+    dense = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
+    return Results(_with_mean_of_standalone(perplexity), matrices, dense, place)
+
+
+def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder: Path) -> list[MatrixSparsity]:
+    """Write `model/` and `manifest.json` into a folder; returns the sparsity of every matrix, read back from disk.
+
+    Raises:
+        ModelError: there is no room, or what was written is not what was meant.
+    """
     try:
-        write_model(skeleton, model.done, folder / "model")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(skeleton, store, folder / "model")
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the pruned model cannot be written to {folder / 'model'}: {error}; make room there"
         ) from error
-    matrices = check_model(skeleton, model.done, folder / "model")
+    matrices = check_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
     manifest = {
         "model": config.model.path,
+        "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
         "target": config.client_configs.train_configs.sparsity,
@@ -77,13 +110,11 @@ def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel
         "matrices": [matrix.to_dict() for matrix in matrices],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    perplexity = _evaluate(config, model, log) if config.evaluation.texts else {}
-    dense = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
-    return Results(perplexity, matrices, dense, folder / "model")
+    return matrices
 
 
-def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, dict[str, float]]:
-    """Perplexity of dense, the comparisons and the global model, all with the same settings."""
+def evaluate(config: Config, methods: Mapping[str, PrunedBlock], log: OnEvent) -> dict[str, dict[str, float]]:
+    """Perplexity of the dense model and of pruned ones on the texts of `evaluation`, all with the same settings."""
     device = choose_device(config.evaluation.device, 0)
     lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
     tokenizer, settings = load_tokenizer(lazy.skeleton.folder), config.evaluation
@@ -91,26 +122,12 @@ def _evaluate(config: Config, model: GlobalModel, log: EventLog) -> dict[str, di
         name: cut_windows(tokenizer, read_text(text), settings.length)[: settings.windows]
         for name, text in settings.texts.items()
     }
-
-    methods: dict[str, PrunedBlock] = {"dense": lambda block: None}
-    if "standalone" in settings.compare:
-        methods |= {
-            f"standalone/{client}": model.comparison(f"standalone/{client}").load for client in _whole(config, model)
-        }
-    if "fedavg" in settings.compare:
-        methods["fedavg"] = model.comparison("fedavg").load
-    methods["fedspallm"] = model.done.load
+    dense: dict[str, PrunedBlock] = {"dense": lambda block: None}
     rows = {}
-    for number, (method, pruned) in enumerate(methods.items(), 1):
+    for number, (method, pruned) in enumerate({**dense, **methods}.items(), 1):
         rows[method] = perplexities(lazy, texts, pruned, settings.batch)
-        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
-    return _with_mean_of_standalone(rows)
-
-
-def _whole(config: Config, model: GlobalModel) -> list[str]:
-    """Clients that sent every block; one that was left out has no model of its own to compare with."""
-    blocks = list(range(len(model.layout.blocks)))
-    return [client for client in config.roster() if model.comparison(f"standalone/{client}").blocks() == blocks]
+        log({"event": "evaluation", "method": method, "of": [number, len(methods) + 1], "perplexity": rows[method]})
+    return rows
 
 
 def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ while a sweep stands still.
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +15,15 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.agreed_blocks import AgreedBlocks
-from fedspallm_appfl.blockwise import PrunedLinear, prune_blocks
+from fedspallm_appfl.algorithms import exchanges
+from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
+from fedspallm_appfl.gram_sweep import shared_inputs
 from fedspallm_appfl.lazy_model import LazyModel
-from fedspallm_appfl.messages import plan
-from fedspallm_appfl.payload import Packed, compress, make_update, pack, pack_mask, packed_sizes
+from fedspallm_appfl.messages import Unit, plan
+from fedspallm_appfl.payload import Packed, compress, make_update
 from fedspallm_appfl.pruning import Settings
+from fedspallm_appfl.uploads import Source, Sweep, sizes, sweep
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class ClientSettings:
         pruning: how to prune a matrix.
         blocks_per_message: blocks in a message.
         max_message_bytes: bytes in a message.
+        algorithm: one of `ALGORITHMS`.
+        gram: which statistics to send, where the algorithm is `gram`.
+        pool: (client, text, windows) of the clients whose text this one has, for comparison; empty for its own `text`.
         compression: whether to compress messages.
         activations: where hidden states between two blocks are kept, `memory` or `file`.
         agreed: a folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
@@ -63,6 +68,9 @@ class ClientSettings:
     pruning: Settings
     blocks_per_message: int
     max_message_bytes: int
+    algorithm: str = "fedspallm"
+    gram: GramSettings = GramSettings()
+    pool: tuple[tuple[str, Any, int], ...] = ()
     compression: bool = False
     activations: str = "memory"
     agreed: Path | None = None
@@ -75,13 +83,15 @@ class Message:
 
     Attributes:
         update: the packed matrices, `{}` if the client has none for this message.
-        number: which message of the round, from 0.
-        total: messages of the round.
+        exchange: which exchange of the round, from 0.
+        number: which message of the exchange, from 0.
+        total: messages of the exchange.
         seconds: time spent on it.
         notes: JSON of linear -> what the report should say; empty if nothing.
     """
 
     update: dict[str, Any]
+    exchange: int
     number: int
     total: int
     seconds: float
@@ -90,13 +100,15 @@ class Message:
 
 @dataclass
 class _Progress:
-    """Where a client stands in a round."""
+    """Where a client stands in an exchange."""
 
     round_index: int
+    exchange: int
     assigned: set[int]
-    sweep: Iterator[tuple[int, dict[str, PrunedLinear]]]
+    sweep: Sweep
+    messages: list[list[Unit]]
     next_message: int = 0
-    waiting: dict[tuple[int, str], PrunedLinear] = field(default_factory=dict)
+    waiting: dict[Unit, tuple[Packed, dict[str, float]]] = field(default_factory=dict)
 
 
 class LocalClient:
@@ -105,6 +117,8 @@ class LocalClient:
     Attributes:
         settings: what it was told.
         agreed: pruned blocks that the server has sent.
+        masks: masks that the server has sent, of blocks whose values are still to come.
+        exchanges: what travels in a round.
         samples: calibration windows, its sample size.
     """
 
@@ -118,79 +132,100 @@ class LocalClient:
         self.settings = settings
         self._use_threads()
         self.model = _dense_model(settings.model, settings.blocks, settings.dtype, settings.device, settings.model_hash)
-        self._windows = self._private_windows()
-        self.samples = len(self._windows)
-        self.agreed = AgreedBlocks(self.model.skeleton.stored_dtype, settings.agreed)
-        self._progress: _Progress | None = None
-        target, dtype = settings.pruning.target, self.model.skeleton.stored_dtype
-        # With values whatever the pruner, as all clients must send equally many messages.
-        sizes = {
-            b: packed_sizes(self.model.layout.shapes(b), target, dtype) for b in range(len(self.model.layout.blocks))
-        }
-        self.messages = plan(sizes, settings.blocks_per_message, settings.max_message_bytes)
-
-    def start_round(self, round_index: int, blocks: list[int]) -> None:
-        """Begin to prune the blocks assigned in a round."""
-        sweep = prune_blocks(
+        windows = self._private_windows()
+        self.samples = len(windows)
+        dtype, shared = self.model.skeleton.stored_dtype, settings.agreed
+        self.agreed = AgreedBlocks(dtype, shared)
+        self.masks = AgreedBlocks(dtype, shared and shared / "masks")
+        groups = shared_inputs(self.model) if settings.algorithm == "gram" else ()
+        self.exchanges = exchanges(settings.algorithm, groups, settings.gram.propagate)
+        options = {"batch": settings.batch, "activations": settings.activations}
+        self._source = Source(
+            settings.client_id,
             self.model,
-            self._windows,
-            set(blocks),
-            self.settings.pruning,
-            batch=self.settings.batch,
-            pruned=self.agreed,
-            client=self.settings.client_id,
-            activations=self.settings.activations,
+            windows,
+            settings.pruning,
+            settings.gram,
+            groups,
+            self.agreed,
+            self.masks,
+            options,
         )
-        self._progress = _Progress(round_index, set(blocks), sweep)
+        self._sweep: Sweep | None = None  # that goes on over several exchanges
+        self._progress: _Progress | None = None
+
+    def messages(self, exchange: int) -> list[list[Unit]]:
+        """The messages of an exchange, each as its (block, unit) pairs; the same for all clients.
+
+        With values whatever the pruner, as all clients must send equally many messages.
+        """
+        layout, source = self.model.layout, self._source
+        shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
+        bytes_of = sizes(
+            self.exchanges[exchange],
+            shapes,
+            source.pruning.target,
+            self.model.skeleton.stored_dtype,
+            source.groups,
+            source.gram,
+        )
+        return plan(bytes_of, self.settings.blocks_per_message, self.settings.max_message_bytes)
+
+    def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
+        """Begin to make what an exchange of a round sends of the assigned blocks."""
+        exchange, assigned = self.exchanges[number], set(blocks)
+        if exchange.only is None or number == 0 or self._sweep is None:
+            self._sweep = sweep(self._source, exchange, assigned)
+        self._progress = _Progress(round_index, number, assigned, self._sweep, self.messages(number))
 
     @property
-    def in_round(self) -> bool:
-        """Whether messages of a round are still to be made."""
+    def in_exchange(self) -> bool:
+        """Whether messages of an exchange are still to be made."""
         return self._progress is not None
 
     def next_message(self) -> Message:
-        """Prune what the next message needs and pack it.
+        """Make what the next message holds.
 
         Raises:
             PruningError: a matrix cannot be pruned; names client, block and linear.
+            DataError: the calibration text is too short for what is to be sent.
         """
         if self._progress is None:
-            raise RuntimeError(f"client {self.settings.client_id}: no round was started, or its messages are all made")
+            raise RuntimeError(
+                f"client {self.settings.client_id}: no exchange was started, or its messages are all made"
+            )
         self._use_threads()
         started, progress = time.monotonic(), self._progress
         number = progress.next_message
-        mine = [unit for unit in self.messages[number] if unit[0] in progress.assigned]
+        mine = [unit for unit in progress.messages[number] if unit[0] in progress.assigned]
         blocks: dict[int, dict[str, Packed]] = {}
         notes: dict[str, dict[str, float]] = {}
         for block, name in mine:
             while (block, name) not in progress.waiting:
-                done, linears = next(progress.sweep)
-                progress.waiting.update({(done, linear): result for linear, result in linears.items()})
-                del linears  # not kept while the next block is pruned
-            result = progress.waiting.pop((block, name))
-            blocks.setdefault(block, {})[name] = self._packed(result)
-            if result.notes:
-                notes[f"{block}.{name}"] = result.notes
+                done, units = next(progress.sweep)
+                progress.waiting.update({(done, unit): made for unit, made in units.items()})
+                del units  # not kept while the next block is made
+            packed, said = progress.waiting.pop((block, name))
+            blocks.setdefault(block, {})[name] = packed
+            if said:
+                notes[f"{block}.{name}"] = said
         progress.next_message += 1
-        if progress.next_message == len(self.messages):
-            progress.sweep = iter(())
+        if progress.next_message == len(progress.messages):
             self._progress = None
-        update = make_update(progress.round_index, blocks) if blocks else {}
+            if self.exchanges[progress.exchange].only is None:
+                self._sweep = None
+        update = make_update(progress.round_index, blocks, progress.exchange) if blocks else {}
         if update and self.settings.compression:
             update = compress(update)
         seconds = time.monotonic() - started
-        return Message(update, number, len(self.messages), seconds, json.dumps(notes) if notes else "")
+        total, said_all = len(progress.messages), json.dumps(notes) if notes else ""
+        return Message(update, progress.exchange, number, total, seconds, said_all)
 
     def take(self, update: dict[str, Any]) -> None:
-        """Use the pruned blocks that the server sent in later forward passes."""
+        """Use what the server sent in later exchanges: pruned blocks, or masks to solve for."""
         if update:
-            self.agreed.take(update)
-
-    def _packed(self, pruned: PrunedLinear) -> Packed:
-        """What travels of a pruned matrix; the server takes weights that the pruner left alone from its own copy."""
-        if self.settings.pruning.keeps_weights:
-            return pack_mask(pruned.mask)
-        return pack(pruned.weight, pruned.mask, self.model.skeleton.stored_dtype)
+            down = self.exchanges[update["exchange"]].down
+            (self.masks if down == "masks" else self.agreed).take(update)
 
     def _use_threads(self) -> None:
         if self.settings.threads is not None:
@@ -198,13 +233,17 @@ class LocalClient:
 
     def _private_windows(self) -> torch.Tensor:
         settings = self.settings
-        if settings.text is None and settings.pruning.pruner == "magnitude":
+        if settings.text is None and not settings.pool and settings.pruning.pruner == "magnitude":
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
             return torch.zeros(1, 2, dtype=torch.int64)
+        own = ((settings.client_id, settings.text, settings.windows),)
+        return torch.cat([self._drawn(*of) for of in settings.pool or own])
+
+    def _drawn(self, client: str, text: Any, count: int) -> torch.Tensor:
         tokenizer = load_tokenizer(self.model.skeleton.folder)
-        windows = cut_windows(tokenizer, read_text(settings.text), settings.length)
-        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {settings.client_id}")
-        return draw_windows(windows, settings.windows, settings.seed, settings.client_id)
+        windows = cut_windows(tokenizer, read_text(text), self.settings.length)
+        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {client}")
+        return draw_windows(windows, count, self.settings.seed, client)
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.payload import Packed
 
+PARTS = ("mask", "values")
+
 
 class PackedStore:
     """A folder of packed blocks.
@@ -34,7 +36,7 @@ class PackedStore:
             ModelError: there is no room, or the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in ("mask", "values")}
+        tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in PARTS if part in p}
         shapes = {name: linears[name]["shape"] for name in sorted(linears)}
         partial = self._file(block).with_suffix(".partial")
         try:
@@ -53,8 +55,10 @@ class PackedStore:
             return None
         with safe_open(self._file(block), framework="pt") as file:
             shapes = json.loads(file.metadata()["shapes"])
+            stored = set(file.keys())
             return {
-                name: {"shape": shape} | {part: file.get_tensor(f"{name}/{part}") for part in ("mask", "values")}
+                name: {"shape": shape}
+                | {part: file.get_tensor(f"{name}/{part}") for part in PARTS if f"{name}/{part}" in stored}
                 for name, shape in shapes.items()
             }
 

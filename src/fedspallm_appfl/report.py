@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl import __version__, native
+from fedspallm_appfl.algorithms import LABELS
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.export import MatrixSparsity
@@ -30,7 +31,7 @@ class Results:
         perplexity: method -> text -> perplexity; `standalone` is the mean over the clients alone.
         matrices: sparsity of each prunable matrix, read back from disk.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
-        model: folder of the pruned model.
+        model: folder of the pruned model, or of the clients' own ones.
     """
 
     perplexity: Mapping[str, Mapping[str, float]]
@@ -91,21 +92,36 @@ def closing(config: Config, results: Results, log: EventLog) -> Group:
     texts = list(config.evaluation.texts)
     if not texts:
         return Group(Text(_title(config)), Text(lines))
+    return Group(Text(_title(config)), _perplexity_table(texts, results.perplexity), Text(lines))
+
+
+def _perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table("", *(Column(escape(text), justify="right") for text in texts))
     table.add_column("mean", justify="right", style="bold")
-    for method, row in results.perplexity.items():
+    for method, row in perplexity.items():
         table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
-    return Group(Text(_title(config)), table, Text(lines))
+    return table
+
+
+def model_table(
+    config: Config, perplexity: Mapping[str, Mapping[str, float]], matrices: Mapping[str, Sequence[MatrixSparsity]]
+) -> Group:
+    """Models for several targets: perplexity of each on each text, and its sparsity."""
+    lines = "\n".join(f"{target}: {sparsity_line(of)}" for target, of in matrices.items())
+    if not perplexity:
+        return Group(Text(lines))
+    return Group(_perplexity_table(list(config.evaluation.texts), perplexity), Text(lines))
 
 
 def _title(config: Config) -> str:
     train = config.client_configs.train_configs
     what = "Perplexity" if config.evaluation.texts else "Pruned"
-    return f"{what}, {_count(len(config.clients), 'client')}, {config.pruners()}, sparsity {train.sparsity}"
+    how = f"{LABELS[config.algorithm]} with {config.pruners()}"
+    return f"{what}, {_count(len(config.clients), 'client')}, {how}, sparsity {train.sparsity}"
 
 
 def _label(method: str) -> str:
-    return {"fedspallm": "FedSpaLLM", "fedavg": "FedAvg", "standalone": "standalone (mean)"}.get(method, method)
+    return {**LABELS, "standalone": "standalone (mean)"}.get(method, method)
 
 
 def _mean(row: Mapping[str, float]) -> float:
@@ -116,8 +132,8 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
     """Write report.md."""
     parts = [
         f"# {_title(config)}",
-        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, zeros included: "
-        "it takes the disk and memory of the dense one. What is smaller is what travelled.",
+        f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
+        "it takes the disk and memory of the dense model. What is smaller is what travelled.",
         *_perplexity(config, results),
         "## Sparsity",
         _sparsity(results.matrices, log),
@@ -145,7 +161,8 @@ def _perplexity(config: Config, results: Results) -> list[str]:
         [_label(method), *(f"{row[text]:.3f}" for text in texts), f"{_mean(row):.3f}"]
         for method, row in results.perplexity.items()
     ]
-    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows), _measure_again(config)]
+    again = [_measure_again(config)] if results.model.name == "model" else []
+    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows), *again]
 
 
 def _measure_again(config: Config) -> str:
@@ -218,7 +235,7 @@ def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
 
 def _participation(config: Config, results: Results, log: EventLog) -> str:
     rows = []
-    for client in config.clients:
+    for client in config.participants():
         mine = [event for event in log.of("upload") if event["client"] == client.client_id]
         blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
         seconds = sum(event["seconds"] for event in mine)

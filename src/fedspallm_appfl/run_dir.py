@@ -1,8 +1,9 @@
 """The folder of a run: what may be written where, one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
-(sparsity of every matrix, read back from disk) and `report.md`; while the run works also `state/`, the server's packed
-blocks and sums, and a lock.
+(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
+with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while the run works also
+`state/`, the server's packed blocks and sums, and a lock.
 """
 
 import copy
@@ -18,7 +19,7 @@ from fedspallm_appfl.config import Config, Paths
 from fedspallm_appfl.errors import ConfigError
 
 MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
-OWN = ("config.yaml", MARK, "report.md", "manifest.json", "model", "state")
+OWN = ("config.yaml", MARK, "report.md", "manifest.json", "model", "models", "statistics", "further", "state")
 
 
 def problem(config: Config, overwrite: bool) -> str | None:

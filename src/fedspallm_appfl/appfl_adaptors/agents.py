@@ -8,8 +8,7 @@ from appfl.agent import ClientAgent, ServerAgent
 from appfl.config import ClientAgentConfig, ServerAgentConfig
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.config import Client, Config
-from fedspallm_appfl.pruning import KEEP_WEIGHTS
+from fedspallm_appfl.config import Client, Config, TrainConfigs, keeps_weights
 
 
 def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
@@ -20,20 +19,24 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
         state_dir: folder for packed blocks and sums.
     """
     server, train = config.server_configs, config.client_configs.train_configs
-    aggregator = dataclasses.asdict(server.aggregator_kwargs) | {
-        "model": dataclasses.asdict(config.model),
-        "sparsity": train.sparsity,
-        "layer_sampling": train.layer_sampling,
-        "seed": config.seed,
-        "rounds": server.num_global_epochs,
-        "roster": config.roster(),
-        "device": server.device,
-        "comparisons": config.evaluation.compare,
-        "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
-        "compression": config.client_configs.comm_configs.compression,
-        "mask_only": [client.client_id for client in config.clients if client.train_configs.pruner in KEEP_WEIGHTS],
-        "state_dir": str(state_dir),
-    }
+    aggregator = (
+        dataclasses.asdict(server.aggregator_kwargs)
+        | _algorithm(config, train)
+        | {
+            "threads": train.threads,
+            "model": dataclasses.asdict(config.model),
+            "layer_sampling": train.layer_sampling,
+            "seed": config.seed,
+            "rounds": server.num_global_epochs,
+            "roster": config.roster(),
+            "device": server.device,
+            "comparisons": config.evaluation.compare,
+            "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
+            "compression": config.client_configs.comm_configs.compression,
+            "mask_only": [client.client_id for client in config.clients if keeps_weights(client.train_configs)],
+            "state_dir": str(state_dir),
+        }
+    )
     made: Any = OmegaConf.structured(ServerAgentConfig)
     made.server_configs = {
         "num_clients": len(config.clients),
@@ -48,6 +51,20 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
     }
     made.client_configs = {"train_configs": {}}
     return made
+
+
+def _algorithm(config: Config, train: TrainConfigs) -> dict[str, Any]:
+    """What server and clients both know of what is computed; the server prunes itself with `gram`."""
+    return {"algorithm": config.algorithm, "gram": dataclasses.asdict(config.gram)} | {
+        name: getattr(train, name)
+        for name in ("pruner", "sparsity", "damping", "damping_retries", "iterations", "refit")
+    }
+
+
+def _pool(config: Config) -> list[dict[str, Any]]:
+    """Whose text the one participant of `centralized` has."""
+    clients = config.clients if config.algorithm == "centralized" else []
+    return [{"client_id": c.client_id, "text": c.data.text, "windows": c.data.windows} for c in clients]
 
 
 def client_agent_config(
@@ -66,9 +83,11 @@ def client_agent_config(
         "client_id": client.client_id,
         "device": device,
         "model": dataclasses.asdict(config.model),
-        "data": dataclasses.asdict(client.data),
+        "data": {**dataclasses.asdict(client.data), "pool": _pool(config)},
         "comm": {**dataclasses.asdict(client.comm_configs), "max_message_bytes": message_bytes},
         "seed": config.seed,
+        "algorithm": config.algorithm,
+        "gram": dataclasses.asdict(config.gram),
         "rounds": config.server_configs.num_global_epochs,
         "agreed": str(agreed) if agreed else None,
         "logging_output_dirname": "",

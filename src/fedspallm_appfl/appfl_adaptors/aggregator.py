@@ -8,17 +8,21 @@ from typing import Any
 from appfl.algorithm.aggregator import BaseAggregator
 from omegaconf import DictConfig, OmegaConf
 
+from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.global_model import Aggregation, GlobalModel, Piece
+from fedspallm_appfl.folds import Aggregation
+from fedspallm_appfl.global_model import GlobalModel, Piece
+from fedspallm_appfl.gram_sweep import shared_inputs
 from fedspallm_appfl.layer_sampling import draw, to_text
-from fedspallm_appfl.lazy_model import Skeleton
+from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.payload import block_nbytes
+from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 
 
 class FedSpaLLMAggregator(BaseAggregator):
-    """l0-norm aggregation and mask expansion behind APPFL's interface.
+    """The server's side of FedSpaLLM and the other algorithms behind APPFL's interface.
 
     Attributes:
         skeleton: the model without weights.
@@ -41,31 +45,26 @@ class FedSpaLLMAggregator(BaseAggregator):
         configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
         self.settings: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
         self.on_event: OnEvent = ignore
-        self.skeleton = Skeleton(self.settings["model"]["path"], self.settings["model"]["blocks"])
+        model_settings = self.settings["model"]
+        self.skeleton = Skeleton(model_settings["path"], model_settings["blocks"])
         self._own_folder = None if self.settings.get("state_dir") else tempfile.TemporaryDirectory(prefix="fedspallm-")
         folder = self._own_folder.name if self._own_folder else self.settings["state_dir"]
-        aggregation = Aggregation(
-            target=parse_target(self.settings["sparsity"]),
-            weights=self.settings["weights"],
-            fold=self.settings["fold"],
-            expansion=self.settings["expansion"],
-            comparisons=tuple(self.settings["comparisons"]),
-            mask_only=frozenset(self.settings.get("mask_only", ())),
-            compression=self.settings.get("compression") == "zstd",
-        )
+        aggregation = aggregation_of(self.settings)
+        with_groups = aggregation.algorithm == "gram"
         self.global_model = GlobalModel(
             self.skeleton.layout,
             self.skeleton.stored_dtype,
             aggregation,
             Path(folder),
+            self.skeleton.dense_matrix,
             choose_device(self.settings["device"], 0),
             lambda event: self.on_event(event),
-            self.skeleton.dense_matrix,
+            shared_inputs(LazyModel(model_settings["path"], model_settings["blocks"])) if with_groups else (),
         )
         self.round = 0
         self._ended: set[str] = set()
-        self._given_up: set[str] = set()
         self._pieces: list[Piece] = []
+        self._bytes_down = 0  # of this round
         self._begin()
 
     @property
@@ -77,7 +76,7 @@ class FedSpaLLMAggregator(BaseAggregator):
         """What a client gets outside the exchange of messages.
 
         Before its first message its assignment, without weights, since it holds the dense model; with `piece=i` the i-th
-        piece of the last round's update.
+        piece of what goes down.
         """
         if "piece" in kwargs:
             return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
@@ -88,13 +87,13 @@ class FedSpaLLMAggregator(BaseAggregator):
     def instructions(self, clients: list[str]) -> dict[str, Any]:
         """What some clients have to do next, in plain types; nothing once all rounds are done.
 
-        `{"round": 1, "assign": {"a": "0-3,7"}}`: the round, and the blocks of each client.
+        `{"round": 1, "exchange": 0, "assign": {"a": "0-3,7"}}`: the round, its exchange, and the blocks of each client.
         """
         if self.finished:
             return {}
-        assigned = self.global_model.round.assigned
-        assign = {client: to_text(assigned[client]) for client in clients}
-        return {"round": self.round, "assign": assign}
+        now = self.global_model.round
+        assign = {client: to_text(now.assigned[client]) for client in clients}
+        return {"round": now.index, "exchange": now.exchange, "assign": assign}
 
     def receive(self, client: str, update: Any, metadata: dict[str, Any]) -> bool:
         """Fold one message.
@@ -105,7 +104,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             metadata: what `FedSpaLLMTrainer.get_parameters` gave beside it.
 
         Returns:
-            Whether it was the client's last of the round.
+            Whether it was the client's last of the exchange.
 
         Raises:
             UpdateError: the message is not what was assigned.
@@ -116,6 +115,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             {
                 "event": "upload",
                 "round": self.round,
+                "exchange": self.global_model.round.exchange,
                 "client": client,
                 "host": str(metadata.get("host", "")),
                 "message": int(metadata["_chunk_idx"]),
@@ -137,30 +137,44 @@ class FedSpaLLMAggregator(BaseAggregator):
         """Expect nothing more from a client in this round."""
         self.global_model.give_up(client)
         self._ended.discard(client)
-        self._given_up.add(client)
+
+    def given_up(self) -> set[str]:
+        """Clients that the round goes on without."""
+        return self.global_model.round.given_up
 
     def all_ended(self) -> bool:
-        """Whether every client that was not given up has sent its last message of the round."""
-        return self._ended | self._given_up == set(self.settings["roster"])
+        """Whether every client that was not given up has sent its last message of the exchange."""
+        return self._ended | self.given_up() == set(self.settings["roster"])
 
-    def end_round(self) -> dict[str, Any]:
-        """Close the round and begin the next; returns the first piece of the update, `{}` after the last round."""
+    def end_exchange(self) -> dict[str, Any]:
+        """Close the exchange and begin the next one, maybe of the next round.
+
+        Returns:
+            The first piece of what goes down; `{}` if nobody needs it, as after the last exchange of all.
+        """
+        model, self._ended = self.global_model, set()
+        last_round = self.round + 1 == self.settings["rounds"]
+        last = last_round and model.round.exchange + 1 == len(model.exchanges)
+        self._pieces = [] if last else model.changes(self.settings["max_message_bytes"])
+        first = model.load_piece(self._pieces[0]) if self._pieces else {}
+        self._bytes_down += sum(piece.nbytes for piece in self._pieces)
+        if not model.next_exchange():
+            self._end_round()
+        return first
+
+    def _end_round(self) -> None:
         changed = to_text(sorted(self.global_model.round.changed))
+        self.on_event({"event": "round", "round": self.round, "blocks": changed, "bytes_down": self._bytes_down})
+        self._bytes_down = 0
         self.round += 1
-        self._ended, self._given_up = set(), set()
-        self._pieces = [] if self.finished else self.global_model.changes(self.settings["max_message_bytes"])
-        first = self.global_model.load_piece(self._pieces[0]) if self._pieces else {}
-        sent = sum(piece.nbytes for piece in self._pieces)
-        self.on_event({"event": "round", "round": self.round - 1, "blocks": changed, "bytes_down": sent})
         if not self.finished:
             self._begin()
-        return first
 
     def aggregate(self, local_models: dict[str, Any], **kwargs: dict[str, Any]) -> dict[str, tuple[dict, dict]]:
         """APPFL's own barrier: one message of every client at once. `FedSpaLLMScheduler` does without it."""
         for client, update in sorted(local_models.items()):
             self.receive(str(client), update, {key: of[client] for key, of in kwargs.items() if client in of})
-        changes = self.end_round() if self.all_ended() else {}
+        changes = self.end_exchange() if self.all_ended() else {}
         return {client: (changes, self.instructions([str(client)])) for client in local_models}
 
     def _begin(self) -> None:
@@ -168,3 +182,27 @@ class FedSpaLLMAggregator(BaseAggregator):
         blocks = len(self.skeleton.layout.blocks)
         assigned = draw(s["layer_sampling"], s["seed"], self.round, s["rounds"], s["roster"], blocks)
         self.global_model.begin_round(self.round, assigned)
+
+
+def aggregation_of(settings: dict[str, Any]) -> Aggregation:
+    """Read how uploads are combined from APPFL's `aggregator_kwargs`."""
+    pruning = Settings(
+        pruner=settings.get("pruner", "sparsegpt"),
+        target=parse_target(settings["sparsity"]),
+        damping=settings.get("damping", Settings.damping),
+        damping_retries=settings.get("damping_retries", Settings.damping_retries),
+        iterations=settings.get("iterations", Settings.iterations),
+        refit=settings.get("refit", False),
+    )
+    return Aggregation(
+        pruning=pruning,
+        algorithm=settings.get("algorithm", "fedspallm"),
+        weights=settings["weights"],
+        fold=settings["fold"],
+        expansion=settings["expansion"],
+        comparisons=tuple(settings["comparisons"]),
+        mask_only=frozenset(settings.get("mask_only", ())),
+        gram=GramSettings(**settings.get("gram", {})),
+        threads=settings.get("threads"),
+        compression=settings.get("compression") == "zstd",
+    )

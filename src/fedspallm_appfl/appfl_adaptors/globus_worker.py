@@ -43,13 +43,14 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
     """
-    site, client, store = Site(), None, None
+    site, client, store, exchange = Site(), None, None, 0
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
         store = open_store({**request["store"], **site.store}, request["run"])
         agent = _agent(request, site)
         client = agent.trainer.client  # opens model and text
+        exchange = int(request["instructions"].get("exchange", 0))
         for message in _messages(agent, request, store):
             messages.append(message)
         return _within_limit({"messages": messages}, request["client"])
@@ -57,7 +58,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         if store is not None:
             for number in range(len(messages)):
                 store.evict(object_name(request["name"], number))
-        return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, len(messages))}}
+        return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
 
 
 def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
@@ -164,11 +165,10 @@ def _described(error: Exception, site: Site) -> dict[str, str]:
     }
 
 
-def _blocks_of_message(client: LocalClient | None, number: int) -> str:
+def _blocks_of_message(client: LocalClient | None, exchange: int, number: int) -> str:
     """The blocks that a message is about; nothing before the first."""
-    if client is None or number >= len(client.messages):
-        return ""
-    return to_text(sorted({block for block, _ in client.messages[number]}))
+    messages = client.messages(exchange) if client else []
+    return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:

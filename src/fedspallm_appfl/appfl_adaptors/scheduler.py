@@ -1,9 +1,9 @@
 """APPFL scheduler that streams: every upload is folded on arrival and answered as soon as the client may go on.
 
-A message in the middle of a round is answered at once, unless more than `max_open_blocks` blocks have sums in memory and
-the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom an
-open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
-message of a round is answered when all clients have sent theirs.
+A message in the middle of an exchange is answered at once, unless more than `max_open_blocks` blocks have sums in memory
+and the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom
+an open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
+message of an exchange is answered when all clients have sent theirs.
 
 If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging. A launcher that can
 go on without a client sets `spare_others` and calls `give_up`.
@@ -20,7 +20,7 @@ from fedspallm_appfl.errors import UpdateError
 
 
 class FedSpaLLMScheduler(BaseScheduler):
-    """Fold on arrival, one barrier a round.
+    """Fold on arrival, one barrier an exchange.
 
     Attributes:
         spare_others: an upload that is refused fails for its client alone.
@@ -75,8 +75,8 @@ class FedSpaLLMScheduler(BaseScheduler):
             self._go_on()
 
     def _go_on(self) -> None:
-        """End the round if everybody has, and answer who may go on."""
-        ended = self.aggregator.end_round() if self.aggregator.all_ended() else None
+        """End the exchange if everybody has, and answer who may go on."""
+        ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
         self._release()
         if ended is not None:
             self._answer_all(ended)

@@ -1,6 +1,6 @@
 """APPFL trainer: `train()` prunes what the next message needs, `get_parameters()` hands it over.
 
-One call of `train` makes one message of the round (see `messages`), so APPFL's plain loop of train, get_parameters,
+One call of `train` makes one message of an exchange (see `messages`), so APPFL's plain loop of train, get_parameters,
 update_global_model, load_parameters streams a model block by block. Instructions (round, assigned blocks) come in the
 metadata beside the payload; a script that drops the metadata works too, as the assignment is a pure function of what
 stands in `train_configs`.
@@ -13,6 +13,7 @@ from typing import Any
 from appfl.algorithm.trainer import BaseTrainer
 from omegaconf import DictConfig, OmegaConf
 
+from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.layer_sampling import draw, from_text
 from fedspallm_appfl.local_client import ClientSettings, LocalClient, Message
@@ -47,7 +48,8 @@ class FedSpaLLMTrainer(BaseTrainer):
         self.client_id: str = str(name)
         self.round: int = 0
         self._client: LocalClient | None = None
-        self._instructions: tuple[int, list[int]] | None = None
+        self.exchange: int = 0
+        self._instructions: tuple[int, int, list[int]] | None = None
         self._message: Message | None = None
         self._pieces_left = 0
 
@@ -59,17 +61,27 @@ class FedSpaLLMTrainer(BaseTrainer):
         return self._client
 
     def train(self, **instructions: Any) -> None:
-        """Make the next message of the round; the first call of a round starts it."""
+        """Make the next message of the round; the first call of an exchange starts it."""
         if instructions.get("assign"):
             self._follow(instructions)
-        if not self.client.in_round:
+        if not self.client.in_exchange:
             self._require_all_pieces()
-            index, blocks = self._instructions or (self.round, self._own_draw(self.round))
-            self.client.start_round(index, blocks)
-            self.round, self._instructions = index, None
+            self.round, self.exchange, blocks = self._instructions or (
+                self.round,
+                self.exchange,
+                self._own_draw(self.round),
+            )
+            self.client.start_exchange(self.round, self.exchange, blocks)
+            self._instructions = None
         self._message = self.client.next_message()
-        if not self.client.in_round:
-            self.round += 1
+        if not self.client.in_exchange:
+            self._count_on()
+
+    def _count_on(self) -> None:
+        """What comes next, should the server's instructions not reach here."""
+        self.exchange += 1
+        if self.exchange == len(self.client.exchanges):
+            self.round, self.exchange = self.round + 1, 0
 
     def get_parameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The message that `train` made, and its metadata in plain types."""
@@ -96,7 +108,8 @@ class FedSpaLLMTrainer(BaseTrainer):
 
     def _follow(self, metadata: dict[str, Any]) -> None:
         if self.client_id in (metadata.get("assign") or {}):
-            self._instructions = int(metadata["round"]), from_text(metadata["assign"][self.client_id])
+            blocks = from_text(metadata["assign"][self.client_id])
+            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks
 
     def _require_all_pieces(self) -> None:
         if self._pieces_left > 0:
@@ -138,7 +151,12 @@ def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSett
             target=parse_target(train_configs["sparsity"]),
             damping=train_configs["damping"],
             damping_retries=train_configs["damping_retries"],
+            iterations=train_configs.get("iterations", Settings.iterations),
+            refit=train_configs.get("refit", False),
         ),
+        algorithm=train_configs.get("algorithm", "fedspallm"),
+        gram=GramSettings(**train_configs.get("gram", {})),
+        pool=tuple((one["client_id"], one["text"], one["windows"]) for one in data.get("pool") or ()),
         blocks_per_message=comm["blocks_per_message"],
         max_message_bytes=comm["max_message_bytes"],
         compression=comm.get("compression") == "zstd",

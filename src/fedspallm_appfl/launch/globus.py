@@ -27,6 +27,7 @@ from fedspallm_appfl.launch.globus_results import Failure, Message, printable, r
 from fedspallm_appfl.model_identity import model_hash
 
 POLL = 1.0  # seconds between two looks at deadlines
+Unit = tuple[int, str, str]
 
 
 class Connection:
@@ -162,14 +163,14 @@ class Downlink:
 
     def __init__(self, connection: Connection) -> None:
         self.places: list[dict[str, Any]] = []
-        self._units: list[set[tuple[str, str]]] = []
+        self._units: list[set[Unit]] = []
         self._connection = connection
         self._made = 0
 
     def add(self, *payloads: Any) -> None:
         """Place payloads and remove those all of whose matrices came again."""
         fresh = [payload for payload in payloads if payload]
-        newer = set().union(*map(_units, fresh)) if fresh else set()
+        newer: set[Unit] = set().union(*map(_units, fresh))
         kept = [(p, u) for p, u in zip(self.places, self._units, strict=True) if not u or u - newer]
         gone = {p["stored"] for p in self.places if "stored" in p} - {p.get("stored") for p, _ in kept}
         for payload in fresh:
@@ -179,9 +180,10 @@ class Downlink:
         self._connection.remove(gone)
 
 
-def _units(payload: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """The (block, linear) pairs of a payload that holds blocks."""
-    return {(block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}
+def _units(payload: Mapping[str, Any]) -> set[Unit]:
+    """The (exchange, block, linear) of a payload: masks do not take the place of weights."""
+    exchange = payload.get("exchange", 0)
+    return {(exchange, block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}
 
 
 class Exchange:
@@ -196,7 +198,7 @@ class Exchange:
         self._round = server.aggregator.round
         self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
-        self._given_up: dict[str, str] = {}
+        self._given_up = dict.fromkeys(server.aggregator.given_up(), "it was given up in an earlier exchange")
 
     def run(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> dict[str, tuple[Any, dict]]:
         """Send the tasks, fold what comes back, end when it is time.
@@ -231,6 +233,8 @@ class Exchange:
         busy = self._connection.wire.busy()
         for client in self._config.clients:
             name = client.client_id
+            if name in self._given_up:
+                continue
             if name in busy:
                 self._give_up(name, Failure("it is still at work on an earlier round"))
                 continue

@@ -33,7 +33,7 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     limit = config.client_configs.comm_configs.max_message_bytes
-    placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.clients]
+    placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.participants()]
     for place in describe(0, placed):
         on_event({"event": "place", **vars(place)})
     agreed = state_dir / "agreed"
@@ -41,18 +41,18 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
     while not server.training_finished():
-        for name, (update, instructions) in _round(server, agents).items():
+        for name, (update, instructions) in _exchange(server, agents).items():
             agents[name].load_parameters((update, instructions))
             for piece in range(1, update.get("pieces", 1)):
                 agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
     return server.aggregator
 
 
-def _round(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
-    """All messages of one round; returns what the server answers to each client's last one."""
+def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
+    """All messages of one exchange; returns what the server answers to each client's last one."""
     last: dict[str, Future] = {}
-    first = next(iter(agents.values()))
-    for _ in range(len(first.trainer.client.messages)):
+    number = server.aggregator.global_model.round.exchange
+    for _ in next(iter(agents.values())).trainer.client.messages(number):
         for name, agent in agents.items():
             agent.train()
             update, metadata = agent.get_parameters()

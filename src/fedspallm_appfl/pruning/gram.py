@@ -9,8 +9,11 @@ Legend: I in features, T tokens.
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.errors import PruningError
+
 STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs still wide enough to run at full speed
 NARROWEST = 64
+LEAST_DAMPING = 0.005  # of a correlation matrix that needs some
 
 
 class InputNorms:
@@ -24,6 +27,13 @@ class InputNorms:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.squares = torch.zeros(in_features, device=device)
         self.tokens = 0
+
+    @classmethod
+    def of(cls, squares: Tensor, tokens: int) -> "InputNorms":
+        """Norms from a stored sum of squares, (I,) float32, over so many tokens."""
+        norms = cls(0, squares.device)
+        norms.squares, norms.tokens = squares, tokens
+        return norms
 
     def add(self, inputs: Tensor) -> None:
         """Fold inputs of shape (..., I), any float dtype."""
@@ -50,10 +60,22 @@ class InputGram:
         self.upper = torch.zeros(in_features, in_features, device=device)
         self.tokens = 0
 
+    @classmethod
+    def of(cls, upper: Tensor, tokens: int) -> "InputGram":
+        """A Gram matrix from a stored sum.
+
+        Args:
+            upper: (I, I) float32, right on and above the diagonal; not copied, and used up by whoever uses up the Gram.
+            tokens: how many inputs were summed.
+        """
+        gram = cls(0, upper.device)
+        gram.upper, gram.tokens = upper, tokens
+        return gram
+
     def add(self, inputs: Tensor) -> None:
         """Fold inputs of shape (..., I), any float dtype."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        strip = self._strip()
+        strip = _strip(len(self.upper))
         for start in range(0, rows.shape[1], strip):
             self.upper[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:])
         self.tokens += len(rows)
@@ -64,12 +86,67 @@ class InputGram:
 
     def matrix(self) -> Tensor:
         """(I, I) float32, the whole symmetric matrix, a new tensor."""
-        upper = self.upper.triu()
-        return upper + upper.triu(1).T
-
-    def _strip(self) -> int:
-        """Columns of a strip."""
-        return max(NARROWEST, -(-len(self.upper) // STRIPS))
+        return mirror(self.upper.clone())
 
 
 Statistic = InputGram | InputNorms
+
+
+def mirror(upper: Tensor) -> Tensor:
+    """Copy what is above the diagonal of an (I, I) matrix below it, in place. Returns the matrix."""
+    width = _strip(len(upper))
+    for start in range(0, len(upper), width):
+        stop = start + width
+        corner = upper[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
+
+
+def lift(upper: Tensor) -> None:
+    """Make a Gram matrix that was rounded, and is a little indefinite, positive definite, in place.
+
+    All entries of the diagonal are raised by the same share, the least of a doubling sequence that will do. Raising the
+    lowest eigenvalues alone is no better for the pruned weights, and takes an eigendecomposition.
+
+    Args:
+        upper: (I, I) float32, right on and above the diagonal.
+
+    Raises:
+        PruningError: the matrix holds NaN or infinity.
+    """
+    inverse = inverse_norms(upper.diagonal())
+    correlation = (upper * inverse).mul_(inverse.unsqueeze(1))
+    upper.diagonal().mul_(1.0 + damp(correlation, 0.0))
+
+
+def inverse_norms(squares: Tensor) -> Tensor:
+    """(I,) sums of squares -> 1 / norm, or 0 where that is 0."""
+    return squares.rsqrt().masked_fill_(squares == 0, 0.0)
+
+
+def damp(correlation: Tensor, damping: float) -> float:
+    """Add to the diagonal of a correlation matrix, in place, what makes it positive definite.
+
+    Args:
+        correlation: (I, I) float32, right above the diagonal, which is taken for 1.
+        damping: the least to add; it is doubled until a Cholesky factorization goes well.
+
+    Returns:
+        What was added.
+
+    Raises:
+        PruningError: the matrix holds NaN or infinity.
+    """
+    correlation.diagonal().fill_(1.0 + damping)
+    while bool(torch.linalg.cholesky_ex(correlation, upper=True)[1]):
+        damping = max(2.0 * damping, LEAST_DAMPING)
+        if damping > 2 * len(correlation):  # then the diagonal outweighs all that numbers up to 1 can do
+            raise PruningError("the Gram matrix of the inputs is none: it holds NaN, infinity or correlations above 1")
+        correlation.diagonal().fill_(1.0 + damping)
+    return damping
+
+
+def _strip(features: int) -> int:
+    """Columns of a strip."""
+    return max(NARROWEST, -(-features // STRIPS))

@@ -111,19 +111,39 @@ def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tenso
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
     """
+    kept = torch.ones_like(weight.T, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return _sweep(weight, kept, target, factor), kept.T.contiguous()
+
+
+def compensate(weight: Tensor, mask: Tensor, factor: Factor) -> Tensor:
+    """Prune one matrix with a mask that is given, and compensate.
+
+    Args:
+        weight: (O, I) float, not changed.
+        mask: (O, I) bool, True = kept, not changed.
+        factor: of the Gram matrix of the layer's inputs.
+
+    Returns:
+        (O, I) float32, zero where the mask is False.
+    """
+    return _sweep(weight, mask.T.contiguous(), None, factor)
+
+
+def _sweep(weight: Tensor, kept: Tensor, target: Target | None, factor: Factor) -> Tensor:
+    """Go over the blocks of columns. `kept` (I, O) is written, or without a target read. Returns (O, I) float32."""
     # The dense columns; once visited, dense minus pruned.
     lost = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    pruned, kept = torch.empty_like(lost), torch.ones_like(lost, dtype=torch.bool)
+    pruned = torch.empty_like(lost)
     for block in factor.blocks:
         columns, importance = pruned[block], factor.importance[block]
         columns.copy_(lost[block]).addmm_(factor.carry(block), lost[: block.start])
         if isinstance(target, Ratio):
             rows = columns.shape[1]
             kept[block] = _keep(columns, importance, target.zeros(block.stop * rows) - target.zeros(block.start * rows))
-        column_block.solve(columns, kept[block], factor.corner(block).contiguous(), importance, target)
+        choice = target or column_block.GIVEN
+        column_block.solve(columns, kept[block], factor.corner(block).contiguous(), importance, choice)
         lost[block] -= columns
-    result = lost.view(weight.shape).copy_(pruned.T)  # nothing is needed any more of what was lost
-    return result, kept.T.contiguous()
+    return lost.view(weight.shape).copy_(pruned.T)  # nothing is needed any more of what was lost
 
 
 def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:

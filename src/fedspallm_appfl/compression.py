@@ -1,0 +1,107 @@
+"""Parts of a message as zstandard frames.
+
+A packed thing has `"zstd": ["mask", "values"]`, the parts that are frames (uint8). The bytes of a part are shuffled first,
+all first bytes of its elements, then all second ones: exponents repeat, mantissas do not. A part that would not get smaller
+stays as it is. Whoever inflates one says what it must hold, so that nothing larger is ever allocated.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from fedspallm_appfl.errors import UpdateError
+
+COMPRESSIONS = ("auto", "none", "zstd")
+ZSTD_LEVEL = 1  # higher levels find nothing more in masks and mantissas
+
+Packed = dict[str, Any]
+Parts = dict[str, tuple[int, torch.dtype]]  # name -> entries and dtype
+
+
+def deflated(packed: Packed) -> Packed:
+    """The same with every tensor as a frame that is smaller so."""
+    made, frames = dict(packed), []
+    for part, tensor in packed.items():
+        if isinstance(tensor, Tensor):
+            frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(_shuffled(tensor))
+            if len(frame) < tensor.numel() * tensor.element_size():
+                made[part] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+                frames.append(part)
+    return {**made, "zstd": frames}
+
+
+def inflated(packed: Packed, part: str, where: str, count: int, dtype: torch.dtype) -> Tensor:
+    """A part as it was, one row.
+
+    Args:
+        packed: what holds it, compressed or not.
+        part: its name.
+        where: what to name in errors.
+        count: entries that it must have.
+        dtype: dtype that it must have.
+
+    Raises:
+        UpdateError: it is no frame, or holds something else.
+    """
+    if part not in _frames(packed, where):
+        tensor = packed[part]
+        right = tensor.dtype == dtype and tuple(tensor.shape) == (count,)
+        require(right, where, f"{part} must be {count} entries of {dtype}, got {describe(tensor)}")
+        return tensor.detach().resolve_neg().contiguous()
+    return _inflated(packed[part], where, part, count, dtype)
+
+
+def _frames(packed: Packed, where: str) -> list[str]:
+    frames = packed.get("zstd", [])
+    known = type(frames) is list and all(type(p) is str and isinstance(packed.get(p), Tensor) for p in frames)
+    require(known, where, f"`zstd` lists which of the parts are compressed, got {frames!r}")
+    return frames
+
+
+def _inflated(frame: Tensor, where: str, part: str, count: int, dtype: torch.dtype) -> Tensor:
+    size = count * dtype.itemsize
+    require(frame.dtype == torch.uint8 and frame.ndim == 1, where, f"{part}: not a frame but {describe(frame)}")
+    try:
+        data = frame.contiguous().numpy().data
+        promised = zstandard.get_frame_parameters(data).content_size  # so much would be allocated
+        require(promised == size, where, f"{part}: the frame holds {promised} bytes, expected {size}")
+        plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise UpdateError(f"refused an update from {where}: {part} cannot be decompressed: {error}") from error
+    unshuffled = np.frombuffer(plain, np.uint8).reshape(dtype.itemsize, count).T.copy()
+    return torch.from_numpy(unshuffled).flatten().view(dtype)
+
+
+def _shuffled(tensor: Tensor) -> memoryview:
+    """All first bytes of the elements, then all second ones, and so on."""
+    size = tensor.element_size()
+    return np.ascontiguousarray(tensor.contiguous().view(torch.uint8).numpy().reshape(-1, size).T).data
+
+
+def is_plain(part: Any) -> bool:
+    """Whether something is a tensor that numpy could read too: neither sparse nor nested, on the CPU."""
+    return (
+        isinstance(part, Tensor)
+        and part.layout == torch.strided
+        and not part.is_nested
+        and not part.is_quantized
+        and part.device.type == "cpu"
+    )
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape in words."""
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def require(condition: bool, where: str, what: str) -> None:
+    """Refuse an update.
+
+    Raises:
+        UpdateError: the condition does not hold.
+    """
+    if not condition:
+        raise UpdateError(f"refused an update from {where}: {what}")

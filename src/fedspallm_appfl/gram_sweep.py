@@ -1,0 +1,199 @@
+"""The sweep of a client that sends statistics and prunes nothing: Gram matrices of the inputs of linears.
+
+Either of the dense model in one forward pass, or of the model as it is pruned block by block and input by input, where the
+server's matrices are awaited between two inputs. See `algorithms.gram`.
+
+Legend: T tokens, I in features.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from fedspallm_appfl.algorithms.exchange import Groups
+from fedspallm_appfl.algorithms.gram import Sums
+from fedspallm_appfl.blocks import Linear
+from fedspallm_appfl.blockwise import Activations, Agreed, SharedInputs, Stop, advance, check_statistic, embed
+from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.lazy_model import LazyModel
+from fedspallm_appfl.pruning.gram import InputGram, InputNorms
+
+PROBE = 8  # tokens of the pass that finds out which linears share an input
+
+
+@torch.no_grad()
+def shared_inputs(model: LazyModel) -> Groups:
+    """Which linears of each block get the same input, from a pass of a few tokens through one block of each kind.
+
+    Server and clients come to the same answer without a word, as they hold the same model.
+
+    Returns:
+        For each block the inputs in the order of the forward pass, each as the names of its linears.
+    """
+    windows = torch.arange(PROBE).unsqueeze(0) % model.skeleton.vocabulary
+    state, found, kinds = embed(model, windows, 1), [], {}
+    for index, linears in enumerate(model.layout.blocks):
+        kind = type(model.blocks[index]), linears
+        if kind not in kinds:
+            inputs = SharedInputs(linears, lambda linear: InputNorms(linear.shape[1], model.device))
+            with model.block(index) as block, inputs.watched(block), suppress(Stop):
+                state.calls[0][index](block, state.hidden[0])
+            kinds[kind] = tuple(tuple(names) for names, _ in inputs.groups())
+        found.append(kinds[kind])
+    return tuple(found)
+
+
+def dense_grams(
+    model: LazyModel,
+    windows: Tensor,
+    assigned: set[int],
+    groups: Groups,
+    *,
+    batch: int = 1,
+    client: str = "local",
+    activations: str = "memory",
+) -> Iterator[tuple[int, dict[str, Sums]]]:
+    """Gram matrices of the dense model, in one forward pass.
+
+    Args:
+        model: the dense model.
+        windows: (n, T) int64 calibration tokens.
+        assigned: blocks whose inputs are wanted.
+        groups: as `shared_inputs` finds them.
+        batch: windows in a batch.
+        client: whom to name in errors.
+        activations: where hidden states between blocks are kept.
+
+    Yields:
+        (block, first linear of each input -> its Gram matrix).
+
+    Raises:
+        PruningError: an input holds NaN or infinity, or was never seen.
+    """
+    state = embed(model, windows, batch, activations, client)
+    last = max(assigned, default=-1)
+    for index in range(last + 1):
+        with model.block(index) as block:
+            if index in assigned:
+                done = [_grams_and_advance(model, block, index, state, go_on=index < last)]
+            else:
+                advance(block, index, state)
+        give_back()
+        if index in assigned:
+            grams = done.pop()
+            leaders = [names[0] for names in groups[index]]
+            for name in leaders:
+                check_statistic(grams[name], f"client {client}, block {index}, {name}")
+            yield index, {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
+            del grams
+
+
+@torch.no_grad()
+def _grams_and_advance(
+    model: LazyModel, block: nn.Module, index: int, state: Activations, go_on: bool
+) -> dict[str, InputGram]:
+    """Gram matrix of every linear's input; the block's outputs take the place of its inputs."""
+    inputs = SharedInputs(model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device))
+    with inputs.watched(block):
+        for number, hidden in enumerate(state.hidden):
+            with suppress(Stop):
+                state.take_output(number, state.calls[number][index](block, hidden))
+            inputs.end_of_batch(stop=not go_on)
+    return {name: gram for names, gram in inputs.groups() for name in names}
+
+
+def swept_grams(
+    model: LazyModel,
+    windows: Tensor,
+    assigned: set[int],
+    groups: Groups,
+    agreed: Agreed,
+    *,
+    dense_target: bool = False,
+    batch: int = 1,
+    client: str = "local",
+    activations: str = "memory",
+) -> Iterator[tuple[int, dict[str, Sums]]]:
+    """Gram matrices of the model that is being pruned, input by input.
+
+    Args:
+        model: the dense model.
+        windows: (n, T) int64 calibration tokens.
+        assigned: blocks whose inputs are wanted.
+        groups: as `shared_inputs` finds them.
+        agreed: the matrices pruned so far; when this goes on after a yield, those of the input that it gave are there.
+        dense_target: keep the dense model's hidden states too, and give the drift from them.
+        batch: windows in a batch.
+        client: whom to name in errors.
+        activations: where hidden states between blocks are kept.
+
+    Yields:
+        (block, {first linear of one input: its sums}).
+
+    Raises:
+        PruningError: an input holds NaN or infinity, or was never seen.
+    """
+    state = embed(model, windows, batch, activations, client)
+    dense = embed(model, windows, batch, activations, client) if dense_target else None
+    last = max(assigned, default=-1)
+    for index in range(last + 1):
+        linears = {linear.name: linear for linear in model.layout.blocks[index]}
+        for names in groups[index] if index in assigned else ():
+            found = [_sums(model, index, linears[names[0]], state, dense, agreed, client)]
+            give_back()
+            yield index, {names[0]: found.pop()}
+        if index < last:
+            _go_on(model, index, state, dense, agreed)
+
+
+def _go_on(model: LazyModel, index: int, state: Activations, dense: Activations | None, agreed: Agreed) -> None:
+    with model.block(index, agreed.get(index)) as block:
+        advance(block, index, state)
+    if dense is not None:
+        with model.block(index) as block:
+            advance(block, index, dense)
+
+
+@torch.no_grad()
+def _sums(
+    model: LazyModel,
+    index: int,
+    linear: Linear,
+    state: Activations,
+    dense: Activations | None,
+    agreed: Agreed,
+    client: str,
+) -> Sums:
+    gram, features = InputGram(linear.shape[1], model.device), linear.shape[1]
+    drift = None if dense is None else torch.zeros(features, features, device=model.device)
+    twin = None
+    if dense is not None:
+        with model.block(index) as block:
+            twin = copy.deepcopy(block)
+    with model.block(index, agreed.get(index)) as block:
+        for number, hidden in enumerate(state.hidden):
+            inputs = _input(block, linear, state, number, index, hidden)
+            gram.add(inputs)
+            if drift is not None and dense is not None and twin is not None:
+                before = _input(twin, linear, dense, number, index, dense.hidden[number])
+                drift.addmm_((before - inputs).T, inputs)
+    check_statistic(gram, f"client {client}, block {index}, {linear.name}")
+    return Sums(gram.upper, gram.tokens, drift)
+
+
+def _input(block: nn.Module, linear: Linear, state: Activations, number: int, index: int, hidden: Tensor) -> Tensor:
+    """What goes into a linear for one batch, (tokens, I) float32; the pass ends there."""
+    seen: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].reshape(-1, args[0].shape[-1]).float())
+        raise Stop
+
+    hook = block.get_submodule(linear.name).register_forward_pre_hook(take)
+    with suppress(Stop):
+        state.calls[number][index](block, hidden)
+    hook.remove()
+    return seen[0] if seen else hidden.new_zeros(0, linear.shape[1], dtype=torch.float32)

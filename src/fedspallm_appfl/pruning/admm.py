@@ -1,0 +1,86 @@
+"""ADMM pruning: search mask and weights together, then fit the weights that are left.
+
+Source: Meng, Behdin, Wang & Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `correlation`) and scaled weights W, the error
+`tr (X - W) C (X - W)^T` is minimized over X = Q with Q sparse; with the scaled multiplier U and the penalty rho a step is
+
+    X = W + (Q - U - W) rho (C + rho)^-1,    Q = the largest entries of X + U,    U = X + U - Q.
+
+So Q is what `Z = X + U` has inside the mask and U what it has outside: Z and the mask are all the state there is. Least
+squares on the support (`least_squares`) follow.
+
+Where this differs from the authors' code:
+* the penalty runs through the same values in any number of steps, so that more steps mean a slower, better search; it does
+  not ask how much of the mask changed, but a mask that stays the same ends the search;
+* U stays when the penalty grows, instead of rho U: simpler, and the error is a little smaller;
+* no eigendecomposition: `(C + rho)^-1` by Cholesky factors costs less than the product of eigenvectors;
+* exactly as many entries are pruned as asked, ties by index;
+* weights of dead features go first, and those that stay are left as they were.
+
+Legend: O out features, I in features.
+"""
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.pruning import least_squares
+from fedspallm_appfl.pruning.correlation import Correlation
+from fedspallm_appfl.sparsity import Target, select
+
+STEPS = 60
+PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last
+PERIOD = 3  # steps with one penalty
+
+
+def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """Prune one matrix.
+
+    Args:
+        weight: (O, I) float, not changed.
+        target: ratio or n:m; for n:m, I is a multiple of m.
+        correlation: of the layer's inputs.
+        steps: at most so many steps of ADMM.
+
+    Returns:
+        (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
+    """
+    state, mask = _search(correlation.scaled(weight), target, correlation, steps)
+    return least_squares.fit(weight, mask, state.mul_(mask), correlation), mask
+
+
+def _search(weight: Tensor, target: Target, correlation: Correlation, steps: int) -> tuple[Tensor, Tensor]:
+    """Z (O, I) float32 and the mask after the last step, from a scaled weight."""
+    state = weight.clone()
+    mask = _largest(state, target)
+    for penalty, count in _schedule(steps):
+        shrinkage, earlier = correlation.shrinkage(penalty), mask
+        for _ in range(count):
+            _step(state, weight, mask, shrinkage)
+            mask = _largest(state, target)
+        del shrinkage  # before the next is made
+        if torch.equal(mask, earlier):
+            break
+    return state, mask
+
+
+def _schedule(steps: int) -> list[tuple[float, int]]:
+    """(penalty, steps with it), penalties in geometric progression."""
+    counts = [min(PERIOD, steps - start) for start in range(0, steps, PERIOD)]
+    first, last = PENALTIES
+    growth = (last / first) ** (1 / max(1, len(counts) - 1))
+    return [(first * growth**number, count) for number, count in enumerate(counts)]
+
+
+def _step(state: Tensor, weight: Tensor, mask: Tensor, shrinkage: Tensor) -> None:
+    """`Z <- W + (Q - U - W) rho (C + rho)^-1 + U`, in place."""
+    for rows in least_squares.slices(len(state)):
+        kept = state[rows] * mask[rows]
+        state[rows] -= kept
+        kept -= state[rows]
+        kept -= weight[rows]
+        state[rows].add_(weight[rows]).addmm_(kept, shrinkage)
+
+
+def _largest(state: Tensor, target: Target) -> Tensor:
+    """(O, I) bool, True at the entries to keep."""
+    return ~select(state.abs(), target, per_row=False)

@@ -1,0 +1,48 @@
+"""The part of a square matrix above its diagonal as one row of numbers, row after row.
+
+Legend: I side of the matrix.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ROWS = 256  # of a strip: few enough that what is made for one does not matter
+
+
+def size(side: int) -> int:
+    """Entries above the diagonal."""
+    return side * (side - 1) // 2
+
+
+def strips(side: int, device: torch.device | str = "cpu", whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Some rows at a time: (rows of the matrix, their part of the row of numbers, which of their entries it holds).
+
+    The last is (rows, I) bool; taking entries with it goes row by row, as the numbers lie. With `whole` the row of numbers
+    holds the whole matrix.
+    """
+    columns = torch.arange(side, device=device)
+    for start in range(0, side, ROWS):
+        rows = slice(start, min(start + ROWS, side))
+        if whole:
+            yield rows, slice(rows.start * side, rows.stop * side), columns.new_ones(len(columns[rows]), side).bool()
+        else:
+            part = slice(size(side) - size(side - rows.start), size(side) - size(side - rows.stop))
+            yield rows, part, columns > columns[rows].unsqueeze(1)
+
+
+def flatten(matrix: Tensor) -> Tensor:
+    """(I, I), of which only what is above the diagonal is read -> (I * (I - 1) / 2,)."""
+    flat = matrix.new_empty(size(len(matrix)))
+    for rows, part, above in strips(len(matrix), matrix.device):
+        flat[part] = matrix[rows][above]
+    return flat
+
+
+def unflatten(flat: Tensor, diagonal: Tensor) -> Tensor:
+    """(I * (I - 1) / 2,) and the diagonal (I,) -> (I, I) with zeros below the diagonal."""
+    matrix = torch.diag(diagonal)
+    for rows, part, above in strips(len(diagonal), flat.device):
+        matrix[rows][above] = flat[part]
+    return matrix
