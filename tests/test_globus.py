@@ -21,6 +21,7 @@ from fedspallm_appfl.config import load_config
 from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.globus_rules import prepared
 from fedspallm_appfl.launch import globus, globus_preflight
+from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
 from globus_double.executor import Site
 
@@ -329,17 +330,15 @@ def test_a_result_that_is_not_what_was_asked_for_is_refused_and_the_others_go_on
 def test_a_client_that_fails_in_the_middle_names_the_block_and_leaves_nothing_in_the_store(
     federation, tmp_path, monkeypatch
 ):
-    from fedspallm_appfl.local_client import LocalClient
-
     (tmp_path / "store").mkdir()
-    pack, host, text = LocalClient._packed, "elsewhere", DEMO / "text" / "bible" / "calib.txt"
+    next_message, host, text = LocalClient.next_message, "elsewhere", DEMO / "text" / "bible" / "calib.txt"
 
-    def fail_late(self, pruned):
+    def fail_late(self):
         if self.settings.client_id == "bible" and self._progress.next_message == 5:
             raise OSError(f"no room for {text}")
-        return pack(self, pruned)
+        return next_message(self)
 
-    monkeypatch.setattr(LocalClient, "_packed", fail_late)
+    monkeypatch.setattr(LocalClient, "next_message", fail_late)
     monkeypatch.setattr(globus_worker.socket, "gethostname", lambda: host)
     store = {"connector": "file", "folder": str(tmp_path / "store")}
     events, _ = federation(Wire(), client_configs={"comm_configs": {"store": store}})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.payload_bytes import HEAD, TENSOR, from_bytes, to_bytes
+from fedspallm_appfl.payload_bytes import DTYPES, HEAD, TENSOR, from_bytes, to_bytes
 
 
 def packed(description, tensors=b""):
@@ -14,7 +14,7 @@ def packed(description, tensors=b""):
     return len(text).to_bytes(HEAD, "little") + text + tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_payload_comes_out_as_it_was(dtype):
     values = torch.arange(6).to(dtype).view(2, 3)
     sent = {"round": 1, "blocks": {"3": {"q": {"shape": [2, 3], "values": values, "zstd": ["mask"], "none": None}}}}

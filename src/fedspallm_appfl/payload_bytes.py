@@ -17,8 +17,9 @@ from fedspallm_appfl.errors import UpdateError
 
 TENSOR = "\0tensor"  # the key that stands for one; no client, block or linear is called so
 HEAD = 8  # bytes
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.uint8, torch.float16, torch.bfloat16)}
-DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.int64)}
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*INTEGERS, *FLOATS)}
 
 
 def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
