@@ -8,7 +8,7 @@ PEERS := .venv-peers
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast lint check triton bench bench-peers clean
+.PHONY: help install demo test globus fast lint check triton bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,8 +28,11 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_ap
 demo: install  ## Prune the bundled model with four clients; about a minute
 	$(BIN)/fedspallm run configs/demo.yaml --overwrite
 
-test: install  ## All tests but those that need a GPU
-	$(BIN)/pytest -m 'not gpu'
+test: install  ## All tests but those that need a GPU or services of Globus Compute
+	$(BIN)/pytest -m 'not gpu and not globus'
+
+globus: install  ## Tests with real endpoints; need rabbitmq-server and redis-server, and port 5000
+	$(BIN)/pytest -m globus
 
 fast: install  ## The tests that need no MPI and no patience
 	$(BIN)/pytest
