@@ -6,18 +6,21 @@ import shutil
 import sys
 
 import pytest
+from globus_compute_sdk.serialize.facade import parse_allowlist
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO, ROOT
-from fedspallm_appfl import __version__, globus_rules, globus_sizes
+from fedspallm_appfl import __version__, globus_rules, globus_sizes, yaml_io
 from fedspallm_appfl.appfl_adaptors import registration
+from fedspallm_appfl.calibration import read_text
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.config_rules import check
 from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.launch import globus_preflight
 from fedspallm_appfl.launch.globus_preflight import Cell
 from fedspallm_appfl.model_identity import config_hash, model_hash, weights_hash
+from fedspallm_appfl.site import load_site
 
 SERVER, STORE = "server_configs", "client_configs.comm_configs.store"
 ENDPOINTS = [f"clients.{n}.endpoint_id=00000000-0000-4000-8000-00000000000{n}" for n in range(4)]
@@ -60,6 +63,19 @@ def test_every_client_needs_an_endpoint_over_globus_and_a_text_on_this_machine()
     [problem] = globus_rules.check_on_this_machine(config)
     assert problem.startswith("clients.1.data.text: client 'bible' has no private text here")
     assert not config.over_globus() and demo().over_globus()
+
+
+def test_the_example_is_one_that_works(monkeypatch):
+    folder = ROOT / "examples" / "globus"
+    config, problems = load_config(folder / "server.yaml")
+    assert problems + check(config) + list(globus_rules.check(config)) == []
+    assert list(globus_sizes.check_sizes(config)) == []
+    monkeypatch.setenv("FEDSPALLM_SITE", str(folder / "site.yaml"))
+    assert read_text(load_site(config.clients[0].client_id).text)
+    engine = yaml_io.load((folder / "user_config_template.yaml.j2").read_text())["engine"]
+    allowed = parse_allowlist(engine["allowed_serializers"])
+    assert {one.__name__ for one in allowed} == {"PureSourceTextInspect", "JSONData"}
+    assert "export FEDSPALLM_SITE=" in engine["provider"]["worker_init"]
 
 
 def test_algorithms_that_make_no_sense_over_globus_are_refused():

@@ -299,8 +299,8 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
 
     config, problems = load_config(Path(args.config), args.overrides)
     globus = _means_globus(args, config)
-    config = globus_rules.prepared(config) if globus else config
     problems = problems or config_rules.check(config)
+    config = globus_rules.prepared(config) if globus else config
     problems += globus_rules.check(config) if globus else globus_rules.check_on_this_machine(config)
     problem = run_dir.problem(config, overwrite) if config.run_dir else None
     problems += [problem] if problem else []

@@ -17,6 +17,7 @@ from globus_double.service import PORT
 
 BIN = Path(sys.executable).parent
 RABBITMQ = Path("/usr/lib/rabbitmq/bin")  # the scripts in PATH change the user
+EXAMPLE = Path(__file__).parents[2] / "examples" / "globus" / "user_config_template.yaml.j2"
 CREDENTIALS = {"GLOBUS_COMPUTE_CLIENT_ID": "22222222-2222-4222-8222-222222222222", "GLOBUS_COMPUTE_CLIENT_SECRET": "x"}
 
 
@@ -162,27 +163,15 @@ class World:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
-    def start_endpoint(self, name, worker_init, workers=1):
-        """Configure and start an endpoint daemon; returns its id.
-
-        Args:
-            name: what to call it.
-            worker_init: shell lines that run before its workers start.
-            workers: worker processes.
-        """
+    def start_endpoint(self, name, worker_init):
+        """Configure an endpoint as the example does, but for shell lines of its own, and start it; returns its id."""
         out, _ = self._command("configure", name).communicate(timeout=120)
         home = Path(self.environment["GLOBUS_COMPUTE_USER_DIR"]) / name
-        engine = {
-            "type": "GlobusComputeEngine",
-            "address": "127.0.0.1",
-            "max_workers_per_node": workers,
-            "heartbeat_period": 5,
-            "provider": {"type": "LocalProvider", "min_blocks": 1, "init_blocks": 1, "max_blocks": 1},
-        }
-        engine["provider"]["worker_init"] = worker_init
-        assert home.is_dir(), out
         (home / "config.yaml").write_text(yaml.safe_dump({"display_name": name, "heartbeat_period": 5}))
-        template = {"heartbeat_period": 5, "idle_heartbeats_soft": 0, "engine": engine}
+        template = yaml.safe_load(EXAMPLE.read_text())
+        template["heartbeat_period"] = 5
+        template["engine"] |= {"address": "127.0.0.1", "heartbeat_period": 5}
+        template["engine"]["provider"]["worker_init"] = worker_init
         (home / "user_config_template.yaml.j2").write_text(yaml.safe_dump(template))
         (home / "user_config_schema.json").write_text("{}")
         kept = [
