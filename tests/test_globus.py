@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import shutil
 import time
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import yaml
 from globus_compute_sdk.errors import DeserializationError
 from globus_compute_sdk.serialize import DillDataBase64
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
 from experiments import DOMAINS, UNEVEN, small_config
@@ -346,6 +347,26 @@ def test_a_client_that_fails_in_the_middle_names_the_block_and_leaves_nothing_in
     assert (absent["why"], absent["host"], absent["blocks"]) == ("OSError: no room for <private text>", host, "5")
     assert "fail_late" in absent["traceback"] and "calib" not in absent["traceback"]
     assert list((tmp_path / "store" / "run").iterdir()) == []
+
+
+def test_a_site_with_another_model_is_refused(federation, tmp_path):
+    shutil.copytree(DEMO / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+
+    class OtherModel(Wire):
+        def send_task_to_one_client(self, client, kind, *, metadata):
+            file = tmp_path / "site.yaml"
+            site = yaml.safe_load(file.read_text()) | {"model": "model"}
+            file.write_text(yaml.safe_dump(site if client == "bible" else {"clients": site["clients"]}))
+            _exchanged.cache_clear()
+            super().send_task_to_one_client(client, kind, metadata=metadata)
+
+    events, _ = federation(OtherModel())
+    [(where, why)] = absences(events).items()
+    assert where == (0, "bible")
+    assert "is not the server's, weights differ" in why and "name a copy of the server's model in the site file" in why
 
 
 def test_who_failed_before_anything_was_folded_leaves_no_trace(federation):

@@ -184,11 +184,9 @@ class GlobusServer(GlobusComputeServerCommunicator):
         """Clients with a task that has not ended."""
         return {task.client for task in self.executing_task_futs.values()}
 
-    def cancel_all_tasks(self) -> list[Task]:
-        """Forget the tasks that have not ended, which cannot be called back from where they run; returns them."""
-        left = list(self.executing_task_futs.values())
+    def cancel_all_tasks(self) -> None:
+        """Forget the tasks that have not ended; they cannot be called back from where they run."""
         self.executing_task_futs = {}
-        return left
 
     def shutdown_all_clients(self) -> None:
         """End the SDK's threads, whether their tasks have been answered or not."""

@@ -1,7 +1,6 @@
 """Look at every endpoint before anything is sent: one line a client, and in a red cell what to change at the site."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,9 @@ from rich.table import Table
 from fedspallm_appfl import __version__
 from fedspallm_appfl.config import Client
 from fedspallm_appfl.errors import FederationError
-from fedspallm_appfl.launch.globus import POLL, Connection
+from fedspallm_appfl.launch.globus import Connection
 from fedspallm_appfl.launch.globus_results import printable
+from fedspallm_appfl.launch.globus_turn import POLL
 from fedspallm_appfl.site import SITE
 
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
@@ -40,12 +40,11 @@ class Cell:
 Findings = dict[str, dict[str, Cell]]
 
 
-def look(connection: Connection, on_answer: Callable[[str], None] = lambda client: None) -> Findings:
+def look(connection: Connection) -> Findings:
     """Ask every endpoint.
 
     Args:
         connection: to the clients.
-        on_answer: called with each client that has answered.
 
     Returns:
         Client -> column -> cell; columns behind a red one that says why they could not be looked at are missing.
@@ -66,7 +65,6 @@ def look(connection: Connection, on_answer: Callable[[str], None] = lambda clien
         outcome = wire.recv_result_from_one_client(timeout=POLL)
         if outcome is not None:
             findings[outcome.client] |= _read(outcome, connection)
-            on_answer(outcome.client)
     for client_id in wire.busy():
         findings[client_id]["endpoint"] = Cell(
             False,

@@ -5,6 +5,7 @@ failure of that client; what shows on a terminal or in a report is printable and
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def read_result(client: str, result: Any) -> list[Message] | Failure:
         raise UpdateError(f"refused the result of client {client}: it is no dict")
     if isinstance(result.get("error"), dict):
         error = {key: printable(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
-        return Failure(error["message"][:1000], error["traceback"], error["host"][:100], error["blocks"][:100])
+        return Failure(error["message"][:1000], error["traceback"], _word(error["host"]), _word(error["blocks"]))
     messages = result.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UpdateError(f"refused the result of client {client}: it has no messages")
@@ -79,7 +80,7 @@ def _message(client: str, message: Any, number: int, total: int) -> Message:
         raise UpdateError(f"{where} has metadata {printable(metadata)[:200]}")
     if (metadata["_chunk_idx"], metadata["_total_chunks"]) != (number, total):
         raise UpdateError(f"{where} of {total} says that it is {metadata['_chunk_idx']} of {metadata['_total_chunks']}")
-    return Message(message["payload"], {**metadata, "host": printable(metadata.get("host", ""))[:100]})
+    return Message(message["payload"], {**metadata, "host": _word(metadata.get("host", ""))})
 
 
 def _are_complete(metadata: Mapping[str, Any]) -> bool:
@@ -103,6 +104,11 @@ def _are_notes(notes: Any) -> bool:
         printable(linear) == linear and printable(name) == name and type(value) in (int, float)
         for linear, name, value in pairs
     )
+
+
+def _word(words: Any) -> str:
+    """A host or a list of blocks, without what would steer a table."""
+    return re.sub(r"[^\w.,-]", "", str(words), flags=re.ASCII)[:100]
 
 
 def printable(words: Any) -> str:
