@@ -29,7 +29,7 @@ pytestmark = [
 ]
 SITES = {"a": ("austen",), "b": ("bible", "csource")}
 OUTSIDE = "00000000-0000-4000-8000-0000000000ff"  # an endpoint id that nobody has registered
-LONG = {"windows": 90, "length": 256, "batch": 1}  # all of its text: five seconds of work or more
+LONG = {"windows": 90, "length": 256, "batch": 1}  # all of its text: some seconds of work
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def wait_for(happened, process, seconds=200):
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until and process.poll() is None, process.communicate()
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def long_for(config, index):
@@ -260,10 +260,12 @@ def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
     long_for(config, 1)
     before = len(submissions(world))
     job = start(world, "run", config, "--launcher", "globus")
-    wait_for(lambda: len(submissions(world)) == before + 3 + 2, job)  # looks, and the tasks of austen and bible
-    _, ticks = worker_of("site-b")
-    wait_for(lambda: worker_of("site-b")[1] > ticks + 100, job)  # a second into its task; an idle worker holds a lock
-    pid, _ = worker_of("site-b")
+    wait_for(lambda: len(submissions(world)) > before + 3, job)  # the preflight is over
+    pid, ticks = worker_of("site-b")
+    os.kill(pid, signal.SIGSTOP)  # until both tasks of the site have been sent
+    wait_for(lambda: len(submissions(world)) == before + 3 + 3, job)
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: worker_of("site-b")[1] > ticks + 30, job)  # it prunes: one that is killed idle may hold a lock
     os.kill(pid, signal.SIGKILL)
     code, out, err = finish(job)
     assert code == 0, out + err
