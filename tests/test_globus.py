@@ -281,6 +281,11 @@ def other_round(messages):
     repacked(messages[0], payload_of(messages[0]) | {"round": 7})
 
 
+def last_of_other_round(messages):
+    """By then others have sent all of theirs and wait for the end of the round."""
+    repacked(messages[-1], payload_of(messages[-1]) | {"round": 7})
+
+
 def twice(messages):
     messages[1]["payload"] = messages[0]["payload"]
 
@@ -316,6 +321,7 @@ def first_payload(place):
         (metadata(_chunk_idx=3), "says that it is 3 of 8"),
         (with_messages(lambda messages: messages.pop()), "message 0 of 7 says that it is 0 of 8"),
         (with_messages(other_round), "it is for round 7, this is round 0"),
+        (with_messages(last_of_other_round), "it is for round 7, this is round 0"),
         (with_messages(twice), "was sent before"),
         (with_messages(half), "ended round 0 without block 4"),
     ],
@@ -419,6 +425,7 @@ def test_a_late_answer_is_thrown_away_and_its_client_takes_part_again(federation
     events, _ = federation(wire, **changes)
     assert set(absences(events)) <= {(0, "csource"), (1, "csource")}
     assert (0, "csource") in absences(events)
+    assert not [why for why in absences(events).values() if "refused" in why]
     assert {event["round"] for event in events if event["event"] == "upload" and event["client"] == "csource"} >= {2}
     left = sorted(file.name for file in (store / "run").iterdir())
     assert [name for name in left if not name.startswith("down.")] == []
