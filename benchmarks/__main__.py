@@ -11,6 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "solve",
+    "admm",
     "block_statistics",
     "whole_job",
     "layer_share",

@@ -8,9 +8,8 @@ from benchmarks.context import Context
 from benchmarks.measure import seconds, wall_seconds
 from benchmarks.memory import peak_above
 from benchmarks.tables import Table
-from benchmarks.uploads import SEVEN_B, SMALL, TARGET, one_block, receive_all, upload
-from fedspallm_appfl import estimate
-from fedspallm_appfl.global_model import Aggregation
+from benchmarks.uploads import AGGREGATION, SEVEN_B, SMALL, one_block, receive_all, upload
+from fedspallm_appfl import estimate_memory
 
 CLIENTS = 16
 PEAK = "MB above the uploads, at most"
@@ -39,4 +38,4 @@ def run(context: Context) -> Table:
 def predicted(shapes: dict[str, tuple[int, int]], clients: int) -> dict[str, float]:
     """What the package itself predicts for this job, by the names of the rows."""
     linears = one_block(shapes).blocks[0]
-    return {PEAK: estimate.closing_bytes(linears, torch.float16, clients, Aggregation(target=TARGET)) / 1e6}
+    return {PEAK: estimate_memory.closing_bytes(linears, torch.float16, clients, AGGREGATION) / 1e6}

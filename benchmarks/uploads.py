@@ -9,12 +9,14 @@ from torch import Tensor
 
 from benchmarks.models import random_mask
 from fedspallm_appfl.blocks import Layout, Linear
-from fedspallm_appfl.global_model import Aggregation, GlobalModel
+from fedspallm_appfl.folds import Aggregation
+from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.payload import make_update, pack
+from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 
 Shapes = Mapping[str, tuple[int, int]]
-TARGET = parse_target("0.5")
+AGGREGATION = Aggregation(Settings("sparsegpt", parse_target("0.5")))
 SEVEN_B = {  # the linears of a block of LLaMA-2-7B: 405 MB in float16
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
     "mlp.gate_proj": (11008, 4096),
@@ -42,9 +44,13 @@ def upload(shapes: Shapes, seed: int) -> dict[str, Any]:
     return make_update(0, {0: {name: pack(*matrix(shape, seed), torch.float16) for name, shape in shapes.items()}})
 
 
+def _no_dense(block: int, name: str) -> Tensor:
+    raise RuntimeError("these uploads bring their values, so the server needs no dense weights")
+
+
 def receive_all(shapes: Shapes, clients: int, uploads: list[Any], folder: Path) -> GlobalModel:
     """Let a new server take the uploads of all clients, one after another; there may be fewer uploads than clients."""
-    server = GlobalModel(one_block(shapes), torch.float16, Aggregation(target=TARGET), folder)
+    server = GlobalModel(one_block(shapes), torch.float16, AGGREGATION, folder, _no_dense)
     server.begin_round(0, {f"client-{number}": [0] for number in range(clients)})
     for number in range(clients):
         server.receive(f"client-{number}", uploads[number % len(uploads)], 1)

@@ -53,7 +53,7 @@ def test_it_comes_close_to_the_best_of_all_supports(text):
         theirs.append(error(prepared("sparsegpt", text, matrix).prune(weight)[0], weight, matrix) / least)
     assert min(ours) > 0.999
     assert np.median(ours) < 1.02
-    assert np.mean(ours) < 1.25 < np.mean(theirs)
+    assert np.mean(ours) < 1.3 < np.mean(theirs)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.7", "2:4", "4:8"])

@@ -10,18 +10,20 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "fedspallm_appfl"
 LAYERS = (
     # 0  pure mathematics and plain words
-    "__init__ errors yaml_io dtypes devices events messages pruning/* native/* "
-    "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling",
+    "__init__ errors yaml_io dtypes devices events messages algorithms/* pruning/* native/* "
+    "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling votes exact_sum triangle",
     # 1  what travels and what rests
-    "payload payload_bytes packed_store agreed_blocks checkpoint_files model_identity data_store site",
+    "payload payload_bytes compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file "
+    "model_identity data_store site",
     # 2  models and data
-    "blocks lazy_model calibration activations blockwise evaluation export",
+    "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules globus_rules globus_sizes estimate run_dir global_model local_client",
+    "config config_rules globus_rules globus_sizes estimate estimate_memory run_dir global_model folds local_client "
+    "uploads",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running
-    "launch/* progress report estimate_tables experiment cli __main__",
+    "launch/* progress report estimate_tables experiment further_models study* cli __main__",
 )
 FROM_LAYER = {
     "transformers": 2,

@@ -158,7 +158,7 @@ def test_a_missing_configuration_is_named(fedspallm, verb):
 def test_a_valid_configuration_is_said_to_be_one(fedspallm):
     code, out, err = fedspallm("validate", CONFIG)
     assert (code, err) == (0, "")
-    assert "demo.yaml: no problem found\n4 clients, 1 round, sparsegpt" in out
+    assert "demo.yaml: no problem found\n4 clients, 1 round, FedSpaLLM with sparsegpt, sparsity 0.5\n" in out
 
 
 def test_validate_without_files_opens_neither_model_nor_text(fedspallm):

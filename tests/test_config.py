@@ -62,7 +62,8 @@ evaluation: {text: {}}
         "clients.1.client: unknown key; did you mean client_id?",
         "clients.1.comm_configs.max_mesage_bytes: unknown key; did you mean max_message_bytes?",
         "evaluation.text: unknown key; did you mean texts?",
-        "1: unknown key; valid here are client_configs, clients, evaluation, model, run_dir, seed, server_configs",
+        "1: unknown key; valid here are "
+        "algorithm, client_configs, clients, evaluation, gram, model, run_dir, seed, server_configs",
     ],
 )
 def test_every_wrong_key_is_reported_with_the_nearest_valid_one(read, problem):
@@ -74,7 +75,7 @@ run_dir: [runs]
 seed: 1.5
 model: llama
 server_configs: {num_clients: yes, num_global_epochs: two}
-client_configs: {train_configs: {damping: small, threads: many, pruner: true}}
+client_configs: {train_configs: {damping: small, threads: many, pruner: true, refit: 1}}
 clients: [{client_id: {a: b}}]
 evaluation: {texts: [a, b], compare: fedavg, windows: "4"}
 """
@@ -91,6 +92,7 @@ evaluation: {texts: [a, b], compare: fedavg, windows: "4"}
         "client_configs.train_configs.damping: expected float, got 'small'",
         "client_configs.train_configs.threads: expected int, got 'many'",
         "client_configs.train_configs.pruner: expected str, got True",
+        "client_configs.train_configs.refit: expected true or false, got 1",
         "clients.0.client_id: expected str, got {'a': 'b'}",
         "evaluation.texts: expected keys and values, got ['a', 'b']",
         "evaluation.compare: expected a list, got 'fedavg'",

@@ -181,6 +181,13 @@ def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):
     assert "Drawn by nobody" in (folder / "report.md").read_text()
 
 
+def test_one_participant_is_placed_and_counted_where_all_text_is_pooled(tmp_path, capsys):
+    run(small_config(tmp_path, 2), "algorithm=centralized")
+    shown = capsys.readouterr().out
+    assert "Placement" in shown
+    assert "client pooled  block 7  8/8" in shown
+
+
 def test_sweep_sends_down_what_later_rounds_need(tmp_path):
     changes = {
         "server_configs": {"num_global_epochs": 4},

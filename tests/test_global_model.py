@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from conftest import DEMO
-from fedspallm_appfl import global_model
+from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.blocks import Layout, Linear
 from fedspallm_appfl.errors import ConfigError, UpdateError
-from fedspallm_appfl.global_model import Aggregation, GlobalModel
+from fedspallm_appfl.folds import Aggregation
+from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.local_client import ClientSettings, LocalClient
 from fedspallm_appfl.payload import compress, make_update, matrices, pack, pack_mask, unpack, update_nbytes
 from fedspallm_appfl.pruning import Settings
@@ -20,6 +21,7 @@ from fedspallm_appfl.sparsity import parse_target
 SHAPES = {"q": (4, 6), "up": (3, 5)}
 LAYOUT = Layout("layers", (tuple(Linear(name, shape, False) for name, shape in SHAPES.items()),) * 3)
 HALF = parse_target(0.5)
+SPARSEGPT = Settings("sparsegpt", HALF)
 SAMPLES = {"ann": 3, "bob": 1, "cy": 8}
 EVERYTHING = {client: [0, 1, 2] for client in SAMPLES}
 
@@ -37,8 +39,14 @@ def upload(client, blocks, names=tuple(SHAPES), t=0, dtype=torch.float16):
     return make_update(t, {b: {n: pack(*matrix(client, b, n, t, dtype), dtype) for n in names} for b in blocks})
 
 
-def server(folder, assigned=EVERYTHING, dtype=torch.float16, on_event=lambda event: None, dense=None, **settings):
-    model = GlobalModel(LAYOUT, dtype, Aggregation(HALF, **settings), folder, on_event=on_event, dense=dense)
+def dense(block, name):
+    """A dense matrix that all clients share, with zeros, ties and both signs."""
+    seed = random.Random(f"{block}/{name}").randrange(2**31)
+    return torch.randint(-3, 4, SHAPES[name], generator=torch.Generator().manual_seed(seed)).half() / 4
+
+
+def server(folder, assigned=EVERYTHING, dtype=torch.float16, on_event=lambda event: None, **settings):
+    model = GlobalModel(LAYOUT, dtype, Aggregation(SPARSEGPT, **settings), folder, dense, on_event=on_event)
     model.begin_round(0, assigned)
     return model
 
@@ -97,7 +105,7 @@ def test_a_round_stores_the_expanded_l0_mean_and_fedavg_beside_it(tmp_path, weig
     send_all(model)
     senders = dict.fromkeys(range(3), [(client, 0) for client in SAMPLES])
     assert_stored(model.done, senders, weights == "sample_size")
-    assert_stored(model.comparison("fedavg"), senders, weights == "sample_size", fedavg=True)
+    assert_stored(model.store("fedavg"), senders, weights == "sample_size", fedavg=True)
 
 
 @pytest.mark.parametrize("weights", ["equal", "sample_size"])
@@ -110,9 +118,7 @@ def test_the_order_of_uploads_never_changes_a_stored_byte(tmp_path, weights, dty
         model = server(tmp_path / str(order), dtype=dtype, weights=weights, comparisons=("fedavg", "standalone"))
         for client, block, name in messages:
             model.receive(client, upload(client, [block], [name], dtype=dtype), SAMPLES[client])
-        results.append(
-            [stored(model.comparison(n)) for n in ("global", "fedavg", *(f"standalone/{c}" for c in SAMPLES))]
-        )
+        results.append([stored(model.store(n)) for n in ("global", "fedavg", *(f"standalone/{c}" for c in SAMPLES))])
     assert len(results[0][0]) == 12
     assert all(result == results[0] for result in results)
 
@@ -121,12 +127,12 @@ def test_standalone_stores_what_each_client_sent(tmp_path):
     model = server(tmp_path, comparisons=("standalone",))
     for names in (["up"], ["q"]):
         model.receive("bob", upload("bob", [0, 2], names), 1)
-    linears = model.comparison("standalone/bob").load(2)
-    assert model.comparison("standalone/bob").blocks() == [0, 2]
+    linears = model.store("standalone/bob").load(2)
+    assert model.store("standalone/bob").blocks() == [0, 2]
     for name in SHAPES:
         weight, mask = matrix("bob", 2, name)
         assert [part.tolist() for part in unpack(linears[name])] == [weight.tolist(), mask.tolist()]
-    assert model.comparison("standalone/ann").blocks() == []
+    assert model.store("standalone/ann").blocks() == []
 
 
 @pytest.mark.parametrize("weights", ["equal", "sample_size"])
@@ -139,7 +145,7 @@ def test_a_later_round_replaces_or_adds_to_the_earlier_one(tmp_path, fold, weigh
     earlier = [("ann", 0), ("bob", 0)] if fold == "cumulative" else []
     senders = {0: [*earlier, ("ann", 1), ("cy", 1)], 1: [("ann", 0)], 2: [("cy", 1)]}
     assert_stored(model.done, senders, weights == "sample_size")
-    assert_stored(model.comparison("fedavg"), senders, weights == "sample_size", fedavg=True)
+    assert_stored(model.store("fedavg"), senders, weights == "sample_size", fedavg=True)
 
 
 def test_blocks_are_open_from_the_first_upload_to_the_last(tmp_path):
@@ -249,7 +255,7 @@ def test_a_client_that_is_not_in_the_roster_is_refused(tmp_path):
         (upload("ann", [0], t=1), "from client ann: it is for round 1, this is round 0"),
         (
             upload("ann", [0], dtype=torch.float32),
-            "from client ann, block 0, q: the values must be one row of torch.float16",
+            "from client ann, block 0, q: values must be 12 entries of torch.float16",
         ),
     ],
 )
@@ -311,13 +317,7 @@ STORES = ("global", "fedavg", *(f"standalone/{client}" for client in SAMPLES))
 
 def everything(model):
     """Every byte of the global model and of its comparisons."""
-    return [stored(model.comparison(name)) for name in STORES]
-
-
-def dense(block, name):
-    """A dense matrix that all clients share, with zeros, ties and both signs."""
-    seed = random.Random(f"{block}/{name}").randrange(2**31)
-    return torch.randint(-3, 4, SHAPES[name], generator=torch.Generator().manual_seed(seed)).half() / 4
+    return [stored(model.store(name)) for name in STORES]
 
 
 def masks_of(client, blocks, t=0, values=False):
@@ -338,9 +338,15 @@ def test_masks_alone_give_the_same_bits_as_masks_with_values(tmp_path, masks_onl
         model = GlobalModel(
             LAYOUT,
             torch.float16,
-            Aggregation(HALF, weights, "cumulative", comparisons=("fedavg", "standalone"), mask_only=senders),
+            Aggregation(
+                SPARSEGPT,
+                weights=weights,
+                fold="cumulative",
+                comparisons=("fedavg", "standalone"),
+                mask_only=senders,
+            ),
             tmp_path / str(len(senders)),
-            dense=dense,
+            dense,
         )
         for t in range(2):
             model.begin_round(t, EVERYTHING)
@@ -353,7 +359,7 @@ def test_masks_alone_give_the_same_bits_as_masks_with_values(tmp_path, masks_onl
 
 
 def test_a_mask_alone_is_only_taken_from_those_who_leave_weights_as_they_are(tmp_path):
-    model = server(tmp_path, mask_only=frozenset({"ann"}), dense=lambda block, name: torch.zeros(1, 1))
+    model = server(tmp_path, mask_only=frozenset({"ann"}))
     with pytest.raises(UpdateError, match="from client bob, block 0, q: a matrix has the keys shape, mask, values"):
         model.receive("bob", masks_of("bob", [0]), 1)
     with pytest.raises(UpdateError, match="from client ann, block 0, q: a matrix has the keys shape, mask, and"):
@@ -378,8 +384,8 @@ def wide_upload(client, t, dtype):
 
 
 def wide_server(folder, dtype=torch.float16, **settings):
-    comparisons = ("fedavg", "standalone")
-    return GlobalModel(WIDE, dtype, Aggregation(SPARSE, comparisons=comparisons, **settings), folder)
+    settings = Aggregation(Settings("sparsegpt", SPARSE), comparisons=("fedavg", "standalone"), **settings)
+    return GlobalModel(WIDE, dtype, settings, folder, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -427,7 +433,7 @@ def demo_client():
 def test_a_client_understands_what_goes_down(tmp_path, compression):
     client = demo_client()
     layout, dtype = client.model.layout, client.model.skeleton.stored_dtype
-    model = GlobalModel(layout, dtype, Aggregation(HALF, compression=compression), tmp_path)
+    model = GlobalModel(layout, dtype, Aggregation(SPARSEGPT, compression=compression), tmp_path, dense)
     model.begin_round(0, {"ann": [1, 3]})
     for block in (1, 3):
         for linear in layout.blocks[block]:
@@ -460,24 +466,34 @@ def test_what_goes_down_empty_changes_nothing():
 
 @pytest.mark.parametrize("weights", ["equal", "sample_size"])
 @pytest.mark.parametrize("fold", ["latest", "cumulative"])
-def test_the_sums_of_a_matrix_are_dropped_before_its_mask_is_made(tmp_path, monkeypatch, fold, weights):
+def test_the_sums_of_a_matrix_and_the_average_are_dropped_before_its_mask_is_made(tmp_path, monkeypatch, fold, weights):
     model = server(tmp_path, fold=fold, weights=weights, comparisons=("fedavg",))
-    sums, opened, dropped = {}, [], []
-    expand = global_model.expand
+    sums, averages, opened, dropped = {}, [], [], []
+    expand, plain_mean = fedspallm.expand, fedavg.plain_mean
+
+    def references(of):
+        return [weakref.ref(tensor) for tensor in (of.total, of.kept) if tensor is not None]
 
     def watched(votes, *rest):
-        dropped.append(sums[tuple(votes.shape)]() is None)
+        dropped.append([reference() is None for reference in (*sums[tuple(votes.shape)], *averages)])
         return expand(votes, *rest)
 
-    monkeypatch.setattr(global_model, "expand", watched)
+    def averaged(of):
+        mean = plain_mean(of)
+        averages.append(weakref.ref(mean))
+        return mean
+
+    monkeypatch.setattr(fedspallm, "expand", watched)
+    monkeypatch.setattr(fedavg, "plain_mean", averaged)
     for client in SAMPLES:
         for name in SHAPES:
             model.receive(client, upload(client, [0], [name]), SAMPLES[client])
             opened.append([name for _, name in model._open])
-            sums.update({SHAPES[name]: weakref.ref(matrix.sums.total) for (_, name), matrix in model._open.items()})
+            sums.update({SHAPES[name]: references(matrix.sums) for (_, name), matrix in model._open.items()})
     assert opened == [["q"], ["q", "up"], ["q", "up"], ["q", "up"], ["up"], []]
-    assert dropped == [True, True]
-    assert all(reference() is None for reference in sums.values())
+    parts = 1 if weights == "equal" else 2
+    assert dropped == [[True] * (parts + 1), [True] * (parts + 2)]
+    assert all(reference() is None for of in sums.values() for reference in of)
 
 
 def test_a_client_that_is_given_up_counts_where_it_has_sent_and_nobody_waits_for_it(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import DEMO, ROOT
 from experiments import UNEVEN, small_config
 from fedspallm_appfl.cli import main
+from tiny import linears, save_tiny, tiny_config, weights
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 pytestmark = [
@@ -125,3 +126,50 @@ def test_a_stock_appfl_script_can_use_the_classes(tmp_path):
     code, out, err = finish(mpiexec(3, sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py"))
     assert code == 0, err
     assert "blocks [0, 1, 2, 3, 4, 5, 6, 7] are in runs/appfl" in out
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ranks", "settings"),
+    [
+        ("gram", 3, {"gram": {"precision": "int8"}}),
+        ("gram", 3, {"gram": {"precision": "fp32", "propagate": "pruned", "target": "dense"}}),
+        ("consensus", 3, {"client_configs": {"comm_configs": {"compression": "zstd", "max_message_bytes": 9000}}}),
+    ],
+    ids=["gram", "gram sweep", "consensus"],
+)
+def test_every_algorithm_gives_the_bits_of_one_process(tmp_path, algorithm, ranks, settings):
+    """Four clients with unequal windows, two to a rank, that take part in some blocks of two rounds."""
+    config = tiny_config(tmp_path, save_tiny(tmp_path / "model"), algorithm, 4, **settings)
+    overrides = [f"clients.{number}.train_configs.resource_share={share}" for number, share in ((1, 0.67), (2, 0.34))]
+    overrides.append("server_configs={num_global_epochs: 2, aggregator_kwargs: {fold: cumulative}, device: cpu}")
+    code, _, err = finish(fedspallm(ranks, config, f"run_dir={tmp_path / 'mpi'}", *overrides))
+    assert code == 0, err
+    assert main(["run", str(config), *overrides]) == 0
+    for name in ("model/model.safetensors", "manifest.json"):
+        assert (tmp_path / "mpi" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    for file in (tmp_path / "run" / "statistics").glob("*"):
+        one, other = load_file(file), load_file(tmp_path / "mpi" / "statistics" / file.name)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_four_clients_over_mpi_are_as_good_as_one_with_all_the_text(tmp_path):
+    """In a model of one block there is nothing to sweep over, and the sum of all statistics is that of all the text."""
+    model = save_tiny(tmp_path / "model", torch.float32, blocks=1)
+    gram = {"precision": "fp32", "first_input": "private"}
+    config = tiny_config(tmp_path / "four", model, "gram", 4, gram=gram)
+    code, _, err = finish(fedspallm(3, config))
+    assert code == 0, err
+    alone = tiny_config(tmp_path / "one", model, "centralized", 4)
+    assert main(["run", str(alone)]) == 0
+    together, apart = (linears(weights(tmp_path / name / "run")) for name in ("one", "four"))
+    for name, tensor in together.items():
+        assert torch.equal(apart[name] != 0, tensor != 0)
+        assert torch.allclose(apart[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_centralized_is_for_one_process(tmp_path):
+    config = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "centralized", 2)
+    code, _, err = finish(fedspallm(2, config))
+    assert code != 0
+    assert err.count("centralized pools the text of all clients in one process; run it without --launcher mpi") == 1
+    assert not (tmp_path / "run").exists()

@@ -2,16 +2,19 @@
 
 import io
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import zstandard
 
-from fedspallm_appfl import bitmask, payload
+from fedspallm_appfl import bitmask, compression
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.payload import (
     block_nbytes,
+    check_matrix,
     check_update,
+    check_values,
     compress,
     decompress,
     make_update,
@@ -19,7 +22,9 @@ from fedspallm_appfl.payload import (
     nbytes,
     pack,
     pack_mask,
+    pack_values,
     packed_size,
+    packed_sizes,
     unpack,
     unpack_mask,
     update_nbytes,
@@ -115,7 +120,7 @@ def test_an_update_survives_torch_save_without_pickle(dtype):
     torch.save(make_update(7, blocks), buffer)
     buffer.seek(0)
     update = torch.load(buffer, weights_only=True)
-    assert (update["format"], update["round"]) == ("fedspallm-update/1", 7)
+    assert (update["format"], update["round"]) == ("fedspallm-update/2", 7)
     assert [(block, name) for block, name, _ in matrices(update)] == [(3, "self_attn.q_proj"), (10, "up")]
     for block, name, packed in matrices(update):
         sent = blocks[block][name]
@@ -142,8 +147,17 @@ def honest(text="0.5"):
     return make_update(2, {3: {"q": matrix, "up": deepcopy(matrix)}})
 
 
+def expected(shapes, dtype, text, mask_only=False):
+    """How each matrix of an upload is checked."""
+    options = {"dtype": dtype, "target": parse_target(text), "mask_only": mask_only}
+    return {
+        block: {name: partial(check_matrix, shape=shape, **options) for name, shape in linears.items()}
+        for block, linears in shapes.items()
+    }
+
+
 def check(update, text="0.5"):
-    check_update(update, "client ann", 2, {3, 4}, SHAPES_OF_BLOCKS, torch.float16, parse_target(text))
+    check_update(update, "client ann", 2, 0, expected(SHAPES_OF_BLOCKS, torch.float16, text))
 
 
 def changed(part, change, text="0.5"):
@@ -175,11 +189,16 @@ def assert_refused(update, message):
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("format", "fedspallm-update/9", ": the format must be fedspallm-update/1"),
-        ("format", None, ": the format must be fedspallm-update/1"),
-        ("extra", 1, ": the keys are ['blocks', 'extra', 'format', 'round']"),
-        ("blocks", None, ": the keys are ['format', 'round']"),
+        ("format", "fedspallm-update/9", ": the format must be fedspallm-update/2"),
+        ("format", "fedspallm-update/1", ": the format must be fedspallm-update/2"),
+        ("format", None, ": the format must be fedspallm-update/2"),
+        ("extra", 1, ": the keys are ['blocks', 'exchange', 'extra', 'format', 'round']"),
+        ("blocks", None, ": the keys are ['exchange', 'format', 'round']"),
+        ("exchange", None, ": the keys are ['blocks', 'format', 'round']"),
         ("round", 1, ": it is for round 1, this is round 2"),
+        ("round", torch.tensor(2), ": it is for round 2, this is round 2"),
+        ("exchange", 1, ": it is for exchange 1, this is exchange 0"),
+        ("exchange", False, ": it is for exchange False, this is exchange 0"),
         ("blocks", [], ": `blocks` is not a dict"),
         ("blocks/5", {}, ": block '5' was not assigned; assigned were [3, 4]"),
         ("blocks/x", {}, ": block 'x' was not assigned"),
@@ -201,15 +220,25 @@ def test_an_update_that_was_not_asked_for_is_refused(part, value, message):
         ("shape", lambda _: [9, 1], "the shape is [9, 1], expected [3, 3]"),
         ("shape", lambda _: 9, "the shape is 9, expected [3, 3]"),
         ("mask", lambda mask: mask.tolist(), "mask and values must be tensors"),
-        ("mask", lambda mask: mask.short(), "the mask must be uint8 of 2 bytes, got torch.int16 of shape (2,)"),
-        ("mask", lambda mask: mask[:1], "the mask must be uint8 of 2 bytes, got torch.uint8 of shape (1,)"),
+        ("mask", lambda mask: mask.short(), "mask must be 2 entries of torch.uint8, got torch.int16 of shape (2,)"),
+        ("mask", lambda mask: mask[:1], "mask must be 2 entries of torch.uint8, got torch.uint8 of shape (1,)"),
         ("mask", lambda mask: mask | bits(0, 2), "bits beyond the last entry of the mask are set"),
         ("mask", lambda mask: mask | bits(2, 0), "the mask keeps 6 entries, sparsity 0.5 keeps 5"),
         ("mask", lambda mask: mask & bits(0xFE, 1), "the mask keeps 4 entries, sparsity 0.5 keeps 5"),
-        ("values", lambda values: values.float(), "the values must be one row of torch.float16, got torch.float32"),
-        ("values", lambda values: values[None], "the values must be one row of torch.float16, got torch.float16 of"),
-        ("values", lambda values: values[1:], "the mask keeps 5 entries but there are 4 values"),
-        ("values", lambda values: values.repeat(2), "the mask keeps 5 entries but there are 10 values"),
+        ("values", lambda values: values.float(), "values must be 5 entries of torch.float16, got torch.float32 of"),
+        (
+            "values",
+            lambda values: values[None],
+            "values must be 5 entries of torch.float16, got torch.float16 of shape (1",
+        ),
+        (
+            "values",
+            lambda values: values[1:],
+            "values must be 5 entries of torch.float16, got torch.float16 of shape (4,)",
+        ),
+        ("values", lambda values: values.repeat(2), "values must be 5 entries of torch.float16, got torch.float16 of"),
+        ("values", lambda values: values.to_sparse(), "mask and values must be tensors in memory"),
+        ("values", lambda values: values.to("meta"), "mask and values must be tensors in memory"),
         ("values", lambda values: values / 0, "the values hold NaN or infinity"),
         ("values", lambda values: (values + 1) / 0, "the values hold NaN or infinity"),
     ],
@@ -258,8 +287,8 @@ def large(text, dtype, only_masks=False, round_index=2):
     return make_update(round_index, blocks)
 
 
-def checked(update, text="0.5", dtype=torch.float16, shapes=LARGE, mask_only=False):
-    return check_update(update, "client ann", 2, set(shapes), shapes, dtype, parse_target(text), mask_only)
+def checked(update, text="0.5", dtype=torch.float16, mask_only=False):
+    return check_update(update, "client ann", 2, 0, expected(LARGE, dtype, text, mask_only))
 
 
 def assert_same_update(one, other):
@@ -414,7 +443,7 @@ def refuse_to_decompress(monkeypatch):
     def decompressor(**_):
         raise AssertionError("a frame was opened that should have been refused by its header")
 
-    monkeypatch.setattr(payload.zstandard, "ZstdDecompressor", decompressor)
+    monkeypatch.setattr(compression.zstandard, "ZstdDecompressor", decompressor)
 
 
 @pytest.mark.parametrize("part", ["mask", "values"])
@@ -462,8 +491,9 @@ def skippable(part):
         lambda part: claiming(size_of(part)),
         lambda part: torch.cat([claiming(size_of(part)), framed(bytes(1000))[6:]]),
         skippable,
+        lambda part: torch._neg_view(framed(bytes(size_of(part)))),
     ],
-    ids=["truncated", "header only", "garbage", "empty", "no content", "more than promised", "skippable"],
+    ids=["truncated", "header only", "garbage", "empty", "no content", "more than promised", "skippable", "negated"],
 )
 def test_a_frame_that_cannot_be_decompressed_is_refused(part, frame):
     with pytest.raises(UpdateError, match=f"from client ann, block 4, q: {part} cannot be decompressed: "):
@@ -489,7 +519,7 @@ def test_what_is_compressed_is_said_in_a_list_of_known_parts(frames):
     update = large("0.5", torch.float16)
     update["blocks"]["4"]["q"]["zstd"] = frames
     with pytest.raises(
-        UpdateError, match="client ann, block 4, q: `zstd` lists which of mask and values are compressed, got"
+        UpdateError, match="client ann, block 4, q: `zstd` lists which of the parts are compressed, got"
     ):
         checked(update)
 
@@ -497,7 +527,9 @@ def test_what_is_compressed_is_said_in_a_list_of_known_parts(frames):
 def test_a_mask_alone_has_no_values_to_name_as_compressed():
     update = large("0.5", torch.float16, only_masks=True)
     update["blocks"]["4"]["q"]["zstd"] = ["values"]
-    with pytest.raises(UpdateError, match=r"`zstd` lists which of mask and values are compressed, got \['values'\]"):
+    with pytest.raises(
+        UpdateError, match=r"block 4, q: `zstd` lists which of the parts are compressed, got \['values'\]"
+    ):
         checked(update, mask_only=True)
 
 
@@ -521,15 +553,67 @@ def test_nothing_may_follow_a_frame():
     frame = zstandard.ZstdCompressor().compress(bytes(16))
     tensor = torch.frombuffer(bytearray(frame + b"more"), dtype=torch.uint8)
     with pytest.raises(UpdateError, match="ann: mask cannot be decompressed"):
-        payload._inflated(tensor, "ann", "mask", 16, torch.uint8)
+        compression.inflated({"mask": tensor, "zstd": ["mask"]}, "mask", "ann", 16, torch.uint8)
 
 
 def test_a_negated_view_counts_as_what_it_shows():
     mask = torch.tensor([[True, False], [False, True]])
     packed = pack(torch.ones(2, 2), mask, torch.float32)
     packed["values"] = torch._neg_view(packed["values"])
-    update = {"format": payload.FORMAT, "round": 0, "blocks": {"0": {"q": packed}}}
-    checked = payload.check_update(update, "ann", 0, {0}, {0: {"q": (2, 2)}}, torch.float32, parse_target("0.5"))
+    update = make_update(0, {0: {"q": packed}})
+    checked = check_update(update, "ann", 0, 0, expected({0: {"q": (2, 2)}}, torch.float32, "0.5"))
     values = checked["blocks"]["0"]["q"]["values"]
     assert not values.is_neg()
     assert values.tolist() == [-1.0, -1.0]
+
+
+AGREED = pack_mask(HALF)
+
+
+def values_update(change=None):
+    """Values for an agreed mask in exchange 1 of round 2, with one part of the matrix changed."""
+    packed = pack_values(torch.arange(9.0).view(3, 3), AGREED["mask"], torch.float16)
+    return make_update(2, {3: {"q": packed | (change or {})}}, exchange=1)
+
+
+def taken_values(update):
+    checks = {3: {"q": lambda packed, where: check_values(packed, where, AGREED, torch.float16)}}
+    return check_update(update, "client ann", 2, 1, checks)["blocks"]["3"]["q"]
+
+
+def test_values_under_an_agreed_mask_are_taken_with_that_mask():
+    ones = {"values": framed(bytes([0] * 5 + [0x3C] * 5)), "zstd": ["values"]}
+    for change, values in (({}, [0.0, 2.0, 4.0, 6.0, 8.0]), (ones, [1.0] * 5)):
+        taken = taken_values(values_update(change))
+        assert taken["values"].tolist() == values
+        assert torch.equal(unpack_mask(taken), HALF)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": AGREED["mask"]}, "a matrix has the keys shape, values, and `zstd` if compressed"),
+        ({"shape": [9, 1]}, "the shape is [9, 1], expected [3, 3]"),
+        ({"values": [1.0] * 5}, "values must be a tensor in memory"),
+        ({"values": torch.ones(5)}, "values must be 5 entries of torch.float16, got torch.float32 of shape (5,)"),
+        (
+            {"values": torch.ones(4).half()},
+            "values must be 5 entries of torch.float16, got torch.float16 of shape (4,)",
+        ),
+        ({"values": torch.full((5,), torch.nan).half()}, "the values hold NaN or infinity"),
+        ({"zstd": ["mask"]}, "`zstd` lists which of the parts are compressed, got ['mask']"),
+        ({"values": claiming(10**9), "zstd": ["values"]}, "values: the frame holds 1000000000 bytes, expected 10"),
+    ],
+)
+def test_values_that_do_not_fit_under_the_agreed_mask_are_refused(change, message):
+    with pytest.raises(UpdateError) as refusal:
+        taken_values(values_update(change))
+    assert str(refusal.value) == f"refused an update from client ann, block 3, q: {message}"
+
+
+def test_what_travels_of_a_matrix_is_mask_and_values_or_one_of_the_two():
+    sizes = [packed_sizes({"q": (3, 3)}, parse_target("0.5"), torch.float16, parts) for parts in ("masks", "values")]
+    assert sizes == [{"q": 2}, {"q": 10}]
+    assert packed_sizes({"q": (3, 3)}, parse_target("0.5"), torch.float16) == {"q": 12}
+    assert nbytes(pack_mask(HALF)) == 2
+    assert nbytes(pack_values(torch.ones(3, 3), AGREED["mask"], torch.float16)) == 10

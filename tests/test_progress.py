@@ -10,8 +10,8 @@ from fedspallm_appfl import progress
 from fedspallm_appfl.progress import RunProgress, console
 
 
-def upload(client, blocks, message=0, round_index=0):
-    name = {"event": "upload", "client": client, "round": round_index}
+def upload(client, blocks, message=0, round_index=0, exchange=0, exchanges=1):
+    name = {"event": "upload", "client": client, "round": round_index, "exchange": exchange, "exchanges": exchanges}
     return name | {"blocks": blocks, "message": message, "messages": 2}
 
 
@@ -54,6 +54,11 @@ def test_an_upload_is_a_plain_line_with_the_time_that_is_left(shown):
 
 def test_rounds_are_counted_from_one_and_all_of_them_in_the_total(shown):
     assert shown(upload("a", "1", round_index=1), rounds=3) == "round 2/3  client a  block 1  1/12\n"
+
+
+def test_all_exchanges_of_a_round_are_in_the_total(shown):
+    uploads = [upload("a", "1", exchange=number, exchanges=3) for number in range(3)]
+    assert [line.split("  ")[3] for line in shown(*uploads).splitlines()] == ["1/12", "2/12", "3/12"]
 
 
 def test_a_message_without_blocks_is_counted_but_makes_no_line(shown):

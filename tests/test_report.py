@@ -20,6 +20,8 @@ def upload(client, blocks, size, round_index=0, message=0, notes=None):
     return {
         "event": "upload",
         "round": round_index,
+        "exchange": 0,
+        "exchanges": 1,
         "client": client,
         "host": f"node-{client}",
         "message": message,
@@ -138,7 +140,7 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
         ["standalone (mean)", "5.00", "20.00", "10.00"],
         ["FedSpaLLM", "3.00", "12.00", "6.00"],
     ]
-    assert "2 clients, sparsegpt, sparsity 0.5" in words
+    assert "2 clients, FedSpaLLM with sparsegpt, sparsity 0.5" in words
     assert (
         "up 2.6 kB, down 1.4 kB in all, 1.3 kB up a client on average; the prunable weights take 320 B dense" in words
     )

@@ -16,23 +16,29 @@ from fedspallm_appfl.errors import ModelError, first_line
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, and not used
+SMALL = ["*.json", "*.model", "*.txt"]  # configuration and tokenizer
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, weights: bool = True) -> Path:
     """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
+
+    Args:
+        path: folder or hub name.
+        weights: whether they are needed; without them only the small files of a model on the hub are fetched.
 
     Raises:
         ModelError: the path is neither, or the folder holds no `config.json`.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(path)
+        folder = _from_hub(path, weights)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -40,7 +46,8 @@ def _from_hub(name: str) -> Path:
     if looks_local:
         raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check `model.path`")
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]))
+        only = None if weights else SMALL
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model path {name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "

@@ -1,4 +1,4 @@
-"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `prune`, `evaluate`.
+"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `study`, `prune`, `evaluate`.
 
 Nothing heavy is imported before it is needed.
 """
@@ -103,6 +103,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(estimate)
     estimate.set_defaults(work=_estimate)
+
+    study = _command(
+        verbs,
+        "study",
+        "Compare algorithms and targets on the same clients with several seeds: tables and plots (docs/study.md).",
+        "fedspallm study configs/demo.yaml --sparsity 0.5 0.7 --seeds 0 1\n"
+        "  fedspallm study configs/demo.yaml --algorithms standalone fedspallm gram gram+admm --out runs/four",
+    )
+    _config_arguments(study)
+    study.add_argument(
+        "--algorithms",
+        nargs="+",
+        metavar="NAME",
+        help="NAME or NAME+PRUNER: the algorithms, gram-sweep, gram-dense, magnitude (default: eight of them)",
+    )
+    study.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
+    study.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")
+    study.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN_DIR-study)")
+    study.add_argument("--keep-models", action="store_true", help="leave the pruned models in DIR/runs")
+    study.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    study.set_defaults(work=_study)
 
     prune = _command(
         verbs,
@@ -262,6 +283,21 @@ def _estimate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _study(args: argparse.Namespace) -> int:
+    from fedspallm_appfl import study
+
+    lists = {name: getattr(args, name) or [] for name in ("algorithms", "sparsity", "seeds")}
+    late = [word for words in lists.values() for word in words if "=" in word]  # overrides after a list of names
+    names, targets, seeds = ([word for word in words if "=" not in word] for words in lists.values())
+    overrides = [*args.overrides, *late]
+    plan, problems = study.planned(
+        Path(args.config), overrides, names or study.DEFAULT, targets, seeds, args.out, args.keep_models
+    )
+    _refuse(args.config, problems)
+    study.study(plan, _console(), args.overwrite)
+    return 0
+
+
 def _prune(args: argparse.Namespace) -> int:
     from fedspallm_appfl import further_models
 
@@ -307,10 +343,19 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     if files:
         problems += config_rules.check_with_files(config)
         problems += _sizes(config) if globus else []
+    _refuse(args.config, problems)
+    return config
+
+
+def _refuse(config: str, problems: list[str]) -> None:
+    """Say everything that is wrong.
+
+    Raises:
+        ConfigError: lists the problems, if there are any.
+    """
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"{args.config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
-    return config
+        raise ConfigError(f"{config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
 
 
 def _sizes(config: "Config") -> list[str]:

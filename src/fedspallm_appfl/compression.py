@@ -65,7 +65,7 @@ def _inflated(frame: Tensor, where: str, part: str, count: int, dtype: torch.dty
     size = count * dtype.itemsize
     require(frame.dtype == torch.uint8 and frame.ndim == 1, where, f"{part}: not a frame but {describe(frame)}")
     try:
-        data = frame.contiguous().numpy().data
+        data = frame.resolve_neg().contiguous().numpy().data
         promised = zstandard.get_frame_parameters(data).content_size  # so much would be allocated
         require(promised == size, where, f"{part}: the frame holds {promised} bytes, expected {size}")
         plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, allow_extra_data=False)

@@ -46,6 +46,9 @@ class Gram:
     precision: str = "int8"  # fp32 | bf16 | int8
     propagate: str = "dense"  # dense (one pass) | pruned (a sweep, an exchange for each input of each block)
     target: str = "own"  # own | dense: in a sweep, whether outputs should be those of the dense model
+    first_input: str = (
+        "public"  # public (random tokens) | private: the first block's first input, which tells token counts
+    )
     min_tokens: int | None = None  # statistics of fewer tokens are not sent; null is the width of the input
 
 

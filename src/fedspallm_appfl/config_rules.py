@@ -4,14 +4,18 @@
 model is built without weights.
 """
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedspallm_appfl.activations import ACTIVATIONS
-from fedspallm_appfl.algorithms import ALGORITHMS, COMPARISONS, LABELS
-from fedspallm_appfl.algorithms.gram import PROPAGATE, TARGETS
+from fedspallm_appfl.algorithms import ALGORITHMS, COMPARISONS, LABELS, exchanges
+from fedspallm_appfl.algorithms.exchange import Groups
+from fedspallm_appfl.algorithms.gram import FIRST_INPUTS, PROPAGATE, TARGETS, GramSettings
 from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.compression import COMPRESSIONS
@@ -25,7 +29,7 @@ from fedspallm_appfl.gram_payload import PRECISIONS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
 from fedspallm_appfl.mask_expansion import GROUPS
 from fedspallm_appfl.messages import MESSAGE_LIMIT, plan
-from fedspallm_appfl.payload import packed_sizes
+from fedspallm_appfl.payload import Shapes, packed_sizes
 from fedspallm_appfl.pruning import PRUNERS
 from fedspallm_appfl.sparsity import Target, check_divides, parse_target
 
@@ -137,6 +141,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("gram.precision", config.gram.precision, tuple(PRECISIONS)),
         ("gram.propagate", config.gram.propagate, PROPAGATE),
         ("gram.target", config.gram.target, TARGETS),
+        ("gram.first_input", config.gram.first_input, FIRST_INPUTS),
         ("model.dtype", config.model.dtype, ("auto", *DTYPES)),
         ("server_configs.aggregator_kwargs.weights", kwargs.weights, WEIGHTS),
         ("server_configs.aggregator_kwargs.fold", kwargs.fold, FOLDS),
@@ -197,7 +202,6 @@ def _comparisons(config: Config) -> Iterator[str]:
 def _algorithm(config: Config) -> Iterator[str]:
     """What does not go with the algorithm."""
     name, gram, train = config.algorithm, config.gram, config.client_configs.train_configs
-    kwargs = config.server_configs.aggregator_kwargs
     if config.evaluation.compare and name != "fedspallm":
         yield f"evaluation.compare: made from the uploads of fedspallm, got algorithm {name}; run each on its own"
     if gram != Gram() and name != "gram":
@@ -206,8 +210,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield "gram.target: dense outputs are a target in a sweep; set gram.propagate to pruned, or gram.target to own"
     if name in ("gram", "centralized"):
         yield from _one_pruner(config)
-    if name == "gram" and kwargs.weights != "equal":
-        yield "server_configs.aggregator_kwargs.weights: with gram every token counts the same; leave it at equal"
+    yield from _without_effect(config)
     if name == "consensus" and any(keeps_weights(client.train_configs) for client in config.clients):
         yield (
             "client_configs.train_configs.pruner: with wanda or magnitude no weight changes, so consensus is fedprllm; "
@@ -217,6 +220,21 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield from _whole_model_once(config)
     if train.refit and train.pruner == "magnitude":
         yield "client_configs.train_configs.refit: magnitude knows no inputs; choose another pruner"
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """What would be silently ignored."""
+    name, kwargs = config.algorithm, config.server_configs.aggregator_kwargs
+    path = "server_configs.aggregator_kwargs"
+    if kwargs.weights != "equal" and name not in ("fedspallm", "fedavg", "consensus"):
+        yield f"{path}.weights: nothing is averaged over clients with {name}; leave it at equal"
+    if kwargs.expansion != "matrix" and name not in ("fedspallm", "fedprllm", "consensus"):
+        yield f"{path}.expansion: no mask is expanded with {name}; leave it at matrix"
+    if kwargs.fold != "latest" and config.gram.propagate == "pruned":
+        yield f"{path}.fold: statistics of a sweep hold for one pruned model and cannot be added up; leave it at latest"
+    lengths = sorted({client.data.length for client in config.clients})
+    if name == "centralized" and lengths != [config.client_configs.data.length]:
+        yield f"client_configs.data.length: centralized puts all windows together, so one length for all; got {lengths}"
 
 
 def _one_pruner(config: Config) -> Iterator[str]:
@@ -374,11 +392,43 @@ def _sizes(config: Config, skeleton: "Skeleton") -> Iterator[str]:
     except ValueError:  # `check` says so
         return
     yield from indivisible(layout.blocks, target)
-    sizes = {b: packed_sizes(layout.shapes(b), target, skeleton.stored_dtype) for b in range(len(layout.blocks))}
-    try:
-        plan(sizes, max(1, comm.blocks_per_message), comm.max_message_bytes)
+    if config.algorithm not in ALGORITHMS or config.gram.precision not in PRECISIONS:
+        return
+    shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
+    alone = tuple(tuple((linear.name,) for linear in linears) for linears in layout.blocks)
+    try:  # that some share an input does not change which statistics are the largest
+        for table in travelling(config, shapes, skeleton.stored_dtype, alone):
+            plan(table, max(1, comm.blocks_per_message), comm.max_message_bytes)
     except ConfigError as error:
         yield f"client_configs.comm_configs.max_message_bytes: {error}"
+
+
+def travelling(
+    config: Config, shapes: Mapping[int, Shapes], dtype: torch.dtype, groups: Groups
+) -> Iterator[dict[int, dict[str, int]]]:
+    """Bytes of what travels in a round, by block and linear or input: up and then down, an exchange after the other.
+
+    With values whatever the pruner, as messages are planned so, and nothing after the last exchange of all.
+
+    Args:
+        config: the experiment.
+        shapes: for each block (O, I) of each linear.
+        dtype: dtype of the checkpoint.
+        groups: linears that share an input.
+    """
+    from fedspallm_appfl.uploads import sizes
+
+    target = parse_target(config.client_configs.train_configs.sparsity)
+    made = exchanges(config.algorithm, groups, config.gram.propagate)
+    answered = len(made) - (config.server_configs.num_global_epochs == 1)
+    for number, exchange in enumerate(made):
+        yield sizes(exchange, shapes, target, dtype, groups, GramSettings(**dataclasses.asdict(config.gram)))
+        if exchange.down is not None and number < answered:
+            yield {
+                block: packed_sizes(shapes[block], target, dtype, exchange.down)
+                for block in shapes
+                if exchange.concerns(block)
+            }
 
 
 def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:

@@ -30,6 +30,7 @@ from fedspallm_appfl.report import Results, closing, write_report
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 DEFAULT_LENGTH = 2048
+DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # what every perplexity stands beside
 
 
 def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Results:
@@ -44,26 +45,48 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     Returns:
         What it has shown.
     """
-    rounds, clients = config.server_configs.num_global_epochs, len(config.clients)
+    with RunProgress(console, config.server_configs.num_global_epochs, len(config.participants())) as progress:
+        results, log = conduct(config, launch, overwrite, progress)
+    console.print(closing(config, results, log))
+    report = Path(config.run_dir).expanduser() / "report.md"
+    console.print(f"model   {results.model}\nreport  {report}", highlight=False, markup=False)
+    return results
+
+
+def conduct(
+    config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True
+) -> tuple[Results, EventLog]:
+    """Run an experiment and write its results, without showing them.
+
+    Args:
+        config: a configuration without problems.
+        launch: runs the rounds and returns the aggregator.
+        overwrite: replace the results of an earlier run.
+        *listeners: get every event as it happens.
+        dense: measure the perplexity of the dense model too.
+
+    Returns:
+        What it has shown, and all events.
+    """
     with run_dir.claimed(config, overwrite) as folder:
-        with RunProgress(console, rounds, clients) as progress:
-            log = EventLog(folder / run_dir.MARK, progress)
-            log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
-            aggregator = launch(config, folder / "state", log)
-            results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log)
+        log = EventLog(folder / run_dir.MARK, *listeners)
+        rounds = config.server_configs.num_global_epochs
+        log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
+        aggregator = launch(config, folder / "state", log)
+        results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log, dense)
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         statistics_folder = folder / "state" / STATISTICS
         if statistics_folder.is_dir():
             statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
         shutil.rmtree(folder / "state")
-    console.print(closing(config, results, log))
-    console.print(f"model   {results.model}\nreport  {folder / 'report.md'}", highlight=False, markup=False)
-    return results
+    return results, log
 
 
-def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog) -> Results:
-    methods: dict[str, PrunedBlock] = {}
+def _finish(
+    config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog, dense: bool
+) -> Results:
+    methods: dict[str, PrunedBlock] = dict(DENSE) if dense else {}
     left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
     alone = {f"standalone/{c}": model.store(f"standalone/{c}") for c in config.roster() if c not in left_out}
     if config.algorithm == "standalone":
@@ -72,6 +95,7 @@ def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel
         place = folder / "models"
     else:
         matrices, place = write_pruned(config, skeleton, model.done, folder), folder / "model"
+    log({"event": "written"})
     if "standalone" in (config.algorithm, *config.evaluation.compare):
         methods |= {name: store.load for name, store in alone.items()}
     if "fedavg" in config.evaluation.compare:
@@ -79,8 +103,8 @@ def _finish(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel
     if config.algorithm != "standalone":
         methods[config.algorithm] = model.done.load
     perplexity = evaluate(config, methods, log) if config.evaluation.texts else {}
-    dense = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
-    return Results(_with_mean_of_standalone(perplexity), matrices, dense, place)
+    dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
+    return Results(_with_mean_of_standalone(perplexity), matrices, dense_bytes, place)
 
 
 def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder: Path) -> list[MatrixSparsity]:
@@ -114,7 +138,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
 
 
 def evaluate(config: Config, methods: Mapping[str, PrunedBlock], log: OnEvent) -> dict[str, dict[str, float]]:
-    """Perplexity of the dense model and of pruned ones on the texts of `evaluation`, all with the same settings."""
+    """Perplexity of each model on each text of `evaluation`, all with the same settings: method -> text -> perplexity."""
     device = choose_device(config.evaluation.device, 0)
     lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
     tokenizer, settings = load_tokenizer(lazy.skeleton.folder), config.evaluation
@@ -122,23 +146,22 @@ def evaluate(config: Config, methods: Mapping[str, PrunedBlock], log: OnEvent) -
         name: cut_windows(tokenizer, read_text(text), settings.length)[: settings.windows]
         for name, text in settings.texts.items()
     }
-    dense: dict[str, PrunedBlock] = {"dense": lambda block: None}
     rows = {}
-    for number, (method, pruned) in enumerate({**dense, **methods}.items(), 1):
+    for number, (method, pruned) in enumerate(methods.items(), 1):
         rows[method] = perplexities(lazy, texts, pruned, settings.batch)
-        log({"event": "evaluation", "method": method, "of": [number, len(methods) + 1], "perplexity": rows[method]})
+        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
     return rows
 
 
 def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """One row, the mean over the clients alone, in the place of one for each of them."""
+    """One row, the geometric mean over the clients alone, in the place of one for each of them."""
     alone = [row for method, row in rows.items() if method.startswith("standalone/")]
     together: dict[str, dict[str, float]] = {}
     for method, row in rows.items():
         if not method.startswith("standalone/"):
             together[method] = row
         elif "standalone" not in together:
-            together["standalone"] = {text: statistics.mean(one[text] for one in alone) for text in row}
+            together["standalone"] = {text: statistics.geometric_mean(one[text] for one in alone) for text in row}
     return together
 
 

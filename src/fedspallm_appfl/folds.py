@@ -130,9 +130,9 @@ class WeightFold:
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
         server, alone = self._server, client in self._server.settings.mask_only
-        shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
 
         def check(packed: Any, where: str) -> Packed:
+            shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
             checked = check_matrix(packed, where, shape, server.dtype, target, alone)
             return with_values(checked, server.dense(block, unit)) if alone else checked
 
@@ -160,8 +160,8 @@ class WeightFold:
         facts = {"zeros_before_expansion": unexpanded_zeros(sums.votes, sums.clients)}
         stores = {}
         for store, combine in self._combine.items():
-            weight, mask = combine(sums)
-            stores[store] = {unit: pack(weight, mask, self._server.dtype)}
+            # No name for what is packed: it would be kept while the next is made.
+            stores[store] = {unit: pack(*combine(sums), self._server.dtype)}
         return stores, facts
 
 
@@ -181,8 +181,12 @@ class VoteFold:
     def check(self, client: str, block: int, unit: str) -> Check:
         """A mask of the right shape and sparsity."""
         server = self._server
-        shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
-        return lambda packed, where: check_matrix(packed, where, shape, server.dtype, target, mask_only=True)
+
+        def check(packed: Any, where: str) -> Packed:
+            shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
+            return check_matrix(packed, where, shape, server.dtype, target, mask_only=True)
+
+        return check
 
     def open(self, block: int, unit: str, clients: int) -> Votes:
         """No votes."""
@@ -242,7 +246,7 @@ class ValueFold:
         return {GLOBAL: {unit: {**self._agreed(block, unit), "values": values}}}, {}
 
     def _agreed(self, block: int, unit: str) -> Packed:
-        return (self._masks.load(block) or {})[unit]
+        return (self._masks.load(block, unit) or {})[unit]
 
 
 class KeepFold(WeightFold):

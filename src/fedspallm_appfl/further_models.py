@@ -1,6 +1,7 @@
 """Further models from the statistics of a `gram` run, without asking a client again."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.config import Config, load_config
 from fedspallm_appfl.config_rules import check, indivisible
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.evaluation import PrunedBlock
 from fedspallm_appfl.events import ignore
 from fedspallm_appfl.export import MatrixSparsity
 from fedspallm_appfl.folds import STATISTICS, Aggregation, prune_input
@@ -44,13 +46,13 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     """
     config = _config(run, pruner)
     skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
-    aims = {_folder_name(text): (text, _target(text, skeleton.layout)) for text in targets}
-    methods, matrices = {}, {}
+    aims = {folder_name(text): (text, _target(text, skeleton.layout)) for text in targets}
+    methods: dict[str, PrunedBlock] = dict(experiment.DENSE)
+    matrices = {}
     with TemporaryDirectory(prefix="fedspallm-") as work:
         for name, (text, target) in aims.items():
-            packed = PackedStore(Path(work) / name)
-            for block, leader in store.units():
-                _prune_input(config, target, skeleton, store, packed, block, leader)
+            packed = pruned(config, target, skeleton, store, Path(work) / name)
+            _require_all(run, skeleton, packed)
             matrices[text] = _written(config, text, skeleton, packed, run / FURTHER / name)
             methods[text] = packed.load
         rows = experiment.evaluate(config, methods, ignore) if config.evaluation.texts else {}
@@ -58,8 +60,28 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     console.print(f"models  {run / FURTHER}", highlight=False, markup=False)
 
 
+def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
+    """Prune the whole model with stored sums.
+
+    Args:
+        config: names the pruner and its settings.
+        target: ratio or n:m.
+        skeleton: the dense model.
+        store: sums of all clients.
+        folder: where the packed blocks go.
+
+    Raises:
+        PruningError: a matrix cannot be pruned.
+        ModelError: the sums are damaged, or there is no room.
+    """
+    packed = PackedStore(folder)
+    for block, leader in store.units():
+        _prune_input(config, target, skeleton, store, packed, block, leader)
+    return packed
+
+
 def _config(run: Path, pruner: str | None) -> Config:
-    if not (run / STATISTICS).is_dir():
+    if not ((run / STATISTICS).is_dir() and (run / "manifest.json").is_file()):
         raise ConfigError(
             f"{run} holds no {STATISTICS}/; name the run_dir of a finished run with algorithm gram and gram.propagate dense"
         )
@@ -85,8 +107,9 @@ def _target(text: str, layout: Layout) -> Target:
     return target
 
 
-def _folder_name(text: str) -> str:
-    return text.replace(":", "-")
+def folder_name(text: str) -> str:
+    """A target as the name of a folder."""
+    return text.replace(":", "-").replace("/", "_")  # 1/2 is a share too
 
 
 def _prune_input(
@@ -108,10 +131,23 @@ def _prune_input(
         iterations=train.iterations,
         refit=train.refit,
     )
-    pruned = prune_input(
+    made = prune_input(
         weights, moved, Aggregation(settings, threads=train.threads), rounded, f"block {block}, {leader}"
     )
-    packed.add(block, {name: pack(*made, skeleton.stored_dtype) for name, made in pruned.items()})
+    packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
+
+
+def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
+    """Refuse to leave dense what the run has pruned."""
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))["matrices"]
+    before = {matrix["name"] for matrix in manifest if matrix["zeros"]}
+    for block, linears in enumerate(skeleton.layout.blocks):
+        done = packed.load(block) or {}
+        for linear in linears:
+            if linear.name not in done and (done or skeleton.key(block, linear.name) in before):
+                raise ModelError(
+                    f"{run / STATISTICS} lacks the statistics of block {block}, {linear.name}; run the experiment again"
+                )
 
 
 def _written(config: Config, text: str, skeleton: Skeleton, packed: PackedStore, folder: Path) -> list[MatrixSparsity]:

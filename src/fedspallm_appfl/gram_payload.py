@@ -35,7 +35,7 @@ def pack_gram(sums: Sums, precision: str) -> Packed:
         sums: the statistics.
         precision: one of `PRECISIONS`.
     """
-    diagonal = sums.upper.diagonal().clone()
+    diagonal = sums.upper.diagonal().clone(memory_format=torch.contiguous_format)
     packed: Packed = {"tokens": sums.tokens, "diagonal": diagonal.cpu()}
     packed |= _rounded("upper", sums.upper, diagonal, precision)
     if sums.drift is not None:

@@ -59,10 +59,12 @@ class GramStore:
             return None
         try:
             with safe_open(self._file(block, linear), framework="pt") as file:
-                facts = file.metadata()
-                upper = triangle.unflatten(file.get_tensor("upper"), file.get_tensor("diagonal"))
+                facts, flat, diagonal = file.metadata() or {}, file.get_tensor("upper"), file.get_tensor("diagonal")
+            if len(flat) != triangle.size(len(diagonal)):
+                raise ValueError(f"{len(flat)} entries above a diagonal of {len(diagonal)}")
             linears = tuple(json.loads(facts["linears"]))
-            return linears, Sums(upper, int(facts["tokens"])), bool(json.loads(facts["rounded"]))
+            sums = Sums(triangle.unflatten(flat, diagonal), int(facts["tokens"]))
+            return linears, sums, bool(json.loads(facts["rounded"]))
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self._file(block, linear)} is damaged: {error}; run the experiment again") from error
 

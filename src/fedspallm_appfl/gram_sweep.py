@@ -3,6 +3,11 @@
 Either of the dense model in one forward pass, or of the model as it is pruned block by block and input by input, where the
 server's matrices are awaited between two inputs. See `algorithms.gram`.
 
+Before any attention an input is a function of single tokens: its Gram matrix is a sum over the vocabulary, of which a
+linear system gives back how often each token occurs in the text. That is so for the very first input, and where the MLP
+stands beside the attention for those of the first MLP. A client may send Gram matrices of random tokens in their place
+(`public_first`).
+
 Legend: T tokens, I in features.
 """
 
@@ -52,6 +57,7 @@ def dense_grams(
     assigned: set[int],
     groups: Groups,
     *,
+    public_first: int | None = None,
     batch: int = 1,
     client: str = "local",
     activations: str = "memory",
@@ -63,6 +69,8 @@ def dense_grams(
         windows: (n, T) int64 calibration tokens.
         assigned: blocks whose inputs are wanted.
         groups: as `shared_inputs` finds them.
+        public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
+            client's own.
         batch: windows in a batch.
         client: whom to name in errors.
         activations: where hidden states between blocks are kept.
@@ -74,6 +82,7 @@ def dense_grams(
         PruningError: an input holds NaN or infinity, or was never seen.
     """
     state = embed(model, windows, batch, activations, client)
+    public, of_tokens = _public(model, windows, groups, public_first, batch, activations, client)
     last = max(assigned, default=-1)
     for index in range(last + 1):
         with model.block(index) as block:
@@ -87,8 +96,13 @@ def dense_grams(
             leaders = [names[0] for names in groups[index]]
             for name in leaders:
                 check_statistic(grams[name], f"client {client}, block {index}, {name}")
-            yield index, {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
-            del grams
+            found = {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
+            if index == 0 and public is not None:
+                linears = {linear.name: linear for linear in model.layout.blocks[0]}
+                for name in of_tokens:
+                    found[name] = _sums(model, 0, linears[name], public, None, {}, client)
+            yield index, found
+            del grams, found
 
 
 @torch.no_grad()
@@ -113,6 +127,7 @@ def swept_grams(
     agreed: Agreed,
     *,
     dense_target: bool = False,
+    public_first: int | None = None,
     batch: int = 1,
     client: str = "local",
     activations: str = "memory",
@@ -124,6 +139,8 @@ def swept_grams(
         windows: (n, T) int64 calibration tokens.
         assigned: blocks whose inputs are wanted.
         groups: as `shared_inputs` finds them.
+        public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
+            client's own.
         agreed: the matrices pruned so far; when this goes on after a yield, those of the input that it gave are there.
         dense_target: keep the dense model's hidden states too, and give the drift from them.
         batch: windows in a batch.
@@ -138,15 +155,47 @@ def swept_grams(
     """
     state = embed(model, windows, batch, activations, client)
     dense = embed(model, windows, batch, activations, client) if dense_target else None
+    public, of_tokens = _public(model, windows, groups, public_first, batch, activations, client)
     last = max(assigned, default=-1)
     for index in range(last + 1):
         linears = {linear.name: linear for linear in model.layout.blocks[index]}
         for names in groups[index] if index in assigned else ():
-            found = [_sums(model, index, linears[names[0]], state, dense, agreed, client)]
+            if index == 0 and public is not None and names[0] in of_tokens:
+                found = [_sums(model, 0, linears[names[0]], public, public if dense_target else None, agreed, client)]
+            else:
+                found = [_sums(model, index, linears[names[0]], state, dense, agreed, client)]
             give_back()
             yield index, {names[0]: found.pop()}
         if index < last:
             _go_on(model, index, state, dense, agreed)
+
+
+def _public(
+    model: LazyModel, windows: Tensor, groups: Groups, seed: int | None, batch: int, activations: str, client: str
+) -> tuple[Activations | None, list[str]]:
+    """Random tokens in front of the first block, the same for all clients, and the inputs that they are for."""
+    if seed is None:
+        return None, []
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(model.skeleton.vocabulary, windows.shape, generator=generator)
+    return embed(model, drawn, batch, activations, client), _decided_by_single_tokens(model, groups)
+
+
+@torch.no_grad()
+def _decided_by_single_tokens(model: LazyModel, groups: Groups) -> list[str]:
+    """First linears of the inputs of the first block that no earlier token changes."""
+    windows = torch.arange(2 * PROBE).view(2, PROBE) % model.skeleton.vocabulary
+    windows[:, -1] = 0  # the same last token after others
+    state, found = embed(model, windows, 2), []
+    for names in groups[0]:
+        linear = next(linear for linear in model.layout.blocks[0] if linear.name == names[0])
+        with model.block(0) as block:
+            inputs = _input(block, linear, state, 0, 0, state.hidden[0])
+        if len(inputs) == windows.numel():  # an expert sees some tokens only, and comes after the attention
+            first, second = inputs.view(2, PROBE, -1)[:, -1]
+            if torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(inputs.abs().max())):
+                found.append(names[0])
+    return found
 
 
 def _go_on(model: LazyModel, index: int, state: Activations, dense: Activations | None, agreed: Agreed) -> None:
@@ -185,7 +234,7 @@ def _sums(
 
 
 def _input(block: nn.Module, linear: Linear, state: Activations, number: int, index: int, hidden: Tensor) -> Tensor:
-    """What goes into a linear for one batch, (tokens, I) float32; the pass ends there."""
+    """What goes into a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
     seen: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -46,7 +46,7 @@ class Skeleton:
         """
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
-        self.model = _without_weights(self.folder, dtype)
+        self.model = without_weights(self.folder, dtype)
         self.layout = find_layout(self.model, blocks)
         self._todays_names = _todays_names(self.model, self.files)
         self._key_of = self._match_keys()
@@ -206,7 +206,16 @@ class LazyModel:
             self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
 
 
-def _without_weights(folder: Path, dtype: str) -> PreTrainedModel:
+def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
+    """A causal LM as `config.json` says, parameters on the meta device.
+
+    Args:
+        folder: the model folder; it need not hold weights.
+        dtype: `auto` (as `config.json` says) or a name in `DTYPES`.
+
+    Raises:
+        ModelError: the file is not one of a model that this transformers knows.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
         config.use_cache = False

@@ -150,6 +150,7 @@ class LocalClient:
             self.agreed,
             self.masks,
             options,
+            settings.seed,
         )
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None

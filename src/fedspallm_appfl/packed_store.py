@@ -49,8 +49,8 @@ class PackedStore:
         """Store some matrices of a block beside those that are stored of it already."""
         self.save(block, {**(self.load(block) or {}), **linears})
 
-    def load(self, block: int) -> dict[str, Packed] | None:
-        """One block with its matrices in the order of their names, or None if it is not stored."""
+    def load(self, block: int, only: str | None = None) -> dict[str, Packed] | None:
+        """One block with its matrices, or only one of them, in the order of their names; None if it is not stored."""
         if not self._file(block).is_file():
             return None
         with safe_open(self._file(block), framework="pt") as file:
@@ -60,6 +60,7 @@ class PackedStore:
                 name: {"shape": shape}
                 | {part: file.get_tensor(f"{name}/{part}") for part in PARTS if f"{name}/{part}" in stored}
                 for name, shape in shapes.items()
+                if only in (None, name)
             }
 
     def _file(self, block: int) -> Path:

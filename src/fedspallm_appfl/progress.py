@@ -15,7 +15,7 @@ from fedspallm_appfl.events import Event
 class RunProgress:
     """A listener of events.
 
-    The whole run is `rounds * clients * messages` uploads; what is left is estimated from the ones that came.
+    The whole run is `rounds * exchanges * clients * messages` uploads; what is left is estimated from the ones that came.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int) -> None:
@@ -61,7 +61,7 @@ class RunProgress:
 
     def _upload(self, event: Event) -> None:
         self._uploads += 1
-        total = self._rounds * self._clients * event["messages"]
+        total = self._rounds * event["exchanges"] * self._clients * event["messages"]
         what = f"round {event['round'] + 1}/{self._rounds}  client {event['client']}  "
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
@@ -85,6 +85,47 @@ class RunProgress:
         if self._task is None:
             self._task = self._bar.add_task(what, total=total)
         self._bar.update(self._task, description=escape(what), completed=done, total=total)
+
+
+class StudyProgress:
+    """A line for each cell of a study, and on a terminal a bar with the time that is left."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self._console = console
+        self._cells = cells
+        self._done = 0
+        self._what, self._began = "", 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("dense", total=cells)
+
+    def __enter__(self) -> "StudyProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begins(self, what: str) -> None:
+        """A cell is begun."""
+        self._what, self._began = what, time.monotonic()
+        self._bar.update(self._task, description=escape(what))
+
+    def ends(self, result: str) -> None:
+        """The cell is done."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
+        line = f"{self._done}/{self._cells}  {self._what}  {result}  {time.monotonic() - self._began:.1f} s"
+        self._console.print(line, highlight=False, markup=False)
 
 
 def _absence(event: Event) -> str:

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl import __version__, native
-from fedspallm_appfl.algorithms import LABELS
+from fedspallm_appfl.algorithms import LABELS, VOTING
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.export import MatrixSparsity
@@ -136,7 +136,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         "it takes the disk and memory of the dense model. What is smaller is what travelled.",
         *_perplexity(config, results),
         "## Sparsity",
-        _sparsity(results.matrices, log),
+        _sparsity(config, results.matrices, log),
         "## Bytes",
         _bytes(config, results, log),
         "## Who took part",
@@ -148,7 +148,8 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
     file.write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -162,7 +163,7 @@ def _perplexity(config: Config, results: Results) -> list[str]:
         for method, row in results.perplexity.items()
     ]
     again = [_measure_again(config)] if results.model.name == "model" else []
-    return ["## Perplexity", _markdown(["", *texts, "geometric mean"], rows), *again]
+    return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), *again]
 
 
 def _measure_again(config: Config) -> str:
@@ -176,7 +177,7 @@ def _measure_again(config: Config) -> str:
     return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
 
 
-def _sparsity(matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
+def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
     facts = {event["block"]: event for event in log.of("block")}
     rows = []
     for block in sorted({matrix.block for matrix in matrices}):
@@ -186,11 +187,15 @@ def _sparsity(matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
         extra = sum(m.zeros_on_disk - m.zeros for m in mine)
         rows.append([str(block), f"{entries:,}", f"{zeros:,}", f"{zeros / entries:.6f}", f"{before:.4f}", str(extra)])
     over = sum(event["over_target"] for event in facts.values())
-    table = _markdown(["block", "weights", "zeros", "sparsity", "before expansion", "kept but zero"], rows)
-    note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
+    head = ["block", "weights", "zeros", "sparsity", "before expansion", "kept but zero"]
     words = (
         "`before expansion` is the share that every client pruned; `kept but zero` counts kept weights that are zero."
     )
+    if config.algorithm not in VOTING:
+        head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
+        words = "`kept but zero` counts kept weights that are zero."
+    table = markdown(head, rows)
+    note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
     return f"{table}{note}\n\n{words} Each matrix stands in `manifest.json`."
 
 
@@ -209,9 +214,9 @@ def _bytes(config: Config, results: Results, log: EventLog) -> str:
     ]
     return "\n\n".join(
         [
-            _markdown(["client", "up", "down"], rows),
-            _markdown(["round", "up", "down"], per_round),
-            _markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
+            markdown(["client", "up", "down"], rows),
+            markdown(["round", "up", "down"], per_round),
+            markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
             f"Bytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}.",
         ]
     )
@@ -243,7 +248,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
         rows.append(
             [client.client_id, f"{client.train_configs.resource_share:g}", str(len(blocks)), f"{seconds:.1f}", host]
         )
-    table = _markdown(["client", "resource share", "blocks sent", "seconds", "host"], rows)
+    table = markdown(["client", "resource share", "blocks sent", "seconds", "host"], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = sorted(every - covered)
@@ -272,8 +277,8 @@ def _absences(config: Config, log: EventLog) -> list[str]:
     ]
     return [
         "Some clients were left out of rounds. Blocks are aggregated over those who sent them.",
-        _markdown(["round", "took part"], took_part),
-        _markdown(["round", "left out", "host", "blocks", "why"], rows),
+        markdown(["round", "took part"], took_part),
+        markdown(["round", "left out", "host", "blocks", "why"], rows),
     ]
 
 
@@ -296,7 +301,7 @@ def _notes(log: EventLog) -> list[str]:
     if not rows:
         return []
     head = "Matrices whose first factorization failed, with the damping that worked."
-    return ["## Out of the ordinary", head, _markdown(["client", "round", "block.linear", ""], rows)]
+    return ["## Out of the ordinary", head, markdown(["client", "round", "block.linear", ""], rows)]
 
 
 def _settings(log: EventLog) -> str:

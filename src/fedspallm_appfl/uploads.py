@@ -40,6 +40,7 @@ class Source:
         agreed: pruned blocks that came down.
         masks: masks that came down.
         options: batch, activations: how to run the model.
+        seed: the experiment's.
     """
 
     client: str
@@ -51,6 +52,7 @@ class Source:
     agreed: AgreedBlocks
     masks: AgreedBlocks
     options: Mapping[str, Any]
+    seed: int = 0
 
 
 def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
@@ -109,7 +111,8 @@ def _pruned(source: Source, blocks: set[int], masks: AgreedBlocks | None = None)
 
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    where = {"client": source.client, **source.options}
+    public_first = source.seed if source.gram.first_input == "public" else None
+    where = {"client": source.client, "public_first": public_first, **source.options}
     if source.gram.propagate == "dense":
         found = dense_grams(source.model, source.windows, blocks, source.groups, **where)
     else:

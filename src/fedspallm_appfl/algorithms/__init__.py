@@ -20,6 +20,7 @@ _MODULES: dict[str, ModuleType] = {
 }
 ALGORITHMS = tuple(_MODULES)
 COMPARISONS = ("standalone", "fedavg")  # can be made from the uploads of fedspallm, beside its own model
+VOTING = ("fedspallm", "fedprllm", "fedavg", "consensus")  # masks of several clients are combined
 LABELS = {name: module.LABEL for name, module in _MODULES.items()}
 
 

@@ -20,7 +20,7 @@ def combine(sums: L0Sums, target: Target, group: str = "matrix") -> tuple[Tensor
     """The global matrix.
 
     Args:
-        sums: of the clients' weights and masks; its totals, most of what a matrix takes, are dropped once they are used.
+        sums: of the clients' weights and masks; its totals and weights, most of what a matrix takes, are dropped once used.
         target: ratio or n:m.
         group: `matrix` or `row`, where a ratio is counted in mask expansion.
 
@@ -28,5 +28,5 @@ def combine(sums: L0Sums, target: Target, group: str = "matrix") -> tuple[Tensor
         (weight (O, I) float32, mask (O, I) bool with True = kept).
     """
     mean = l0_mean(sums)
-    sums.total = sums.total.new_empty(0)
+    sums.total, sums.kept = sums.total.new_empty(0), None
     return mean, expand(sums.votes, sums.clients, mean, target, group)

@@ -30,6 +30,7 @@ Pruned = tuple[Tensor, Tensor]
 LABEL = "Gram"
 PROPAGATE = ("dense", "pruned")
 TARGETS = ("own", "dense")
+FIRST_INPUTS = ("public", "private")
 
 
 def exchanges(groups: Groups, propagate: str) -> tuple[Exchange, ...]:
@@ -49,12 +50,15 @@ class GramSettings:
         precision: of what is above the diagonal: `fp32`, `bf16` or `int8`.
         propagate: inputs of the `dense` model, or of the one that is being `pruned`.
         target: outputs that a pruned matrix should give: those of its `own` dense weights, or of the `dense` model.
+        first_input: statistics of the first block's first input from `public` random tokens, or from the `private` text,
+            of which they give back how often each token occurs.
         min_tokens: fewer tokens than this are not sent; None for the width of the input.
     """
 
     precision: str = "int8"
     propagate: str = "dense"
     target: str = "own"
+    first_input: str = "public"
     min_tokens: int | None = None
 
     @property
@@ -97,9 +101,9 @@ def prune(weights: Mapping[str, Tensor], sums: Sums, settings: Settings, rounded
     Raises:
         PruningError: SparseGPT's factorization keeps failing.
     """
-    shift = None if sums.drift is None else _shift(sums, settings.damping)
-    if rounded and settings.pruner == "sparsegpt":  # the others do not factor it, or lift it themselves
+    if rounded and (settings.pruner == "sparsegpt" or sums.drift is not None):  # others do not factor it, or lift it
         lift(sums.upper)
+    shift = None if sums.drift is None else _shift(sums, settings.damping)
     prepared = prepare(settings, InputGram.of(sums.upper, sums.tokens))
     return {name: prepared.prune(w if shift is None else torch.addmm(w, w, shift)) for name, w in weights.items()}
 
@@ -107,6 +111,6 @@ def prune(weights: Mapping[str, Tensor], sums: Sums, settings: Settings, rounded
 def _shift(sums: Sums, damping: float) -> Tensor:
     """What takes W to the weights that give the dense output best if nothing is pruned: (I, I), `E (G + damping)^-1`."""
     gram = mirror(sums.upper.clone())
-    gram.diagonal().add_(damping * float(gram.diagonal().mean()))
+    gram.diagonal().add_(damping * (float(gram.diagonal().mean()) or 1.0))
     assert sums.drift is not None
     return torch.linalg.solve(gram, sums.drift.T).T

@@ -33,13 +33,13 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
             "comparisons": config.evaluation.compare,
             "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
             "compression": config.client_configs.comm_configs.compression,
-            "mask_only": [client.client_id for client in config.clients if keeps_weights(client.train_configs)],
+            "mask_only": [client.client_id for client in config.participants() if keeps_weights(client.train_configs)],
             "state_dir": str(state_dir),
         }
     )
     made: Any = OmegaConf.structured(ServerAgentConfig)
     made.server_configs = {
-        "num_clients": len(config.clients),
+        "num_clients": len(config.participants()),
         "num_global_epochs": server.num_global_epochs,
         "optimize_memory": False,  # APPFL would collect garbage several times a message
         "aggregator": server.aggregator,

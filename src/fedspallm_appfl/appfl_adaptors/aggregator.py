@@ -59,7 +59,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.skeleton.dense_matrix,
             choose_device(self.settings["device"], 0),
             lambda event: self.on_event(event),
-            shared_inputs(LazyModel(model_settings["path"], model_settings["blocks"])) if with_groups else (),
+            shared_inputs(LazyModel(**model_settings)) if with_groups else (),
         )
         self.round = 0
         self._ended: set[str] = set()
@@ -116,6 +116,7 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "event": "upload",
                 "round": self.round,
                 "exchange": self.global_model.round.exchange,
+                "exchanges": len(self.global_model.exchanges),
                 "client": client,
                 "host": str(metadata.get("host", "")),
                 "message": int(metadata["_chunk_idx"]),

@@ -3,6 +3,7 @@
 Clients take turns message by message, so that a block is open on the server only while all of them pass it.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,7 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     Returns:
         The aggregator, with the global model in it.
     """
-    from fedspallm_appfl.appfl_adaptors import registration
-
-    registration.register()
-    from fedspallm_appfl.appfl_adaptors.agents import client_agent, server_agent
-
-    registration.freeze()
+    client_agent, server_agent = load()
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     limit = config.client_configs.comm_configs.max_message_bytes
@@ -40,12 +36,24 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     agents = {client.client_id: client_agent(config, client, device, limit, agreed) for client, device in placed}
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
+    on_event({"event": "ready"})
     while not server.training_finished():
         for name, (update, instructions) in _exchange(server, agents).items():
             agents[name].load_parameters((update, instructions))
             for piece in range(1, update.get("pieces", 1)):
                 agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
     return server.aggregator
+
+
+def load() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What makes the agents of a client and of the server; the first call imports APPFL, which takes a while."""
+    from fedspallm_appfl.appfl_adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.appfl_adaptors.agents import client_agent, server_agent
+
+    registration.freeze()
+    return client_agent, server_agent
 
 
 def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:

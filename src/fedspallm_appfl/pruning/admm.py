@@ -11,7 +11,7 @@ squares on the support (`least_squares`) follow.
 
 Where this differs from the authors' code:
 * the penalty runs through the same values in any number of steps, so that more steps mean a slower, better search; it does
-  not ask how much of the mask changed, but a mask that stays the same ends the search;
+  not ask how much of the mask changed, but a mask that stays the same for long ends the search;
 * U stays when the penalty grows, instead of rho U: simpler, and the error is a little smaller;
 * no eigendecomposition: `(C + rho)^-1` by Cholesky factors costs less than the product of eigenvectors;
 * exactly as many entries are pruned as asked, ties by index;
@@ -30,6 +30,7 @@ from fedspallm_appfl.sparsity import Target, select
 STEPS = 60
 PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last
 PERIOD = 3  # steps with one penalty
+PATIENCE = 2  # penalties in a row that leave the mask as it was, after which the search ends
 
 
 def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS) -> tuple[Tensor, Tensor]:
@@ -51,14 +52,15 @@ def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int =
 def _search(weight: Tensor, target: Target, correlation: Correlation, steps: int) -> tuple[Tensor, Tensor]:
     """Z (O, I) float32 and the mask after the last step, from a scaled weight."""
     state = weight.clone()
-    mask = _largest(state, target)
+    mask, settled = _largest(state, target), 0
     for penalty, count in _schedule(steps):
         shrinkage, earlier = correlation.shrinkage(penalty), mask
         for _ in range(count):
             _step(state, weight, mask, shrinkage)
             mask = _largest(state, target)
         del shrinkage  # before the next is made
-        if torch.equal(mask, earlier):
+        settled = settled + 1 if torch.equal(mask, earlier) else 0
+        if settled == PATIENCE:
             break
     return state, mask
 

@@ -45,7 +45,7 @@ class Correlation:
     def unscaled(self, solution: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Undo `scaled`, in place; weights of dead features are those of `weight` where `mask` is True."""
         dead = self.scale == 0
-        solution /= self.scale.masked_fill(dead, 1.0)
+        solution /= self.scale
         solution[:, dead] = (weight[:, dead] * mask[:, dead]).to(solution.dtype)
         return solution
 
