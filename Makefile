@@ -8,7 +8,7 @@ PEERS := .venv-peers
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test fast lint check triton bench bench-peers clean
+.PHONY: help install demo study test globus fast lint check triton bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -31,8 +31,11 @@ demo: install  ## Prune the bundled model with four clients; about a minute
 study: install  ## Compare eight methods on the bundled model; ten minutes on two cores
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
-test: install  ## All tests but those that need a GPU
-	$(BIN)/pytest -m 'not gpu'
+test: install  ## All tests but those that need a GPU or services of Globus Compute
+	$(BIN)/pytest -m 'not gpu and not globus'
+
+globus: install  ## Tests with real endpoints; need rabbitmq-server and redis-server, and port 5000
+	$(BIN)/pytest -m globus
 
 fast: install  ## The tests that need no MPI and no patience
 	$(BIN)/pytest

@@ -13,17 +13,25 @@ LAYERS = (
     "__init__ errors yaml_io dtypes devices events messages algorithms/* pruning/* native/* "
     "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling votes exact_sum triangle",
     # 1  what travels and what rests
-    "payload compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file",
+    "payload payload_bytes compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file "
+    "model_identity data_store site",
     # 2  models and data
     "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules estimate estimate_memory run_dir global_model folds local_client uploads",
+    "config config_rules globus_rules globus_sizes estimate estimate_memory run_dir global_model folds local_client "
+    "uploads",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running
     "launch/* progress report estimate_tables experiment further_models study* cli __main__",
 )
-FROM_LAYER = {"transformers": 2, "appfl": 4, "mpi4py": 4, "globus_compute_sdk": 4}  # the lowest that may import it
+FROM_LAYER = {
+    "transformers": 2,
+    "appfl": 4,
+    "mpi4py": 4,
+    "globus_compute_sdk": 4,
+    "proxystore": 1,
+}  # the lowest that may import it
 FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}
 

@@ -19,7 +19,9 @@ def keys(value, prefix=""):
 def test_the_page_lists_every_key_with_its_default():
     page = (ROOT / "docs" / "configuration.md").read_text()
     listed = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) ?\|", page, re.MULTILINE))
-    expected = dict(keys(Config())) | {"clients.N.client_id": Client().client_id}
+    expected = dict(keys(Config())) | {
+        f"clients.N.{key}": getattr(Client(), key) for key in ("client_id", "endpoint_id")
+    }
     assert listed.keys() == expected.keys()
     for key, default in expected.items():
         blank = default in (None, "", [], {})

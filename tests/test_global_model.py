@@ -494,3 +494,44 @@ def test_the_sums_of_a_matrix_and_the_average_are_dropped_before_its_mask_is_mad
     parts = 1 if weights == "equal" else 2
     assert dropped == [[True] * (parts + 1), [True] * (parts + 2)]
     assert all(reference() is None for of in sums.values() for reference in of)
+
+
+def test_a_client_that_is_given_up_counts_where_it_has_sent_and_nobody_waits_for_it(tmp_path):
+    """cy sends block 0 whole and q of block 1, then is given up before, between or after what the others send."""
+    parts = [
+        lambda model: model.receive("ann", upload("ann", [0, 1, 2]), 3),
+        lambda model: model.receive("bob", upload("bob", [0, 1, 2]), 1),
+        lambda model: model.give_up("cy"),
+    ]
+    for order in ((0, 1, 2), (2, 0, 1), (0, 2, 1)):
+        events = []
+        model = server(tmp_path / str(order), on_event=events.append, weights="sample_size")
+        model.receive("cy", upload("cy", [0]), 8)
+        model.receive("cy", upload("cy", [1], names=["q"]), 8)
+        for number in order:
+            parts[number](model)
+        everybody, two = [(client, 0) for client in SAMPLES], [("ann", 0), ("bob", 0)]
+        assert model.done.blocks() == [0, 1, 2] and not model.open_blocks()
+        for block, name, senders in ((0, "q", everybody), (0, "up", everybody), (1, "q", everybody), (1, "up", two)):
+            weight, mask = unpack(model.done.load(block)[name])
+            expected = global_oracle(senders, block, name, weigh=True)
+            assert (weight.flatten().tolist(), mask.flatten().tolist()) == expected
+        assert {event["block"]: event["clients"] for event in events}[2] == ["ann", "bob"]
+        with pytest.raises(UpdateError, match="client cy: round 0 goes on without it"):
+            model.receive("cy", upload("cy", [2]), 8)
+        model.begin_round(1, EVERYTHING)
+        send_all(model, t=1)
+        assert model.done.blocks() == [0, 1, 2]
+
+
+def test_a_block_that_nobody_can_complete_any_more_stays_as_it_was(tmp_path):
+    model = server(tmp_path, {"ann": [0, 1], "bob": [0]})
+    model.receive("ann", upload("ann", [1], names=["q"]), 3)
+    assert model.open_blocks() == {1}
+    model.give_up("ann")
+    assert not model.open_blocks() and model.done.blocks() == []
+    model.receive("bob", upload("bob", [0]), 1)
+    assert model.done.blocks() == [0] and model.round.changed == {0}
+    model.begin_round(1, {"ann": [1]})
+    model.receive("ann", upload("ann", [1], t=1), 3)
+    assert model.done.blocks() == [0, 1]

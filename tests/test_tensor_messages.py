@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("mpi4py")
 
 from fedspallm_appfl.appfl_adaptors import tensor_messages
+from fedspallm_appfl.payload_bytes import take_apart
 
 
 class Pipe:
@@ -25,7 +26,7 @@ class Pipe:
 
 def through(payload, inbox=None):
     pipe = Pipe()
-    description, tensors = tensor_messages.take_apart(payload)
+    description, tensors = take_apart(payload)
     tensor_messages.send(pipe, tensors, 0, 1)
     received = (inbox or tensor_messages.Inbox()).receive(pipe, description, 0, 1)
     assert not pipe.sent

@@ -1,4 +1,4 @@
-"""The command line: `fedspallm run`, `validate`, `estimate`, `study`, `prune`, `evaluate`.
+"""The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `study`, `prune`, `evaluate`.
 
 Nothing heavy is imported before it is needed.
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedspallm_appfl.config import Config
+    from fedspallm_appfl.launch.globus import Connection
+    from fedspallm_appfl.launch.globus_preflight import Findings
 
 OVERRIDES = "key=value arguments replace single values: client_configs.train_configs.sparsity=0.7 run_dir=runs/70"
 
@@ -60,14 +62,15 @@ def _parser() -> argparse.ArgumentParser:
         "Run an experiment and write model, report and metrics to its run_dir.",
         "fedspallm run configs/demo.yaml\n"
         "  fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=2:4 run_dir=runs/demo-2-4\n"
-        "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
+        "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite\n"
+        "  fedspallm run configs/llama2_7b_globus.yaml --launcher globus",
     )
     _config_arguments(run)
     run.add_argument(
         "--launcher",
-        choices=("serial", "mpi"),
+        choices=("serial", "mpi", "globus"),
         default="serial",
-        help="serial (default): one process; mpi: under mpiexec",
+        help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
     )
     run.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
     run.set_defaults(work=_run)
@@ -81,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(validate)
     validate.add_argument("--no-files", action="store_true", help="look at the values only, not at model and text")
     validate.set_defaults(work=_validate)
+
+    doctor = _command(
+        verbs,
+        "doctor",
+        "Ask every Globus Compute endpoint whether its client can take part; prints one table, sends nothing else.",
+        "fedspallm doctor configs/llama2_7b_globus.yaml",
+    )
+    _config_arguments(doctor)
+    doctor.set_defaults(work=_doctor)
 
     estimate = _command(
         verbs,
@@ -180,8 +192,39 @@ def _run(args: argparse.Namespace) -> int:
     console = _console()
     config = _checked(args, files=True, overwrite=args.overwrite)
     _introduce(config, console)
+    if args.launcher == "globus":
+        return _run_globus(config, console, args.overwrite)
     experiment.run(config, serial.run, console, args.overwrite)
     return 0
+
+
+def _run_globus(config: "Config", console: "Console", overwrite: bool) -> int:
+    from fedspallm_appfl import experiment
+    from fedspallm_appfl.launch import globus, globus_preflight
+
+    with globus.connected(config) as connection:
+        findings = _preflight(connection, console)
+        globus_preflight.require(findings, config.server_configs.min_clients)
+        experiment.run(config, lambda c, state, log: globus.run(c, connection, state, log), console, overwrite)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fedspallm_appfl.launch import globus
+
+    config = _checked(args, files=True, overwrite=True)
+    with globus.connected(config) as connection:
+        findings = _preflight(connection, _console())
+    return 0 if all(cell.ok for cells in findings.values() for cell in cells.values()) else 2
+
+
+def _preflight(connection: "Connection", console: "Console") -> "Findings":
+    from fedspallm_appfl.launch import globus_preflight
+
+    with console.status("Asking the endpoints"):
+        findings = globus_preflight.look(connection)
+    console.print(globus_preflight.table(findings))
+    return findings
 
 
 def _introduce(config: "Config", console: "Console") -> None:
@@ -287,15 +330,19 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     Raises:
         ConfigError: lists all that were found.
     """
-    from fedspallm_appfl import config_rules, run_dir
+    from fedspallm_appfl import config_rules, globus_rules, run_dir
     from fedspallm_appfl.config import load_config
 
     config, problems = load_config(Path(args.config), args.overrides)
+    globus = _means_globus(args, config)
     problems = problems or config_rules.check(config)
+    config = globus_rules.prepared(config) if globus else config
+    problems += globus_rules.check(config) if globus else globus_rules.check_on_this_machine(config)
     problem = run_dir.problem(config, overwrite) if config.run_dir else None
     problems += [problem] if problem else []
     if files:
         problems += config_rules.check_with_files(config)
+        problems += _sizes(config) if globus else []
     _refuse(args.config, problems)
     return config
 
@@ -309,6 +356,19 @@ def _refuse(config: str, problems: list[str]) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
+
+
+def _sizes(config: "Config") -> list[str]:
+    from fedspallm_appfl import globus_sizes
+
+    return list(globus_sizes.check_sizes(config))
+
+
+def _means_globus(args: argparse.Namespace, config: "Config") -> bool:
+    """Whether a command is about a run over Globus Compute; where it does not say so, the endpoints of the clients do."""
+    if args.command == "run":
+        return args.launcher == "globus"
+    return args.command == "doctor" or config.over_globus()
 
 
 def _console(plain: bool = False) -> "Console":

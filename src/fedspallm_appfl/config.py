@@ -74,6 +74,9 @@ class ServerConfigs:
 
     num_clients: int | None = None  # must equal the length of `clients` where it is given
     num_global_epochs: int = 1  # rounds
+    min_clients: int | None = None  # over Globus Compute: a round ends once so many have answered; null waits for all
+    round_deadline: float | None = None  # over Globus Compute: seconds a round may take; null waits without end
+    preflight_deadline: float = 600.0  # over Globus Compute: seconds an endpoint has to answer the preflight
     device: str = "auto"  # where sums are kept and combined: auto (a GPU if the server sees one), cpu, cuda, cuda:1
     aggregator: str = "FedSpaLLMAggregator"
     aggregator_kwargs: AggregatorKwargs = field(default_factory=AggregatorKwargs)
@@ -110,12 +113,25 @@ class Data:
 
 
 @dataclass
+class Store:
+    """Where payloads lie that are too large for a task of Globus Compute."""
+
+    connector: str = "none"  # none (everything travels with the tasks) | file | redis
+    folder: str | None = None  # file: a folder that server and clients mount
+    host: str = "127.0.0.1"  # redis
+    port: int = 6379  # redis
+
+
+@dataclass
 class CommConfigs:
     """Messages."""
 
     blocks_per_message: int = 1
     max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2^31 - 1
-    compression: str = "auto"  # auto (none under serial and MPI, whose links are fast) | none | zstd
+    compression: str = (
+        "auto"  # auto (zstd over Globus Compute, none under serial and MPI, with fast links) | none | zstd
+    )
+    store: Store = field(default_factory=Store)
 
 
 @dataclass
@@ -132,6 +148,7 @@ class Client(ClientConfigs):
     """One client, `client_configs` with its own entry merged over it."""
 
     client_id: str = ""
+    endpoint_id: str | None = None  # over Globus Compute: the UUID of its endpoint
 
 
 @dataclass
@@ -167,6 +184,10 @@ class Config:
     def pruners(self) -> str:
         """The pruners that clients use, in the order of the file."""
         return ", ".join(dict.fromkeys(client.train_configs.pruner for client in self.clients))
+
+    def over_globus(self) -> bool:
+        """Whether every client has an endpoint, so that the file is meant for Globus Compute."""
+        return bool(self.clients) and all(client.endpoint_id for client in self.clients)
 
     def participants(self) -> list[Client]:
         """The clients of the experiment; with `centralized` one that has the text of all."""

@@ -20,6 +20,7 @@ from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.compression import COMPRESSIONS
 from fedspallm_appfl.config import Client, Config, Gram, Paths, keeps_weights
+from fedspallm_appfl.data_store import CONNECTORS
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.lazy_model import Skeleton
 
 MOST_DAMPING = 100.0
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
 
@@ -48,6 +50,7 @@ def check(config: Config) -> list[str]:
         *_numbers(config),
         *_comparisons(config),
         *_algorithm(config),
+        *_globus(config),
     ]
 
 
@@ -82,7 +85,7 @@ def _clients(config: Config) -> Iterator[str]:
     for index, client in enumerate(config.clients):
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", client.client_id, re.ASCII):  # it names a folder too
             yield f"clients.{index}.client_id: one or more letters, digits, '-', '_', '.'; got {client.client_id!r}"
-        if client.train_configs.pruner != "magnitude" and not client.data.text:
+        if client.train_configs.pruner != "magnitude" and not client.data.text and not client.endpoint_id:
             yield f"clients.{index}.data.text: client {client.client_id!r} has no private text; name a file or a folder"
         yield from _must_be_shared(f"clients.{index}", client, config)
 
@@ -99,7 +102,7 @@ def _said_once(by_client: list[list[str]]) -> Iterator[str]:
 def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:
     for group, names in (
         ("train_configs", ("sparsity", "layer_sampling", "trainer")),
-        ("comm_configs", ("blocks_per_message", "max_message_bytes", "compression")),
+        ("comm_configs", ("blocks_per_message", "max_message_bytes", "compression", "store")),
     ):
         for name in names:
             own, common = getattr(getattr(client, group), name), getattr(getattr(config.client_configs, group), name)
@@ -257,6 +260,28 @@ def _whole_model_once(config: Config) -> Iterator[str]:
             f"algorithm: {config.algorithm} prunes every block once; set server_configs.num_global_epochs to 1 and "
             f"resource_share to 1, got {rounds} rounds and shares below 1 of {partial or 'no client'}"
         )
+
+
+def _globus(config: Config) -> Iterator[str]:
+    """What only a run over Globus Compute looks at."""
+    server, store = config.server_configs, config.client_configs.comm_configs.store
+    if server.min_clients is not None:
+        yield from _between("server_configs.min_clients", server.min_clients, 1, len(config.clients))
+    for name in ("round_deadline", "preflight_deadline"):
+        seconds = getattr(server, name)
+        if seconds is not None and not 0 < seconds <= MOST:
+            yield f"server_configs.{name}: seconds, greater than 0 and at most {MOST}, got {seconds:g}"
+    for index, client in enumerate(config.clients):
+        if client.endpoint_id and not UUID.fullmatch(client.endpoint_id):
+            where = f"clients.{index}.endpoint_id"
+            yield f"{where}: the UUID that globus-compute-endpoint list shows, got {client.endpoint_id!r}"
+    where = "client_configs.comm_configs.store"
+    if store.connector not in CONNECTORS:
+        yield f"{where}.connector: one of {', '.join(CONNECTORS)}; got {store.connector!r}"
+    if store.connector == "file" and not store.folder:
+        yield f"{where}.folder: name a folder that the server and every client mount"
+    if store.connector == "redis":
+        yield from _between(f"{where}.port", store.port, 1, 65535)
 
 
 def check_with_files(config: Config) -> list[str]:

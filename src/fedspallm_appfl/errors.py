@@ -25,6 +25,14 @@ class UpdateError(FedSpaLLMError):
     """An upload that is not what the server assigned."""
 
 
+class DataStoreError(FedSpaLLMError):
+    """A data store that cannot be reached, or an object that is not in it."""
+
+
+class FederationError(FedSpaLLMError):
+    """A round that too few clients have answered, or an endpoint that cannot be asked."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without the lines of advice that often follow."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -87,7 +87,8 @@ def _finish(
     config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog, dense: bool
 ) -> Results:
     methods: dict[str, PrunedBlock] = dict(DENSE) if dense else {}
-    alone = {f"standalone/{client}": model.store(f"standalone/{client}") for client in config.roster()}
+    left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
+    alone = {f"standalone/{c}": model.store(f"standalone/{c}") for c in config.roster() if c not in left_out}
     if config.algorithm == "standalone":
         for name, store in alone.items():
             matrices = write_pruned(config, skeleton, store, folder / "models" / name.removeprefix("standalone/"))

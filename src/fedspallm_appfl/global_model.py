@@ -59,6 +59,7 @@ class Round:
         exchange: the exchange that is on, from 0.
         changed: blocks of which some matrix was completed in the round.
         closed: linears that were completed in the exchange: block -> names.
+        given_up: clients of whom nothing more is expected.
     """
 
     index: int
@@ -66,9 +67,10 @@ class Round:
     exchange: int = 0
     changed: set[int] = field(default_factory=set)
     closed: dict[int, list[str]] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
 
     def clients_of(self, block: int) -> set[str]:
-        """Clients that prune a block."""
+        """Clients that prune a block, or have before they were given up."""
         return {client for client, blocks in self.assigned.items() if block in blocks}
 
 
@@ -190,6 +192,8 @@ class GlobalModel:
         """
         if client not in self.round.assigned:
             raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
+        if client in self.round.given_up:
+            raise UpdateError(f"refused an update from client {client}: round {self.round.index} goes on without it")
         if isinstance(update, Mapping) and not update:
             return 0
         expected = {
@@ -209,6 +213,26 @@ class GlobalModel:
             self._add(client, block, name, packed, weight)
         return update_nbytes(update)
 
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round; what it has sent counts, unit by unit.
+
+        Units that lacked only its part are finished. A block of which some units can no longer come stays as it was.
+        """
+        self.round.given_up.add(client)
+        sent = {block for sender, block, _ in self._received if sender == client}
+        mine = [block for block in self.round.assigned.get(client, []) if block in sent]
+        self.round = replace(self.round, assigned={**self.round.assigned, client: mine})
+        for (block, unit), matrix in list(self._open.items()):
+            matrix.missing.discard(client)
+            if not matrix.missing:
+                del matrix
+                self._close(block, unit)
+        for block in [block for block in self._closed if not self._can_be_finished(block)]:
+            del self._closed[block], self._ready[block], self._facts[block]
+
+    def _can_be_finished(self, block: int) -> bool:
+        return any(self.owes(client, block) for client in self.round.assigned)
+
     @property
     def _fold(self) -> Fold:
         return self._folds[min(self.round.exchange, len(self._folds) - 1)]
@@ -227,7 +251,8 @@ class GlobalModel:
     def owes(self, client: str, block: int) -> bool:
         """Whether a unit of a block that was assigned to a client has not come yet."""
         sent = {name for name in self._units(block) if (client, block, name) in self._received}
-        return block in self.round.assigned.get(client, []) and len(sent) < len(self._units(block))
+        expected = client not in self.round.given_up and block in self.round.assigned.get(client, [])
+        return expected and len(sent) < len(self._units(block))
 
     def check_complete(self, client: str) -> None:
         """Refuse to end an exchange for a client that owes something.
@@ -315,7 +340,7 @@ class GlobalModel:
 
     def _add(self, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         if (block, unit) not in self._open:
-            clients = self.round.clients_of(block)
+            clients = self.round.clients_of(block) - self.round.given_up
             self._open[block, unit] = _Open(self._fold.open(block, unit, len(clients)), clients)
         matrix = self._open[block, unit]
         self._fold.add(matrix.sums, client, block, unit, packed, weight)

@@ -51,6 +51,7 @@ class ClientSettings:
         compression: whether to compress messages.
         activations: where hidden states between two blocks are kept, `memory` or `file`.
         agreed: a folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
+        model_hash: tells models apart that lay in the same folder one after the other; for processes that outlive a run.
     """
 
     client_id: str
@@ -73,6 +74,7 @@ class ClientSettings:
     compression: bool = False
     activations: str = "memory"
     agreed: Path | None = None
+    model_hash: str = ""
 
 
 @dataclass
@@ -129,7 +131,7 @@ class LocalClient:
         """
         self.settings = settings
         self._use_threads()
-        self.model = _dense_model(settings.model, settings.blocks, settings.dtype, settings.device)
+        self.model = _dense_model(settings.model, settings.blocks, settings.dtype, settings.device, settings.model_hash)
         windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, settings.agreed
@@ -246,5 +248,5 @@ class LocalClient:
 
 
 @lru_cache(maxsize=4)
-def _dense_model(path: str, blocks: str | None, dtype: str, device: str) -> LazyModel:
+def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
     return LazyModel(path, blocks, dtype, device)

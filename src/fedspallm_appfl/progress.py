@@ -53,6 +53,8 @@ class RunProgress:
                 self._console.print(_placement(self._places))
         elif event["event"] == "upload":
             self._upload(event)
+        elif event["event"] == "absent":
+            self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":
             done, total = event["of"]
             self._say(f"perplexity of {event['method']}", done, total)
@@ -124,6 +126,13 @@ class StudyProgress:
         self._bar.update(self._task, completed=self._done)
         line = f"{self._done}/{self._cells}  {self._what}  {result}  {time.monotonic() - self._began:.1f} s"
         self._console.print(line, highlight=False, markup=False)
+
+
+def _absence(event: Event) -> str:
+    """Why a round goes on without a client, with the remote traceback if there is one."""
+    where = "".join(f", {what} {event[what]}" for what in ("host", "blocks") if event[what])
+    stack = f"\n{event['traceback'].rstrip()}" if event["traceback"] else ""
+    return f"round {event['round'] + 1} goes on without client {event['client']}{where}: {event['why']}{stack}"
 
 
 def _placement(places: list[Event]) -> Table:

@@ -252,13 +252,39 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = sorted(every - covered)
-    notes = [table]
+    notes = [table, *_absences(config, log)]
     if missed:
         notes.append(f"Drawn by nobody, and left dense: block {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform":
         expected = expected_uncovered(config.roster(), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
     return "\n\n".join(notes)
+
+
+def _absences(config: Config, log: EventLog) -> list[str]:
+    """Who was left out of which round and why; nothing where all took part in all."""
+    absent = {(event["round"], event["client"]): event for event in log.of("absent")}
+    if not absent:
+        return []
+    rounds = range(config.server_configs.num_global_epochs)
+    took_part = [
+        [str(index + 1), ", ".join(client for client in config.roster() if (index, client) not in absent)]
+        for index in rounds
+    ]
+    rows = [
+        [str(event["round"] + 1), event["client"], event["host"] or "-", event["blocks"] or "-", _cell(event["why"])]
+        for event in absent.values()
+    ]
+    return [
+        "Some clients were left out of rounds. Blocks are aggregated over those who sent them.",
+        markdown(["round", "took part"], took_part),
+        markdown(["round", "left out", "host", "blocks", "why"], rows),
+    ]
+
+
+def _cell(words: str) -> str:
+    """Words as a cell of a table."""
+    return " ".join(words.replace("|", "\\|").split())
 
 
 def _notes(log: EventLog) -> list[str]:

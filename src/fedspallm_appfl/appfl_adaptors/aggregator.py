@@ -134,9 +134,18 @@ class FedSpaLLMAggregator(BaseAggregator):
             self._ended.add(client)
         return last
 
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round."""
+        self.global_model.give_up(client)
+        self._ended.discard(client)
+
+    def given_up(self) -> set[str]:
+        """Clients that the round goes on without."""
+        return self.global_model.round.given_up
+
     def all_ended(self) -> bool:
-        """Whether every client has sent its last message of the exchange."""
-        return self._ended == set(self.settings["roster"])
+        """Whether every client that was not given up has sent its last message of the exchange."""
+        return self._ended | self.given_up() == set(self.settings["roster"])
 
     def end_exchange(self) -> dict[str, Any]:
         """Close the exchange and begin the next one, maybe of the next round.

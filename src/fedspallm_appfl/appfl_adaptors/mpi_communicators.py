@@ -19,6 +19,7 @@ from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, request
 from mpi4py import MPI
 
 from fedspallm_appfl.appfl_adaptors import tensor_messages
+from fedspallm_appfl.payload_bytes import take_apart
 
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
 
@@ -71,7 +72,7 @@ class BatchedMPIServer(MPIServerCommunicator):
             self._answer(rank, status, payload, {client: answer[1] for client, answer in answers.items()})
 
     def _answer(self, rank: int, status: MPIServerStatus, payload: Any, metadata: dict[str, Any]) -> None:
-        description, tensors = tensor_messages.take_apart(payload)
+        description, tensors = take_apart(payload)
         response = MPITaskResponse(status.value, description, yaml.dump(metadata))
         self.comm.Send(response_to_byte(response), dest=rank, tag=rank)
         tensor_messages.send(self.comm, tensors, rank, _data_tag(self.comm))
@@ -108,7 +109,7 @@ class PoliteMPIClient(MPIClientCommunicator):
         return payload, metadata
 
     def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any) -> None:
-        description, tensors = tensor_messages.take_apart(payload)
+        description, tensors = take_apart(payload)
         request = MPITaskRequest(description, yaml.dump({**metadata, "_client_ids": self.client_ids}))
         tag = self.comm_rank + self.comm_size * task.value
         self.comm.Send(request_to_byte(request), dest=self.server_rank, tag=tag)

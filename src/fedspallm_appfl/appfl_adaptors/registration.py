@@ -3,7 +3,8 @@
 APPFL has no plug-in registry: names in YAML are looked up as attributes of `appfl.algorithm.trainer`, `.aggregator` and
 `.scheduler`, so the classes are put there. Importing APPFL also empties the root logger's handlers, imports `piq`, which
 needs a torchvision that fits the installed torch, and leaves half a million objects for every `gc.collect()` that APPFL
-calls several times per client and round; the first is undone, the second guarded, the third frozen out of the way.
+calls several times per client and round; the first is undone, the second guarded, the third frozen out of the way. Its
+communicator for Globus Compute imports a module that the SDK has dropped in 4.9.
 """
 
 import gc
@@ -11,6 +12,7 @@ import importlib
 import logging
 import sys
 import types
+from typing import Any
 
 
 def register() -> None:
@@ -50,3 +52,16 @@ def guard_piq() -> None:
         for name in [name for name in sys.modules if name.split(".")[0] in ("piq", "torchvision")]:
             del sys.modules[name]
         sys.modules["piq"] = types.ModuleType("piq")
+
+
+def guard_login_manager() -> None:
+    """Stand in for `globus_compute_sdk.sdk.login_manager`, gone since 4.9; APPFL uses it only where it is given tokens."""
+    name = "globus_compute_sdk.sdk.login_manager"
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        stand_in: Any = types.ModuleType(name)
+        stand_in.AuthorizerLoginManager = None
+        sys.modules[name] = stand_in

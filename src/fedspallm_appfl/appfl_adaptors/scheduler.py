@@ -5,7 +5,8 @@ and the client owes none of them anything; then it waits until one of those that
 an open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
 message of an exchange is answered when all clients have sent theirs.
 
-If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging.
+If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging. A launcher that can
+go on without a client sets `spare_others` and calls `give_up`.
 """
 
 import threading
@@ -15,10 +16,15 @@ from typing import Any
 from appfl.algorithm.scheduler import BaseScheduler
 
 from fedspallm_appfl.appfl_adaptors.aggregator import FedSpaLLMAggregator
+from fedspallm_appfl.errors import UpdateError
 
 
 class FedSpaLLMScheduler(BaseScheduler):
-    """Fold on arrival, one barrier an exchange."""
+    """Fold on arrival, one barrier an exchange.
+
+    Attributes:
+        spare_others: an upload that is refused fails for its client alone.
+    """
 
     aggregator: FedSpaLLMAggregator
 
@@ -28,6 +34,7 @@ class FedSpaLLMScheduler(BaseScheduler):
         self._lock = threading.Lock()
         self._held: dict[str, tuple[Future, set[int]]] = {}
         self._at_barrier: dict[str, Future] = {}
+        self.spare_others = False
 
     def schedule(self, client_id: str | int, local_model: Any, **kwargs: Any) -> Future:
         """Take one message of one client.
@@ -41,7 +48,8 @@ class FedSpaLLMScheduler(BaseScheduler):
             A future of (payload, metadata) for that client.
 
         Raises:
-            UpdateError: the message is not what was assigned; all waiting clients get the same error.
+            UpdateError: the message is not what was assigned; all waiting clients get the same error, unless they are
+                to be spared.
         """
         client = str(client_id)
         future: Future[tuple[dict, dict]] = Future()
@@ -51,14 +59,27 @@ class FedSpaLLMScheduler(BaseScheduler):
                     self._at_barrier[client] = future
                 else:
                     self._held[client] = (future, {int(block) for block in local_model.get("blocks", {})})
-                ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
+                self._go_on()
             except BaseException as error:
-                self._fail(error)
+                if not (self.spare_others and isinstance(error, UpdateError)):
+                    self._fail(error)
                 raise
-            self._release()
-            if ended is not None:
-                self._answer_all(ended)
         return future
+
+    def give_up(self, client: str) -> None:
+        """Go on without a client for the rest of the round: nobody waits for it, what it has sent counts."""
+        with self._lock:
+            self._held.pop(client, None)
+            self._at_barrier.pop(client, None)
+            self.aggregator.give_up(client)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """End the exchange if everybody has, and answer who may go on."""
+        ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
+        self._release()
+        if ended is not None:
+            self._answer_all(ended)
 
     def get_num_global_epochs(self) -> int:
         """Rounds that are done."""

@@ -162,4 +162,5 @@ def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSett
         compression=comm.get("compression") == "zstd",
         agreed=Path(train_configs["agreed"]) if train_configs.get("agreed") else None,
         activations=data.get("activations", "memory"),
+        model_hash=model.get("hash", ""),
     )

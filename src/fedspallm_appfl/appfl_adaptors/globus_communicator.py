@@ -1,0 +1,206 @@
+"""APPFL's server communicator for Globus Compute, with what goes wrong in it replaced, each in one method.
+
+| APPFL 1.12 | here |
+| --- | --- |
+| opens and sends the source text of each client's data set file | `__init__`: nothing of a file is sent |
+| pickles arguments and results both ways | `_load_gce`: JSON; the SDK is told to read nothing else |
+| one dict of metadata is changed for the next client while the SDK has not sent it yet | `send_task_to_one_client` copies |
+| a submission that fails ends the Executor for all clients | `_submit` makes another and sends again |
+| a dict is measured by `sys.getsizeof`, so that S3 is never used for it | `_within_limit` measures what travels |
+| a failed task ends the server, a lost one is waited for without end | `recv_result_from_one_client`: an outcome, or None |
+| a task without an answer keeps the interpreter from ending | `shutdown_all_clients` lets go of it |
+| one name for the data store of all runs, and a Redis server that is cleared whole | `data_store`; no ProxyStore here |
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from fedspallm_appfl.appfl_adaptors import globus_tasks, registration
+from fedspallm_appfl.errors import ConfigError, FederationError, first_line
+
+registration.guard_piq()
+registration.guard_login_manager()
+try:
+    from appfl.comm.globus_compute import GlobusComputeServerCommunicator
+    from globus_compute_sdk import Client, Executor
+    from globus_compute_sdk.sdk import executor as sdk_executor
+    from globus_compute_sdk.serialize import ComputeSerializer, JSONData, PureSourceTextInspect
+except ImportError as error:
+    raise ConfigError(
+        f"--launcher globus needs the Globus Compute SDK ({error}); pip install globus-compute-sdk"
+    ) from error
+
+SUBMISSION_LIMIT = 10_000_000  # bytes, by the documentation of the service
+AROUND = 2**16  # bytes of a submission beside the request
+MOST = 10_000  # characters of an error that are kept
+TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
+
+
+@dataclass
+class Task:
+    """A task that was sent.
+
+    Attributes:
+        client: for whom.
+        kind: which of `TASKS`.
+        request: its argument, as it was when it was sent.
+        sent: how often it was sent.
+    """
+
+    client: str
+    kind: str
+    request: dict[str, Any]
+    sent: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended.
+
+    Attributes:
+        client: for whom it was.
+        request: what it was asked.
+        result: what it returned; None if it failed.
+        problem: why it failed, in a line.
+        details: the remote traceback, if there is one.
+    """
+
+    client: str
+    request: dict[str, Any]
+    result: dict[str, Any] | None
+    problem: str = ""
+    details: str = ""
+
+
+class GlobusServer(GlobusComputeServerCommunicator):
+    """Sends tasks to the endpoints of clients and takes their results.
+
+    Attributes:
+        endpoints: client -> endpoint id.
+        executing_task_futs: future -> task that has no outcome yet.
+    """
+
+    def __init__(self, endpoints: Mapping[str, str]) -> None:
+        """Log in, as the SDK does: by its stored login, or by client id and secret in the environment.
+
+        Raises:
+            FederationError: the service cannot be reached or refuses the credentials.
+        """
+        self.endpoints = dict(endpoints)
+        self.executing_task_futs: dict[Future, Task] = {}
+        try:
+            self._load_gce()
+        except Exception as error:  # HTTP, login and configuration, each with errors of its own
+            raise FederationError(
+                f"Globus Compute cannot be used: {type(error).__name__}: {first_line(error)}; log in with "
+                "globus-compute-endpoint login, or set GLOBUS_COMPUTE_CLIENT_ID and GLOBUS_COMPUTE_CLIENT_SECRET"
+            ) from error
+
+    def _load_gce(self, **kwargs: Any) -> None:
+        """Make the Executor; function text and JSON are all that is sent or read."""
+        logging.getLogger(sdk_executor.__name__).setLevel(logging.ERROR)  # else eight lines whenever it slows down
+        allowed = [PureSourceTextInspect, JSONData]
+        serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
+        # One task a submission: two of them together might exceed what the service takes.
+        self.gce = Executor(client=Client(), serializer=serializer, result_serializers=[JSONData], batch_size=1)
+
+    def status_of(self, client: str) -> str:
+        """What the service says about a client's endpoint: `online`, `offline`, or why it cannot be asked."""
+        try:
+            return str(self.gce.client.get_endpoint_status(self.endpoints[client])["status"])
+        except Exception as error:  # noqa: BLE001 - as in `__init__`
+            return first_line(error)
+
+    def send_task_to_one_client(
+        self, client_id: str, task_name: str, *, metadata: Mapping[str, Any], **unused: Any
+    ) -> None:
+        """Send a task.
+
+        Args:
+            client_id: to whose endpoint.
+            task_name: one of `TASKS`.
+            metadata: its request; a copy of it is sent.
+            **unused: APPFL's other ways of sending a model.
+
+        Raises:
+            FederationError: the request is too large, or the service refuses it at once.
+        """
+        text = _within_limit(json.dumps(metadata), client_id)
+        self._submit(Task(client_id, task_name, json.loads(text)))
+
+    def _submit(self, task: Task) -> None:
+        """Hand a task to the Executor, to a new one if the old one has ended."""
+        task.sent += 1
+        try:
+            try:
+                future = self._hand_over(task)
+            except RuntimeError:  # "is shutdown"
+                self._load_gce()
+                future = self._hand_over(task)
+        except Exception as error:  # registering a function talks to the service
+            raise FederationError(
+                f"client {task.client}: its task cannot be sent to endpoint {self.endpoints[task.client]}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        self.executing_task_futs[future] = task
+
+    def _hand_over(self, task: Task) -> Future:
+        self.gce.endpoint_id = uuid.UUID(self.endpoints[task.client])
+        return self.gce.submit(TASKS[task.kind], task.request)
+
+    def recv_result_from_one_client(self, timeout: float | None = None) -> Outcome | None:
+        """The outcome of the next task that ends; None if none does in time.
+
+        Args:
+            timeout: seconds to wait.
+        """
+        done, _ = wait(self.executing_task_futs, timeout, FIRST_COMPLETED)
+        for future in done:
+            task = self.executing_task_futs.pop(future)
+            outcome = self._outcome(future, task)
+            if outcome is not None:
+                return outcome
+        return None
+
+    def _outcome(self, future: Future, task: Task) -> Outcome | None:
+        try:
+            return Outcome(task.client, task.request, future.result())
+        except CancelledError:  # it stood behind a submission that failed and ended the Executor
+            if task.sent > 1:
+                return Outcome(task.client, task.request, None, "its task was dropped twice before it was sent")
+            self._submit(task)
+            return None
+        except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
+            words = str(error).strip()
+            last = words.splitlines()[-1] if words else ""
+            return Outcome(task.client, task.request, None, f"{type(error).__name__}: {last[:MOST]}", words[-MOST:])
+
+    def busy(self) -> set[str]:
+        """Clients with a task that has not ended."""
+        return {task.client for task in self.executing_task_futs.values()}
+
+    def cancel_all_tasks(self) -> None:
+        """Forget the tasks that have not ended; they cannot be called back from where they run."""
+        self.executing_task_futs = {}
+
+    def shutdown_all_clients(self) -> None:
+        """End the SDK's threads, whether their tasks have been answered or not."""
+        self.cancel_all_tasks()
+        self.gce.shutdown(wait=False, cancel_futures=True)
+        watcher = sdk_executor._RESULT_WATCHERS.get(self.gce.task_group_id)
+        if watcher is not None:
+            watcher.shutdown(wait=True, cancel_futures=True)
+
+
+def _within_limit(text: str, client: str) -> str:
+    if len(text) > SUBMISSION_LIMIT - AROUND:
+        raise FederationError(
+            f"client {client}: its task has {len(text)} bytes, Globus Compute carries {SUBMISSION_LIMIT} a submission; "
+            "set client_configs.comm_configs.store to a folder or a Redis server that all sites reach"
+        )
+    return text

@@ -1,0 +1,228 @@
+"""What runs at a client's endpoint. Between two tasks a worker keeps the dense model's skeleton and nothing else.
+
+A task is told everything: settings, what was agreed on so far, its instructions. It finds model and private text by the
+site file (`site`), makes the messages of one exchange and places each as soon as it is made: in the data store, or in the
+result where there is no store.
+"""
+
+import base64
+import json
+import socket
+import traceback
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from fedspallm_appfl.appfl_adaptors import registration
+from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
+from fedspallm_appfl.checkpoint_files import resolve_model
+from fedspallm_appfl.data_store import DataStore, open_store
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError, UpdateError
+from fedspallm_appfl.layer_sampling import to_text
+from fedspallm_appfl.local_client import LocalClient
+from fedspallm_appfl.model_identity import config_hash, model_hash
+from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
+from fedspallm_appfl.site import Site, load_site
+
+RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
+SMALL = 2**14  # bytes of a payload that is not worth an object in the store
+
+
+def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
+    """Make a client's messages of one exchange.
+
+    Args:
+        request: `client`, its `config` as `agents.client_agent_config` makes it but for the paths of the site, `store`,
+            `run` and `name` of its objects, `down` (payloads to load, in their order) and `instructions`.
+
+    Returns:
+        `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
+    """
+    site, client, store, exchange = Site(), None, None, 0
+    messages: list[dict[str, Any]] = []
+    try:
+        site = load_site(request["client"])
+        store = open_store({**request["store"], **site.store}, request["run"])
+        agent = _agent(request, site)
+        client = agent.trainer.client  # opens model and text
+        exchange = int(request["instructions"].get("exchange", 0))
+        for message in _messages(agent, request, store):
+            messages.append(message)
+        return _within_limit({"messages": messages}, request["client"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
+        if store is not None:
+            for number in range(len(messages)):
+                store.evict(object_name(request["name"], number))
+        return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
+
+
+def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
+    """Where a payload went: into the store, or into the dict that is returned."""
+    data = to_bytes(payload)
+    if store is None or len(data) <= SMALL:
+        return {"inline": base64.b64encode(data).decode()}
+    store.put(name, data)
+    return {"stored": name, "bytes": len(data)}
+
+
+def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str) -> Any:
+    """The payload of what `placed` returned.
+
+    Raises:
+        UpdateError: it cannot be read.
+        DataStoreError: it is not in the store.
+    """
+    if store is not None and isinstance(place.get("stored"), str):
+        return from_bytes(store.get(place["stored"]), sender)
+    try:
+        data = base64.b64decode(place["inline"], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateError(
+            f"refused an update from {sender}: it is neither in the data store nor in the result"
+        ) from error
+    return from_bytes(data, sender)
+
+
+def object_name(prefix: str, number: int) -> str:
+    """Name of a message's object in the store: both sides know it, neither has to believe the other."""
+    return f"{prefix}.{number}"
+
+
+def _agent(request: dict[str, Any], site: Site) -> Any:
+    _load_appfl()
+    from appfl.agent import ClientAgent
+
+    config = request["config"]
+    train, client = config["train_configs"], request["client"]
+    train["data"]["text"] = site.text
+    if not site.text and train["pruner"] != "magnitude":
+        raise ConfigError(f"client {client}: the site file names no private text; give `text` under clients: {client}:")
+    train["model"]["path"] = str(_same_model(train["model"], site, client))
+    train["device"] = choose_device(train["device"], 0)
+    return ClientAgent(OmegaConf.create(config))
+
+
+@lru_cache(maxsize=1)
+def _load_appfl() -> None:
+    registration.register()
+    registration.freeze()
+
+
+def _same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
+    """The folder of the model at this site.
+
+    Raises:
+        ModelError: there is none, or it is not the server's.
+    """
+    folder = resolve_model(site.model or model["path"])
+    here = model_hash(folder)
+    if here != model["hash"]:
+        config, weights = (a == b for a, b in zip(here.split("/"), model["hash"].split("/"), strict=True))
+        what = "weights" if config and not weights else "config.json"
+        raise ModelError(
+            f"client {client}: the model in {folder} is not the server's, {what} differ ({here}, expected "
+            f"{model['hash']}); name a copy of the server's model in the site file: model: FOLDER"
+        )
+    return folder
+
+
+def _messages(agent: Any, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
+    for place in request["down"]:
+        agent.load_parameters(fetched(place, store, "the server"))
+    agent.load_parameters(({}, request["instructions"]))
+    number, total = 0, 1
+    while number < total:
+        agent.train()
+        payload, metadata = agent.get_parameters()
+        total = metadata["_total_chunks"]
+        yield {"payload": placed(payload, store, object_name(request["name"], number)), "metadata": metadata}
+        number += 1
+
+
+def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
+    size = len(json.dumps(result))
+    if size > RESULT_LIMIT:
+        raise FederationError(
+            f"client {client}: the result has {size} bytes, Globus Compute carries {RESULT_LIMIT}; set "
+            "client_configs.comm_configs.store to a folder or a Redis server that all sites reach"
+        )
+    return result
+
+
+def _described(error: Exception, site: Site) -> dict[str, str]:
+    """An error in words that may travel; what lies behind it (`from error`) may hold text and stays here."""
+    stack = "".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
+    words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
+    return {
+        "message": site.without_paths(words),
+        "traceback": site.without_paths(stack),
+        "host": socket.gethostname(),
+    }
+
+
+def _blocks_of_message(client: LocalClient | None, exchange: int, number: int) -> str:
+    """The blocks that a message is about; nothing before the first."""
+    messages = client.messages(exchange) if client else []
+    return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""
+
+
+def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
+    """What the preflight wants to know of a site where this package is installed.
+
+    Returns:
+        `{"checks": {name: {"ok": bool, "says": words}}}`.
+    """
+    checks: dict[str, dict[str, Any]] = {}
+    try:
+        site = load_site(request["client"])
+    except FedSpaLLMError as error:
+        return {"checks": {"text": {"ok": False, "says": str(error)}}}
+    looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}
+    for name, look in looks.items():
+        try:
+            checks[name] = {"ok": True, "says": look(request, site)}
+        except Exception as error:  # noqa: BLE001 - shown in the table
+            words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
+            checks[name] = {"ok": False, "says": site.without_paths(words)}
+    return {"checks": checks}
+
+
+def _look_at_gpu(request: dict[str, Any], site: Site) -> str:
+    choose_device(request["config"]["train_configs"]["device"], 0)
+    if not torch.cuda.is_available():
+        return "none, CPU"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+
+
+def _look_at_model(request: dict[str, Any], site: Site) -> str:
+    folder = _same_model(request["config"]["train_configs"]["model"], site, request["client"])
+    return f"config {config_hash(folder)}"
+
+
+def _look_at_text(request: dict[str, Any], site: Site) -> str:
+    train, client = request["config"]["train_configs"], request["client"]
+    if site.text is None:
+        if train["pruner"] == "magnitude":
+            return "not needed"
+        raise ConfigError(f"the site file names no private text; give `text` under clients: {client}:")
+    tokenizer = load_tokenizer(resolve_model(site.model or train["model"]["path"]))
+    found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
+    if found < train["data"]["windows"]:
+        raise ConfigError(too_few(client, train["data"]["windows"], train["data"]["length"], found))
+    return f"{train['data']['windows']} windows wanted, enough"
+
+
+def _look_at_store(request: dict[str, Any], site: Site) -> str:
+    """Read what the server has placed, place something for it to read."""
+    store = open_store({**request["store"], **site.store}, request["run"])
+    if store is None:
+        return "not used"
+    greeting = store.get(request["greeting"])
+    store.put(request["name"], greeting)
+    return "reached"

@@ -1,0 +1,179 @@
+"""Run the clients at other institutions over Globus Compute: the server here, each client a task at its endpoint.
+
+A task makes the messages of one exchange; for FedSpaLLM that is a round. What has arrived is fed to the scheduler message
+by message, each client's next one once the one before is answered, so that the server holds sums of few blocks although
+clients answer with a whole round at once.
+
+An exchange ends when `min_clients` have answered, or `round_deadline` has passed, or nobody is left to wait for. Clients
+that have not answered by then, have failed, or have sent what was not assigned, are given up for the round: the blocks
+that others sent are aggregated without them.
+"""
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.config import Client, Config
+from fedspallm_appfl.data_store import DataStore, open_store
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.launch.globus_turn import Turn
+from fedspallm_appfl.model_identity import model_hash
+
+Unit = tuple[int, str, str]
+
+
+class Connection:
+    """What a run and its preflight share.
+
+    Attributes:
+        config: the experiment, as `globus_rules.prepared` makes it.
+        run: the run's name in the data store.
+        wire: sends tasks and takes results.
+        store: the data store; None if everything travels with the tasks.
+    """
+
+    def __init__(self, config: Config, wire: Any, store: DataStore | None, run: str, dense: str) -> None:
+        self.config = config
+        self.wire = wire
+        self.store = store
+        self.run = run
+        self._dense = dense
+
+    def request(self, client: Client, name: str) -> dict[str, Any]:
+        """What every task of a client is told.
+
+        Args:
+            client: the client.
+            name: what the objects that it places are called; a message's number is added.
+        """
+        from omegaconf import OmegaConf
+
+        from fedspallm_appfl.appfl_adaptors.agents import client_agent_config
+
+        limit = self.config.client_configs.comm_configs.max_message_bytes
+        made = client_agent_config(self.config, client, client.train_configs.device, limit)
+        agent: Any = OmegaConf.to_container(made, resolve=True)
+        agent["train_configs"]["model"]["hash"] = self._dense
+        store = vars(client.comm_configs.store)
+        return {"client": client.client_id, "config": agent, "store": store, "run": self.run, "name": name}
+
+    def place(self, payload: Any, name: str) -> dict[str, Any]:
+        """Place a payload for clients; it stays until the run ends or `remove` is called."""
+        from fedspallm_appfl.appfl_adaptors.globus_worker import placed
+
+        return placed(payload, self.store, name)
+
+    def remove(self, names: set[str]) -> None:
+        """Remove objects of the store that are there."""
+        for name in names if self.store else ():
+            self.store.evict(name)  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        """Let go of everything, and remove what is left in the store."""
+        self.wire.shutdown_all_clients()
+        if self.store:
+            self.store.close(clear=True)
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[Connection]:
+    """Log in to Globus Compute and open the data store.
+
+    Raises:
+        FederationError: the service cannot be used.
+        DataStoreError: the store cannot be reached.
+    """
+    from fedspallm_appfl.appfl_adaptors import registration
+    from fedspallm_appfl.checkpoint_files import resolve_model
+
+    registration.register()
+    from fedspallm_appfl.appfl_adaptors.globus_communicator import GlobusServer
+
+    run = uuid.uuid4().hex
+    dense = model_hash(resolve_model(config.model.path))
+    store = open_store(vars(config.client_configs.comm_configs.store), run, create=True)
+    try:
+        wire = GlobusServer({client.client_id: str(client.endpoint_id) for client in config.clients})
+    except BaseException:
+        if store:
+            store.close(clear=True)
+        raise
+    connection = Connection(config, wire, store, run, dense)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEvent) -> Any:
+    """Run all rounds.
+
+    Args:
+        config: the experiment.
+        connection: to the clients.
+        state_dir: folder for the server's packed blocks and sums.
+        on_event: called with a dict for each thing that happens.
+
+    Returns:
+        The aggregator, with the global model in it.
+
+    Raises:
+        FederationError: too few clients answered in a round.
+    """
+    from fedspallm_appfl.appfl_adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.appfl_adaptors.agents import server_agent
+
+    registration.freeze()
+    server = server_agent(config, state_dir)
+    server.aggregator.on_event = on_event
+    server.scheduler.spare_others = True
+    down = Downlink(connection)
+    instructions: dict[str, Any] = {}
+    number = 0
+    while not server.training_finished():
+        answers = Turn(connection, server, on_event, number).run(down.places, instructions)
+        payload = next(iter(answers.values()))[0]
+        if not server.training_finished():
+            pieces = range(1, payload.get("pieces", 1))
+            down.add(payload, *(server.get_parameters(init_model=False, piece=piece)[0] for piece in pieces))
+        instructions = {client: metadata for client, (_, metadata) in answers.items()}
+        number += 1
+    return server.aggregator
+
+
+class Downlink:
+    """What the clients have to load before they start: all that went down so far, less what was replaced since.
+
+    A client keeps nothing between two tasks, so each of them is told where everything lies.
+
+    Attributes:
+        places: where the payloads are, in the order in which they have to be loaded.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.places: list[dict[str, Any]] = []
+        self._units: list[set[Unit]] = []
+        self._connection = connection
+        self._made = 0
+
+    def add(self, *payloads: Any) -> None:
+        """Place payloads and remove those all of whose matrices came again."""
+        fresh = [payload for payload in payloads if payload]
+        newer: set[Unit] = set().union(*map(_units, fresh))
+        kept = [(p, u) for p, u in zip(self.places, self._units, strict=True) if not u or u - newer]
+        gone = {p["stored"] for p in self.places if "stored" in p} - {p.get("stored") for p, _ in kept}
+        for payload in fresh:
+            kept.append((self._connection.place(payload, f"down.{self._made}"), _units(payload)))
+            self._made += 1
+        self.places, self._units = [p for p, _ in kept], [u for _, u in kept]
+        self._connection.remove(gone)
+
+
+def _units(payload: Mapping[str, Any]) -> set[Unit]:
+    """The (exchange, block, linear) of a payload: masks do not take the place of weights."""
+    exchange = payload.get("exchange", 0)
+    return {(exchange, block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}

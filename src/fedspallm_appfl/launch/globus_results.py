@@ -1,0 +1,116 @@
+"""What a client's task has returned, read as what it is: text that somebody else has made.
+
+The SDK has turned it from JSON into dicts and lists. Here it is brought into the form that the server relies on, or it is a
+failure of that client; what shows on a terminal or in a report is printable and short.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedspallm_appfl.errors import UpdateError
+
+LONGEST = 10_000  # characters of a traceback
+MOST = 2**31  # nothing that is counted is more
+ARGUMENTS = {"client_id", "local_model", "blocking"}  # of APPFL's `global_update`, which takes metadata beside them
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a client.
+
+    Attributes:
+        place: where its payload is, as `globus_worker.placed` says it.
+        metadata: what goes beside it.
+    """
+
+    place: Mapping[str, Any]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client gave no messages.
+
+    Attributes:
+        why: in a line or two.
+        traceback: from its site, or empty.
+        host: where it ran, if known.
+        blocks: which it was at, if known.
+    """
+
+    why: str
+    traceback: str = ""
+    host: str = ""
+    blocks: str = ""
+
+
+def read_result(client: str, result: Any) -> list[Message] | Failure:
+    """What a task has returned.
+
+    Args:
+        client: for whom it ran.
+        result: what came back.
+
+    Returns:
+        Its messages in their order, or why there are none.
+
+    Raises:
+        UpdateError: it is not what `globus_worker.run_exchange` returns.
+    """
+    if not isinstance(result, dict):
+        raise UpdateError(f"refused the result of client {client}: it is no dict")
+    if isinstance(result.get("error"), dict):
+        error = {key: printable(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
+        return Failure(error["message"][:1000], error["traceback"], _word(error["host"]), _word(error["blocks"]))
+    messages = result.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UpdateError(f"refused the result of client {client}: it has no messages")
+    return [_message(client, message, number, len(messages)) for number, message in enumerate(messages)]
+
+
+def _message(client: str, message: Any, number: int, total: int) -> Message:
+    where = f"refused the result of client {client}: message {number}"
+    if not isinstance(message, dict) or not isinstance(message.get("payload"), dict):
+        raise UpdateError(f"{where} has no payload")
+    metadata = message.get("metadata")
+    if not isinstance(metadata, dict) or not _are_complete(metadata):
+        raise UpdateError(f"{where} has metadata {printable(metadata)[:200]}")
+    if (metadata["_chunk_idx"], metadata["_total_chunks"]) != (number, total):
+        raise UpdateError(f"{where} of {total} says that it is {metadata['_chunk_idx']} of {metadata['_total_chunks']}")
+    return Message(message["payload"], {**metadata, "host": _word(metadata.get("host", ""))})
+
+
+def _are_complete(metadata: Mapping[str, Any]) -> bool:
+    """Whether metadata have what the server relies on, of the types that it relies on."""
+    counts = all(
+        type(metadata.get(key)) is int and 0 <= metadata[key] < MOST for key in ("_chunk_idx", "_total_chunks")
+    )
+    samples = type(metadata.get("samples")) is int and 0 < metadata["samples"] < MOST
+    seconds = type(metadata.get("seconds")) in (int, float) and 0 <= metadata["seconds"] < MOST
+    return counts and samples and seconds and _are_notes(metadata.get("notes")) and not ARGUMENTS & set(metadata)
+
+
+def _are_notes(notes: Any) -> bool:
+    """Whether notes are JSON of linear -> name -> number, or nothing."""
+    try:
+        read = json.loads(notes) if notes else {}
+        pairs = [(linear, name, value) for linear, values in read.items() for name, value in values.items()]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
+    return all(
+        printable(linear) == linear and printable(name) == name and type(value) in (int, float)
+        for linear, name, value in pairs
+    )
+
+
+def _word(words: Any) -> str:
+    """A host or a list of blocks, without what would steer a table."""
+    return re.sub(r"[^\w.,-]", "", str(words), flags=re.ASCII)[:100]
+
+
+def printable(words: Any) -> str:
+    """Words of another site without what would steer a terminal."""
+    return "".join(letter for letter in str(words)[:LONGEST] if letter.isprintable() or letter in "\n\t")

@@ -1,0 +1,120 @@
+"""A payload as one row of bytes, for transports that carry nothing else: no pickle, checked when it is read.
+
+8 bytes, little endian   length n of the description
+n bytes                  JSON: the payload with every tensor replaced by its dtype and shape
+the rest                 the memory of the tensors, one after the other
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import UpdateError
+
+TENSOR = "\0tensor"  # the key that stands for one; no client, block or linear is called so
+HEAD = 8  # bytes
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*INTEGERS, *FLOATS)}
+
+
+def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
+    """A payload of dicts, lists, tensors and what JSON knows -> (JSON with a description of each tensor, the tensors)."""
+    tensors: list[Tensor] = []
+
+    def describe(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            tensors.append(part.detach().cpu().contiguous())
+            return {TENSOR: [str(part.dtype).removeprefix("torch."), list(part.shape)]}
+        if isinstance(part, dict):
+            return {str(key): describe(value) for key, value in part.items()}
+        return [describe(value) for value in part] if isinstance(part, list | tuple) else part
+
+    return json.dumps(describe(payload)).encode(), tensors
+
+
+@dataclass
+class Placeholder:
+    """Stands for a tensor of a description that is still to come."""
+
+    number: int
+
+
+def read_description(description: bytes) -> tuple[Any, list[tuple[str, list[int]]]]:
+    """The payload of a description with placeholders in it, and the (dtype, shape) of each tensor."""
+    found: list[tuple[str, list[int]]] = []
+
+    def replace(part: dict[str, Any]) -> Any:
+        if set(part) != {TENSOR}:
+            return part
+        dtype, shape = part[TENSOR]
+        found.append((dtype, shape))
+        return Placeholder(len(found) - 1)
+
+    return json.loads(description, object_hook=replace), found
+
+
+def fill(part: Any, tensors: list[Tensor]) -> Any:
+    """A payload with its tensors in the place of the placeholders."""
+    if isinstance(part, Placeholder):
+        return tensors[part.number]
+    if isinstance(part, dict):
+        return {key: fill(value, tensors) for key, value in part.items()}
+    return [fill(value, tensors) for value in part] if isinstance(part, list) else part
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def to_bytes(payload: Any) -> bytes:
+    """A payload as it travels; one copy of its tensors is made."""
+    description, tensors = take_apart(payload)
+    return b"".join([len(description).to_bytes(HEAD, "little"), description, *map(memory, tensors)])
+
+
+def from_bytes(data: bytes, sender: str) -> Any:
+    """The payload that `to_bytes` has packed; its tensors lie in a copy of the bytes.
+
+    Args:
+        data: what arrived.
+        sender: whom to name in the error.
+
+    Raises:
+        UpdateError: it is not of this form, or describes other tensors than are there.
+    """
+    size = int.from_bytes(data[:HEAD], "little")
+    try:
+        payload, described = read_description(bytes(data[HEAD : HEAD + size]))
+        shapes = [(_dtype(name), _shape(shape)) for name, shape in described]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UpdateError(f"refused an update from {sender}: its description cannot be read: {error}") from error
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
+    if sum(sizes) != len(data) - HEAD - size:
+        raise UpdateError(
+            f"refused an update from {sender}: it describes {sum(sizes)} bytes of tensors, "
+            f"{len(data) - HEAD - size} are there"
+        )
+    tensors, start = [], HEAD + size
+    for (dtype, shape), length in zip(shapes, sizes, strict=True):
+        part = torch.frombuffer(bytearray(data[start : start + length]), dtype=dtype) if length else torch.empty(0)
+        tensors.append(part.to(dtype).view(shape))
+        start += length
+    return fill(payload, tensors)
+
+
+def _dtype(name: Any) -> torch.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"a dtype is one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _shape(shape: Any) -> list[int]:
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"a shape is a list of sizes, got {shape!r}")
+    return shape

@@ -1,0 +1,106 @@
+"""What a client's site keeps to itself: where its private text and its copy of the model lie.
+
+Over Globus Compute the server's configuration names no path of a client. The worker finds them in a YAML file of its own,
+named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the endpoint):
+
+    model: ~/models/Llama-2-7b-hf      # where this site's copy is not at the server's model.path
+    clients:                           # which clients this endpoint speaks for
+      hospital-a: {text: notes/}
+    store: {folder: /mnt/exchange}     # where the data store is reached in another way from here
+
+Relative paths start from the folder of the file.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedspallm_appfl import yaml_io
+from fedspallm_appfl.errors import ConfigError
+
+SITE = "FEDSPALLM_SITE"
+KEYS = {"model", "clients", "store"}
+BLANK = "<private text>"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What one client finds where it runs.
+
+    Attributes:
+        model: the dense model here; None where the server's `model.path` is right here too.
+        text: private text: a file, a folder or a list of these; None if the pruner needs none.
+        store: keys of the data store that differ here.
+    """
+
+    model: str | None = None
+    text: list[str] | None = None
+    store: Mapping[str, Any] = field(default_factory=dict)
+
+    def without_paths(self, words: str) -> str:
+        """Words that may travel: the private text's path and what follows it are blanked."""
+        for path in self.text or []:
+            for form in {path, str(Path(path).resolve())}:
+                words = re.sub(re.escape(form) + r"[^\s'\":;,)]*", BLANK, words)
+        return words
+
+
+def load_site(client: str) -> Site:
+    """What this site says about one client.
+
+    Raises:
+        ConfigError: the file is not named or cannot be read, or does not list the client.
+    """
+    named = os.environ.get(SITE)
+    if not named:
+        raise ConfigError(
+            f"client {client}: this endpoint does not say where its private text lies; write a site file and add "
+            f"to worker_init: export {SITE}=/path/to/site.yaml"
+        )
+    file = Path(named).expanduser()
+    content = _read(file, client)
+    clients = content.get("clients") or {}
+    if client not in clients:
+        known = ", ".join(map(str, clients)) or "none"
+        raise ConfigError(f"client {client}: the site file of this endpoint lists {known}; add it under `clients`")
+    own = clients[client] or {}
+    wrong = [key for key in own if key != "text"]
+    if wrong:
+        raise ConfigError(f"client {client}: unknown keys {wrong} in the site file; a client has `text`")
+    model, store = content.get("model"), content.get("store") or {}
+    return Site(
+        model=_whole(file, model) if model and _is_path(file, model) else model,
+        text=[_whole(file, text) for text in _listed(own.get("text"))] or None,
+        store={key: _whole(file, value) if key == "folder" else value for key, value in store.items()},
+    )
+
+
+def _read(file: Path, client: str) -> dict[str, Any]:
+    try:
+        content = yaml_io.load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise ConfigError(f"client {client}: the file that {SITE} names cannot be read: {why}") from error
+    if not isinstance(content, dict) or set(content) - KEYS or not isinstance(content.get("clients"), dict | None):
+        raise ConfigError(
+            f"client {client}: the site file holds the keys {', '.join(sorted(KEYS))}, all others are wrong"
+        )
+    return content
+
+
+def _listed(paths: Any) -> list[str]:
+    return [str(path) for path in paths] if isinstance(paths, list) else [str(paths)] if paths else []
+
+
+def _is_path(file: Path, model: str) -> bool:
+    return Path(_whole(file, model)).is_dir()
+
+
+def _whole(file: Path, path: str) -> str:
+    """A path that holds from any working directory; that of a worker is the endpoint's own."""
+    return str(file.resolve().parent / Path(path).expanduser())
