@@ -28,7 +28,7 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_ap
 demo: install  ## Prune the bundled model with four clients; about a minute
 	$(BIN)/fedspallm run configs/demo.yaml --overwrite
 
-study: install  ## Compare eight methods on the bundled model; ten minutes on two cores
+study: install  ## Compare nine methods on the bundled model; ten minutes
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
 test: install  ## All tests but those that need a GPU or services of Globus Compute

@@ -1,7 +1,7 @@
 """What a study has found, in two plots: perplexity against sparsity, and against what a client sends.
 
 Colours are those of Okabe and Ito ("Color Universal Design", 2008), which people who confuse colours can tell apart;
-markers say the same again.
+two of Paul Tol's come after them, and markers say the same again.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SPARSITY, BYTES = "perplexity_sparsity", "perplexity_bytes"
 KINDS = ("png", "svg")
 FILES = tuple(f"{name}.{kind}" for name in (SPARSITY, BYTES) for kind in KINDS)
-COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 GREY, DASHES = "#555555", {"standalone": (0, (1, 1.5)), "centralized": (0, (5, 2))}  # what is no federation
 COLUMNS = 3
