@@ -10,12 +10,12 @@ import torch
 from conftest import DEMO, ROOT
 from experiments import UNEVEN
 from families import FAMILIES, save_family, windows
-from fedspallm_appfl import cli, config_rules, estimate
+from fedspallm_appfl import cli, config_rules, estimate, globus_sizes
 from fedspallm_appfl.blockwise import _statistics, embed
 from fedspallm_appfl.config import Model, load_config
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.gram_sweep import shared_inputs
-from fedspallm_appfl.lazy_model import LazyModel
+from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 from outlines import MASKS, MODEL, PACKED, experiment
@@ -24,6 +24,11 @@ from tiny import events, run, save_tiny, tiny_config
 GRAM = {4: 4 * 4 + 6 + 4, 8: 4 * 8 + 28 + 4}  # int8: a float32 diagonal, a byte above it, a scale
 GRAMS = 3 * GRAM[4] + GRAM[8]
 DRIFTS = 3 * (16 + 4) + 64 + 4
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 def test_traffic_by_hand():
@@ -93,7 +98,7 @@ def test_blocks_that_nobody_draws_are_named():
 
 def test_messages_by_hand():
     config = experiment()
-    assert estimate.messages(config, MODEL) == estimate.Messages(2, PACKED, 36)
+    assert estimate.messages(config, MODEL) == estimate.Messages(2, PACKED)
     config.client_configs.comm_configs.max_message_bytes = 72
     assert estimate.messages(config, MODEL).largest == 72
 
@@ -101,10 +106,10 @@ def test_messages_by_hand():
 @pytest.mark.parametrize(
     ("algorithm", "settings", "expected"),
     [
-        ("fedprllm", {}, (2, MASKS, 4)),
-        ("consensus", {}, (4, PACKED - MASKS, 32)),
-        ("gram", {}, (2, GRAMS, GRAM[8])),
-        ("gram", {"propagate": "pruned"}, (8, GRAM[8], GRAM[8])),
+        ("fedprllm", {}, (2, MASKS)),
+        ("consensus", {}, (4, PACKED - MASKS)),
+        ("gram", {}, (2, GRAMS)),
+        ("gram", {"propagate": "pruned"}, (8, GRAM[8])),
     ],
 )
 def test_messages_of_all_exchanges_are_counted(algorithm, settings, expected):
@@ -119,6 +124,29 @@ def test_what_comes_down_must_fit_too():
     config.server_configs.num_global_epochs = 2
     carries, why = carried(config)["serial"]
     assert (carries, "mlp.up takes 36 bytes packed" in why) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "refused"),
+    [
+        (["algorithm=fedspallm"], 49_536, None),
+        (["algorithm=fedspallm"], 49_535, "mlp.gate_proj takes 49536 bytes"),
+        (["algorithm=fedprllm"], 5_504, None),
+        (["algorithm=fedprllm", "server_configs.num_global_epochs=2"], 5_504, "self_attn.q_proj takes 18432 bytes"),
+        (["algorithm=consensus"], 44_031, "mlp.gate_proj takes 44032 bytes"),
+        (["algorithm=gram"], 60_376, None),
+        (["algorithm=gram"], 60_375, "mlp.down_proj takes 60376 bytes"),
+        (["algorithm=gram", "gram.propagate=pruned", "gram.target=dense"], 100_000, "mlp.down_proj takes 178716 bytes"),
+        (["algorithm=nothing"], 1024, None),  # is refused by `check`
+        (["algorithm=gram", "gram.precision=nothing"], 1024, None),
+    ],
+)
+def test_validation_refuses_what_no_message_can_carry(settings, limit, refused):
+    words = [*settings, f"client_configs.comm_configs.max_message_bytes={limit}"]
+    config, _ = load_config(ROOT / "configs" / "demo.yaml", words)
+    problems = list(config_rules._sizes(config, Skeleton(config.model.path)))
+    assert len(problems) == (refused is not None)
+    assert refused is None or refused in problems[0]
 
 
 def carried(config):
@@ -140,12 +168,29 @@ def test_a_message_that_cannot_be_carried_names_the_setting():
         assert "raise comm_configs.max_message_bytes" in why
 
 
-def test_what_globus_compute_would_carry(monkeypatch):
-    assert "the largest message has 0.0 MB" in carried(experiment())["Globus Compute"][1]
-    monkeypatch.setattr(estimate, "GLOBUS_LIMIT", 50)
-    assert "lower comm_configs.max_message_bytes" in carried(experiment())["Globus Compute"][1]
-    monkeypatch.setattr(estimate, "GLOBUS_LIMIT", 20)
-    assert "cannot be split" in carried(experiment())["Globus Compute"][1]
+@pytest.mark.parametrize("algorithm", ["fedspallm", "fedprllm", "consensus", "gram"])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_globus_compute_carries_is_what_validation_looks_at(algorithm, rounds, tiny_model, tmp_path):
+    file = tiny_config(tmp_path, tiny_model, algorithm, server_configs={"num_global_epochs": rounds})
+    config, _ = load_config(file)
+    largest = globus_sizes.largest_sizes(config, LazyModel(str(tiny_model)))
+    sizes = estimate.open_outline(config.model).sizes
+    assert [estimate._largest_upload(config, sizes), estimate._agreed(config, sizes)] == list(largest.values())
+
+
+def test_what_is_too_large_for_globus_compute_needs_a_data_store(monkeypatch):
+    config = experiment()
+    assert carried(config)["Globus Compute"] == (True, "a task or its result holds up to 0.0 MB of 7.0 MB")
+    monkeypatch.setattr(estimate, "INLINE_LIMIT", 2 * PACKED - 1)
+    carries, why = carried(config)["Globus Compute"]
+    assert (carries, "set comm_configs.store.connector" in why) == (False, True)
+    config.client_configs.comm_configs.store.connector = "redis"
+    assert carried(config)["Globus Compute"][0]
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "standalone"}, {"algorithm": "gram", "propagate": "pruned"}])
+def test_what_globus_compute_does_not_do(settings):
+    assert carried(experiment(**settings))["Globus Compute"] == (False, "not for this algorithm (docs/globus.md)")
 
 
 def test_a_pattern_must_fit():
@@ -194,7 +239,7 @@ def test_a_model_on_the_hub_is_estimated_without_its_weights(tmp_path, monkeypat
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     code, out, _ = output(capsys, ROOT / "configs" / "demo.yaml", "model.path=some/model")
-    assert asked == {"name": "some/model", "allow_patterns": ["*.json", "*.model", "*.txt"]}
+    assert (asked["name"], asked["allow_patterns"]) == ("some/model", ["*.json", "*.model", "*.txt"])
     assert (code, "1.6 MB" in out) == (0, True)
     assert "taken to be float16, as config.json says" in " ".join(out.split())
 
@@ -272,11 +317,6 @@ def test_what_an_algorithm_does_is_said(settings, words, capsys):
     assert words in " ".join(out.split())
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
 def pruner(**train):
     return {"client_configs": {"train_configs": train}}
 
@@ -289,6 +329,11 @@ ROUNDS = {
     ],
 }
 SWEEP = {"propagate": "pruned", "precision": "bf16"}
+TWO_SWEEPS = {
+    "server_configs": {"num_global_epochs": 2},
+    "clients": ROUNDS["clients"],
+    "gram": {"propagate": "pruned", "target": "dense"},
+}
 
 
 @pytest.mark.parametrize(
@@ -307,9 +352,10 @@ SWEEP = {"propagate": "pruned", "precision": "bf16"}
         ("gram", {}),
         ("gram", {**ROUNDS, "gram": {"precision": "fp32"}}),
         ("gram", {"gram": SWEEP}),
-        ("gram", {**ROUNDS, "gram": {**SWEEP, "target": "dense", "precision": "int8"}}),
+        ("gram", TWO_SWEEPS),
         ("standalone", {}),
         ("centralized", {}),
+        ("centralized", pruner(pruner="wanda")),
     ],
 )
 def test_bytes_and_messages_are_those_of_a_run(algorithm, changes, tiny_model, tmp_path):

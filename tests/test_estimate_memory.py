@@ -1,9 +1,21 @@
 """Predictions of memory: by hand on four small matrices, in the right direction on every setting, beside measurements."""
 
+import dataclasses
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from conftest import DEMO
+from experiments import small_config
 from fedspallm_appfl import estimate, estimate_memory
+from fedspallm_appfl.blocks import Linear
+from fedspallm_appfl.config import load_config
+from fedspallm_appfl.estimate import ModelSizes
+from fedspallm_appfl.estimate_memory import HEAP_SHARE
+from fedspallm_appfl.estimate_tables import LOWER
 from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 from outlines import LINEARS, MODEL, PACKED, client, experiment
@@ -144,3 +156,202 @@ def test_a_server_takes_less_with_fewer_open_blocks_and_uploads():
     assert some < estimate_memory.server_memory(config, MODEL, together=2).needed
     config.server_configs.scheduler_kwargs.max_open_blocks = 0
     assert some > estimate_memory.server_memory(config, MODEL).needed
+
+
+def gathering(**settings):
+    """A configuration of `gram` whose first input is the client's own unless it is said."""
+    return experiment(algorithm="gram", **{"first_input": "private"} | settings)
+
+
+def test_a_client_that_sends_statistics_by_hand():
+    alone = {"outer parts": 400, "activations": 1152, "one block": 416, "Gram matrices": 4 * (3 * 16 + 64)}
+    memory = of_client(gathering())
+    assert parts(memory) == alone | {"forward passes": 16 * 4 * (2 * 8 + 4 * 4), "heap": memory.parts["heap"]}
+    random = of_client(gathering(first_input="public"))  # whose hidden states are kept too
+    assert random.parts["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
+
+
+def test_a_client_in_a_sweep_by_hand():
+    own, dense = (parts(of_client(gathering(propagate="pruned", target=target))) for target in ("own", "dense"))
+    assert own["Gram matrices"] == 4 * 64  # of the widest input alone
+    assert own["forward passes"] == 16 * 4 * (2 * 8 + 2 * 4)
+    assert dense["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
+    assert (dense["one block"], dense["Gram matrices"]) == (2 * 416, 2 * 4 * 64)
+    assert dense["forward passes"] == own["forward passes"] + 16 * 4 * 8  # the other's input is kept
+
+
+def test_statistics_are_packed_one_after_the_other():
+    """Where few tokens run, that is the worst moment."""
+    small = ModelSizes(100, (1, 1), (LINEARS, LINEARS), 10, torch.float16, torch.float32)
+    made = parts(of_client(gathering(), small, windows=1, length=2))
+    packed = sum(4 * side + side * (side - 1) // 2 + 4 for side in (4, 4, 4, 8))
+    assert made["packed statistics"] == packed + 64 + 4 * 4 * 8 * 8
+    assert "one block" not in made
+
+
+@pytest.mark.parametrize(
+    ("pruner", "refit", "bytes_"),
+    [
+        ("admm", False, 20 * 32 + 4 * 64),
+        ("wanda", False, 14 * 32),
+        ("wanda", True, 9 * 32 + 5 * 4 * 32),
+        ("sparsegpt", True, 9 * 32 + 5 * 4 * 32),
+    ],
+)
+def test_a_matrix_by_hand(pruner, refit, bytes_):
+    assert estimate_memory.solving_bytes((4, 8), settings(pruner, refit=refit)) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "unit"),
+    [
+        ("fedspallm", (9 * 32, 6 * 32, 36)),
+        ("fedavg", (9 * 32, 18 * 32, 36)),
+        ("fedprllm", (32, 6 * 32, 36)),
+        ("consensus", (32, 6 * 32, 4)),
+        ("standalone", (0, 0, 36)),
+    ],
+)
+def test_a_matrix_on_the_server_by_hand(algorithm, unit):
+    config = experiment(algorithm=algorithm)
+    [exchange, *_] = estimate.exchanges_of(config, MODEL)
+    aggregation = estimate_memory.aggregation_of(config)
+    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, exchange.up)
+    assert dataclasses.astuple(units["mlp.down"]) == unit
+
+
+def test_values_on_the_server_are_of_kept_entries_alone():
+    aggregation = estimate_memory.aggregation_of(experiment(algorithm="consensus"))
+    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "values")
+    assert dataclasses.astuple(units["mlp.down"]) == (9 * 16, 6 * 16, 36)
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_statistics_on_the_server_by_hand(target):
+    config = experiment(algorithm="gram", propagate="pruned", target=target)
+    aggregation, drift = estimate_memory.aggregation_of(config), 64 * (target == "dense")
+    unit = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "grams")["mlp.down"]
+    assert unit.sums == 16 * (8 + 28 + drift)
+    summing = 4 * 28 + 4 * 64 + 4 * 4 * 8 * 8
+    # pruning with SparseGPT: the Gram matrix, or with drift and what it comes to; corners; dense weight and copies of it
+    pruning = 4 * (64 + 2 * drift) + 2 * 4 * 8 * 8 + (4 + 11) * 32 + 4 * 32 * (target == "dense")
+    assert (unit.closing, unit.made) == (max(summing, 4 * 64 + 12 * drift, pruning - unit.sums), 36)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({}, {"propagate": "pruned", "target": "dense"}),
+        ({"pruner": "sparsegpt"}, {"pruner": "sparsegpt", "refit": True}),
+        ({"pruner": "wanda"}, {"pruner": "admm"}),
+    ],
+)
+def test_a_server_that_prunes_takes_more_with_more_of_it(less, more):
+    wide = ModelSizes(100, (1, 1), ((Linear("a", (512, 256), False),),) * 2, 10, torch.float16, torch.float32)
+    a, b = (estimate_memory.server_memory(experiment(1, algorithm="gram", **changes), wide) for changes in (less, more))
+    assert a.needed < b.needed
+
+
+def test_a_server_opens_the_model_to_see_which_inputs_are_shared():
+    memory = estimate_memory.server_memory(experiment(algorithm="gram"), dataclasses.replace(MODEL, outer=10**6))
+    assert parts(memory)["outer parts"] == 2 * 10**6
+
+
+@pytest.mark.parametrize("algorithm", ["fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone"])
+@pytest.mark.parametrize("settings", [{}, {"propagate": "pruned", "target": "dense"}, {"windows": 1, "length": 2}])
+def test_every_part_has_its_line_in_the_table(algorithm, settings):
+    config = experiment(algorithm=algorithm, **settings)
+    memories = [of_client(config, **settings), estimate_memory.server_memory(config, MODEL)]
+    for memory in [*memories, estimate_memory.serial_memory(config, MODEL)]:
+        assert memory.parts.keys() <= LOWER.keys()
+    assert all(LOWER.values())
+
+
+MEASURE = """
+import copy, gc, sys
+from pathlib import Path
+import torch
+from transformers.models.llama import modeling_llama
+from fedspallm_appfl.appfl_adaptors import registration
+registration.register()
+from fedspallm_appfl.appfl_adaptors import agents, trainer
+from fedspallm_appfl.config import load_config
+from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.launch import serial
+
+def field(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
+
+def run_client(config):
+    one = config.clients[0]
+    settings = agents.client_agent_config(config, one, "cpu", 2**29).train_configs
+    client = trainer.client_settings(one.client_id, trainer.OmegaConf.to_container(settings, resolve=True))
+    client = trainer.LocalClient(client)
+    client.start_exchange(0, 0, list(range(len(client.model.blocks))))
+    while client.in_exchange:
+        client.next_message()
+
+what, file, folder, small = sys.argv[1:]
+config, _ = load_config(file)
+torch.set_num_threads(1)
+run_client(load_config(small)[0])  # code that is loaded late is not what is measured
+gc.collect()
+give_back()  # so that nothing that is freed already is used again
+before = field("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+if what == "serial":
+    serial.run(config, Path(folder), lambda event: None)
+else:
+    run_client(config)
+print(field("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "algorithm", "pruner", "count"),
+    [
+        ("client", "fedspallm", "sparsegpt", 1),
+        ("client", "fedspallm", "wanda", 1),
+        ("client", "fedspallm", "admm", 1),
+        ("client", "gram", "sparsegpt", 1),
+        ("serial", "fedspallm", "sparsegpt", 3),
+        ("serial", "consensus", "sparsegpt", 3),
+    ],
+)
+def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, max_position_embeddings=512, **size)).half()
+    model.save_pretrained(tmp_path / "model")
+    del model
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "model" / name, tmp_path / "model")
+    (tmp_path / "small").mkdir()
+    statistics = {"gram": {"min_tokens": 1}} if algorithm == "gram" else {}
+    small = small_config(tmp_path / "small", count, algorithm=algorithm, **statistics)
+    changes = {
+        "algorithm": algorithm,
+        **statistics,
+        "model": {"path": str(tmp_path / "model")},
+        "client_configs": {
+            "train_configs": {"pruner": pruner, "iterations": 3},
+            "data": {"windows": 8, "length": 256, "batch": 4},
+        },
+    }
+    file = small_config(tmp_path, count, **changes)
+    config, _ = load_config(file)
+    sizes = estimate.open_outline(config.model).sizes
+    predicted = (
+        estimate_memory.serial_memory(config, sizes)
+        if what == "serial"
+        else estimate_memory.client_memory(config, sizes, config.clients[0])
+    )
+    command = [sys.executable, "-c", MEASURE, what, str(file), str(tmp_path / "state"), str(small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = int(done.stdout.splitlines()[-1])
+    print(f"{what} {algorithm} {pruner}: predicted {predicted.resident / 1e6:.0f}, measured {measured / 1e6:.0f} MB")
+    assert predicted.resident == pytest.approx(measured, rel=0.2)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedspallm_appfl import globus_rules
 from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.algorithms.exchange import Exchange, Groups
 from fedspallm_appfl.algorithms.gram import GramSettings
@@ -25,6 +26,7 @@ from fedspallm_appfl.config import Client, Config, Model, keeps_weights
 from fedspallm_appfl.config_rules import draws, indivisible, travelling
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError
+from fedspallm_appfl.globus_sizes import INLINE_LIMIT
 from fedspallm_appfl.gram_payload import gram_size
 from fedspallm_appfl.l0_aggregation import vote_dtype
 from fedspallm_appfl.lazy_model import Skeleton, without_weights
@@ -35,7 +37,6 @@ from fedspallm_appfl.uploads import sizes
 
 ZSTD_VALUES = {torch.float16: 0.84}  # measured: what shuffled and compressed values shrink to
 ZSTD_GRAMS = {"fp32": 0.91, "bf16": 0.80, "int8": 0.81}  # measured on the demo: the same of statistics
-GLOBUS_LIMIT = 10**7  # bytes of the arguments or of the result of a Globus Compute task
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,13 @@ def participants(config: Config) -> list[Client]:
     return [dataclasses.replace(pooled, data=dataclasses.replace(pooled.data, text=[], windows=windows))]
 
 
+def hidden_copies(config: Config) -> int:
+    """Hidden states that a client keeps: its own, those of random tokens, and for the dense target the dense ones."""
+    if config.algorithm != "gram":
+        return 1
+    return 1 + (config.gram.first_input == "public") + gram_of(config).drift
+
+
 def exchanges_of(config: Config, model: ModelSizes) -> tuple[Exchange, ...]:
     """The exchanges of a round."""
     return exchanges(config.algorithm, model.groups, config.gram.propagate)
@@ -326,12 +334,10 @@ class Messages:
     Attributes:
         count: messages in all exchanges.
         largest: bytes of the largest.
-        unit: bytes of the largest thing that no message can split, a matrix or the statistics of an input.
     """
 
     count: int
     largest: int
-    unit: int
 
 
 def messages(config: Config, model: ModelSizes) -> Messages:
@@ -348,8 +354,8 @@ def messages(config: Config, model: ModelSizes) -> Messages:
     for exchange in exchanges_of(config, model):
         bytes_of = up_sizes(config, model, exchange, mask_only)
         parts = plan(up_sizes(config, model, exchange), comm.blocks_per_message, comm.max_message_bytes)
-        sent += [[bytes_of[block][name] for block, name in part] for part in parts]
-    return Messages(len(sent), max(map(sum, sent)), max(map(max, sent)))
+        sent += [sum(bytes_of[block][name] for block, name in part) for part in parts]
+    return Messages(len(sent), max(sent))
 
 
 @dataclass(frozen=True)
@@ -370,14 +376,10 @@ class Transport:
 def transports(config: Config, model: ModelSizes) -> list[Transport]:
     """Whether each transport can carry the messages, with the setting to change when not."""
     try:
-        made = messages(config, model)
+        messages(config, model)
     except ConfigError as error:
         return [Transport(name, False, str(error)) for name in ("serial", "MPI", "Globus Compute")]
-    return [
-        Transport("serial", True, "memory to memory"),
-        _mpi(config, model),
-        Transport("Globus Compute", False, f"not in this version; {_inline(made)}"),
-    ]
+    return [Transport("serial", True, "memory to memory"), _mpi(config, model), _globus(config, model)]
 
 
 def _mpi(config: Config, model: ModelSizes) -> Transport:
@@ -392,14 +394,30 @@ def _mpi(config: Config, model: ModelSizes) -> Transport:
     return Transport("MPI", True, "with any number of ranks" if together == clients else ranks)
 
 
-def _inline(made: Messages) -> str:
-    """What it would take to put a message into the result of a Globus Compute task."""
-    holds = f"a result holds {_megabytes(GLOBUS_LIMIT)} at most"
-    if made.largest <= GLOBUS_LIMIT:
-        return f"{holds}, the largest message has {_megabytes(made.largest)}"
-    if made.unit <= GLOBUS_LIMIT:
-        return f"{holds}: lower comm_configs.max_message_bytes from {_megabytes(made.largest)} to that"
-    return f"{holds}, the largest part of a message has {_megabytes(made.unit)} and cannot be split"
+def _globus(config: Config, model: ModelSizes) -> Transport:
+    """Over Globus Compute a task starts with all that came down so far, and its result is a whole exchange."""
+    name, store = "Globus Compute", config.client_configs.comm_configs.store.connector
+    sweep = config.algorithm == "gram" and config.gram.propagate == "pruned"
+    if config.algorithm not in globus_rules.ALGORITHMS or sweep:
+        return Transport(name, False, "not for this algorithm (docs/globus.md)")
+    largest = max(_largest_upload(config, model), _agreed(config, model))
+    holds = f"a task or its result holds up to {_megabytes(largest)}"
+    if store != "none":
+        return Transport(name, True, f"{holds}, in the data store {store}")
+    if largest <= INLINE_LIMIT:
+        return Transport(name, True, f"{holds} of {_megabytes(INLINE_LIMIT)}")
+    return Transport(name, False, f"{holds}, {_megabytes(INLINE_LIMIT)} fit; set comm_configs.store.connector")
+
+
+def _largest_upload(config: Config, model: ModelSizes) -> int:
+    """The most bytes that a client sends in one exchange."""
+    rounds, most = draws(config, len(model.blocks)), 0
+    for client in participants(config):
+        for exchange in exchanges_of(config, model):
+            bytes_of = up_sizes(config, model, exchange, keeps_weights(client.train_configs))
+            sent = (sum(sum(bytes_of[block].values()) for block in drawn[client.client_id]) for drawn in rounds)
+            most = max(most, *sent)
+    return most
 
 
 def _megabytes(count: int) -> str:
@@ -499,9 +517,8 @@ def _agreed(config: Config, model: ModelSizes) -> int:
 
 def _hidden_states(config: Config, model: ModelSizes) -> int:
     clients = [client.data for client in participants(config) if client.data.activations == "file"]
-    copies = 2 if config.algorithm == "gram" and gram_of(config).drift else 1
     tokens = sum(data.windows * data.length for data in clients)
-    return copies * tokens * model.hidden * model.arithmetic.itemsize
+    return hidden_copies(config) * tokens * model.hidden * model.arithmetic.itemsize
 
 
 def evaluation_windows(config: Config, folder: Path) -> dict[str, int] | None:

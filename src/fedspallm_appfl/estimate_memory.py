@@ -29,6 +29,7 @@ from fedspallm_appfl.estimate import (
     entries_of,
     exchanges_of,
     gram_of,
+    hidden_copies,
     is_weighted,
     participants,
     shared_inputs,
@@ -93,7 +94,7 @@ def _worst(moments: Iterator[Parts]) -> Parts:
 
 def client_memory(config: Config, model: ModelSizes, client: Client) -> Memory:
     """Memory of one client that is alone in its process."""
-    states = _activations(model, *_windows(client), copies=2 if gram_of(config).drift else 1)
+    states = _activations(model, *_windows(client), hidden_copies(config))
     on_disk = client.data.activations == "file"
     parts = {
         "outer parts": model.outer * model.arithmetic.itemsize,
@@ -218,22 +219,8 @@ def solving_bytes(shape: tuple[int, int], settings: Settings) -> int:
 
 def _gathering(config: Config, model: ModelSizes, client: Client, block: int) -> Iterator[Parts]:
     """What a client that sends statistics takes beside what it holds at rest while it works at a block."""
-    if block == 0 and config.gram.first_input == "public":
-        yield from _looking_at_random_tokens(model, client)
     moments = _sweeping if config.gram.propagate == "pruned" else _running_dense
-    yield from moments(config, model, client, block)
-
-
-def _looking_at_random_tokens(model: ModelSizes, client: Client) -> Iterator[Parts]:
-    """As many as the client has of its own, for the first input; in a dense run beside all statistics of the block."""
-    first, *rest = (FLOAT * group[0].shape[1] ** 2 for group in shared_inputs(model.linears[0]))
-    on_disk = client.data.activations == "file"
-    yield {
-        "one block": _block(model, 0),
-        "Gram matrices": 2 * first + sum(rest),
-        "activations of random tokens": 0 if on_disk else _activations(model, *_windows(client)),
-        "forward passes": _tokens(client) * forward_bytes(model, 0),
-    }
+    return moments(config, model, client, block)
 
 
 def _running_dense(config: Config, model: ModelSizes, client: Client, block: int) -> Iterator[Parts]:
@@ -258,7 +245,7 @@ def strips_bytes(features: int) -> int:
 
 
 def _sweeping(config: Config, model: ModelSizes, client: Client, block: int) -> Iterator[Parts]:
-    """One input after the other; for the dense target with a dense twin of the block, and its inputs beside the own ones."""
+    """One input after the other; for the dense target with a dense twin of the block, and the inputs of both."""
     copies, tokens, size = (2 if gram_of(config).drift else 1), _tokens(client), model.arithmetic.itemsize
     for exchange in exchanges_of(config, model):
         if exchange.only is None or exchange.only[0] != block:

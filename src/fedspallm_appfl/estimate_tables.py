@@ -149,7 +149,6 @@ NO_SETTING = "no setting"
 LOWER = {  # largest part of a process -> the setting that makes it smaller
     "outer parts": NO_SETTING,
     "activations": "data.activations: file",
-    "activations of random tokens": "data.activations: file",
     "one block": NO_SETTING,
     "forward passes": "data.batch",
     "pruning a block": "train_configs.pruner: wanda",

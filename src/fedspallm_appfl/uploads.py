@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedspallm_appfl.agreed_blocks import AgreedBlocks
 from fedspallm_appfl.algorithms.exchange import Exchange, Groups
-from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.algorithms.gram import GramSettings, Sums
 from fedspallm_appfl.blockwise import prune_blocks
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.gram_payload import gram_size, pack_gram
@@ -121,15 +121,18 @@ def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
             source.model, source.windows, blocks, source.groups, source.agreed, dense_target=drift, **where
         )
     for block, sums in found:
-        for name, one in sums.items():
-            least = source.gram.least(len(one.upper))
-            if one.tokens < least:
-                raise DataError(
-                    f"client {source.client}, block {block}, {name}: statistics of {one.tokens} tokens are not sent, as "
-                    f"text might be read back from fewer than {least}; give more calibration windows, or lower "
-                    "gram.min_tokens"
-                )
+        for name in sums:
+            _require_tokens(source, block, name, sums[name])
         yield block, {name: (pack_gram(sums.pop(name), source.gram.precision), {}) for name in list(sums)}
+
+
+def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
+    least = source.gram.least(len(sums.upper))
+    if sums.tokens < least:
+        raise DataError(
+            f"client {source.client}, block {block}, {name}: statistics of {sums.tokens} tokens are not sent, as text might "
+            f"be read back from fewer than {least}; give more calibration windows, or lower gram.min_tokens"
+        )
 
 
 _SWEEPS = {"weights": _weights, "masks": _masks, "values": _values, "grams": _grams}
