@@ -15,7 +15,7 @@ from fedspallm_appfl.blockwise import prune_blocks
 from fedspallm_appfl.calibration import cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.config import load_config
-from fedspallm_appfl.config_rules import check
+from fedspallm_appfl.config_rules import check, forecast
 from fedspallm_appfl.folds import Aggregation
 from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.gram_store import GramStore
@@ -292,7 +292,7 @@ def test_centralized_prunes_once_with_the_windows_of_all(tmp_path, model, pruner
     assert {event["client"] for event in events(done, "upload")} == {"pooled"}
 
 
-@pytest.mark.parametrize("algorithm", ["fedprllm", "consensus", "gram"])
+@pytest.mark.parametrize("algorithm", ["fedprllm", "gram"])
 def test_two_equal_rounds_add_up_to_the_same_model(tmp_path, model, algorithm):
     """Votes count double, and sums are of every token twice; each round draws the same windows."""
     made = []
@@ -339,7 +339,7 @@ def test_what_a_sweep_prunes_later_knows_what_it_pruned_before(tmp_path, model):
 def test_statistics_that_would_not_be_sent_are_an_error_that_names_them(tmp_path, model, capsys):
     config = tiny_config(tmp_path, model, "gram", 2, gram={"min_tokens": 145})
     assert main(["run", str(config)]) == 2
-    said = "client austen, block 0, self_attn.q_proj: statistics of 144 tokens are not sent"
+    said = "client austen: 6 windows of 24 are 144 tokens, but statistics of fewer than 145 are not sent"
     assert said in " ".join(capsys.readouterr().err.split())
     assert main(["run", str(config), "--overwrite", "gram.min_tokens=144"]) == 0
 
@@ -397,10 +397,11 @@ def test_what_does_not_go_with_an_algorithm_is_said_once(tmp_path, algorithm, ov
 @pytest.mark.parametrize("algorithm", ["fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized"])
 def test_comparisons_are_made_from_uploads_of_fedspallm(tmp_path, algorithm):
     evaluation = {"texts": {"a": str(DEMO / "text/jargon/test.txt")}, "compare": ["fedavg"]}
-    problems = wrong(tmp_path, algorithm, evaluation=evaluation)
-    assert problems == [
-        f"evaluation.compare: made from the uploads of fedspallm, got algorithm {algorithm}; run each on its own"
-    ]
+    assert wrong(tmp_path, algorithm, evaluation=evaluation) == []
+    file = tiny_config(tmp_path, DEMO / "model", algorithm, evaluation=evaluation)
+    config, _ = load_config(file)
+    assert config.comparisons() == []
+    assert any("evaluation.compare is left out" in line for line in forecast(config))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ def test_comparisons_are_made_from_uploads_of_fedspallm(tmp_path, algorithm):
         ("gram", [f"{TRAIN}.pruner=admm"]),
         ("gram", [f"{TRAIN}={{pruner: wanda, refit: true}}"]),
         ("consensus", [f"{TRAIN}={{pruner: wanda, refit: true}}"]),
-        ("consensus", [f"{TRAIN}.resource_share=0.5", f"{KWARGS}={{fold: cumulative, weights: sample_size}}"]),
+        ("consensus", [f"{TRAIN}.resource_share=0.5", f"{KWARGS}={{fold: latest, weights: sample_size}}"]),
         ("fedprllm", ["clients.0.train_configs.pruner=wanda", "clients.1.train_configs.pruner=magnitude"]),
         ("standalone", ["clients.0.train_configs.pruner=wanda"]),
         ("centralized", [f"{TRAIN}.pruner=magnitude"]),

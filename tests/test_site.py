@@ -59,6 +59,16 @@ def test_an_endpoint_without_a_site_file_says_which_line_to_add(monkeypatch, tmp
         load_site("a")
 
 
+def test_names_of_files_are_blanked_whole(tmp_path):
+    (tmp_path / "John Smith 1970.txt").touch()
+    site = Site(text=[str(tmp_path)])
+    assert (
+        site.without_paths(f"the text {tmp_path}/John Smith 1970.txt is no UTF-8")
+        == "the text <private text> is no UTF-8"
+    )
+    assert site.without_paths("'John Smith 1970.txt': no") == "'<private text>': no"
+
+
 @pytest.mark.parametrize(
     ("words", "blanked"),
     [

@@ -60,7 +60,7 @@ def test_an_unknown_name_is_explained_with_the_valid_ones(text, message):
 def test_the_defaults_are_methods_that_the_demo_can_run(tmp_path):
     plan, problems = planned(DEMO_CONFIG, ["evaluation.compare=[standalone]"], DEFAULT, out=tmp_path)
     assert problems == []
-    assert (plan.targets, plan.seeds, len(plan.methods)) == (("0.5",), (0,), 8)
+    assert (plan.targets, plan.seeds, len(plan.methods)) == (("0.5",), (0,), 9)
 
 
 def test_all_problems_of_all_combinations_are_reported_together(tmp_path):

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--algorithms",
         nargs="+",
         metavar="NAME",
-        help="NAME or NAME+PRUNER: the algorithms, gram-sweep, gram-dense, magnitude (default: eight of them)",
+        help="NAME or NAME+PRUNER: the algorithms, gram-sweep, gram-dense, magnitude (default: nine of them)",
     )
     study.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
     study.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")
@@ -342,7 +342,7 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     problems += [problem] if problem else []
     if files:
         problems += config_rules.check_with_files(config)
-        problems += _sizes(config) if globus else []
+        problems += _sizes(config) if globus and not problems else []
     _refuse(args.config, problems)
     return config
 

@@ -91,7 +91,7 @@ class TrainConfigs:
     trainer: str = "FedSpaLLMTrainer"
     pruner: str = "sparsegpt"  # sparsegpt | admm | wanda | magnitude
     sparsity: str = "0.5"  # share in [0, 1), or n:m; the same for every client
-    damping: float = 0.01  # SparseGPT: share of mean(diag G) added to the diagonal
+    damping: float = 0.01  # added to the diagonal of G, as a share of its mean (SparseGPT) or of each entry (ADMM)
     damping_retries: int = 3  # failed factorizations are tried again with ten times the damping, so often
     iterations: int = 60  # ADMM: steps
     refit: bool = False  # least squares on the support after SparseGPT or Wanda
@@ -195,6 +195,10 @@ class Config:
             return self.clients
         shared = self.client_configs
         return [Client(shared.train_configs, shared.data, shared.comm_configs, client_id=POOLED)]
+
+    def comparisons(self) -> list[str]:
+        """What is made beside the global model; of the uploads of `fedspallm` only."""
+        return self.evaluation.compare if self.algorithm == "fedspallm" else []
 
     def roster(self) -> dict[str, float]:
         """Participant's id -> resource share, in the order of the file."""

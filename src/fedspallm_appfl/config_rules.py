@@ -191,7 +191,7 @@ def _comparisons(config: Config) -> Iterator[str]:
     if compare and not config.evaluation.texts:
         yield "evaluation.compare: there is nothing to compare on; name some held-out text in evaluation.texts"
     partial = [client.client_id for client in config.clients if client.train_configs.resource_share < 1]
-    if "standalone" in compare and (partial or config.server_configs.num_global_epochs > 1):
+    if "standalone" in config.comparisons() and (partial or config.server_configs.num_global_epochs > 1):
         yield (
             "evaluation.compare: standalone needs every client to prune every block in one round, here are "
             f"{config.server_configs.num_global_epochs} rounds and resource shares below 1 of {partial or 'no client'}; "
@@ -201,9 +201,7 @@ def _comparisons(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     """What does not go with the algorithm."""
-    name, gram, train = config.algorithm, config.gram, config.client_configs.train_configs
-    if config.evaluation.compare and name != "fedspallm":
-        yield f"evaluation.compare: made from the uploads of fedspallm, got algorithm {name}; run each on its own"
+    name, gram = config.algorithm, config.gram
     if gram != Gram() and name != "gram":
         yield f"gram: its keys are for algorithm gram, got algorithm {name}"
     if gram.target == "dense" and gram.propagate != "pruned":
@@ -218,8 +216,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
     if name in ("standalone", "centralized"):
         yield from _whole_model_once(config)
-    if train.refit and train.pruner == "magnitude":
-        yield "client_configs.train_configs.refit: magnitude knows no inputs; choose another pruner"
+    yield from _refits(config)
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -232,16 +229,27 @@ def _without_effect(config: Config) -> Iterator[str]:
         yield f"{path}.expansion: no mask is expanded with {name}; leave it at matrix"
     if kwargs.fold != "latest" and config.gram.propagate == "pruned":
         yield f"{path}.fold: statistics of a sweep hold for one pruned model and cannot be added up; leave it at latest"
+    if kwargs.fold != "latest" and name == "consensus":
+        yield f"{path}.fold: values of a round belong to its masks, so consensus adds up nothing; leave it at latest"
     lengths = sorted({client.data.length for client in config.clients})
     if name == "centralized" and lengths != [config.client_configs.data.length]:
         yield f"client_configs.data.length: centralized puts all windows together, so one length for all; got {lengths}"
+
+
+def _refits(config: Config) -> Iterator[str]:
+    """Least squares that would be lost or are done anyway."""
+    why = {"magnitude": "magnitude knows no inputs", "admm": "admm always fits what it keeps"}
+    for train in {str(client.train_configs): client.train_configs for client in config.clients}.values():
+        if train.refit and (train.pruner in why or config.algorithm == "fedprllm"):
+            reason = why.get(train.pruner, "with fedprllm masks alone travel, and weights stay dense")
+            yield f"client_configs.train_configs.refit: {reason}; leave it at false"
 
 
 def _one_pruner(config: Config) -> Iterator[str]:
     """The server, or the one that has all text, prunes for all."""
     shared = config.client_configs.train_configs
     for index, client in enumerate(config.clients):
-        for key in ("pruner", "damping", "damping_retries", "iterations", "refit"):
+        for key in ("pruner", "damping", "damping_retries", "iterations", "refit", "threads"):
             own, common = getattr(client.train_configs, key), getattr(shared, key)
             if own != common:
                 yield (
@@ -342,6 +350,7 @@ def forecast(config: Config) -> list[str]:
     names = ", ".join(linear.name for linear in blocks[0])
     lines = [
         headline(config),
+        *_notices(config),
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
     ]
     dense = left_dense(skeleton.model, skeleton.layout)
@@ -357,6 +366,17 @@ def forecast(config: Config) -> list[str]:
         expected = expected_uncovered(config.roster(), len(blocks))
         lines.append(f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation")
     return lines
+
+
+def _notices(config: Config) -> Iterator[str]:
+    """What the algorithm means for the rest of the configuration."""
+    if config.evaluation.compare and not config.comparisons():
+        yield f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} are made of uploads of fedspallm"
+    if config.algorithm == "gram":
+        gram = config.gram
+        yield f"clients send Gram matrices in {gram.precision}, of inputs of the {gram.propagate} model"
+        if gram.first_input == "private":
+            yield "gram.first_input is private: the server can tell how often each token occurs in a client's text"
 
 
 def headline(config: Config) -> str:
@@ -391,6 +411,8 @@ def _sizes(config: Config, skeleton: "Skeleton") -> Iterator[str]:
         target = parse_target(config.client_configs.train_configs.sparsity)
     except ValueError:  # `check` says so
         return
+    if config.algorithm == "gram":
+        yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
     yield from indivisible(layout.blocks, target)
     if config.algorithm not in ALGORITHMS or config.gram.precision not in PRECISIONS:
         return
@@ -429,6 +451,18 @@ def travelling(
                 for block in shapes
                 if exchange.concerns(block)
             }
+
+
+def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:
+    """Clients that will refuse to send statistics."""
+    least = GramSettings(min_tokens=config.gram.min_tokens).least(widest)
+    for client in config.clients:
+        tokens = client.data.windows * client.data.length
+        if tokens < least:
+            yield (
+                f"client {client.client_id}: {client.data.windows} windows of {client.data.length} are {tokens} tokens, "
+                f"but statistics of fewer than {least} are not sent; give more windows, or lower gram.min_tokens"
+            )
 
 
 def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:

@@ -474,7 +474,7 @@ def _statistics(config: Config, model: ModelSizes) -> int:
 def _state(config: Config, model: ModelSizes) -> int:
     """Packed models, masks that were agreed on, and sums that later rounds need."""
     mine, target = _pruned(config, model), target_of(config)
-    everybody, compare = set().union(*mine.values()), config.evaluation.compare
+    everybody, compare = set().union(*mine.values()), config.comparisons()
 
     def packed(blocks: set[int], parts: str = "weights") -> int:
         return sum(sum(model.packed(block, target, parts).values()) for block in blocks)

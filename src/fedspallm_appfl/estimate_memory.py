@@ -401,7 +401,7 @@ def aggregation_of(config: Config) -> Aggregation:
         settings_of(config, config.client_configs.train_configs),
         config.algorithm,
         "sample_size" if is_weighted(config) else "equal",
-        comparisons=tuple(config.evaluation.compare),
+        comparisons=tuple(config.comparisons()),
         gram=gram_of(config),
     )
 

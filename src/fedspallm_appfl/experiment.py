@@ -96,9 +96,9 @@ def _finish(
     else:
         matrices, place = write_pruned(config, skeleton, model.done, folder), folder / "model"
     log({"event": "written"})
-    if "standalone" in (config.algorithm, *config.evaluation.compare):
+    if "standalone" in (config.algorithm, *config.comparisons()):
         methods |= {name: store.load for name, store in alone.items()}
-    if "fedavg" in config.evaluation.compare:
+    if "fedavg" in config.comparisons():
         methods["fedavg"] = model.store("fedavg").load
     if config.algorithm != "standalone":
         methods[config.algorithm] = model.done.load
@@ -128,6 +128,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "seed": config.seed,
         "fedspallm_appfl": __version__,
         "target": config.client_configs.train_configs.sparsity,
+        "pruner": config.pruners(),
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,

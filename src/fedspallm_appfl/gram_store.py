@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -62,6 +63,10 @@ class GramStore:
                 facts, flat, diagonal = file.metadata() or {}, file.get_tensor("upper"), file.get_tensor("diagonal")
             if len(flat) != triangle.size(len(diagonal)):
                 raise ValueError(f"{len(flat)} entries above a diagonal of {len(diagonal)}")
+            if not (flat.dtype == diagonal.dtype == torch.float32 and bool(flat.isfinite().all())):
+                raise ValueError("its entries are not finite float32 numbers")
+            if not bool((diagonal >= 0).all()) or not bool(diagonal.isfinite().all()):
+                raise ValueError("its diagonal is not that of a Gram matrix")
             linears = tuple(json.loads(facts["linears"]))
             sums = Sums(triangle.unflatten(flat, diagonal), int(facts["tokens"]))
             return linears, sums, bool(json.loads(facts["rounded"]))
@@ -80,7 +85,7 @@ class GramStore:
 
     def units(self) -> list[tuple[int, str]]:
         """(block, first linear) of all inputs that are stored, in order."""
-        names = (file.stem.partition("-") for file in self.folder.glob("*.safetensors"))
+        names = (file.stem.partition("-") for file in self.folder.glob("[0-9][0-9][0-9][0-9]-*.safetensors"))
         return sorted((int(block), linear) for block, _, linear in names)
 
     def _file(self, block: int, linear: str) -> Path:

@@ -28,7 +28,7 @@ class Results:
     """What a run has shown.
 
     Attributes:
-        perplexity: method -> text -> perplexity; `standalone` is the mean over the clients alone.
+        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients alone.
         matrices: sparsity of each prunable matrix, read back from disk.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.

@@ -26,6 +26,7 @@ from fedspallm_appfl.errors import ConfigError
 SITE = "FEDSPALLM_SITE"
 KEYS = {"model", "clients", "store"}
 BLANK = "<private text>"
+SHORT_NAME = 3  # letters; what is as short stands in many words
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,21 @@ class Site:
 
     def without_paths(self, words: str) -> str:
         """Words that may travel: the private text's path and what follows it are blanked."""
+        for name in sorted(self._private_names(), key=len, reverse=True):
+            words = words.replace(name, BLANK)
         for path in self.text or []:
             for form in {path, str(Path(path).resolve())}:
                 words = re.sub(re.escape(form) + r"[^\s'\":;,)]*", BLANK, words)
         return words
+
+    def _private_names(self) -> set[str]:
+        """Paths and names of all files in the folders of the text: a name may be a patient's, and hold spaces."""
+        names = set()
+        for root in (Path(path).expanduser() for path in self.text or []):
+            for file in root.rglob("*") if root.is_dir() else ():
+                names |= {str(file), str(file.resolve())}
+                names |= {file.name} if len(file.name) > SHORT_NAME else set()
+        return names
 
 
 def load_site(client: str) -> Site:

@@ -27,6 +27,7 @@ from fedspallm_appfl.config_rules import check, check_with_files, indivisible
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.folds import STATISTICS
+from fedspallm_appfl.globus_rules import check_on_this_machine
 from fedspallm_appfl.gram_store import GramStore
 from fedspallm_appfl.heap import give_back
 from fedspallm_appfl.launch import serial
@@ -213,7 +214,8 @@ def planned(
 def _problems(plan: Plan) -> list[str]:
     found: dict[str, list[str]] = {}
     for method, target, seed in _cells(plan):
-        for problem in check(plan.experiment(method, target, seed)):
+        config = plan.experiment(method, target, seed)
+        for problem in [*check(config), *check_on_this_machine(config)]:
             found.setdefault(problem, []).append(method.name)
     everywhere = len(plan.methods)
     named = ((problem, list(dict.fromkeys(names))) for problem, names in found.items())
@@ -265,16 +267,17 @@ def study(plan: Plan, console: Console, overwrite: bool = False) -> None:
         FedSpaLLMError: an experiment fails; the cells that are done are kept.
     """
     study_plots.require()
-    if overwrite and (plan.out / FILE).is_file():
-        _clear(plan.out)
-    with opened(plan.out, plan.settings()) as file:
+    with opened(plan.out, plan.settings(), overwrite) as file:
+        if not file.cells:
+            _clear(plan.out)
         _measure(plan, file, console)
         asked = [file.cells[method.name, target, seed] for method, target, seed in _cells(plan)]
         _write(plan, file.cells[DENSE, "", 0], asked, console)
 
 
 def _clear(out: Path) -> None:
-    for name in OWN:
+    """Remove what an earlier study has left; not the file of cells, which is locked."""
+    for name in set(OWN) - {FILE}:
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -295,7 +298,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
             if seed in gathered and method.shares_uploads:
                 cell = _from_sums(config, method, *gathered[seed])
             else:
-                _forget(gathered)
+                _forget(plan, gathered)
                 cell = _run(config, method)
                 if method.shares_uploads:
                     gathered[seed] = Path(config.run_dir) / STATISTICS, cell
@@ -303,12 +306,12 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
             progress.ends(f"perplexity {cell.mean:.2f}")
             if not plan.keep_models:
                 _drop(config, "model", "models")
-        _forget(gathered)
+        _forget(plan, gathered)
 
 
-def _forget(gathered: dict[int, tuple[Path, Cell]]) -> None:
-    """Remove sums that no cell needs any more; they are the largest files of a study."""
-    for folder, _ in gathered.values():
+def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:
+    """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
+    for folder in (plan.out / RUNS).glob(f"*/{STATISTICS}"):
         shutil.rmtree(folder)
     gathered.clear()
 

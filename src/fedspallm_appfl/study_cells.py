@@ -29,7 +29,7 @@ class Cell:
         method: as it is spelled in `--algorithms`, or `dense`.
         target: ratio or n:m; empty for `dense`.
         seed: of calibration windows and layer sampling.
-        perplexity: text -> perplexity; of `standalone` the mean over the clients' own models.
+        perplexity: text -> perplexity; of `standalone` the geometric mean over the clients' own models.
         zeros: entries that masks prune, read back from the written model (of `standalone`, from all of them).
         entries: prunable entries of the same files.
         up: client -> bytes of the tensors that it sent.
@@ -108,12 +108,13 @@ class CellFile:
 
 
 @contextmanager
-def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellFile]:
+def opened(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[CellFile]:
     """The cells of the study in a folder; nobody else may write there meanwhile.
 
     Args:
         folder: the study's; it is made if need be.
         settings: what all cells have in common, in plain types.
+        overwrite: forget the cells that are there.
 
     Raises:
         ConfigError: the folder cannot be written, another study works in it, it holds something else, or cells of other
@@ -134,19 +135,26 @@ def opened(folder: Path, settings: Mapping[str, Any]) -> Iterator[CellFile]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"--out: another study is at work in {folder}; name another folder") from error
-        stream.seek(0)
-        first, *lines = _whole_lines(stream) or [json.dumps(settings)]
-        _require_same(folder, json.loads(first), json.loads(json.dumps(settings)))
-        stream.truncate(0)
-        stream.writelines(f"{line}\n" for line in (first, *lines))
-        stream.flush()
-        cells = (Cell(**json.loads(line)) for line in lines)
-        yield CellFile(stream, {cell.key: cell for cell in cells})
+        lines = [] if overwrite else _whole_lines(stream)
+        stream.truncate(sum(len(line.encode()) for line in lines))
+        if not lines:
+            stream.write(json.dumps(settings) + "\n")
+            stream.flush()
+        try:
+            earlier, *cells = [json.loads(line) for line in lines] or [json.loads(json.dumps(settings))]
+            found = {cell.key: cell for cell in (Cell(**cell) for cell in cells)}
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"--out: {file} is damaged ({error}); name another folder, or give --overwrite to begin anew"
+            ) from error
+        _require_same(folder, earlier, json.loads(json.dumps(settings)))
+        yield CellFile(stream, found)
 
 
 def _whole_lines(stream: IO[str]) -> list[str]:
     """All lines but one that was being written when a study was killed."""
-    return [line.rstrip("\n") for line in stream if line.endswith("\n")]
+    stream.seek(0)
+    return [line for line in stream if line.endswith("\n")]
 
 
 def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

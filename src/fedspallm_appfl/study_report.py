@@ -140,7 +140,7 @@ def _plots() -> list[str]:
 def _legend(study: Study) -> list[str]:
     seeds = len(study.seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so without a spread"
-    words = [f"Perplexity, lower is better, {over}. `standalone` is the mean over the clients' own models."]
+    words = [f"Perplexity, lower is better, {over}. `standalone` is the geometric mean over the clients' own models."]
     ends = [study.reference(algorithm) for algorithm in ALONE]
     if None not in ends:
         words.append(

@@ -130,7 +130,7 @@ def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
     least = source.gram.least(len(sums.upper))
     if sums.tokens < least:
         raise DataError(
-            f"client {source.client}, block {block}, {name}: statistics of {sums.tokens} tokens are not sent, as text might "
+            f"client {source.client}, block {block}, {name}: statistics of {sums.tokens} tokens are not sent: text might "
             f"be read back from fewer than {least}; give more calibration windows, or lower gram.min_tokens"
         )
 

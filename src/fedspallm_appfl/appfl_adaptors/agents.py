@@ -30,7 +30,7 @@ def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
             "rounds": server.num_global_epochs,
             "roster": config.roster(),
             "device": server.device,
-            "comparisons": config.evaluation.compare,
+            "comparisons": config.comparisons(),
             "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
             "compression": config.client_configs.comm_configs.compression,
             "mask_only": [client.client_id for client in config.participants() if keeps_weights(client.train_configs)],
