@@ -57,7 +57,8 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
             methods[text] = packed.load
         rows = experiment.evaluate(config, methods, ignore) if config.evaluation.texts else {}
     console.print(model_table(config, rows, matrices))
-    console.print(f"models  {run / FURTHER}", highlight=False, markup=False)
+    for name in aims:
+        console.print(f"model   {run / FURTHER / name / 'model'}", highlight=False, markup=False)
 
 
 def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
