@@ -347,7 +347,7 @@ TWO_SWEEPS = {
         ("fedspallm", {"client_configs": {"comm_configs": {"max_message_bytes": 3000}}}),
         ("fedprllm", ROUNDS),
         ("fedavg", ROUNDS),
-        ("consensus", ROUNDS),
+        ("consensus", {**ROUNDS, "server_configs": {"num_global_epochs": 2}}),
         ("consensus", {"client_configs": {"comm_configs": {"blocks_per_message": 2}}}),
         ("gram", {}),
         ("gram", {**ROUNDS, "gram": {"precision": "fp32"}}),
