@@ -22,10 +22,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedspallm_appfl import yaml_io
+from fedspallm_appfl import pruning, yaml_io
 from fedspallm_appfl.algorithms.centralized import POOLED
 from fedspallm_appfl.errors import ConfigError, first_line
-from fedspallm_appfl.pruning import KEEP_WEIGHTS
 
 Paths = str | list[str]
 
@@ -207,7 +206,7 @@ class Config:
 
 def keeps_weights(train: TrainConfigs) -> bool:
     """Whether a client's pruner leaves the weights that it keeps as they were."""
-    return train.pruner in KEEP_WEIGHTS and not (train.refit and train.pruner == "wanda")
+    return pruning.keeps_weights(train.pruner, train.refit)
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:

@@ -113,19 +113,37 @@ class Fold(Protocol):
         """What is made of complete sums: matrices for each store, and facts for the report. The sums are used up."""
 
 
-class WeightFold:
-    """Masks and weights into l0 sums, from which one model or several are made."""
+class _MatrixFold:
+    """What folds of single matrices share."""
 
-    def __init__(self, server: Server, combine: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]) -> None:
-        """Make a model for each store, with what `combine` has for it; those that use the sums up come last."""
+    def __init__(self, server: Server) -> None:
         self._server = server
-        self._combine = combine
-        self._weighted = server.settings.weights == "sample_size"
-        self._no_sums = L0Sums.empty((0, 0), self._weighted)
 
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
         return tuple(linear.name for linear in self._server.layout.blocks[block])
+
+
+class _MeanFold(_MatrixFold):
+    """What folds share that add values up."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self._weighted = server.settings.weights == "sample_size"
+        self._no_sums = L0Sums.empty((0, 0), self._weighted)
+
+    def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
+        """Ranges of the fixed-point sums."""
+        (sums or self._no_sums).check_range(largest_magnitude(packed["values"]), weight)
+
+
+class WeightFold(_MeanFold):
+    """Masks and weights into l0 sums, from which one model or several are made."""
+
+    def __init__(self, server: Server, combine: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]) -> None:
+        """Make a model for each store, with what `combine` has for it; those that use the sums up come last."""
+        super().__init__(server)
+        self._combine = combine
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
@@ -141,10 +159,6 @@ class WeightFold:
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
         return L0Sums.empty(self._server.layout.shapes(block)[unit], self._weighted, clients, self._server.device)
-
-    def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
-        """Ranges of the fixed-point sums."""
-        (sums or self._no_sums).check_range(largest_magnitude(packed["values"]), weight)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold weights and mask."""
@@ -165,18 +179,14 @@ class WeightFold:
         return stores, facts
 
 
-class VoteFold:
+class VoteFold(_MatrixFold):
     """Masks into votes, from which `decide` makes the mask of all."""
 
     def __init__(self, server: Server, store: str, decide: Callable[..., tuple[Tensor, Tensor] | Tensor]) -> None:
         """Put into a store what `decide` makes of votes and dense weights: a matrix with its mask, or a mask alone."""
-        self._server = server
+        super().__init__(server)
         self._store = store
         self._decide = decide
-
-    def units(self, block: int) -> tuple[str, ...]:
-        """One for each linear."""
-        return tuple(linear.name for linear in self._server.layout.blocks[block])
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """A mask of the right shape and sparsity."""
@@ -209,18 +219,12 @@ class VoteFold:
         return {self._store: {unit: packed}}, {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
 
 
-class ValueFold:
+class ValueFold(_MeanFold):
     """Values under masks that were agreed on into their mean."""
 
     def __init__(self, server: Server) -> None:
-        self._server = server
+        super().__init__(server)
         self._masks = PackedStore(server.folder / MASKS)
-        self._weighted = server.settings.weights == "sample_size"
-        self._no_sums = L0Sums.empty((0, 0), self._weighted)
-
-    def units(self, block: int) -> tuple[str, ...]:
-        """One for each linear."""
-        return tuple(linear.name for linear in self._server.layout.blocks[block])
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """As many values as the mask keeps."""
@@ -230,10 +234,6 @@ class ValueFold:
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
         kept = bitmask.count(self._agreed(block, unit)["mask"])
         return L0Sums.empty((1, kept), self._weighted, clients, self._server.device)
-
-    def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
-        """Ranges of the fixed-point sums."""
-        (sums or self._no_sums).check_range(largest_magnitude(packed["values"]), weight)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""

@@ -124,14 +124,7 @@ def _prune_input(
     moved = replace(sums, upper=sums.upper.to(device))
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
-    settings = Settings(
-        train.pruner,
-        target,
-        train.damping,
-        train.damping_retries,
-        iterations=train.iterations,
-        refit=train.refit,
-    )
+    settings = replace(Settings.of(vars(train)), target=target)
     made = prune_input(
         weights, moved, Aggregation(settings, threads=train.threads), rounded, f"block {block}, {leader}"
     )

@@ -2,7 +2,7 @@
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,8 +11,25 @@ from rich.table import Table
 
 from fedspallm_appfl.events import Event
 
+_Self = TypeVar("_Self", bound="_Shown")
 
-class RunProgress:
+
+class _Shown:
+    """A bar that is there while the work goes on."""
+
+    _bar: Progress
+
+    def __enter__(self: _Self) -> _Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class RunProgress(_Shown):
     """A listener of events.
 
     The whole run is `rounds * exchanges * clients * messages` uploads; what is left is estimated from the ones that came.
@@ -35,15 +52,6 @@ class RunProgress:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-
-    def __enter__(self) -> "RunProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
@@ -87,7 +95,7 @@ class RunProgress:
         self._bar.update(self._task, description=escape(what), completed=done, total=total)
 
 
-class StudyProgress:
+class StudyProgress(_Shown):
     """A line for each cell of a study, and on a terminal a bar with the time that is left."""
 
     def __init__(self, console: Console, cells: int) -> None:
@@ -105,15 +113,6 @@ class StudyProgress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("dense", total=cells)
-
-    def __enter__(self) -> "StudyProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def begins(self, what: str) -> None:
         """A cell is begun."""

@@ -18,7 +18,6 @@ from fedspallm_appfl.layer_sampling import draw, to_text
 from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.payload import block_nbytes
 from fedspallm_appfl.pruning import Settings
-from fedspallm_appfl.sparsity import parse_target
 
 
 class FedSpaLLMAggregator(BaseAggregator):
@@ -187,16 +186,8 @@ class FedSpaLLMAggregator(BaseAggregator):
 
 def aggregation_of(settings: dict[str, Any]) -> Aggregation:
     """Read how uploads are combined from APPFL's `aggregator_kwargs`."""
-    pruning = Settings(
-        pruner=settings.get("pruner", "sparsegpt"),
-        target=parse_target(settings["sparsity"]),
-        damping=settings.get("damping", Settings.damping),
-        damping_retries=settings.get("damping_retries", Settings.damping_retries),
-        iterations=settings.get("iterations", Settings.iterations),
-        refit=settings.get("refit", False),
-    )
     return Aggregation(
-        pruning=pruning,
+        pruning=Settings.of({"pruner": "sparsegpt", **settings}),
         algorithm=settings.get("algorithm", "fedspallm"),
         weights=settings["weights"],
         fold=settings["fold"],

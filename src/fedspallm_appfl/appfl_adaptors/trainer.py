@@ -18,7 +18,6 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.layer_sampling import draw, from_text
 from fedspallm_appfl.local_client import ClientSettings, LocalClient, Message
 from fedspallm_appfl.pruning import Settings
-from fedspallm_appfl.sparsity import parse_target
 
 
 class FedSpaLLMTrainer(BaseTrainer):
@@ -146,14 +145,7 @@ def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSett
         windows=data["windows"],
         length=data["length"],
         batch=data["batch"],
-        pruning=Settings(
-            pruner=train_configs["pruner"],
-            target=parse_target(train_configs["sparsity"]),
-            damping=train_configs["damping"],
-            damping_retries=train_configs["damping_retries"],
-            iterations=train_configs.get("iterations", Settings.iterations),
-            refit=train_configs.get("refit", False),
-        ),
+        pruning=Settings.of(train_configs),
         algorithm=train_configs.get("algorithm", "fedspallm"),
         gram=GramSettings(**train_configs.get("gram", {})),
         pool=tuple((one["client_id"], one["text"], one["windows"]) for one in data.get("pool") or ()),

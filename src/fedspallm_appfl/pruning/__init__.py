@@ -4,8 +4,9 @@ A pruner is chosen by name. It says what it needs to know of a linear's inputs, 
 share an input, and prunes each of them, or makes up for a mask that others chose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fedspallm_appfl.pruning import admm, least_squares, magnitude, sparsegpt, wanda
 from fedspallm_appfl.pruning.correlation import Correlation
 from fedspallm_appfl.pruning.gram import InputGram, InputNorms, Statistic, mirror
-from fedspallm_appfl.sparsity import Target
+from fedspallm_appfl.sparsity import Target, parse_target
 
 PRUNERS = ("sparsegpt", "wanda", "magnitude", "admm")
 KEEP_WEIGHTS = frozenset({"wanda", "magnitude"})  # they choose a mask and, not refitted, leave kept weights as they are
@@ -42,10 +43,22 @@ class Settings:
     iterations: int = admm.STEPS
     refit: bool = False
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Settings":
+        """Read them from plain values by the names of the configuration, the target from `sparsity`."""
+        names = ("damping", "damping_retries", "iterations", "refit")
+        given = {name: plain[name] for name in names if name in plain}
+        return cls(plain["pruner"], parse_target(plain["sparsity"]), **given)
+
     @property
     def keeps_weights(self) -> bool:
         """Whether a mask says all that the pruner did."""
-        return self.pruner in KEEP_WEIGHTS and not (self.refit and self.pruner == "wanda")
+        return keeps_weights(self.pruner, self.refit)
+
+
+def keeps_weights(pruner: str, refit: bool) -> bool:
+    """Whether a pruner leaves the weights that it keeps as they were, so that a mask says all that it did."""
+    return pruner in KEEP_WEIGHTS and not (refit and pruner == "wanda")
 
 
 Prune = Callable[[Tensor], tuple[Tensor, Tensor]]
