@@ -14,7 +14,7 @@ LAYERS = (
     "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling votes exact_sum triangle",
     # 1  what travels and what rests
     "payload payload_bytes compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file "
-    "model_identity data_store site",
+    "model_identity object_stores s3_objects data_store site",
     # 2  models and data
     "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round
@@ -31,6 +31,9 @@ FROM_LAYER = {
     "mpi4py": 4,
     "globus_compute_sdk": 4,
     "proxystore": 1,
+    "boto3": 1,
+    "redis": 1,
+    "requests": 1,
 }  # the lowest that may import it
 FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}

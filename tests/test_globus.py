@@ -25,6 +25,7 @@ from fedspallm_appfl.launch import globus, globus_preflight
 from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
 from globus_double.executor import Site
+from s3_double import BUCKET, keys, s3_service
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
@@ -78,20 +79,30 @@ def same_bits(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
 
 
-@pytest.mark.parametrize("connector", ["none", "file"])
-def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, connector):
+@pytest.fixture(scope="module")
+def s3():
+    with s3_service() as url:
+        yield url
+
+
+@pytest.mark.parametrize("connector", ["none", "file", "s3"])
+def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, monkeypatch, s3, connector):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "server")  # after the site's worker has started: it has no credentials
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     store = tmp_path / "store"
     store.mkdir()
-    comm = {"store": {"connector": connector, "folder": str(store)}, "max_message_bytes": 140_000}
+    where = {"connector": connector, "folder": str(store), "bucket": BUCKET, "url": s3}
+    comm = {"store": where, "max_message_bytes": 140_000}
     config = write_config(tmp_path, **UNEVEN, client_configs={"comm_configs": comm})
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
     manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("run", "globus")]
     assert manifests[0] == manifests[1]
-    assert list(store.iterdir()) == []
+    assert list(store.iterdir()) == keys(s3) == []
     sizes = [len(text) for _, text in site.sent]
-    assert max(sizes) > 10**6 if connector == "none" else max(sizes) < 10**4
+    assert max(sizes) > 10**6 if connector == "none" else max(sizes) < 3 * 10**4
+    assert not any("secret" in text for _, text in site.sent)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +258,11 @@ def federation(tmp_path, monkeypatch):
     return federation
 
 
+def uploads_in(folder):
+    """What clients have placed and nobody has removed."""
+    return [file.name for file in folder.iterdir() if not file.name.startswith(("run", "down."))]
+
+
 def absences(events):
     return {(event["round"], event["client"]): event["why"] for event in events if event["event"] == "absent"}
 
@@ -291,9 +307,8 @@ def twice(messages):
 
 
 def half(messages):
-    del messages[4:]
-    for message in messages:
-        message["metadata"]["_total_chunks"] = 4
+    for message in messages[4:]:
+        repacked(message, {})
 
 
 def metadata(**more):
@@ -308,8 +323,9 @@ def first_payload(place):
     ("change", "why"),
     [
         (lambda result: [1], "it is no dict"),
-        (lambda result: {}, "it has no messages"),
-        (lambda result: {"messages": ["x"]}, "message 0 has no payload"),
+        (lambda result: {}, "it has no messages, 8 were asked for"),
+        (lambda result: {"messages": ["x"]}, "it has 1 messages, 8 were asked for"),
+        (lambda result: {"messages": ["x"] * 8}, "message 0 has no payload"),
         (lambda result: {"error": {"message": "\x1b[2Jgone", "traceback": 3}}, "[2Jgone"),
         (first_payload({}), "neither in the data store nor in the result"),
         (first_payload({"inline": "?"}), "neither in the data store nor in the result"),
@@ -319,7 +335,7 @@ def first_payload(place):
         (metadata(blocking=True), "message 0 has metadata"),
         (metadata(notes="[1]"), "message 0 has metadata"),
         (metadata(_chunk_idx=3), "says that it is 3 of 8"),
-        (with_messages(lambda messages: messages.pop()), "message 0 of 7 says that it is 0 of 8"),
+        (with_messages(lambda messages: messages.pop()), "it has 7 messages, 8 were asked for"),
         (with_messages(other_round), "it is for round 7, this is round 0"),
         (with_messages(last_of_other_round), "it is for round 7, this is round 0"),
         (with_messages(twice), "was sent before"),
@@ -352,7 +368,7 @@ def test_a_client_that_fails_in_the_middle_names_the_block_and_leaves_nothing_in
     [absent] = [event for event in events if event["event"] == "absent"]
     assert (absent["why"], absent["host"], absent["blocks"]) == ("OSError: no room for <private text>", host, "5")
     assert "fail_late" in absent["traceback"] and "calib" not in absent["traceback"]
-    assert list((tmp_path / "store" / "run").iterdir()) == []
+    assert uploads_in(tmp_path / "store" / "run") == []
 
 
 def test_a_site_with_another_model_is_refused(federation, tmp_path):
@@ -427,8 +443,7 @@ def test_a_late_answer_is_thrown_away_and_its_client_takes_part_again(federation
     assert (0, "csource") in absences(events)
     assert not [why for why in absences(events).values() if "refused" in why]
     assert {event["round"] for event in events if event["event"] == "upload" and event["client"] == "csource"} >= {2}
-    left = sorted(file.name for file in (store / "run").iterdir())
-    assert [name for name in left if not name.startswith("down.")] == []
+    assert uploads_in(store / "run") == []
 
 
 def test_what_went_down_is_told_again_until_it_is_replaced(tmp_path):

@@ -115,10 +115,16 @@ class Data:
 class Store:
     """Where payloads lie that are too large for a task of Globus Compute."""
 
-    connector: str = "none"  # none (everything travels with the tasks) | file | redis
+    connector: str = "none"  # none (everything travels with the tasks) | file | redis | s3 | endpoint
     folder: str | None = None  # file: a folder that server and clients mount
-    host: str = "127.0.0.1"  # redis
+    host: str = "127.0.0.1"  # redis; its password is in FEDSPALLM_REDIS_PASSWORD
     port: int = 6379  # redis
+    tls: bool = False  # redis
+    bucket: str | None = None  # s3; credentials as boto3 takes them, of the server alone
+    url: str | None = None  # s3: address of the service where it is not that of AWS
+    endpoints: list[str] = field(
+        default_factory=list
+    )  # endpoint: UUIDs of all ProxyStore endpoints, the server's first
 
 
 @dataclass

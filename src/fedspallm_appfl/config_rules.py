@@ -19,7 +19,7 @@ from fedspallm_appfl.algorithms.gram import FIRST_INPUTS, PROPAGATE, TARGETS, Gr
 from fedspallm_appfl.blocks import Linear, left_dense
 from fedspallm_appfl.calibration import check_vocabulary, cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.compression import COMPRESSIONS
-from fedspallm_appfl.config import Client, Config, Gram, Paths, keeps_weights
+from fedspallm_appfl.config import Client, Config, Gram, Paths, Store, keeps_weights
 from fedspallm_appfl.data_store import CONNECTORS
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.lazy_model import Skeleton
 
 MOST_DAMPING = 100.0
+BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
@@ -283,13 +284,28 @@ def _globus(config: Config) -> Iterator[str]:
         if client.endpoint_id and not UUID.fullmatch(client.endpoint_id):
             where = f"clients.{index}.endpoint_id"
             yield f"{where}: the UUID that globus-compute-endpoint list shows, got {client.endpoint_id!r}"
-    where = "client_configs.comm_configs.store"
+    yield from _store("client_configs.comm_configs.store", store)
+
+
+def _store(where: str, store: Store) -> Iterator[str]:
     if store.connector not in CONNECTORS:
         yield f"{where}.connector: one of {', '.join(CONNECTORS)}; got {store.connector!r}"
     if store.connector == "file" and not store.folder:
         yield f"{where}.folder: name a folder that the server and every client mount"
     if store.connector == "redis":
         yield from _between(f"{where}.port", store.port, 1, 65535)
+    if store.connector == "s3":
+        if not BUCKET.fullmatch(store.bucket or ""):
+            yield f"{where}.bucket: name an S3 bucket (3 to 63 letters, digits, '-', '.'), got {store.bucket!r}"
+        if store.url and not re.match(r"https?://[^/?#@\s]+/?$", store.url):
+            yield f"{where}.url: http:// or https:// and the host of the service, without a password or a path"
+    if store.connector == "endpoint":
+        wrong = [endpoint for endpoint in store.endpoints if not UUID.fullmatch(endpoint)]
+        if wrong or not store.endpoints:
+            yield (
+                f"{where}.endpoints: the UUIDs that proxystore-endpoint list shows on the server, first, and at each site; "
+                f"got {wrong or store.endpoints!r}"
+            )
 
 
 def check_with_files(config: Config) -> list[str]:

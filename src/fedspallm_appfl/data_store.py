@@ -1,27 +1,27 @@
-"""Where payloads lie that are too large for a Globus Compute task: a folder that all sites mount, or a Redis server.
+"""Where payloads lie that are too large for a Globus Compute task: the objects of one run, in a place that all sites reach.
 
-ProxyStore's connectors move the bytes. Of ProxyStore's stores and proxies nothing is used: they pickle, share one name for
-every experiment of a process, and clear a whole Redis server. Names are given by the server's side alone, so that nothing
-that a client says decides what is read or removed.
+Names are given by the server's side alone, so that nothing that a client says decides what is read or removed.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.errors import DataStoreError, first_line
+from fedspallm_appfl.object_stores import EndpointObjects, FolderObjects, Objects, RedisObjects
+from fedspallm_appfl.s3_objects import Bucket, Links
 
-CONNECTORS = ("none", "file", "redis")
-REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
+CONNECTORS = ("none", "file", "redis", "s3", "endpoint")
+MARK = "run"  # name of the object that is there as long as its run is
+GREETING = "greeting"  # of the one that clients read to see that they reach the store
 
 
 class DataStore:
     """The objects of one run.
 
     Attributes:
-        settings: as in the configuration.
+        settings: as in the configuration; for a site as `lend` has made them.
         run: the run's name, part of every object's.
     """
 
@@ -29,84 +29,125 @@ class DataStore:
         """Connect.
 
         Args:
-            settings: `connector`, and `folder` or `host` and `port`.
+            settings: `connector`, and what it needs.
             run: a name that no other run has.
             create: begin a run; clients only join one, so that a late one leaves nothing behind after its end.
 
         Raises:
-            DataStoreError: it cannot be reached.
+            DataStoreError: it cannot be reached, or the run is over.
         """
         self.settings = dict(settings)
         self.run = _checked(run)
+        self._joined = not create
+        self._names: set[str] = set()  # of objects that may be there
         with self._trouble("reached"):
-            self._connector = self._connect(create)
+            self._objects = self._open(create)
+        if create:
+            self.put(MARK, b"1")
+        else:
+            self._require_run()
 
-    def _connect(self, create: bool) -> Any:
-        if self.settings["connector"] == "file":
-            from proxystore.connectors.file import FileConnector
+    def _open(self, create: bool) -> Objects | Bucket | Links:
+        connector = self.settings["connector"]
+        if connector == "s3":
+            return Bucket(self.settings, self.run) if create else Links(self.settings["links"])
+        if connector == "file":
+            return FolderObjects(self.settings, self.run, create)
+        return {"redis": RedisObjects, "endpoint": EndpointObjects}[connector](self.settings, self.run)
 
-            folder = Path(str(self.settings["folder"])).expanduser() / self.run
-            if create:
-                folder.mkdir()
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is no folder on this machine")
-            return FileConnector(str(folder), clear=False)
-        from proxystore.connectors.redis import RedisConnector
-
-        connector = RedisConnector(str(self.settings["host"]), int(self.settings["port"]), clear=False)
-        connector.exists(self._key("nothing"))  # it connects when it is first used
-        return connector
+    def _require_run(self) -> None:
+        with self._trouble("reached"):
+            mark = self._objects.get(MARK)
+        if mark is None:
+            raise DataStoreError(f"{self}: the run {self.run} is over, or its server reaches another store")
 
     def put(self, name: str, data: bytes) -> None:
-        """Place an object, in place of an earlier one of that name."""
-        with self._trouble("written"):
-            self._connector.set(self._key(name), data)
-
-    def get(self, name: str) -> bytes:
-        """Read an object.
+        """Place an object, in place of an earlier one of that name.
 
         Raises:
-            DataStoreError: there is none of that name, or the store cannot be reached.
+            DataStoreError: the store cannot be reached, or the run is over.
         """
+        if self._joined:
+            self._require_run()
+        self._names.add(_checked(name))
+        with self._trouble("written"):
+            self._objects.put(name, data)
+
+    def get(self, name: str, most: int | None = None) -> bytes:
+        """Read an object.
+
+        Args:
+            name: its name.
+            most: bytes that it may have, where the store tells them before it is read; None for any number.
+
+        Raises:
+            DataStoreError: there is none of that name, it is larger, or the store cannot be reached.
+        """
+        _checked(name)
         with self._trouble("read"):
-            data = self._connector.get(self._key(name))
+            size = self._objects.size(name) if most is not None else None
+            if most is not None and size is not None and size > most:
+                raise DataStoreError(f"{self}: the object {name} has {size} bytes, it may have {most}")
+            data = self._objects.get(name)
         if data is None:
             raise DataStoreError(f"{self}: holds no object {name}; it was never placed, or was removed")
         return data
 
     def evict(self, name: str) -> None:
-        """Remove an object if it is there."""
+        """Remove an object if it is there; the server's to do."""
+        _checked(name)
         with self._trouble("cleared"):
-            self._connector.evict(self._key(name))
+            self._of_the_server.evict(name)
+        self._names.discard(name)
+
+    @property
+    def _of_the_server(self) -> Objects | Bucket:
+        if isinstance(self._objects, Links):
+            raise PermissionError("a site removes nothing from the bucket")
+        return self._objects
+
+    def lend(self, reads: Iterable[str], writes: Iterable[str], seconds: float | None = None) -> dict[str, Any]:
+        """Settings with which a site opens this store.
+
+        Args:
+            reads: names of objects that it will read.
+            writes: names of objects that it may write.
+            seconds: how long it may need them; None for as long as can be.
+        """
+        writes = [_checked(name) for name in writes]
+        self._names.update(writes)
+        if not isinstance(self._objects, Bucket):
+            return self.settings
+        with self._trouble("used"):
+            links = self._objects.links([MARK, *map(_checked, reads)], writes, seconds)
+        return {"connector": "s3", "links": links}
 
     def close(self, clear: bool = False) -> None:
         """Let go of the store; `clear` removes what is left of this run, never anything of another."""
         with self._trouble("closed"):
-            if clear and self.settings["connector"] == "redis":
-                client = self._connector._redis_client
-                for key in client.scan_iter(match=f"fedspallm/{self.run}/*"):
-                    client.delete(key)
-            self._connector.close(clear=clear and self.settings["connector"] == "file")
+            try:
+                if clear:
+                    self._of_the_server.clear(set(self._names))
+            finally:
+                self._objects.close()
 
     def __str__(self) -> str:
-        if self.settings["connector"] == "file":
-            return f"data store in the folder {self.settings['folder']}"
-        return f"data store in Redis at {self.settings['host']}:{self.settings['port']}"
-
-    def _key(self, name: str) -> Any:
-        if self.settings["connector"] == "file":
-            from proxystore.connectors.file import FileKey
-
-            return FileKey(filename=_checked(name))
-        from proxystore.connectors.redis import RedisKey
-
-        return RedisKey(redis_key=f"fedspallm/{self.run}/{_checked(name)}")
+        connector, settings = self.settings["connector"], self.settings
+        if connector == "file":
+            return f"data store in the folder {settings['folder']}"
+        if connector == "redis":
+            return f"data store in Redis at {settings['host']}:{settings['port']}"
+        if connector == "endpoint":
+            return f"data store at the ProxyStore endpoint {settings['endpoints'][0]}"
+        return f"data store in the S3 bucket {settings['bucket']}" if "bucket" in settings else "data store in S3"
 
     @contextmanager
     def _trouble(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a Redis client has its own family of errors
+        except DataStoreError:
+            raise
+        except Exception as error:  # each connector has its own family of errors
             raise DataStoreError(
                 f"{self}: cannot be {what} ({type(error).__name__}: {first_line(error)}); check "
                 "client_configs.comm_configs.store, or `store` in the site file where a site reaches it in another way"
@@ -121,5 +162,5 @@ def open_store(settings: Mapping[str, Any], run: str, create: bool = False) -> D
 def _checked(name: str) -> str:
     """A name that is one file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
-        raise ValueError(f"a name of the data store has letters, digits, '-', '_' and '.', got {name!r}")
+        raise DataStoreError(f"a name of the data store has letters, digits, '-', '_' and '.', got {name!r}")
     return name

@@ -35,6 +35,7 @@ from fedspallm_appfl.payload import (
     nbytes,
     update_nbytes,
 )
+from fedspallm_appfl.uploads import sizes
 
 FOLDS = ("latest", "cumulative")
 WEIGHTS = ("equal", "sample_size")
@@ -134,7 +135,8 @@ class GlobalModel:
         self.done = PackedStore(folder / GLOBAL)
         self.round = Round(-1, {})
         self.exchanges = exchanges(settings.algorithm, groups, settings.gram.propagate)
-        self._folds = folds(Server(layout, dtype, settings, folder, device, dense, groups))
+        self._server = Server(layout, dtype, settings, folder, device, dense, groups)
+        self._folds = folds(self._server)
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -145,6 +147,20 @@ class GlobalModel:
     def exchange(self) -> Exchange:
         """The exchange that is on."""
         return self.exchanges[self.round.exchange]
+
+    def messages(self, blocks_per_message: int, limit: int) -> list[list[Unit]]:
+        """The messages that every client sends in the exchange that is on, each as its (block, unit) pairs.
+
+        Args:
+            blocks_per_message: blocks in a message, fewer where they exceed the limit.
+            limit: bytes of a message.
+        """
+        server, settings = self._server, self.settings
+        shapes = {block: server.layout.shapes(block) for block in range(len(server.layout.blocks))}
+        target, dtype = settings.pruning.target, server.dtype
+        return plan(
+            sizes(self.exchange, shapes, target, dtype, server.groups, settings.gram), blocks_per_message, limit
+        )
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
         """Expect from each client its assigned blocks.

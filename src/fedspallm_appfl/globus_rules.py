@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 
 from fedspallm_appfl.config import Config
-from fedspallm_appfl.data_store import REDIS_LIMIT
+from fedspallm_appfl.object_stores import REDIS_LIMIT
 
 ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram")  # the others need no federation
 

@@ -29,7 +29,7 @@ def check_sizes(config: Config) -> Iterator[str]:
         if size > INLINE_LIMIT:
             yield (
                 f"client_configs.comm_configs.store: {what} may take {size / 1e6:.1f} MB before compression, "
-                f"{INLINE_LIMIT / 1e6:.0f} MB fit into a task of Globus Compute; set connector to file or redis"
+                f"{INLINE_LIMIT / 1e6:.0f} MB fit into a task of Globus Compute; set another connector"
             )
 
 

@@ -201,6 +201,6 @@ def _within_limit(text: str, client: str) -> str:
     if len(text) > SUBMISSION_LIMIT - AROUND:
         raise FederationError(
             f"client {client}: its task has {len(text)} bytes, Globus Compute carries {SUBMISSION_LIMIT} a submission; "
-            "set client_configs.comm_configs.store to a folder or a Redis server that all sites reach"
+            "set client_configs.comm_configs.store to a place that all sites reach (docs/globus.md)"
         )
     return text

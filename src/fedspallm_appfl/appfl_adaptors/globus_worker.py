@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.checkpoint_files import resolve_model
-from fedspallm_appfl.data_store import DataStore, open_store
+from fedspallm_appfl.data_store import GREETING, DataStore, open_store
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError, UpdateError
 from fedspallm_appfl.layer_sampling import to_text
@@ -37,13 +37,14 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     """Make a client's messages of one exchange.
 
     Args:
-        request: `client`, its `config` as `agents.client_agent_config` makes it but for the paths of the site, `store`,
-            `run` and `name` of its objects, `down` (payloads to load, in their order) and `instructions`.
+        request: `client`, its `config` as `agents.client_agent_config` makes it but for the paths of the site; `store`
+            as `DataStore.lend` makes it, the `run` and for each message the `names` of its object; `down` (payloads to
+            load, in their order) and `instructions`.
 
     Returns:
         `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
     """
-    site, client, store, exchange = Site(), None, None, 0
+    site, client, exchange = Site(), None, 0
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
@@ -55,9 +56,6 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             messages.append(message)
         return _within_limit({"messages": messages}, request["client"])
     except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
-        if store is not None:
-            for number in range(len(messages)):
-                store.evict(object_name(request["name"], number))
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
 
 
@@ -70,15 +68,21 @@ def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
     return {"stored": name, "bytes": len(data)}
 
 
-def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str) -> Any:
+def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str, most: int | None = None) -> Any:
     """The payload of what `placed` returned.
+
+    Args:
+        place: where it is.
+        store: the data store, if there is one.
+        sender: whom to name in errors.
+        most: bytes that it may have in the store; None for any number.
 
     Raises:
         UpdateError: it cannot be read.
-        DataStoreError: it is not in the store.
+        DataStoreError: it is not in the store, or larger.
     """
     if store is not None and isinstance(place.get("stored"), str):
-        return from_bytes(store.get(place["stored"]), sender)
+        return from_bytes(store.get(place["stored"], most), sender)
     try:
         data = base64.b64decode(place["inline"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
@@ -86,11 +90,6 @@ def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str) -> A
             f"refused an update from {sender}: it is neither in the data store nor in the result"
         ) from error
     return from_bytes(data, sender)
-
-
-def object_name(prefix: str, number: int) -> str:
-    """Name of a message's object in the store: both sides know it, neither has to believe the other."""
-    return f"{prefix}.{number}"
 
 
 def _agent(request: dict[str, Any], site: Site) -> Any:
@@ -140,7 +139,7 @@ def _messages(agent: Any, request: dict[str, Any], store: DataStore | None) -> I
         agent.train()
         payload, metadata = agent.get_parameters()
         total = metadata["_total_chunks"]
-        yield {"payload": placed(payload, store, object_name(request["name"], number)), "metadata": metadata}
+        yield {"payload": placed(payload, store, request["names"][number]), "metadata": metadata}
         number += 1
 
 
@@ -149,7 +148,7 @@ def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
     if size > RESULT_LIMIT:
         raise FederationError(
             f"client {client}: the result has {size} bytes, Globus Compute carries {RESULT_LIMIT}; set "
-            "client_configs.comm_configs.store to a folder or a Redis server that all sites reach"
+            "client_configs.comm_configs.store to a place that all sites reach (docs/globus.md)"
         )
     return result
 
@@ -223,6 +222,6 @@ def _look_at_store(request: dict[str, Any], site: Site) -> str:
     store = open_store({**request["store"], **site.store}, request["run"])
     if store is None:
         return "not used"
-    greeting = store.get(request["greeting"])
-    store.put(request["name"], greeting)
+    [name] = request["names"]
+    store.put(name, store.get(GREETING))
     return "reached"

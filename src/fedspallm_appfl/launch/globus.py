@@ -10,7 +10,7 @@ that others sent are aggregated without them.
 """
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,16 @@ class Connection:
         self.run = run
         self._dense = dense
 
-    def request(self, client: Client, name: str) -> dict[str, Any]:
+    def request(
+        self, client: Client, reads: list[str], writes: list[str], seconds: float | None = None
+    ) -> dict[str, Any]:
         """What every task of a client is told.
 
         Args:
             client: the client.
-            name: what the objects that it places are called; a message's number is added.
+            reads: names of the objects in the store that it reads.
+            writes: names of those that it may place.
+            seconds: how long it has for that; None for as long as can be.
         """
         from omegaconf import OmegaConf
 
@@ -56,8 +60,9 @@ class Connection:
         made = client_agent_config(self.config, client, client.train_configs.device, limit)
         agent: Any = OmegaConf.to_container(made, resolve=True)
         agent["train_configs"]["model"]["hash"] = self._dense
-        store = vars(client.comm_configs.store)
-        return {"client": client.client_id, "config": agent, "store": store, "run": self.run, "name": name}
+        del agent["train_configs"]["comm"]["store"]  # the worker opens it
+        store = self.store.lend(reads, writes, seconds) if self.store else {"connector": "none"}
+        return {"client": client.client_id, "config": agent, "store": store, "run": self.run, "names": writes}
 
     def place(self, payload: Any, name: str) -> dict[str, Any]:
         """Place a payload for clients; it stays until the run ends or `remove` is called."""
@@ -65,7 +70,7 @@ class Connection:
 
         return placed(payload, self.store, name)
 
-    def remove(self, names: set[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Remove objects of the store that are there."""
         for name in names if self.store else ():
             self.store.evict(name)  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.config import Client
+from fedspallm_appfl.data_store import GREETING
 from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.launch.globus import Connection
 from fedspallm_appfl.launch.globus_results import printable
@@ -20,7 +21,6 @@ from fedspallm_appfl.site import SITE
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
 COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")
 OLDEST_PYTHON = (3, 10)
-GREETING = "greeting"  # name of the object that clients read to see that they reach the store
 INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with pip install fedspallm-appfl=={}"
 
 
@@ -55,7 +55,7 @@ def look(connection: Connection) -> Findings:
     if connection.store:
         connection.store.put(GREETING, b"hello")
     for client in asked:
-        request = connection.request(client, _name(client)) | {"greeting": GREETING}
+        request = connection.request(client, [GREETING], [_name(client)], config.server_configs.preflight_deadline)
         try:
             wire.send_task_to_one_client(client.client_id, "look_around", metadata=request)
         except FederationError as error:

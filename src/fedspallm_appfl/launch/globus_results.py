@@ -47,12 +47,13 @@ class Failure:
     blocks: str = ""
 
 
-def read_result(client: str, result: Any) -> list[Message] | Failure:
+def read_result(client: str, result: Any, total: int) -> list[Message] | Failure:
     """What a task has returned.
 
     Args:
         client: for whom it ran.
         result: what came back.
+        total: how many messages it has to have.
 
     Returns:
         Its messages in their order, or why there are none.
@@ -66,8 +67,9 @@ def read_result(client: str, result: Any) -> list[Message] | Failure:
         error = {key: printable(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
         return Failure(error["message"][:1000], error["traceback"], _word(error["host"]), _word(error["blocks"]))
     messages = result.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UpdateError(f"refused the result of client {client}: it has no messages")
+    if not isinstance(messages, list) or len(messages) != total:
+        there = len(messages) if isinstance(messages, list) else "no"
+        raise UpdateError(f"refused the result of client {client}: it has {there} messages, {total} were asked for")
     return [_message(client, message, number, len(messages)) for number, message in enumerate(messages)]
 
 

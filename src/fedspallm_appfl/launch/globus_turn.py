@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedspallm_appfl.launch.globus import Connection
 
 POLL = 1.0  # seconds between two looks at deadlines
+GRACE = 600.0  # seconds beyond the deadline that a site may use the data store, as clocks differ
+DESCRIPTION = 2**24  # bytes of a message beside its tensors, at most
 
 
 class Turn:
@@ -61,7 +63,10 @@ class Turn:
         return {client: future.result(timeout=0) for client, future in self._answers.items()}
 
     def _send(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> None:
-        busy = self._connection.wire.busy()
+        busy, comm = self._connection.wire.busy(), self._config.client_configs.comm_configs
+        planned = self._server.aggregator.global_model.messages(comm.blocks_per_message, comm.max_message_bytes)
+        reads = [place["stored"] for place in down if "stored" in place]
+        deadline = self._config.server_configs.round_deadline
         for client in self._config.clients:
             name = client.client_id
             if name in self._given_up:
@@ -70,10 +75,12 @@ class Turn:
                 self._give_up(name, Failure("it is still at work on an earlier round"))
                 continue
             told = instructions.get(name) or self._server.get_parameters(serial_run=True, client_id=name)[1]
-            request = self._connection.request(client, f"{name}.{self._number}") | {"down": down, "instructions": told}
+            writes = [f"{name}.{self._number}.{message}" for message in range(len(planned))]
             try:
+                request = self._connection.request(client, reads, writes, deadline and deadline + GRACE)
+                request |= {"down": down, "instructions": told}
                 self._connection.wire.send_task_to_one_client(name, "prune", metadata=request)
-            except FederationError as error:
+            except (FederationError, DataStoreError) as error:
                 self._give_up(name, Failure(str(error)))
 
     def _waiting(self) -> set[str]:
@@ -97,18 +104,19 @@ class Turn:
         """File what a task returned, or why it failed."""
         client, request = outcome.client, outcome.request
         if client in self._given_up:  # of an earlier exchange, or too late for this one
-            self._discard(request, outcome.result)
+            self._connection.remove(request["names"])
             return
         read: list[Message] | Failure = Failure(printable(outcome.problem), printable(outcome.details))
         if outcome.result is not None:
             try:
-                read = read_result(client, outcome.result)
+                read = read_result(client, outcome.result, len(request["names"]))
             except UpdateError as error:
                 read = Failure(str(error))
         if isinstance(read, Failure):
+            self._connection.remove(request["names"])
             self._give_up(client, read)
         else:
-            self._arrived[client] = deque((_object_name(request, n), message) for n, message in enumerate(read))
+            self._arrived[client] = deque(zip(request["names"], read, strict=True))
 
     def _feed(self) -> None:
         """Give the scheduler every message that may go on."""
@@ -124,7 +132,8 @@ class Turn:
 
         place = {**message.place, "stored": name} if "stored" in message.place else message.place
         try:
-            payload = fetched(place, self._connection.store, f"client {client}")
+            most = self._config.client_configs.comm_configs.max_message_bytes + DESCRIPTION
+            payload = fetched(place, self._connection.store, f"client {client}", most)
             self._connection.remove({name})
             answer = self._server.global_update(client, payload, blocking=False, **message.metadata)
             self._answers[client] = answer
@@ -139,15 +148,3 @@ class Turn:
         what = {"event": "absent", "round": self._round, "client": client}
         self._on_event(what | dataclasses.asdict(failure))
         self._server.scheduler.give_up(client)
-
-    def _discard(self, request: Mapping[str, Any], result: Any) -> None:
-        """Remove what a task has placed whose result nobody waits for."""
-        messages = result.get("messages") if isinstance(result, dict) else None
-        if isinstance(messages, list):
-            self._connection.remove({_object_name(request, number) for number in range(len(messages))})
-
-
-def _object_name(request: Mapping[str, Any], number: int) -> str:
-    from fedspallm_appfl.appfl_adaptors.globus_worker import object_name
-
-    return object_name(request["name"], number)

@@ -1,0 +1,135 @@
+"""Where the objects of a data store lie: a folder that all mount, a Redis server, or ProxyStore's own endpoints.
+
+ProxyStore's connectors move the bytes. Of ProxyStore's stores and proxies nothing is used: they pickle, share one name for
+every experiment of a process, and clear a whole Redis server.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
+REDIS_PASSWORD = "FEDSPALLM_REDIS_PASSWORD"  # environment variable
+PREFIX = "fedspallm"  # of every object's name where others keep theirs too
+
+
+class Objects(ABC):
+    """What a data store needs of a place for bytes, by one of ProxyStore's connectors.
+
+    Attributes:
+        connector: the connector.
+    """
+
+    connector: Any
+
+    @abstractmethod
+    def key(self, name: str) -> Any:
+        """What the connector calls an object."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Place an object, in place of an earlier one of that name."""
+        self.connector.set(self.key(name), data)
+
+    def get(self, name: str) -> bytes | None:
+        """Read an object; None if there is none."""
+        return self.connector.get(self.key(name))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None if there is none, or the place does not tell."""
+        return None
+
+    def evict(self, name: str) -> None:
+        """Remove an object if it is there."""
+        self.connector.evict(self.key(name))
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Remove what is left of the run, of which there may be objects of these names."""
+        for name in names:
+            self.evict(name)
+
+    def close(self) -> None:
+        """Let go of the place."""
+        self.connector.close()
+
+
+class FolderObjects(Objects):
+    """Files in a folder of the run's own."""
+
+    def __init__(self, settings: Mapping[str, Any], run: str, create: bool) -> None:
+        from proxystore.connectors.file import FileConnector
+
+        self._folder = Path(str(settings["folder"])).expanduser() / run
+        if create:
+            self._folder.mkdir()
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"{self._folder} is no folder on this machine")
+        self.connector = FileConnector(str(self._folder), clear=False)
+
+    def key(self, name: str) -> Any:
+        """What the connector calls an object."""
+        from proxystore.connectors.file import FileKey
+
+        return FileKey(filename=name)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None if there is none."""
+        file = self._folder / name
+        return file.stat().st_size if file.exists() else None
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Remove the folder."""
+        self.connector.close(clear=True)
+
+
+class RedisObjects(Objects):
+    """Values of a Redis server, under keys that begin with the run's name."""
+
+    def __init__(self, settings: Mapping[str, Any], run: str) -> None:
+        import redis
+        from proxystore.connectors.redis import RedisConnector
+
+        host, port, tls = str(settings["host"]), int(settings["port"]), bool(settings.get("tls"))
+        self._run = run
+        self._client = redis.Redis(host=host, port=port, ssl=tls, password=os.environ.get(REDIS_PASSWORD))
+        try:
+            self._client.ping()  # it connects when it is first used
+        except redis.AuthenticationError as error:
+            raise PermissionError(
+                f"{error}; set {REDIS_PASSWORD} in the environment, at a site in worker_init"
+            ) from error
+        self.connector = RedisConnector(host, port, clear=False)
+        self.connector._redis_client = self._client  # its own knows neither password nor TLS
+
+    def key(self, name: str) -> Any:
+        """What the connector calls an object."""
+        from proxystore.connectors.redis import RedisKey
+
+        return RedisKey(redis_key=f"{PREFIX}/{self._run}/{name}")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; 0 if there is none."""
+        return int(self._client.strlen(self.key(name).redis_key))
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Remove all keys that begin with the run's name, and no other."""
+        for key in self._client.scan_iter(match=f"{PREFIX}/{self._run}/*"):
+            self._client.delete(key)
+
+
+class EndpointObjects(Objects):
+    """Objects at the first of some ProxyStore endpoints; each machine asks the one that runs on it, which asks that one."""
+
+    def __init__(self, settings: Mapping[str, Any], run: str) -> None:
+        from proxystore.connectors.endpoint import EndpointConnector
+
+        endpoints = [str(endpoint) for endpoint in settings["endpoints"]]
+        self._run, self._home = run, endpoints[0]
+        self.connector = EndpointConnector(endpoints)
+
+    def key(self, name: str) -> Any:
+        """What the connector calls an object."""
+        from proxystore.connectors.endpoint import EndpointKey
+
+        return EndpointKey(object_id=f"{PREFIX}.{self._run}.{name}", endpoint_id=self._home)
