@@ -188,6 +188,35 @@ def test_what_is_sent_is_what_was_there_when_it_was_sent(site):
     ] == [(ENDPOINTS[name], True) for name in "abc"]
 
 
+def test_functions_are_registered_once_and_for_all_and_named_in_the_configuration(tmp_path, site, capsys):
+    assert main(["functions"]) == 0
+    told = list(yaml.safe_load_all(capsys.readouterr().out))[0]
+    assert list(told["server_configs"]["functions"].values()) == told["allowed_functions"]
+    site.functions = {}
+    config = write_config(tmp_path, server_configs=told["server_configs"])
+    assert main(["doctor", str(config)]) == 0
+    assert site.functions == told["server_configs"]["functions"]
+
+
+def test_what_a_site_does_not_send_it_is_not_asked_for(tmp_path, site, capsys):
+    write_site(site, DOMAINS[:3], may_send=["masks"])
+    config = write_config(tmp_path)
+    assert main(["doctor", str(config)]) == 2
+    assert "this site does not send weights" in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    write_site(site, DOMAINS[:3])
+    gram = ["algorithm=gram", "gram.first_input=private"]
+    assert over_globus(config, *gram) == 2
+    assert "client austen: this site does not send first_inputs; take another algorithm" in capsys.readouterr().err
+
+
+def test_a_task_asks_its_site_too(tmp_path, site, capsys, monkeypatch):
+    """A server need not run the preflight."""
+    write_site(site, DOMAINS[:3], may_send=["masks"])
+    monkeypatch.setattr(globus_preflight, "require", lambda findings, least: None)
+    assert over_globus(write_config(tmp_path)) == 2
+    assert "client bible: this site does not send weights" in capsys.readouterr().out
+
+
 def test_a_result_that_is_no_json_is_not_read(site):
     with pytest.raises(DeserializationError, match="DillDataBase64 disabled"):
         GlobusServer(ENDPOINTS).gce.serializer.deserialize(DillDataBase64().serialize({"messages": []}))

@@ -44,6 +44,7 @@ def demo(*overrides):
             "clients.1.endpoint_id=mine",
             "clients.1.endpoint_id: the UUID that globus-compute-endpoint list shows, got 'mine'",
         ),
+        (f"{SERVER}.functions.prune={ENDPOINTS[0][-36:]}", f"{SERVER}.functions: the two UUIDs"),
         (f"{STORE}.connector=ftp", f"{STORE}.connector: one of none, file, redis, s3, endpoint; got 'ftp'"),
         (f"{STORE}.connector=s3", f"{STORE}.bucket: name an S3 bucket"),
         (f"{STORE}={{connector: s3, bucket: a/b}}", f"{STORE}.bucket: name an S3 bucket"),

@@ -25,6 +25,20 @@ def test_paths_start_from_the_folder_of_the_file(write, tmp_path):
     assert load_site("b").text == [str(tmp_path / "c.txt")]
 
 
+def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
+    write("clients: {a: }")
+    load_site("a").require_consent("a", {"weights", "masks", "values", "grams"})
+    with pytest.raises(ConfigError, match="client a: this site does not send first_inputs;"):
+        load_site("a").require_consent("a", {"grams", "first_inputs"})
+    write("clients: {a: }\nmay_send: [grams, first_inputs]")
+    load_site("a").require_consent("a", {"grams", "first_inputs"})
+    with pytest.raises(ConfigError, match="does not send masks, values;"):
+        load_site("a").require_consent("a", {"masks", "values"})
+    write("clients: {a: }\nmay_send: []")
+    with pytest.raises(ConfigError, match="does not send masks;"):
+        load_site("a").require_consent("a", {"masks"})
+
+
 def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
     write("model: owner/name\nclients: {a: }")
     assert load_site("a") == Site("owner/name")
@@ -36,7 +50,9 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
         ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
         ("{}", "lists none; add it"),
         ("clients: {a: {texts: x}}", "unknown keys \\['texts'\\]"),
-        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, model, store"),
+        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, may_send, model, store"),
+        ("clients: {a: }\nmay_send: text", "may_send .* is a list of weights, masks, values, grams, first_inputs"),
+        ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'."),
         ("[1", "cannot be read"),
         ("- a", "holds the keys"),
         ("clients: [a]", "holds the keys"),

@@ -94,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(doctor)
     doctor.set_defaults(work=_doctor)
 
+    functions = _command(
+        verbs,
+        "functions",
+        "Register our functions with Globus Compute, so that sites can allow them alone; prints where to write their ids.",
+        "fedspallm functions",
+    )
+    functions.set_defaults(work=_functions)
+
     estimate = _command(
         verbs,
         "estimate",
@@ -216,6 +224,18 @@ def _doctor(args: argparse.Namespace) -> int:
     with globus.connected(config) as connection:
         findings = _preflight(connection, _console())
     return 0 if all(cell.ok for cells in findings.values() for cell in cells.values()) else 2
+
+
+def _functions(args: argparse.Namespace) -> int:
+    from fedspallm_appfl.launch.globus import registered_functions
+
+    ids = registered_functions()
+    lines = ["# in the configuration of every run", "server_configs:", "  functions:"]
+    lines += [f"    {kind}: {registered}" for kind, registered in ids.items()]
+    lines += ["", "# at each site, in ~/.globus_compute/NAME/config.yaml", "allowed_functions:"]
+    lines += [f"  - {registered}" for registered in ids.values()]
+    _console().print("\n".join(lines), highlight=False, soft_wrap=True)
+    return 0
 
 
 def _preflight(connection: "Connection", console: "Console") -> "Findings":

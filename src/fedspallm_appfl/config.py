@@ -68,6 +68,14 @@ class SchedulerKwargs:
 
 
 @dataclass
+class Functions:
+    """Ids of this package's functions at Globus Compute, as `fedspallm functions` has registered them."""
+
+    look_around: str | None = None
+    prune: str | None = None
+
+
+@dataclass
 class ServerConfigs:
     """The server and the rounds."""
 
@@ -76,6 +84,9 @@ class ServerConfigs:
     min_clients: int | None = None  # over Globus Compute: a round ends once so many have answered; null waits for all
     round_deadline: float | None = None  # over Globus Compute: seconds a round may take; null waits without end
     preflight_deadline: float = 600.0  # over Globus Compute: seconds an endpoint has to answer the preflight
+    functions: Functions = field(
+        default_factory=Functions
+    )  # where sites allow these alone; else registered by each run
     device: str = "auto"  # where sums are kept and combined: auto (a GPU if the server sees one), cpu, cuda, cuda:1
     aggregator: str = "FedSpaLLMAggregator"
     aggregator_kwargs: AggregatorKwargs = field(default_factory=AggregatorKwargs)

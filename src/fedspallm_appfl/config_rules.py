@@ -280,6 +280,9 @@ def _globus(config: Config) -> Iterator[str]:
         seconds = getattr(server, name)
         if seconds is not None and not 0 < seconds <= MOST:
             yield f"server_configs.{name}: seconds, greater than 0 and at most {MOST}, got {seconds:g}"
+    functions = vars(server.functions)
+    if any(functions.values()) and not all(named and UUID.fullmatch(named) for named in functions.values()):
+        yield f"server_configs.functions: the two UUIDs that fedspallm functions shows, got {functions}"
     for index, client in enumerate(config.clients):
         if client.endpoint_id and not UUID.fullmatch(client.endpoint_id):
             where = f"clients.{index}.endpoint_id"

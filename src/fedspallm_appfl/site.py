@@ -7,6 +7,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     clients:                           # which clients this endpoint speaks for
       hospital-a: {text: notes/}
     store: {folder: /mnt/exchange}     # where the data store is reached in another way from here
+    may_send: [weights, masks, values] # what may leave this site, whatever the server asks for
 
 Relative paths start from the folder of the file.
 """
@@ -21,10 +22,13 @@ from typing import Any
 import yaml
 
 from fedspallm_appfl import yaml_io
+from fedspallm_appfl.algorithms.exchange import UPLOADS
 from fedspallm_appfl.errors import ConfigError
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store"}
+KEYS = {"model", "clients", "store", "may_send"}
+FIRST_INPUTS = "first_inputs"  # statistics of what single tokens decide: they tell how often each occurs in the text
+SENDINGS = (*UPLOADS, FIRST_INPUTS)
 BLANK = "<private text>"
 SHORT_NAME = 3  # letters; what is as short stands in many words
 
@@ -37,11 +41,30 @@ class Site:
         model: the dense model here; None where the server's `model.path` is right here too.
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
+        may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
     """
 
     model: str | None = None
     text: list[str] | None = None
     store: Mapping[str, Any] = field(default_factory=dict)
+    may_send: frozenset[str] = frozenset(UPLOADS)
+
+    def require_consent(self, client: str, sendings: set[str]) -> None:
+        """Refuse to send what this site keeps.
+
+        Args:
+            client: whom to name.
+            sendings: which of `SENDINGS` the server asks for.
+
+        Raises:
+            ConfigError: something of it may not leave.
+        """
+        kept = sorted(sendings - self.may_send)
+        if kept:
+            raise ConfigError(
+                f"client {client}: this site does not send {', '.join(kept)}; take another algorithm "
+                "(gram.first_input: public for first_inputs), or name them under may_send in the site file"
+            )
 
     def without_paths(self, words: str) -> str:
         """Words that may travel: the private text's path and what follows it are blanked."""
@@ -89,7 +112,17 @@ def load_site(client: str) -> Site:
         model=_whole(file, model) if model and _is_path(file, model) else model,
         text=[_whole(file, text) for text in _listed(own.get("text"))] or None,
         store={key: _whole(file, value) if key == "folder" else value for key, value in store.items()},
+        may_send=_sendings(content.get("may_send"), client),
     )
+
+
+def _sendings(named: Any, client: str) -> frozenset[str]:
+    if named is None:
+        return frozenset(UPLOADS)
+    wrong = [one for one in named if one not in SENDINGS] if isinstance(named, list) else [named]
+    if wrong:
+        raise ConfigError(f"client {client}: may_send in the site file is a list of {', '.join(SENDINGS)}, got {wrong}")
+    return frozenset(named)
 
 
 def _read(file: Path, client: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Site:
         silent: endpoints that take tasks and never answer.
         offline: endpoints that the service knows to be down.
         refusals: errors for the next submissions.
+        functions: name -> id of those that were registered before they were used.
     """
 
     def __init__(self, folder, allowed=None):
@@ -38,6 +39,7 @@ class Site:
         self.silent = set()
         self.offline = set()
         self.refusals = []
+        self.functions = {}
         context = multiprocessing.get_context("fork")
         self.engine = ProcessPoolEngine(max_workers=1, mp_context=context, allowed_serializers=allowed)
         self.engine.start(endpoint_id=uuid.uuid4(), run_dir=str(folder))
@@ -76,6 +78,10 @@ class Executor:
         self._stopped = False
         self._queue = queue.Queue()
         threading.Thread(target=self._send, daemon=True).start()
+
+    def register_function(self, function, function_id=None):
+        self._site.functions[function.__name__] = function_id or str(uuid.uuid4())
+        return self._site.functions[function.__name__]
 
     def submit(self, function, *args, **kwargs):
         if self._stopped:

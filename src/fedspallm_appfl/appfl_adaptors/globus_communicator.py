@@ -85,13 +85,18 @@ class GlobusServer(GlobusComputeServerCommunicator):
         executing_task_futs: future -> task that has no outcome yet.
     """
 
-    def __init__(self, endpoints: Mapping[str, str]) -> None:
+    def __init__(self, endpoints: Mapping[str, str], functions: Mapping[str, str | None] | None = None) -> None:
         """Log in, as the SDK does: by its stored login, or by client id and secret in the environment.
+
+        Args:
+            endpoints: client -> endpoint id.
+            functions: one of `TASKS` -> the id under which it is registered; None where this run is to register it.
 
         Raises:
             FederationError: the service cannot be reached or refuses the credentials.
         """
         self.endpoints = dict(endpoints)
+        self._functions = dict(functions or {})
         self.executing_task_futs: dict[Future, Task] = {}
         try:
             self._load_gce()
@@ -108,6 +113,25 @@ class GlobusServer(GlobusComputeServerCommunicator):
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
         # One task a submission: two of them together might exceed what the service takes.
         self.gce = Executor(client=Client(), serializer=serializer, result_serializers=[JSONData], batch_size=1)
+        for kind, registered in self._functions.items():
+            if registered:
+                self.gce.register_function(TASKS[kind], function_id=registered)
+
+    def register(self) -> dict[str, str]:
+        """Register the functions for good.
+
+        Returns:
+            One of `TASKS` -> its id.
+
+        Raises:
+            FederationError: the service does not take them.
+        """
+        try:
+            return {kind: str(self.gce.register_function(function)) for kind, function in TASKS.items()}
+        except Exception as error:  # as in `__init__`
+            raise FederationError(
+                f"functions cannot be registered: {type(error).__name__}: {first_line(error)}"
+            ) from error
 
     def status_of(self, client: str) -> str:
         """What the service says about a client's endpoint: `online`, `offline`, or why it cannot be asked."""

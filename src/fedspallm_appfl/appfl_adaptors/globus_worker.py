@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.checkpoint_files import resolve_model
@@ -27,7 +28,7 @@ from fedspallm_appfl.layer_sampling import to_text
 from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.model_identity import config_hash, model_hash
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
-from fedspallm_appfl.site import Site, load_site
+from fedspallm_appfl.site import FIRST_INPUTS, Site, load_site
 
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
 SMALL = 2**14  # bytes of a payload that is not worth an object in the store
@@ -48,6 +49,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
+        site.require_consent(request["client"], _sendings(request))
         store = open_store({**request["store"], **site.store}, request["run"])
         agent = _agent(request, site)
         client = agent.trainer.client  # opens model and text
@@ -90,6 +92,14 @@ def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str, most
             f"refused an update from {sender}: it is neither in the data store nor in the result"
         ) from error
     return from_bytes(data, sender)
+
+
+def _sendings(request: dict[str, Any]) -> set[str]:
+    """What a task would send, as the site file names it."""
+    train = request["config"]["train_configs"]
+    if train["algorithm"] != "gram":
+        return {exchange.up for exchange in exchanges(train["algorithm"], ())}
+    return {"grams"} if train["gram"]["first_input"] == "public" else {"grams", FIRST_INPUTS}
 
 
 def _agent(request: dict[str, Any], site: Site) -> Any:
@@ -179,6 +189,7 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
     checks: dict[str, dict[str, Any]] = {}
     try:
         site = load_site(request["client"])
+        site.require_consent(request["client"], _sendings(request))
     except FedSpaLLMError as error:
         return {"checks": {"text": {"ok": False, "says": str(error)}}}
     looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}

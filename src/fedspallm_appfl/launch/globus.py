@@ -100,7 +100,8 @@ def connected(config: Config) -> Iterator[Connection]:
     dense = model_hash(resolve_model(config.model.path))
     store = open_store(vars(config.client_configs.comm_configs.store), run, create=True)
     try:
-        wire = GlobusServer({client.client_id: str(client.endpoint_id) for client in config.clients})
+        endpoints = {client.client_id: str(client.endpoint_id) for client in config.clients}
+        wire = GlobusServer(endpoints, vars(config.server_configs.functions))
     except BaseException:
         if store:
             store.close(clear=True)
@@ -110,6 +111,21 @@ def connected(config: Config) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
+
+
+def registered_functions() -> dict[str, str]:
+    """Register the functions of this version with Globus Compute; look_around and prune -> id.
+
+    Raises:
+        FederationError: the service cannot be used.
+    """
+    from fedspallm_appfl.appfl_adaptors.globus_communicator import GlobusServer
+
+    wire = GlobusServer({})
+    try:
+        return wire.register()
+    finally:
+        wire.shutdown_all_clients()
 
 
 def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEvent) -> Any:
