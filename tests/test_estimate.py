@@ -188,9 +188,11 @@ def test_what_is_too_large_for_globus_compute_needs_a_data_store(monkeypatch):
     assert carried(config)["Globus Compute"][0]
 
 
-@pytest.mark.parametrize("settings", [{"algorithm": "standalone"}, {"algorithm": "gram", "propagate": "pruned"}])
-def test_what_globus_compute_does_not_do(settings):
-    assert carried(experiment(**settings))["Globus Compute"] == (False, "not for this algorithm (docs/globus.md)")
+def test_what_globus_compute_does_not_do():
+    why = "centralized pools the text of all clients in one process"
+    assert carried(experiment(algorithm="centralized"))["Globus Compute"] == (False, why)
+    for settings in ({"algorithm": "standalone"}, {"algorithm": "gram", "propagate": "pruned"}):
+        assert carried(experiment(**settings))["Globus Compute"][0]
 
 
 def test_a_pattern_must_fit():

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.globus_rules import prepared
 from fedspallm_appfl.launch import globus, globus_preflight
 from fedspallm_appfl.local_client import LocalClient
+from fedspallm_appfl.payload import unpack_weight
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
 from globus_double.executor import Site
 from s3_double import BUCKET, keys, s3_service
+from tiny import save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
@@ -72,11 +75,14 @@ def over_globus(config, *overrides):
 
 
 def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
+    """The tensors of all models of a run."""
+    files = sorted(folder.rglob("model.safetensors"))
+    return {(str(file.relative_to(folder)), name): one for file in files for name, one in load_file(file).items()}
 
 
 def same_bits(a, b):
-    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one) and len(one) > 0
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +111,54 @@ def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, monkeypatc
     assert not any("secret" in text for _, text in site.sent)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"algorithm": "consensus"}, {"algorithm": "gram"}], ids=lambda changes: changes["algorithm"]
-)
-def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, changes):
-    config = write_config(tmp_path, **changes)
+@pytest.mark.parametrize("algorithm", ["consensus", "gram", "standalone"])
+def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, algorithm):
+    config = write_config(tmp_path, algorithm=algorithm)
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
+
+
+def write_sweep(folder):
+    """Two rounds of an exchange for each input of three narrow blocks; one client skips some."""
+    model = {"path": str(save_tiny(folder / "tiny")), "dtype": "float32"}
+    gram = {"propagate": "pruned", "target": "dense"}
+    file = write_config(folder, model=model, algorithm="gram", gram=gram, server_configs={"num_global_epochs": 2})
+    config = yaml.safe_load(file.read_text())
+    config["clients"][1]["train_configs"] = {"resource_share": 0.4}
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_a_sweep_goes_on_from_task_to_task(tmp_path, site, capsys):
+    config = write_sweep(tmp_path)
+    assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
+    assert main(["run", str(config)]) == 0
+    assert same_bits(tmp_path / "run", tmp_path / "globus")
+    assert len(site.sent) == 3 + 2 * 12 * 3
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path, monkeypatch, over_wire, forgets):
+    class ForgetfulWire(Wire):
+        def exchanged(self, request):
+            if forgets and request["instructions"]["exchange"] % 3 == 2:
+                globus_worker._sweeping.pop(request["client"], None)
+            return globus_worker.run_exchange(request)
+
+    made = []
+    make = globus_worker._agent
+    monkeypatch.setattr(globus_worker, "_agent", lambda *of: made.append(of[0]["client"]) or make(*of))
+    config = write_sweep(tmp_path)
+    _, aggregator = over_wire(ForgetfulWire(), config)
+    assert main(["run", str(config)]) == 0
+    alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    done = aggregator.global_model.done
+    for block in range(3):
+        for name, packed in done.load(block).items():
+            assert torch.equal(unpack_weight(packed), alone[f"model.layers.{block}.{name}.weight"])
+    assert len(made) == 2 * 3 * (5 if forgets else 1)
+    assert not globus_worker._sweeping
 
 
 def test_nothing_of_the_text_travels_and_no_pickle(tmp_path, site):
@@ -236,10 +282,14 @@ class Wire:
         self.tasks = []
         self.asked = []
 
+    def exchanged(self, request):
+        """A task's result; the same task gives the same one, and most tests change what others have sent."""
+        return json.loads(_exchanged(json.dumps(request)))
+
     def send_task_to_one_client(self, client, kind, *, metadata):
         request = json.loads(json.dumps(metadata))
         self.asked.append(client)
-        result = json.loads(_exchanged(json.dumps(request)))
+        result = self.exchanged(request)
         self.tasks.append((client, request, self.change.get(client, lambda result: result)(result)))
 
     def recv_result_from_one_client(self, timeout=None):
@@ -260,23 +310,19 @@ class Wire:
 
 @functools.cache
 def _exchanged(request):
-    """A task's result; the same task gives the same one, and most tests change what others have sent."""
     return json.dumps(globus_worker.run_exchange(json.loads(request)))
 
 
 @pytest.fixture
-def federation(tmp_path, monkeypatch):
+def over_wire(tmp_path, monkeypatch):
     """Run a federation of three over a wire; gives events and aggregator."""
     texts = {name: {"text": str(DEMO / "text" / name / "calib.txt")} for name in DOMAINS[:3]}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts}))
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
 
-    def federation(wire, **changes):
-        config = prepared(load_config(write_config(tmp_path, **changes))[0])
-        config.client_configs.train_configs.pruner = "magnitude"
-        for client in config.clients:
-            client.train_configs.pruner = "magnitude"
-        dense = globus.model_hash(DEMO / "model")
+    def over_wire(wire, file, *overrides):
+        config = prepared(load_config(file, overrides)[0])
+        dense = globus.model_hash(Path(config.model.path))
         store = globus.open_store(vars(config.client_configs.comm_configs.store), "run", create=True)
         events = []
         connection = globus.Connection(config, wire, store, "run", dense)
@@ -284,7 +330,14 @@ def federation(tmp_path, monkeypatch):
         aggregator = globus.run(config, connection, state, events.append)
         return events, aggregator
 
-    return federation
+    return over_wire
+
+
+@pytest.fixture
+def federation(tmp_path, over_wire):
+    """The same with the fastest of pruners."""
+    quick = "client_configs.train_configs.pruner=magnitude"
+    return lambda wire, **changes: over_wire(wire, write_config(tmp_path, **changes), quick)
 
 
 def uploads_in(folder):

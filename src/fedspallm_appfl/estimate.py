@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedspallm_appfl import globus_rules
 from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.algorithms.exchange import Exchange, Groups
 from fedspallm_appfl.algorithms.gram import GramSettings
@@ -397,9 +396,8 @@ def _mpi(config: Config, model: ModelSizes) -> Transport:
 def _globus(config: Config, model: ModelSizes) -> Transport:
     """Over Globus Compute a task starts with all that came down so far, and its result is a whole exchange."""
     name, store = "Globus Compute", config.client_configs.comm_configs.store.connector
-    sweep = config.algorithm == "gram" and config.gram.propagate == "pruned"
-    if config.algorithm not in globus_rules.ALGORITHMS or sweep:
-        return Transport(name, False, "not for this algorithm (docs/globus.md)")
+    if config.algorithm == "centralized":
+        return Transport(name, False, "centralized pools the text of all clients in one process")
     largest = max(_largest_upload(config, model), _agreed(config, model))
     holds = f"a task or its result holds up to {_megabytes(largest)}"
     if store != "none":
@@ -415,7 +413,8 @@ def _largest_upload(config: Config, model: ModelSizes) -> int:
     for client in participants(config):
         for exchange in exchanges_of(config, model):
             bytes_of = up_sizes(config, model, exchange, keeps_weights(client.train_configs))
-            sent = (sum(sum(bytes_of[block].values()) for block in drawn[client.client_id]) for drawn in rounds)
+            total = {block: sum(units.values()) for block, units in bytes_of.items()}
+            sent = (sum(total.get(block, 0) for block in drawn[client.client_id]) for drawn in rounds)
             most = max(most, *sent)
     return most
 

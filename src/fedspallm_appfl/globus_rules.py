@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.object_stores import REDIS_LIMIT
 
-ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram")  # the others need no federation
-
 
 def prepared(config: Config) -> Config:
     """The configuration as it is used: without paths of private text, which only the sites know, and with compression."""
@@ -23,13 +21,8 @@ def prepared(config: Config) -> Config:
 
 def check(config: Config) -> Iterator[str]:
     """Problems of the values for a run over Globus Compute."""
-    if config.algorithm not in ALGORITHMS:
-        yield f"algorithm: over Globus Compute one of {', '.join(ALGORITHMS)}; got {config.algorithm!r}"
-    if config.algorithm == "gram" and config.gram.propagate != "dense":
-        yield (
-            "gram.propagate: pruned is an exchange for every input of every block, each a task that starts from the first "
-            "block again; over Globus Compute leave it at dense"
-        )
+    if config.algorithm == "centralized":
+        yield "algorithm: centralized has the text of all clients in one place, which Globus Compute is there to avoid"
     for index, client in enumerate(config.clients):
         if not client.endpoint_id:
             yield (

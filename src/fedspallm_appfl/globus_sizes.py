@@ -46,7 +46,8 @@ def largest_sizes(config: Config, model: LazyModel) -> dict[str, int]:
     }
     up = max(
         sum(
-            bytes_of[exchange, exchange.up == "weights" and keeps_weights(clients[name].train_configs)][b] for b in mine
+            bytes_of[exchange, exchange.up == "weights" and keeps_weights(clients[name].train_configs)].get(block, 0)
+            for block in mine
         )
         for drawn in rounds
         for name, mine in drawn.items()
@@ -54,11 +55,15 @@ def largest_sizes(config: Config, model: LazyModel) -> dict[str, int]:
     )
     everything = {block for drawn in rounds for mine in drawn.values() for block in mine}
     earlier = {block for drawn in rounds[:-1] for mine in drawn.values() for block in mine}
+    agreed: dict[str, set[int]] = {}  # the exchanges of a sweep bring each matrix once
+    for number, exchange in enumerate(made):
+        if exchange.down:
+            agreed.setdefault(exchange.down, set()).update(everything if number + 1 < len(made) else earlier)
     down = sum(
-        _block_sizes(config, model, Exchange(exchange.down, None), ())[block]
-        for number, exchange in enumerate(made)
-        for block in (everything if number + 1 < len(made) else earlier)
-        if exchange.down
+        size
+        for kind, blocks in agreed.items()
+        for block, size in _block_sizes(config, model, Exchange(kind, None), ()).items()
+        if block in blocks
     )
     return {"what a client sends in an exchange": up, "what is sent to a client": down}
 

@@ -126,6 +126,7 @@ def swept_grams(
     groups: Groups,
     agreed: Agreed,
     *,
+    start: tuple[int, str] | None = None,
     dense_target: bool = False,
     public_first: int | None = None,
     batch: int = 1,
@@ -142,6 +143,7 @@ def swept_grams(
         public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
             client's own.
         agreed: the matrices pruned so far; when this goes on after a yield, those of the input that it gave are there.
+        start: (block, first linear) of the input to begin with, where those of all earlier ones are agreed on.
         dense_target: keep the dense model's hidden states too, and give the drift from them.
         batch: windows in a batch.
         client: whom to name in errors.
@@ -157,9 +159,13 @@ def swept_grams(
     dense = embed(model, windows, batch, activations, client) if dense_target else None
     public, of_tokens = _public(model, windows, groups, public_first, batch, activations, client)
     last = max(assigned, default=-1)
+    order = [(index, names[0]) for index, inputs in enumerate(groups) for names in inputs]
+    done = set(order[: order.index(start)]) if start else set()
     for index in range(last + 1):
         linears = {linear.name: linear for linear in model.layout.blocks[index]}
         for names in groups[index] if index in assigned else ():
+            if (index, names[0]) in done:
+                continue
             if index == 0 and public is not None and names[0] in of_tokens:
                 found = [_sums(model, 0, linears[names[0]], public, public if dense_target else None, agreed, client)]
             else:

@@ -179,6 +179,10 @@ class LocalClient:
             self._sweep = sweep(self._source, exchange, assigned)
         self._progress = _Progress(round_index, number, assigned, self._sweep, self.messages(number))
 
+    def sweeps_on(self, exchange: int) -> bool:
+        """Whether the sweep of an exchange goes on in the next one."""
+        return self.exchanges[exchange].only is not None and exchange + 1 < len(self.exchanges)
+
     @property
     def in_exchange(self) -> bool:
         """Whether messages of an exchange are still to be made."""

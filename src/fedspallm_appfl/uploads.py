@@ -112,14 +112,12 @@ def _pruned(source: Source, blocks: set[int], masks: AgreedBlocks | None = None)
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     public_first = source.seed if source.gram.first_input == "public" else None
-    where = {"client": source.client, "public_first": public_first, **source.options}
+    where: dict[str, Any] = {"client": source.client, "public_first": public_first, **source.options}
     if source.gram.propagate == "dense":
         found = dense_grams(source.model, source.windows, blocks, source.groups, **where)
     else:
-        drift = source.gram.drift
-        found = swept_grams(
-            source.model, source.windows, blocks, source.groups, source.agreed, dense_target=drift, **where
-        )
+        where |= {"start": exchange.only, "dense_target": source.gram.drift}
+        found = swept_grams(source.model, source.windows, blocks, source.groups, source.agreed, **where)
     for block, sums in found:
         for name in sums:
             _require_tokens(source, block, name, sums[name])

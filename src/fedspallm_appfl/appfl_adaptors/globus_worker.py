@@ -1,15 +1,20 @@
-"""What runs at a client's endpoint. Between two tasks a worker keeps the dense model's skeleton and nothing else.
+"""What runs at a client's endpoint.
 
 A task is told everything: settings, what was agreed on so far, its instructions. It finds model and private text by the
 site file (`site`), makes the messages of one exchange and places each as soon as it is made: in the data store, or in the
 result where there is no store.
+
+Between two tasks a worker keeps the dense model's skeleton and, amid a sweep, its clients as they are, hidden states in
+front of the next block included. Another worker, or the same one after a fault, makes them anew: only the time differs.
 """
 
 import base64
+import hashlib
 import json
 import socket
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,14 +56,46 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         site = load_site(request["client"])
         site.require_consent(request["client"], _sendings(request))
         store = open_store({**request["store"], **site.store}, request["run"])
-        agent = _agent(request, site)
-        client = agent.trainer.client  # opens model and text
-        exchange = int(request["instructions"].get("exchange", 0))
-        for message in _messages(agent, request, store):
+        exchange = int(request["instructions"]["exchange"])
+        amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
+        client = amid.agent.trainer.client  # opens model and text
+        for message in _messages(amid, request, store):
             messages.append(message)
+        if client.sweeps_on(exchange):
+            _sweeping[request["client"]] = amid
         return _within_limit({"messages": messages}, request["client"])
     except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
+
+
+@dataclass
+class _Amid:
+    """A client between two tasks.
+
+    Attributes:
+        run: the run that it takes part in.
+        agent: its agent.
+        loaded: digests of the places of payloads that it has taken.
+    """
+
+    run: str
+    agent: Any
+    loaded: set[str] = field(default_factory=set)
+
+
+_sweeping: dict[str, _Amid] = {}  # client -> where its sweep stands still
+
+
+def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
+    """The client if it stands where the task goes on; what stands anywhere else is let go of."""
+    told = request["instructions"]
+    amid = _sweeping.pop(request["client"], None)
+    for client in [client for client, other in _sweeping.items() if other.run != request["run"]]:
+        del _sweeping[client]
+    if amid is None or amid.run != request["run"]:
+        return None
+    trainer = amid.agent.trainer
+    return amid if (trainer.round, trainer.exchange) == (told["round"], told["exchange"]) else None
 
 
 def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
@@ -140,9 +177,13 @@ def _same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
     return folder
 
 
-def _messages(agent: Any, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
+def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
+    agent = amid.agent
     for place in request["down"]:
-        agent.load_parameters(fetched(place, store, "the server"))
+        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
+        if digest not in amid.loaded:
+            agent.load_parameters(fetched(place, store, "the server"))
+            amid.loaded.add(digest)
     agent.load_parameters(({}, request["instructions"]))
     number, total = 0, 1
     while number < total:
