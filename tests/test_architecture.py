@@ -14,7 +14,7 @@ LAYERS = (
     "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling votes exact_sum triangle",
     # 1  what travels and what rests
     "payload payload_bytes compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file "
-    "model_identity object_stores s3_objects data_store site",
+    "model_identity object_stores s3_objects data_store places site",
     # 2  models and data
     "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round

@@ -17,7 +17,7 @@ def look_around(request: dict) -> dict:
         except importlib.metadata.PackageNotFoundError:
             facts["versions"][package] = None
     try:
-        from fedspallm_appfl.appfl_adaptors.globus_worker import inspect_site
+        from fedspallm_appfl.appfl_adaptors.globus_inspection import inspect_site
     except ImportError as error:
         return {**facts, "not_importable": str(error)}
     return {**facts, **inspect_site(request)}

@@ -8,7 +8,6 @@ Between two tasks a worker keeps the dense model's skeleton and, amid a sweep, i
 front of the next block included. Another worker, or the same one after a fault, makes them anew: only the time differs.
 """
 
-import base64
 import hashlib
 import json
 import socket
@@ -19,24 +18,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.appfl_adaptors import registration
-from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.checkpoint_files import resolve_model
-from fedspallm_appfl.data_store import GREETING, DataStore, open_store
+from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError, UpdateError
+from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
 from fedspallm_appfl.layer_sampling import to_text
 from fedspallm_appfl.local_client import LocalClient
-from fedspallm_appfl.model_identity import config_hash, model_hash
-from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
+from fedspallm_appfl.model_identity import model_hash
+from fedspallm_appfl.places import fetched, placed
 from fedspallm_appfl.site import FIRST_INPUTS, Site, load_site
 
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
-SMALL = 2**14  # bytes of a payload that is not worth an object in the store
 
 
 def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
-        site.require_consent(request["client"], _sendings(request))
+        site.require_consent(request["client"], sendings(request))
         store = open_store({**request["store"], **site.store}, request["run"])
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
@@ -98,40 +94,7 @@ def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
     return amid if (trainer.round, trainer.exchange) == (told["round"], told["exchange"]) else None
 
 
-def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
-    """Where a payload went: into the store, or into the dict that is returned."""
-    data = to_bytes(payload)
-    if store is None or len(data) <= SMALL:
-        return {"inline": base64.b64encode(data).decode()}
-    store.put(name, data)
-    return {"stored": name, "bytes": len(data)}
-
-
-def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str, most: int | None = None) -> Any:
-    """The payload of what `placed` returned.
-
-    Args:
-        place: where it is.
-        store: the data store, if there is one.
-        sender: whom to name in errors.
-        most: bytes that it may have in the store; None for any number.
-
-    Raises:
-        UpdateError: it cannot be read.
-        DataStoreError: it is not in the store, or larger.
-    """
-    if store is not None and isinstance(place.get("stored"), str):
-        return from_bytes(store.get(place["stored"], most), sender)
-    try:
-        data = base64.b64decode(place["inline"], validate=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UpdateError(
-            f"refused an update from {sender}: it is neither in the data store nor in the result"
-        ) from error
-    return from_bytes(data, sender)
-
-
-def _sendings(request: dict[str, Any]) -> set[str]:
+def sendings(request: dict[str, Any]) -> set[str]:
     """What a task would send, as the site file names it."""
     train = request["config"]["train_configs"]
     if train["algorithm"] != "gram":
@@ -148,7 +111,7 @@ def _agent(request: dict[str, Any], site: Site) -> Any:
     train["data"]["text"] = site.text
     if not site.text and train["pruner"] != "magnitude":
         raise ConfigError(f"client {client}: the site file names no private text; give `text` under clients: {client}:")
-    train["model"]["path"] = str(_same_model(train["model"], site, client))
+    train["model"]["path"] = str(same_model(train["model"], site, client))
     train["device"] = choose_device(train["device"], 0)
     return ClientAgent(OmegaConf.create(config))
 
@@ -159,7 +122,7 @@ def _load_appfl() -> None:
     registration.freeze()
 
 
-def _same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
+def same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
     """The folder of the model at this site.
 
     Raises:
@@ -219,61 +182,3 @@ def _blocks_of_message(client: LocalClient | None, exchange: int, number: int) -
     """The blocks that a message is about; nothing before the first."""
     messages = client.messages(exchange) if client else []
     return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""
-
-
-def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
-    """What the preflight wants to know of a site where this package is installed.
-
-    Returns:
-        `{"checks": {name: {"ok": bool, "says": words}}}`.
-    """
-    checks: dict[str, dict[str, Any]] = {}
-    try:
-        site = load_site(request["client"])
-        site.require_consent(request["client"], _sendings(request))
-    except FedSpaLLMError as error:
-        return {"checks": {"text": {"ok": False, "says": str(error)}}}
-    looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}
-    for name, look in looks.items():
-        try:
-            checks[name] = {"ok": True, "says": look(request, site)}
-        except Exception as error:  # noqa: BLE001 - shown in the table
-            words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
-            checks[name] = {"ok": False, "says": site.without_paths(words)}
-    return {"checks": checks}
-
-
-def _look_at_gpu(request: dict[str, Any], site: Site) -> str:
-    choose_device(request["config"]["train_configs"]["device"], 0)
-    if not torch.cuda.is_available():
-        return "none, CPU"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-
-
-def _look_at_model(request: dict[str, Any], site: Site) -> str:
-    folder = _same_model(request["config"]["train_configs"]["model"], site, request["client"])
-    return f"config {config_hash(folder)}"
-
-
-def _look_at_text(request: dict[str, Any], site: Site) -> str:
-    train, client = request["config"]["train_configs"], request["client"]
-    if site.text is None:
-        if train["pruner"] == "magnitude":
-            return "not needed"
-        raise ConfigError(f"the site file names no private text; give `text` under clients: {client}:")
-    tokenizer = load_tokenizer(resolve_model(site.model or train["model"]["path"]))
-    found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
-    if found < train["data"]["windows"]:
-        raise ConfigError(too_few(client, train["data"]["windows"], train["data"]["length"], found))
-    return f"{train['data']['windows']} windows wanted, enough"
-
-
-def _look_at_store(request: dict[str, Any], site: Site) -> str:
-    """Read what the server has placed, place something for it to read."""
-    store = open_store({**request["store"], **site.store}, request["run"])
-    if store is None:
-        return "not used"
-    [name] = request["names"]
-    store.put(name, store.get(GREETING))
-    return "reached"

@@ -20,6 +20,7 @@ from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.launch.globus_turn import Turn
 from fedspallm_appfl.model_identity import model_hash
+from fedspallm_appfl.places import placed
 
 Unit = tuple[int, str, str]
 
@@ -66,8 +67,6 @@ class Connection:
 
     def place(self, payload: Any, name: str) -> dict[str, Any]:
         """Place a payload for clients; it stays until the run ends or `remove` is called."""
-        from fedspallm_appfl.appfl_adaptors.globus_worker import placed
-
         return placed(payload, self.store, name)
 
     def remove(self, names: Iterable[str]) -> None:

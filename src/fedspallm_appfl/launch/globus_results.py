@@ -22,7 +22,7 @@ class Message:
     """One message of a client.
 
     Attributes:
-        place: where its payload is, as `globus_worker.placed` says it.
+        place: where its payload is, as `places.placed` says it.
         metadata: what goes beside it.
     """
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.errors import DataStoreError, FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.launch.globus_results import Failure, Message, printable, read_result
+from fedspallm_appfl.places import fetched
 
 if TYPE_CHECKING:
     from fedspallm_appfl.launch.globus import Connection
@@ -128,8 +129,6 @@ class Turn:
         return bool(self._arrived[client]) and (client not in self._answers or self._answers[client].done())
 
     def _feed_one(self, client: str, name: str, message: Message) -> None:
-        from fedspallm_appfl.appfl_adaptors.globus_worker import fetched
-
         place = {**message.place, "stored": name} if "stored" in message.place else message.place
         try:
             most = self._config.client_configs.comm_configs.max_message_bytes + DESCRIPTION
