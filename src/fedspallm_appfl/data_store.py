@@ -149,9 +149,14 @@ class DataStore:
             raise
         except Exception as error:  # each connector has its own family of errors
             raise DataStoreError(
-                f"{self}: cannot be {what} ({type(error).__name__}: {first_line(error)}); check "
-                "client_configs.comm_configs.store, or `store` in the site file where a site reaches it in another way"
+                f"{self}: cannot be {what} ({type(error).__name__}: {first_line(error)}); check {self._to_check()}"
             ) from error
+
+    def _to_check(self) -> str:
+        where = "client_configs.comm_configs.store"
+        if self.settings["connector"] == "s3":
+            return f"{where}, and on the server the credentials that boto3 finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
+        return f"{where}, or `store` in the site file where a site reaches it in another way"
 
 
 def open_store(settings: Mapping[str, Any], run: str, create: bool = False) -> DataStore | None:
