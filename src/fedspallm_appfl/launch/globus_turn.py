@@ -32,6 +32,7 @@ class Turn:
         self._round = server.aggregator.round
         self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
+        self._began = 0.0
         self._given_up = dict.fromkeys(server.aggregator.given_up(), "it was given up in an earlier exchange")
 
     def run(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> dict[str, tuple[Any, dict]]:
@@ -47,7 +48,9 @@ class Turn:
         Raises:
             FederationError: too few have answered.
         """
+        self._began = time.monotonic()
         self._send(down, instructions)
+        self._say("sent", clients=sorted(self._waiting()))
         deadline = time.monotonic() + (self._config.server_configs.round_deadline or float("inf"))
         while self._waiting() and not self._enough() and time.monotonic() < deadline:
             left = deadline - time.monotonic()
@@ -84,6 +87,9 @@ class Turn:
             except (FederationError, DataStoreError) as error:
                 self._give_up(name, Failure(str(error)))
 
+    def _say(self, event: str, **facts: Any) -> None:
+        self._on_event({"event": event, "round": self._round} | facts)
+
     def _waiting(self) -> set[str]:
         """Clients that may still answer."""
         return self._connection.wire.busy() - set(self._given_up) - set(self._arrived)
@@ -118,6 +124,7 @@ class Turn:
             self._give_up(client, read)
         else:
             self._arrived[client] = deque(zip(request["names"], read, strict=True))
+            self._say("answer", client=client, seconds=round(time.monotonic() - self._began, 1))
 
     def _feed(self) -> None:
         """Give the scheduler every message that may go on."""
@@ -144,6 +151,5 @@ class Turn:
         self._given_up[client] = failure.why
         self._connection.remove({name for name, _ in self._arrived.pop(client, ())})
         self._answers.pop(client, None)
-        what = {"event": "absent", "round": self._round, "client": client}
-        self._on_event(what | dataclasses.asdict(failure))
+        self._say("absent", client=client, **dataclasses.asdict(failure))
         self._server.scheduler.give_up(client)
