@@ -18,8 +18,8 @@ LAYERS = (
     # 2  models and data
     "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules globus_rules globus_sizes estimate estimate_memory run_dir global_model folds local_client "
-    "uploads",
+    "config config_rules globus_rules estimate estimate_globus estimate_memory run_dir "
+    "global_model folds local_client uploads",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running

@@ -247,7 +247,16 @@ def test_a_text_with_too_few_windows_says_how_many_there_are(problems, model, tm
 def test_an_evaluation_text_needs_one_whole_window(problems, tmp_path):
     (tmp_path / "word.txt").write_text("word")
     [problem] = problems("evaluation.texts.word=${here:word.txt}")
-    assert problem == "evaluation.texts.word: shorter than one window of 16 tokens"
+    assert says(
+        [problem], f"evaluation.texts.word: {tmp_path / 'word.txt'} has no whole window of 16 tokens; give more"
+    )
+
+
+@pytest.mark.parametrize("model_is_there", [True, False])
+def test_an_evaluation_text_that_is_not_there_is_named_with_its_key(problems, tmp_path, model_is_there):
+    elsewhere = [] if model_is_there else [f"model.path={tmp_path / 'nowhere'}"]
+    found = problems("evaluation.texts.word=${here:none.txt}", *elsewhere)
+    assert says(found, f"evaluation.texts.word: the text {tmp_path / 'none.txt'} cannot be read")
 
 
 def test_a_tokenizer_of_another_model_is_noticed(problems, monkeypatch):

@@ -142,7 +142,7 @@ def test_a_store_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataStoreError, match=r"data store in Redis at 127\.0\.0\.1:1: cannot be reached"):
         DataStore({"connector": "redis", "host": "127.0.0.1", "port": 1}, RUN)
     nobody = "00000000-0000-4000-8000-000000000000"
-    with pytest.raises(DataStoreError, match=f"at the ProxyStore endpoint {nobody}: cannot be reached"):
+    with pytest.raises(DataStoreError, match=f"in the ProxyStore endpoint {nobody}: cannot be reached"):
         DataStore({"connector": "endpoint", "endpoints": [nobody]}, RUN)
     assert open_store({"connector": "none"}, RUN) is None
 

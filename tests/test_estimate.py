@@ -10,7 +10,7 @@ import torch
 from conftest import DEMO, ROOT
 from experiments import UNEVEN
 from families import FAMILIES, save_family, windows
-from fedspallm_appfl import cli, config_rules, estimate, globus_sizes
+from fedspallm_appfl import cli, config_rules, estimate, estimate_globus
 from fedspallm_appfl.blockwise import _statistics, embed
 from fedspallm_appfl.config import Model, load_config
 from fedspallm_appfl.errors import ConfigError
@@ -150,7 +150,8 @@ def test_validation_refuses_what_no_message_can_carry(settings, limit, refused):
 
 
 def carried(config):
-    return {one.name: (one.carries, one.why) for one in estimate.transports(config, MODEL)}
+    transports = (*estimate.transports(config, MODEL), estimate_globus.transport(config, MODEL))
+    return {one.name: (one.carries, one.why) for one in transports}
 
 
 def test_a_message_that_cannot_be_carried_names_the_setting():
@@ -168,20 +169,10 @@ def test_a_message_that_cannot_be_carried_names_the_setting():
         assert "raise comm_configs.max_message_bytes" in why
 
 
-@pytest.mark.parametrize("algorithm", ["fedspallm", "fedprllm", "consensus", "gram"])
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_what_globus_compute_carries_is_what_validation_looks_at(algorithm, rounds, tiny_model, tmp_path):
-    file = tiny_config(tmp_path, tiny_model, algorithm, server_configs={"num_global_epochs": rounds})
-    config, _ = load_config(file)
-    largest = globus_sizes.largest_sizes(config, LazyModel(str(tiny_model)))
-    sizes = estimate.open_outline(config.model).sizes
-    assert [estimate._largest_upload(config, sizes), estimate._agreed(config, sizes)] == list(largest.values())
-
-
 def test_what_is_too_large_for_globus_compute_needs_a_data_store(monkeypatch):
     config = experiment()
     assert carried(config)["Globus Compute"] == (True, "a task or its result holds up to 0.0 MB of 7.0 MB")
-    monkeypatch.setattr(estimate, "INLINE_LIMIT", 2 * PACKED - 1)
+    monkeypatch.setattr(estimate_globus, "INLINE_LIMIT", 2 * PACKED - 1)
     carries, why = carried(config)["Globus Compute"]
     assert (carries, "set comm_configs.store.connector" in why) == (False, True)
     config.client_configs.comm_configs.store.connector = "redis"
@@ -254,7 +245,14 @@ def output(capsys, *words):
 def test_everything_is_said_of_the_demo_without_its_text(capsys):
     code, out, err = output(capsys, ROOT / "configs" / "demo.yaml", "clients.0.data.text=none.txt")
     assert (code, err) == (0, "")
-    for words in ("nobody draws in 1 round: none", "1.6 MB", "2.9 MB", "MPI, server", "evaluation", "Python and its"):
+    for words in (
+        "every block is pruned by some client",
+        "1.6 MB",
+        "2.9 MB",
+        "MPI, server",
+        "evaluation",
+        "Python and its packages",
+    ):
         assert words in out
     assert max(map(len, out.splitlines())) <= 118
 
@@ -270,7 +268,7 @@ def test_settings_that_matter_are_named(capsys):
         capsys, ROOT / "configs" / "demo.yaml", *settings, "clients.0.data.windows=64", "evaluation.compare=[]"
     )
     assert "raise train_configs.resource_share or server_configs.num_global_epochs" in out
-    assert "expected of uniform sampling: 4.69 a round" in out
+    assert "uniform sampling leaves 4.69 blocks a round to nobody" in out
     assert "about, compressed" in out
     assert "MPI, bible, csource, sqldocs" in out
 
@@ -300,12 +298,12 @@ def test_every_shipped_configuration_is_estimated_or_its_model_is_asked_for(file
     [
         (
             ["algorithm=consensus"],
-            "in a round travel masks up, masks down; values up, pruned weights down; nothing down",
+            "each round: masks up, masks down; values up",
         ),
         (["algorithm=gram"], "taken to share an input, by their names: self_attn.q_proj, self_attn.k_proj"),
         (
             ["algorithm=gram", "gram.propagate=pruned"],
-            "in a round travel 32 times Gram matrices up, pruned weights down",
+            "each round: 32 times Gram matrices up, pruned weights down; nothing down after the last",
         ),
         (["algorithm=gram"], "statistics/"),
         (["algorithm=standalone"], "models/"),

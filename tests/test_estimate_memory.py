@@ -308,6 +308,17 @@ print(field("VmHWM") - before)
 """
 
 
+def save_measured(folder):
+    """Save a model whose tensors outweigh the noise of a process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, max_position_embeddings=512, **size)).half()
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / "model" / name, folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "algorithm", "pruner", "count"),
@@ -321,14 +332,7 @@ print(field("VmHWM") - before)
     ],
 )
 def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, max_position_embeddings=512, **size)).half()
-    model.save_pretrained(tmp_path / "model")
-    del model
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / "model" / name, tmp_path / "model")
+    save_measured(tmp_path / "model")
     (tmp_path / "small").mkdir()
     statistics = {"gram": {"min_tokens": 1}} if algorithm == "gram" else {}
     small = small_config(tmp_path / "small", count, algorithm=algorithm, **statistics)

@@ -10,9 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import DEMO, SHARED
 from experiments import UNEVEN, small_config
 from families import save_family
-from fedspallm_appfl import native
+from fedspallm_appfl import experiment, native
 from fedspallm_appfl.cli import main
+from fedspallm_appfl.config import load_config
+from fedspallm_appfl.errors import FedSpaLLMError
+from fedspallm_appfl.launch import serial
 from fedspallm_appfl.sparsity import parse_target
+from tiny import save_tiny, short_text, tiny_config
 
 
 def run(config, *overrides):
@@ -284,3 +288,54 @@ def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path, sp
     for text in (*domains, "wiki"):
         alone = sum(rows[f"standalone/{d}"][text] for d in domains) / 4
         assert rows["dense"][text] < rows["fedspallm"][text] < alone
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def evaluated(folder, model, algorithm="fedspallm", **evaluation):
+    """A tiny experiment that is evaluated on a text of its own."""
+    texts = {"texts": {"law": str(short_text(folder, "jargon"))}, "length": 24, "windows": 3}
+    return load_config(tiny_config(folder, model, algorithm, 2, evaluation=texts | evaluation))[0]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"texts": {"law": "gone.txt"}}, "evaluation.texts.law: the text gone.txt cannot be read"),
+        ({"texts": {"law": ["word.txt"]}}, "evaluation.texts.law: .*word.txt has no whole window of 24 tokens"),
+        ({"length": 65}, "evaluation.length: the model takes at most 64 tokens .*, got 65"),
+        ({"device": "cuda:7"}, "evaluation.device: device cuda:7 was asked for"),
+    ],
+)
+def test_what_the_evaluation_needs_is_looked_at_before_anything_is_pruned(
+    evaluation, words, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "word.txt").write_text("word")
+    config = evaluated(tmp_path, tiny_model, **evaluation)
+    with pytest.raises(FedSpaLLMError, match=words):
+        experiment.conduct(config, lambda *_: pytest.fail("it was run"), False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_goes_away_while_a_run_works_does_not_end_it(tiny_model, tmp_path):
+    config = evaluated(tmp_path, tiny_model)
+
+    def launch(*arguments):
+        (tmp_path / "jargon.txt").unlink()
+        return serial.run(*arguments)
+
+    results, _ = experiment.conduct(config, launch, False)
+    assert results.perplexity["fedspallm"]["law"] > 0
+
+
+def test_an_evaluation_that_fails_leaves_model_and_statistics(tiny_model, tmp_path, monkeypatch):
+    config = evaluated(tmp_path, tiny_model, "gram")
+    monkeypatch.setattr(experiment, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        experiment.conduct(config, serial.run, False)
+    for name in ("model/model.safetensors", "manifest.json", "statistics"):
+        assert (tmp_path / "run" / name).exists()

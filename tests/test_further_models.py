@@ -5,10 +5,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fedspallm_appfl import further_models, run_dir
 from fedspallm_appfl.cli import main
+from fedspallm_appfl.config import load_config
+from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.layer_sampling import from_text
 from fedspallm_appfl.sparsity import parse_target
 from tiny import BLOCKS, events, linears, run, save_tiny, short_text, tiny_config, weights
@@ -63,19 +67,20 @@ def test_the_target_of_the_run_gives_its_model_again_and_others_those_of_fresh_r
         train = {"client_configs": {"train_configs": {**changes, "sparsity": sparsity, "damping": 0.02}}}
         return run(tiny_config(tmp_path / name, model, "gram", 2, **train))
 
-    first, others = fresh("first", "0.5"), {"0.7": "0.7", "2-4": "2:4"}
+    first, others, used = fresh("first", "0.5"), {"0.7": "0.7", "2-4": "2:4"}, changes.get("pruner", "sparsegpt")
     assert prune(first, "--sparsity", "0.5", *others.values()) == 0
-    assert {path.name for path in (first / "further").iterdir()} == {"0.5", *others}
-    assert file_of(first / "further" / "0.5") == file_of(first)
+    assert {path.name for path in (first / "further").iterdir()} == {f"{used}-{name}" for name in ("0.5", *others)}
+    assert file_of(first / "further" / f"{used}-0.5") == file_of(first)
     if changes:  # one other target will do
         others.pop("0.7")
     for name, target in others.items():
-        assert file_of(first / "further" / name) == file_of(fresh(name, target))
-        manifest = json.loads((first / "further" / name / "manifest.json").read_text())
+        made = first / "further" / f"{used}-{name}"
+        assert file_of(made) == file_of(fresh(name, target))
+        manifest = json.loads((made / "manifest.json").read_text())
         assert (manifest["target"], manifest["algorithm"]) == (target, "gram")
         assert all(one["zeros"] == parse_target(target).zeros(one["entries"]) for one in manifest["matrices"])
     config = (first / "model" / "config.json").read_text()
-    assert (first / "further" / "2-4" / "model" / "config.json").read_text() == config
+    assert (first / "further" / f"{used}-2-4" / "model" / "config.json").read_text() == config
 
 
 def test_another_pruner_gives_what_a_run_with_it_would(tmp_path, model, done):
@@ -83,14 +88,15 @@ def test_another_pruner_gives_what_a_run_with_it_would(tmp_path, model, done):
     assert prune(folder, "--sparsity", "0.6", "--pruner", "admm") == 0
     train = {"client_configs": {"train_configs": {"pruner": "admm", "sparsity": "0.6"}}}
     fresh = run(tiny_config(tmp_path / "fresh", model, "gram", 2, **train))
-    assert file_of(folder / "further" / "0.6") == file_of(fresh)
+    assert file_of(folder / "further" / "admm-0.6") == file_of(fresh)
 
 
-def test_it_can_be_done_again_and_leaves_the_run_alone(damaged, capsys):
+def test_another_pruner_has_a_folder_of_its_own_and_the_run_is_left_alone(damaged, capsys):
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     for pruner in ("admm", "sparsegpt"):
         assert prune(damaged, "--sparsity", "0.5", "--pruner", pruner) == 0
-    assert file_of(damaged / "further" / "0.5") == file_of(damaged)
+    assert {path.name for path in (damaged / "further").iterdir()} == {"admm-0.5", "sparsegpt-0.5"}
+    assert file_of(damaged / "further" / "sparsegpt-0.5") == file_of(damaged)
     after = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert all(path.is_relative_to(damaged / "further") for path in after.keys() - before.keys())
@@ -106,10 +112,76 @@ def test_perplexities_are_those_of_the_run(damaged, done, capsys):
     assert f"{measured:.2f}"[:5] in out
 
 
-def test_a_fraction_is_a_target_whose_folder_is_no_folder_in_a_folder(damaged):
-    assert prune(damaged, "--sparsity", "1/2") == 0
-    assert [path.name for path in (damaged / "further").iterdir()] == ["1_2"]
-    assert file_of(damaged / "further" / "1_2") == file_of(damaged)
+def test_equal_targets_are_one_model_by_one_name(damaged):
+    assert prune(damaged, "--sparsity", "1/2", "0.50", "5e-1") == 0
+    assert [path.name for path in (damaged / "further").iterdir()] == ["sparsegpt-0.5"]
+    assert file_of(damaged / "further" / "sparsegpt-0.5") == file_of(damaged)
+    assert json.loads((damaged / "further" / "sparsegpt-0.5" / "manifest.json").read_text())["target"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "spelt", "folder"),
+    [
+        ("0.50", "0.5", "0.5"),
+        ("0", "0", "0"),
+        ("7/10", "0.7", "0.7"),
+        ("0.1234567", "0.1234567", "0.1234567"),
+        ("1/3", "1/3", "1_3"),
+        ("02:4", "2:4", "2-4"),
+        ("1:2", "1:2", "1-2"),  # stricter than 2:4
+    ],
+)
+def test_a_target_has_one_spelling_that_means_it_exactly(text, spelt, folder):
+    made = further_models.spelt(parse_target(text))
+    assert (made, further_models.folder_name(made)) == (spelt, folder)
+    assert parse_target(made) == parse_target(text)
+
+
+def test_a_model_that_is_there_is_replaced_only_when_it_is_asked_for(damaged, capsys):
+    assert prune(damaged, "--sparsity", "0.5") == 0
+    there = damaged / "further" / "sparsegpt-0.5"
+    (there / "model" / "model.safetensors").write_bytes(b"mine")
+    assert prune(damaged, "--sparsity", "0.7", "0.50") == 2
+    assert f"{there}: made before; give --overwrite" in said(capsys)
+    assert file_of(there) == b"mine"
+    assert not (damaged / "further" / "sparsegpt-0.7").exists()
+    (there / "model" / "stray.safetensors").write_bytes(b"mine")
+    assert prune(damaged, "--sparsity", "0.5", "--overwrite") == 0
+    assert file_of(there) == file_of(damaged)
+    assert not (there / "model" / "stray.safetensors").exists()
+
+
+def test_a_model_that_was_interrupted_is_made_anew(damaged):
+    (damaged / "further" / "sparsegpt-0.5" / "model").mkdir(parents=True)
+    assert prune(damaged, "--sparsity", "0.5") == 0
+    assert file_of(damaged / "further" / "sparsegpt-0.5") == file_of(damaged)
+
+
+def test_a_run_directory_in_which_somebody_is_at_work_is_left_alone(damaged, capsys):
+    with run_dir.locked(damaged, "wait"):
+        assert prune(damaged, "--sparsity", "0.6") == 2
+        assert f"another run is at work in {damaged}, or fedspallm prune; wait until it is done" in said(capsys)
+        assert not (damaged / "further").exists()
+    assert prune(damaged, "--sparsity", "0.6") == 0
+    assert not (damaged / ".lock").exists()
+
+
+def test_a_run_does_not_replace_what_prune_is_reading(damaged, capsys):
+    config, _ = load_config(damaged / "config.yaml")
+    config.run_dir = str(damaged)
+    with run_dir.locked(damaged, ""), pytest.raises(ConfigError, match="at work"), run_dir.claimed(config, True):
+        pass
+    assert (damaged / "statistics").is_dir()
+
+
+def test_a_text_that_is_gone_is_said_before_anything_is_pruned(damaged, tmp_path, capsys):
+    file = damaged / "config.yaml"
+    raw = yaml.safe_load(file.read_text())
+    raw["evaluation"]["texts"]["jargon"] = str(tmp_path / "gone.txt")
+    file.write_text(yaml.safe_dump(raw))
+    assert prune(damaged, "--sparsity", "0.6") == 2
+    assert f"evaluation.texts.jargon: the text {tmp_path / 'gone.txt'} cannot be read" in said(capsys)
+    assert not (damaged / "further").exists()
 
 
 def test_blocks_that_nobody_drew_stay_dense(tmp_path, model):
@@ -119,7 +191,7 @@ def test_blocks_that_nobody_drew_stay_dense(tmp_path, model):
     drawn = from_text(event["blocks"])
     assert 0 < len(drawn) < BLOCKS
     assert prune(folder, "--sparsity", "0.75") == 0
-    dense, made = load_file(model / "model.safetensors"), weights(folder / "further" / "0.75")
+    dense, made = load_file(model / "model.safetensors"), weights(folder / "further" / "sparsegpt-0.75")
     for name, tensor in linears(dense).items():
         assert torch.equal(made[name], tensor) is (int(name.split(".")[2]) not in drawn)
 

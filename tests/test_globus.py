@@ -543,11 +543,11 @@ def test_what_went_down_is_told_again_until_it_is_replaced(tmp_path):
 
     connection = Places()
     down = globus.Downlink(connection)
-    down.add({"blocks": {"0": {"q": 1, "up": 1}}}, {"blocks": {"1": {"q": 1}}})
-    down.add({"blocks": {"2": {"q": 1}}}, {"blocks": {"0": {"q": 1}}})
+    down.add([{"blocks": {"0": {"q": 1, "up": 1}}}, {"blocks": {"1": {"q": 1}}}])
+    down.add([{"blocks": {"2": {"q": 1}}}, {"blocks": {"0": {"q": 1}}}])
     assert [place["stored"] for place in down.places] == ["down.0", "down.1", "down.2", "down.3"]
-    down.add({"blocks": {"0": {"up": 1, "q": 1}}}, {})
+    down.add([{"blocks": {"0": {"up": 1, "q": 1}}}, {}])
     assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.4"]
     assert connection.removed == {"down.0", "down.3"}
-    down.add({"exchange": 1, "blocks": {"0": {"up": 1, "q": 1}}})  # of another kind: masks, say
+    down.add([{"exchange": 1, "blocks": {"0": {"up": 1, "q": 1}}}])  # of another kind: masks, say
     assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.4", "down.5"]

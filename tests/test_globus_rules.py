@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO, ROOT
-from fedspallm_appfl import __version__, globus_rules, globus_sizes, yaml_io
+from fedspallm_appfl import __version__, estimate_globus, globus_rules, yaml_io
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.calibration import read_text
 from fedspallm_appfl.config import load_config
@@ -76,7 +76,7 @@ def test_the_example_is_one_that_works(monkeypatch):
     folder = ROOT / "examples" / "globus"
     config, problems = load_config(folder / "server.yaml")
     assert problems + check(config) + list(globus_rules.check(config)) == []
-    assert list(globus_sizes.check_sizes(config)) == []
+    assert list(estimate_globus.check_sizes(config)) == []
     monkeypatch.setenv("FEDSPALLM_SITE", str(folder / "site.yaml"))
     assert read_text(load_site(config.clients[0].client_id).text)
     engine = yaml_io.load((folder / "user_config_template.yaml.j2").read_text())["engine"]
@@ -107,18 +107,18 @@ def test_what_travels_is_measured_before_it_is_sent(monkeypatch):
     """724,992 of 1,449,984 weights are kept in the demo's 56 matrices: two bytes each, and a bit for every weight."""
     config = demo(f"{SERVER}.num_global_epochs=2", "evaluation.compare=[]")
     size = 2 * 724_992 + 1_449_984 // 8
-    assert list(globus_sizes.check_sizes(config)) == []
-    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", size - 1)
-    up, down = globus_sizes.check_sizes(config)
+    assert list(estimate_globus.check_sizes(config)) == []
+    monkeypatch.setattr(estimate_globus, "INLINE_LIMIT", size - 1)
+    up, down = estimate_globus.check_sizes(config)
     assert "what a client sends in an exchange may take 1.6 MB before compression" in up
     assert "what is sent to a client may take 1.6 MB" in down
-    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", size)
-    assert list(globus_sizes.check_sizes(config)) == []
-    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", 1_449_984 // 8)
+    monkeypatch.setattr(estimate_globus, "INLINE_LIMIT", size)
+    assert list(estimate_globus.check_sizes(config)) == []
+    monkeypatch.setattr(estimate_globus, "INLINE_LIMIT", 1_449_984 // 8)
     wanda = demo("client_configs.train_configs.pruner=wanda")
-    assert list(globus_sizes.check_sizes(wanda)) == []
-    monkeypatch.setattr(globus_sizes, "INLINE_LIMIT", 0)
-    assert list(globus_sizes.check_sizes(demo(f"{STORE}.connector=redis"))) == []
+    assert list(estimate_globus.check_sizes(wanda)) == []
+    monkeypatch.setattr(estimate_globus, "INLINE_LIMIT", 0)
+    assert list(estimate_globus.check_sizes(demo(f"{STORE}.connector=redis"))) == []
 
 
 def test_the_communicator_can_be_imported_without_the_login_manager_that_newer_sdks_lack(monkeypatch):

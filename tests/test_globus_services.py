@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import DEMO, ROOT
 from experiments import UNEVEN, small_config
-from fedspallm_appfl import globus_sizes
+from fedspallm_appfl import estimate_globus
 from fedspallm_appfl.cli import main
 from globus_double.world import CREDENTIALS, World, missing
 
@@ -191,7 +191,7 @@ def test_what_is_too_large_for_a_task_is_refused_before_and_at_the_site_and_goes
     assert "what a client sends in an exchange may take 14.2 MB before compression, 7 MB fit" in err
     assert len(submissions(world)) == before  # nothing was sent
     with monkeypatch.context() as patch:
-        patch.setattr(globus_sizes, "check_sizes", lambda config: [])
+        patch.setattr(estimate_globus, "check_sizes", lambda config: [])
         code, out, err = fedspallm(*run)
     assert code == 2, out + err
     assert "Globus Compute carries 10000000; set client_configs.comm_configs.store" in err

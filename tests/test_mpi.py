@@ -56,6 +56,7 @@ def test_mpi_gives_the_bits_of_one_process(tmp_path, ranks):
     code, out, err = finish(fedspallm(ranks, config, f"run_dir={tmp_path / 'mpi'}"))
     assert code == 0, err
     assert "Placement" in out and "\x1b" not in out
+    assert out.startswith("3 clients, 2 rounds, FedSpaLLM with sparsegpt") and "prunes 56 matrices" in out
     assert main(["run", str(config)]) == 0
     serial, mpi = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "mpi"))
     assert all(torch.equal(serial[name], mpi[name]) for name in serial)

@@ -27,6 +27,9 @@ def place(rank, clients, device="cpu", bound=""):
     }
 
 
+EVALUATION = {"event": "evaluation", "method": "dense", "of": [2, 7], "perplexity": {"law": 2.0, "news": 8.0}}
+
+
 @pytest.fixture
 def shown(monkeypatch):
     """Show events ten seconds apart to a console that is no terminal, or is one; gives what was written."""
@@ -44,12 +47,35 @@ def shown(monkeypatch):
 
 
 def test_an_upload_is_a_plain_line_with_the_time_that_is_left(shown):
-    text = shown(upload("a", "0-3,7"), upload("b", "4"), upload("a", "8", message=1))
+    """Not before all clients could have sent one: under MPI those of a rank arrive together."""
+    text = shown(upload("a", "0-3,7"), upload("b", "4"), upload("a", "8", message=1), upload("b", "9", message=1))
     assert text.splitlines() == [
         "round 1/1  client a  block 0-3,7  1/4",
-        "round 1/1  client b  block 4  2/4  20 s left",
-        "round 1/1  client a  block 8  3/4  10 s left",
+        "round 1/1  client b  block 4  2/4",
+        "round 1/1  client a  block 8  3/4  10 s of pruning left",
+        "round 1/1  client b  block 9  4/4  0 s of pruning left",
     ]
+
+
+def test_over_globus_compute_one_sees_who_is_waited_for(shown):
+    """A client's uploads come all at once, so their pace tells nothing of what is left."""
+    sent = {"event": "sent", "round": 0, "clients": ["a", "b"]}
+    answer = {"event": "answer", "round": 0, "client": "b", "seconds": 754.0}
+    text = shown(sent, answer, *(upload(client, "0-3") for client in "bbab"))
+    assert text.splitlines()[:3] == [
+        "round 1/1  waiting for a, b",
+        "round 1/1  client b has answered after 13 min",
+        "round 1/1  client b  block 0-3  1/4",
+    ]
+    assert "left" not in text
+    assert "waiting for a, b" in shown(sent, terminal=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(99, "99 s"), (100, "2 min"), (5000, "83 min"), (6000, "1 h 40 min"), (7500, "2 h 5 min")]
+)
+def test_long_times_are_told_in_minutes_and_hours(seconds, words):
+    assert progress._duration(seconds) == words
 
 
 def test_rounds_are_counted_from_one_and_all_of_them_in_the_total(shown):
@@ -67,7 +93,7 @@ def test_a_message_without_blocks_is_counted_but_makes_no_line(shown):
 
 
 def test_an_evaluation_is_a_line(shown):
-    assert shown({"event": "evaluation", "method": "standalone/a", "of": [2, 7]}) == "perplexity of standalone/a  2/7\n"
+    assert shown(EVALUATION) == "perplexity of dense  4.00  2/7\n"
 
 
 def test_other_events_are_not_shown(shown):
@@ -84,8 +110,15 @@ def test_placement_is_shown_once_all_clients_have_a_place(shown):
     assert ["2", "node2", "c", "cpu", "2", "-"] in rows
 
 
+def test_placement_in_one_process_without_a_gpu_speaks_of_neither_ranks_nor_gpus(shown):
+    text = shown(place(0, ["a", "b"], bound="0"))
+    assert "node0" in text
+    assert "rank" not in text and "CUDA" not in text
+    assert "CUDA_VISIBLE_DEVICES" in shown(place(0, ["a", "b"], "cuda:0"))
+
+
 def test_a_batch_log_holds_no_control_characters(shown):
-    text = shown(place(1, ["a", "b"]), upload("a", "1"), {"event": "evaluation", "method": "dense", "of": [1, 2]})
+    text = shown(place(1, ["a", "b"]), upload("a", "1"), {**EVALUATION, "of": [1, 2]})
     assert not {"\x1b", "\r"} & set(text)
 
 

@@ -189,6 +189,30 @@ def test_the_report_counts_the_blocks_that_each_client_sent(report):
     assert rows == [["a", "0.5", "10", "3.8", "node-a"], ["b", "0.5", "3", "3.8", "node-b"]]
 
 
+def placed(rank, clients, device="cpu"):
+    facts = {"host": "n", "device": device, "threads": 2, "bound": ""}
+    return {"event": "place", "rank": rank, "clients": clients, **facts}
+
+
+def test_the_report_says_where_clients_ran(tmp_path, log, report):
+    """Over Globus Compute nobody tells; in one process there are no ranks."""
+    log(placed(0, ["a", "b"]))
+    text = report()
+    assert "| client | resource share | blocks sent | seconds at work | host | device | threads |" in text
+    assert [row[5:] for row in section(text, "Who took part")[0]] == [["cpu", "2"]] * 2
+    log.events = [event for event in log.events if event["event"] != "place"]
+    log(placed(1, ["a"]))
+    log(placed(2, ["b"], "cuda:1"))
+    assert [row[5:] for row in section(report(), "Who took part")[0]] == [["1", "cpu", "2"], ["2", "cuda:1", "2"]]
+
+
+def test_the_report_says_what_was_run_and_how_it_was_measured(report):
+    text = report()
+    assert text.startswith("# 2 clients, 2 rounds, FedSpaLLM with sparsegpt, sparsity 0.5\n")
+    assert "All windows of 2048 tokens of each text" in text
+    assert "128 windows of 2048 tokens a client for the pruning, seed 0" in text
+
+
 def test_the_report_names_blocks_that_nobody_drew(report):
     text = report(layer_sampling="uniform")
     assert "Drawn by nobody, and left dense: block 6-8." in text

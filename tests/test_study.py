@@ -1,15 +1,17 @@
 """A study: names of methods, what a cell says beside a run of its own, going on after an interruption, tables and plots."""
 
 import dataclasses
+import io
 import json
 import math
 import statistics
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from conftest import DEMO, ROOT
-from fedspallm_appfl import cli, experiment, study, study_plots
+from fedspallm_appfl import cli, experiment, study, study_plots, study_report
 from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.report import traffic
@@ -282,6 +284,29 @@ def test_way_closed_by_hand():
     assert way_closed(study_, "fedspallm", "0.5").deviation == pytest.approx(0.3 / math.sqrt(2))
     assert way_closed(study_, "gram", "0.5").mean == pytest.approx((1.2 + 1.0) / 2)
     assert [way_closed(study_, end, "0.5").mean for end in ("standalone", "centralized")] == [0, 1]
+
+
+def test_the_ends_of_the_way_are_shown_without_a_spread():
+    study_ = made_by_hand({"standalone": (20, 30), "centralized": (10, 20), "fedspallm": (15, 22)})
+    ways = [study_report._way(study_, method, "0.5") for method in ("standalone", "centralized", "fedspallm")]
+    assert ways == ["0 %", "100 %", "65 ± 21 %"]
+
+
+def test_the_table_says_what_its_numbers_are():
+    study_ = made_by_hand({"standalone": (20, 30), "centralized": (10, 20)})
+    console = Console(file=io.StringIO(), width=120)
+    console.print(study_report.table(study_))
+    shown = console.file.getvalue()
+    assert "Perplexity by sparsity, geometric mean of 2 texts, ± over 2 seeds" in shown
+    assert "way closed ┃" in shown
+    two = dataclasses.replace(study_, targets=("0.7", "0.5"), methods=())
+    console.print(study_report.table(two))
+    assert "way closed at 0.5 ┃ up a client at 0.5" in console.file.getvalue()
+
+
+def test_equal_targets_are_measured_once():
+    plan, _ = planned(DEMO_CONFIG, [], ["gram"], ["0.5", "0.50", "1/2", "02:4", "no"])
+    assert plan.targets == ("0.5", "2:4", "no")
 
 
 @pytest.mark.parametrize(

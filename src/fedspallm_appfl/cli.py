@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("run", metavar="RUN_DIR", type=Path, help="run_dir of the finished run")
     prune.add_argument("--sparsity", nargs="+", required=True, metavar="TARGET", help="ratios in [0, 1), or n:m")
     prune.add_argument("--pruner", default=None, help="sparsegpt, admm or wanda (default: that of the run)")
+    prune.add_argument("--overwrite", action="store_true", help="replace models that are there already")
     prune.set_defaults(work=_prune)
 
     evaluate = _command(
@@ -281,9 +282,9 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
             "algorithm centralized pools the text of all clients in one process; run it without --launcher mpi"
         )
     mpi.send_config(comm, config)
-    experiment.run(
-        config, lambda c, state, log: mpi.run_server(c, comm, state, log), _console(plain=True), args.overwrite
-    )
+    console = _console(plain=True)
+    _introduce(config, console)
+    experiment.run(config, lambda c, state, log: mpi.run_server(c, comm, state, log), console, args.overwrite)
     return 0
 
 
@@ -321,7 +322,7 @@ def _study(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     from fedspallm_appfl import further_models
 
-    further_models.prune(args.run, args.sparsity, args.pruner, _console())
+    further_models.prune(args.run, args.sparsity, args.pruner, _console(), args.overwrite)
     return 0
 
 
@@ -379,9 +380,9 @@ def _refuse(config: str, problems: list[str]) -> None:
 
 
 def _sizes(config: "Config") -> list[str]:
-    from fedspallm_appfl import globus_sizes
+    from fedspallm_appfl import estimate_globus
 
-    return list(globus_sizes.check_sizes(config))
+    return list(estimate_globus.check_sizes(config))
 
 
 def _means_globus(args: argparse.Namespace, config: "Config") -> bool:

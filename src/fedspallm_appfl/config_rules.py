@@ -24,6 +24,7 @@ from fedspallm_appfl.data_store import CONNECTORS
 from fedspallm_appfl.devices import is_device
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
+from fedspallm_appfl.evaluation import held_out_windows
 from fedspallm_appfl.global_model import FOLDS, WEIGHTS
 from fedspallm_appfl.gram_payload import PRECISIONS
 from fedspallm_appfl.layer_sampling import STRATEGIES, draw, expected_uncovered, to_text
@@ -333,13 +334,16 @@ def check_with_files(config: Config) -> list[str]:
         found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
         if found is not None and found < data.windows:
             problems.append(too_few(client.client_id, data.windows, data.length, found))
-        problems += _too_long(f"{where}: data.length", data.length, longest)
+        problems += too_long(f"{where}: data.length", data.length, longest)
+    length = config.evaluation.length
     for name, text in config.evaluation.texts.items():
-        where, length = f"evaluation.texts.{name}", config.evaluation.length
-        if _count_windows(where, text, length, tokenizer, skeleton, problems) == 0:
-            problems.append(f"{where}: shorter than one window of {length} tokens")
+        try:
+            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 0 else ()
+            held_out_windows(name, text, length, *known)
+        except DataError as error:
+            problems.append(str(error))
     if config.evaluation.texts:
-        problems += _too_long("evaluation.length", config.evaluation.length, longest)
+        problems += too_long("evaluation.length", length, longest)
     return problems
 
 
@@ -402,7 +406,8 @@ def headline(config: Config) -> str:
     """Who prunes how, in a line."""
     sparsity = config.client_configs.train_configs.sparsity
     how = f"{LABELS[config.algorithm]} with {config.pruners()}"
-    return f"{len(config.clients)} clients, {rounds_text(config)}, {how}, sparsity {sparsity}"
+    clients = f"{len(config.clients)} client{'s' * (len(config.clients) != 1)}"
+    return f"{clients}, {rounds_text(config)}, {how}, sparsity {sparsity}"
 
 
 def rounds_text(config: Config) -> str:
@@ -490,7 +495,8 @@ def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Itera
     yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
 
 
-def _too_long(what: str, length: int, longest: int | None) -> list[str]:
+def too_long(what: str, length: int, longest: int | None) -> list[str]:
+    """What is wrong with windows of a length for a model that takes `longest` tokens, if it has a limit."""
     if longest is None or length <= longest:
         return []
     return [f"{what}: the model takes at most {longest} tokens (max_position_embeddings), got {length}"]

@@ -132,14 +132,7 @@ class DataStore:
                 self._objects.close()
 
     def __str__(self) -> str:
-        connector, settings = self.settings["connector"], self.settings
-        if connector == "file":
-            return f"data store in the folder {settings['folder']}"
-        if connector == "redis":
-            return f"data store in Redis at {settings['host']}:{settings['port']}"
-        if connector == "endpoint":
-            return f"data store at the ProxyStore endpoint {settings['endpoints'][0]}"
-        return f"data store in the S3 bucket {settings['bucket']}" if "bucket" in settings else "data store in S3"
+        return f"data store in {place(self.settings)}"
 
     @contextmanager
     def _trouble(self, what: str) -> Iterator[None]:
@@ -157,6 +150,18 @@ class DataStore:
         if self.settings["connector"] == "s3":
             return f"{where}, and on the server the credentials that boto3 finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
         return f"{where}, or `store` in the site file where a site reaches it in another way"
+
+
+def place(settings: Mapping[str, Any]) -> str:
+    """Where objects lie, for people."""
+    connector = settings["connector"]
+    if connector == "file":
+        return f"the folder {settings['folder']}"
+    if connector == "redis":
+        return f"Redis at {settings['host']}:{settings['port']}"
+    if connector == "endpoint":
+        return f"the ProxyStore endpoint {settings['endpoints'][0]}"
+    return f"the S3 bucket {settings['bucket']}" if "bucket" in settings else "S3"  # a site has but links
 
 
 def open_store(settings: Mapping[str, Any], run: str, create: bool = False) -> DataStore | None:

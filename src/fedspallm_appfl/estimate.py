@@ -7,7 +7,7 @@ unless they are called entries.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,6 @@ from fedspallm_appfl.config import Client, Config, Model, keeps_weights
 from fedspallm_appfl.config_rules import draws, indivisible, travelling
 from fedspallm_appfl.dtypes import DTYPES
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError
-from fedspallm_appfl.globus_sizes import INLINE_LIMIT
 from fedspallm_appfl.gram_payload import gram_size
 from fedspallm_appfl.l0_aggregation import vote_dtype
 from fedspallm_appfl.lazy_model import Skeleton, without_weights
@@ -373,12 +372,12 @@ class Transport:
 
 
 def transports(config: Config, model: ModelSizes) -> list[Transport]:
-    """Whether each transport can carry the messages, with the setting to change when not."""
+    """Whether each transport of this machine can carry the messages, with the setting to change when not."""
     try:
         messages(config, model)
     except ConfigError as error:
-        return [Transport(name, False, str(error)) for name in ("serial", "MPI", "Globus Compute")]
-    return [Transport("serial", True, "memory to memory"), _mpi(config, model), _globus(config, model)]
+        return [Transport(name, False, str(error)) for name in ("serial", "MPI")]
+    return [Transport("serial", True, "memory to memory"), _mpi(config, model)]
 
 
 def _mpi(config: Config, model: ModelSizes) -> Transport:
@@ -391,36 +390,6 @@ def _mpi(config: Config, model: ModelSizes) -> Transport:
     together = min(limit // unit, clients)  # clients whose messages fit into that of their rank
     ranks = f"with {-(-clients // together)} client ranks or more; for fewer raise comm_configs.max_message_bytes"
     return Transport("MPI", True, "with any number of ranks" if together == clients else ranks)
-
-
-def _globus(config: Config, model: ModelSizes) -> Transport:
-    """Over Globus Compute a task starts with all that came down so far, and its result is a whole exchange."""
-    name, store = "Globus Compute", config.client_configs.comm_configs.store.connector
-    if config.algorithm == "centralized":
-        return Transport(name, False, "centralized pools the text of all clients in one process")
-    largest = max(_largest_upload(config, model), _agreed(config, model))
-    holds = f"a task or its result holds up to {_megabytes(largest)}"
-    if store != "none":
-        return Transport(name, True, f"{holds}, in the data store {store}")
-    if largest <= INLINE_LIMIT:
-        return Transport(name, True, f"{holds} of {_megabytes(INLINE_LIMIT)}")
-    return Transport(name, False, f"{holds}, {_megabytes(INLINE_LIMIT)} fit; set comm_configs.store.connector")
-
-
-def _largest_upload(config: Config, model: ModelSizes) -> int:
-    """The most bytes that a client sends in one exchange."""
-    rounds, most = draws(config, len(model.blocks)), 0
-    for client in participants(config):
-        for exchange in exchanges_of(config, model):
-            bytes_of = up_sizes(config, model, exchange, keeps_weights(client.train_configs))
-            total = {block: sum(units.values()) for block, units in bytes_of.items()}
-            sent = (sum(total.get(block, 0) for block in drawn[client.client_id]) for drawn in rounds)
-            most = max(most, *sent)
-    return most
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -445,10 +414,21 @@ def disk(config: Config, model: ModelSizes) -> list[Disk]:
         Disk("models/" if alone else "model/", (len(config.clients) if alone else 1) * _checkpoint(model), True),
         Disk("statistics/", _statistics(config, model), True),
         Disk("state/ on the server", _state(config, model), False),
-        Disk("pruned blocks and masks of the clients of a process", _agreed(config, model), False),
-        Disk("hidden states of all clients, in TMPDIR", _hidden_states(config, model), False),
+        *(_at_a_site(config, model) if config.over_globus() else _beside_the_run(config, model)),
     ]
     return [one for one in written if one.nbytes]
+
+
+def _beside_the_run(config: Config, model: ModelSizes) -> Iterator[Disk]:
+    yield Disk("pruned blocks and masks of the clients of a process", _agreed(config, model), False)
+    everybody = sum(_hidden_states(config, model, client) for client in participants(config))
+    yield Disk("hidden states of all clients, in TMPDIR", everybody, False)
+
+
+def _at_a_site(config: Config, model: ModelSizes) -> Iterator[Disk]:
+    yield Disk("what came down to a client, in TMPDIR of its worker", _agreed(config, model), False)
+    most = max(_hidden_states(config, model, client) for client in config.clients)
+    yield Disk("hidden states of a client, in TMPDIR of its worker", most, False)
 
 
 def _checkpoint(model: ModelSizes) -> int:
@@ -514,9 +494,9 @@ def _agreed(config: Config, model: ModelSizes) -> int:
     return sum(everything[block] for block in early) + sum(last[block] for block in late)
 
 
-def _hidden_states(config: Config, model: ModelSizes) -> int:
-    clients = [client.data for client in participants(config) if client.data.activations == "file"]
-    tokens = sum(data.windows * data.length for data in clients)
+def _hidden_states(config: Config, model: ModelSizes, client: Client) -> int:
+    """Hidden states of a client that keeps them in a file."""
+    tokens = client.data.windows * client.data.length if client.data.activations == "file" else 0
     return hidden_copies(config) * tokens * model.hidden * model.arithmetic.itemsize
 
 

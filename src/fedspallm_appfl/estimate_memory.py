@@ -84,11 +84,13 @@ class Memory:
 Parts = dict[str, int]
 
 
-def _with_heap(parts: Parts, mapped: int = 0) -> Memory:
+def with_heap(parts: Parts, mapped: int = 0) -> Memory:
+    """Parts that are alive together, with what the C library's allocator keeps."""
     return Memory({**parts, "heap": min(int(HEAP_SHARE * sum(parts.values())), HEAP_MOST)}, mapped)
 
 
-def _worst(moments: Iterator[Parts]) -> Parts:
+def worst(moments: Iterator[Parts]) -> Parts:
+    """The moment at which the most is alive."""
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -103,7 +105,7 @@ def client_memory(config: Config, model: ModelSizes, client: Client) -> Memory:
     }
     moments = _gathering if config.algorithm == "gram" else _pruning
     work = (moment for block in range(len(model.blocks)) for moment in moments(config, model, client, block))
-    return _with_heap(parts | _worst(work), _mapped(model) + on_disk * states)
+    return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
 def _earlier(config: Config, model: ModelSizes, client: Client) -> int:
@@ -361,7 +363,7 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1) -> Memor
     comm, scheduler = config.client_configs.comm_configs, config.server_configs.scheduler_kwargs
     at_once = scheduler.max_open_blocks + comm.blocks_per_message  # what the scheduler allows, and what arrives then
     moments = (_serving(config, model, exchange, at_once, together) for exchange in exchanges_of(config, model))
-    serving = _with_heap(_worst(moments))
+    serving = with_heap(worst(moments))
     if config.algorithm != "gram":
         return serving
     # To see which linears share an input it opens the model and runs a block, before anything else.
@@ -369,7 +371,7 @@ def server_memory(config: Config, model: ModelSizes, together: int = 1) -> Memor
         "outer parts": model.outer * model.stored.itemsize,
         "one block": max(model.blocks) * model.stored.itemsize,
     }
-    return max(serving, _with_heap(looking, _mapped(model)), key=lambda memory: memory.resident)
+    return max(serving, with_heap(looking, _mapped(model)), key=lambda memory: memory.resident)
 
 
 def _serving(config: Config, model: ModelSizes, exchange: Exchange, at_once: int, together: int = 1) -> Parts:
@@ -436,7 +438,7 @@ def evaluation_memory(config: Config, model: ModelSizes, windows: Mapping[str, i
         "windows of all texts": _activations(model, sum(windows.values()), settings.length),
         "a block, or logits": max(logits, *blocks),
     }
-    return _with_heap(parts, _mapped(model))
+    return with_heap(parts, _mapped(model))
 
 
 def serial_memory(config: Config, model: ModelSizes) -> Memory:
@@ -455,7 +457,7 @@ def serial_memory(config: Config, model: ModelSizes) -> Memory:
     turns = [_turn(config, model, exchange, at_once, work) for exchange in exchanges_of(config, model)]
     closing = [_serving(config, model, exchange, at_once) for exchange in exchanges_of(config, model)]
     files = _mapped(model)
-    return _with_heap(shared | _worst(iter(turns + closing)), files + sum(client.mapped - files for client in clients))
+    return with_heap(shared | worst(iter(turns + closing)), files + sum(client.mapped - files for client in clients))
 
 
 def _turn(config: Config, model: ModelSizes, exchange: Exchange, at_once: int, work: int) -> Parts:

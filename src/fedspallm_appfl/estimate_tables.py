@@ -1,19 +1,25 @@
-"""What `fedspallm estimate` prints: bytes, transports, disk and memory, for people."""
+"""What `fedspallm estimate` prints: bytes, transports, disk and memory, for people.
 
-from collections.abc import Iterator, Mapping
+For a configuration that is meant for Globus Compute it speaks of tasks, data store and workers instead of transports.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedspallm_appfl import estimate, estimate_memory
+from fedspallm_appfl import estimate, estimate_globus, estimate_memory
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.config_rules import headline, rounds_text, uncovered
+from fedspallm_appfl.data_store import place
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimate import ModelSizes, Outline, RoundTraffic
-from fedspallm_appfl.estimate_memory import Memory
+from fedspallm_appfl.estimate_globus import INLINE_LIMIT, Worker
+from fedspallm_appfl.estimate_memory import Memory, Parts
 from fedspallm_appfl.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.report import bytes_text
 
@@ -25,7 +31,7 @@ def tables(config: Config) -> Group:
 
     Raises:
         ModelError: the model cannot be opened.
-        ConfigError: the sparsity does not fit its matrices.
+        ConfigError: the sparsity does not fit its matrices; or a message cannot be carried over Globus Compute.
     """
     outline = estimate.open_outline(config.model)
     model = outline.sizes
@@ -34,7 +40,7 @@ def tables(config: Config) -> Group:
     return Group(
         Text("\n".join([*_who_prunes_what(config, len(model.blocks)), *_what_travels(config, outline)])),
         _traffic(config, model),
-        _transports(config, model),
+        _globus(config, model) if config.over_globus() else _transports(config, model),
         _disk(config, model),
         *_memory(config, model, windows),
     )
@@ -43,22 +49,24 @@ def tables(config: Config) -> Group:
 def _who_prunes_what(config: Config, blocks: int) -> Iterator[str]:
     missed = uncovered(config, blocks)
     yield f"{headline(config)}, {blocks} blocks"
-    said = f"blocks that nobody draws in {rounds_text(config)}: {to_text(missed) if missed else 'none'}"
-    yield said + ("; raise train_configs.resource_share or server_configs.num_global_epochs" if missed else "")
+    if missed:
+        yield (
+            f"blocks that nobody draws in {rounds_text(config)}: {to_text(missed)}; raise "
+            "train_configs.resource_share or server_configs.num_global_epochs"
+        )
+    else:
+        yield "every block is pruned by some client"
     if config.client_configs.train_configs.layer_sampling == "uniform":
-        yield f"expected of uniform sampling: {expected_uncovered(config.roster(), blocks):.2f} a round"
+        expected = expected_uncovered(config.roster(), blocks)
+        yield f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation"
 
 
 def _what_travels(config: Config, outline: Outline) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
-    kinds = [(one.up, one.down) for one in estimate.exchanges_of(config, outline.sizes)]
-    times = f"{len(kinds)} times " if len(kinds) > len(set(kinds)) else ""
-    ways = [WORDS[up] + " up" + (f", {WORDS[down]} down" if down else "") for up, down in dict.fromkeys(kinds)]
-    at_last = "; nothing down after the last" if kinds[-1][1] else ""
-    yield f"in a round travel {times}{'; '.join(ways)}{at_last}"
+    yield f"each round: {_exchanges([(one.up, one.down) for one in estimate.exchanges_of(config, outline.sizes)], config)}"
     try:
         made = estimate.messages(config, outline.sizes)
-        yield f"messages of a client in a round: {made.count}, the largest {bytes_text(made.largest)}"
+        yield f"a client sends {made.count} messages a round, the largest of {bytes_text(made.largest)}"
     except ConfigError:
         pass  # the table of transports says so
     if config.algorithm == "gram":
@@ -69,6 +77,20 @@ def _what_travels(config: Config, outline: Outline) -> Iterator[str]:
         yield f"there are no weights in {outline.folder}: taken to be {dtype}, as config.json says"
 
 
+def _exchanges(kinds: Sequence[tuple[str, str | None]], config: Config) -> str:
+    """What goes up and down in the exchanges of a round; what is answered in no round is left out."""
+    distinct = list(dict.fromkeys(kinds))
+    repeated = len(kinds) > len(distinct)
+    never = config.server_configs.num_global_epochs == 1 and not repeated
+    last = distinct[-1]
+    ways = [
+        f"{WORDS[up]} up" + (f", {WORDS[down]} down" if down and not (never and (up, down) == last) else "")
+        for up, down in distinct
+    ]
+    at_last = "; nothing down after the last upload of all" if last[1] and not never else ""
+    return (f"{len(kinds)} times " if repeated else "") + "; ".join(ways) + at_last
+
+
 def _traffic(config: Config, model: ModelSizes) -> Table:
     """Bytes a round; rounds with the same numbers share a line."""
     compressed = config.client_configs.comm_configs.compression == "zstd"
@@ -76,9 +98,12 @@ def _traffic(config: Config, model: ModelSizes) -> Table:
     up = [Column(f"up, a client{most}", justify="right")]
     up += [Column("about, compressed", justify="right")] * compressed
     rest = [Column(name, justify="right") for name in ("dense float16", "up, all", f"down, a client{most}")]
-    table = Table("round", Column("blocks", justify="right"), *up, *rest, title="Bytes", title_justify="left")
+    table = Table(
+        "round", Column("blocks", justify="right"), *up, *rest, title="Bytes that travel", title_justify="left"
+    )
     rows: dict[tuple[str, ...], list[int]] = {}
-    for number, traffic in enumerate(estimate.traffic(config, model), 1):
+    made = estimate_globus.traffic(config, model) if config.over_globus() else estimate.traffic(config, model)
+    for number, traffic in enumerate(made, 1):
         rows.setdefault(_row(traffic, compressed), []).append(number)
     for row, numbers in rows.items():
         table.add_row(to_text(numbers), *row)
@@ -105,20 +130,61 @@ def _transports(config: Config, model: ModelSizes) -> Table:
     table = Table(
         "transport", "carries it", Column("what to know", overflow="fold"), title="Transports", title_justify="left"
     )
-    for transport in estimate.transports(config, model):
+    for transport in (*estimate.transports(config, model), estimate_globus.transport(config, model)):
         table.add_row(transport.name, "yes" if transport.carries else "no", escape(transport.why))
     return table
 
 
+def _globus(config: Config, model: ModelSizes) -> Table:
+    """Tasks, submissions, and where the bytes lie."""
+    tasks, store = estimate_globus.tasks(config, model), config.client_configs.comm_configs.store
+    table = Table("", "", show_header=False, title="Over Globus Compute", title_justify="left")
+    table.add_row("tasks", f"{_tasks(tasks)}; before them {tasks.exchange} more ask the sites")
+    table.add_row("submissions", _submissions(tasks))
+    table.add_row("a task or its result", f"up to {bytes_text(tasks.largest)}{_fits(tasks.largest, store.connector)}")
+    if store.connector != "none":
+        stored, about = (
+            max(turn.stored for turn in estimate_globus.turns(config, model, small)) for small in (False, True)
+        )
+        compressed = config.client_configs.comm_configs.compression == "zstd"
+        less = f", about {bytes_text(about)} compressed" if compressed else ""
+        table.add_row("data store", escape(f"holds at most {bytes_text(stored)}{less}, in {place(vars(store))}"))
+    return table
+
+
+def _tasks(tasks: estimate_globus.Tasks) -> str:
+    of_round = f"{tasks.round} a round, " if tasks.round < tasks.all else ""
+    return f"{of_round}{tasks.all} in all, one for each client and exchange"
+
+
+def _submissions(tasks: estimate_globus.Tasks) -> str:
+    least, most = tasks.delay
+    if not most:
+        return f"one a task; the {tasks.exchange} of an exchange leave at once"
+    return (
+        f"one a task; {estimate_globus.AT_ONCE} leave at once, each later one 4 to 5 s after the one before, so the last "
+        f"of {tasks.exchange} after {least} to {most} s"
+    )
+
+
+def _fits(largest: int, connector: str) -> str:
+    if connector != "none":
+        return " of tensors, in the data store"
+    if largest <= INLINE_LIMIT:
+        return f" of tensors; {bytes_text(INLINE_LIMIT)} fit"
+    return f" of tensors, but {bytes_text(INLINE_LIMIT)} fit; set client_configs.comm_configs.store.connector"
+
+
 def _disk(config: Config, model: ModelSizes) -> Table:
-    table = Table("written", Column("bytes", justify="right"), "is there", title="Disk", title_justify="left")
+    table = Table("written", Column("bytes", justify="right"), "kept", title="Disk", title_justify="left")
     for one in estimate.disk(config, model):
-        table.add_row(one.what, bytes_text(one.nbytes), "afterwards" if one.stays else "while it runs")
+        table.add_row(one.what, bytes_text(one.nbytes), "yes" if one.stays else "while it runs")
     return table
 
 
 def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None) -> Iterator[RenderableType]:
-    columns = [Column(name, justify="right") for name in ("needs", "shows")]
+    globus = config.over_globus()
+    columns = [Column(name, justify="right") for name in ("needs", "resident", *["on the GPU"] * globus)]
     table = Table(
         "process",
         *columns,
@@ -127,22 +193,23 @@ def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None
         title="Memory, at most",
         title_justify="left",
     )
-    for name, memory in _processes(config, model, windows):
-        part, size = max(memory.parts.items(), key=lambda item: item[1])
+    for name, memory, gpu in _processes(config, model, windows):
+        part, size = max((gpu or memory.parts).items(), key=lambda item: item[1])
         numbers = bytes_text(memory.needed), bytes_text(memory.resident)
-        table.add_row(escape(name), *numbers, f"{part}, {bytes_text(size)}", LOWER[part])
+        on_gpu = [bytes_text(sum(gpu.values())) if gpu else "-"] * globus
+        table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", LOWER[part])
     yield table
     registration.register()  # imports what every process of a run imports, and then has in memory
     fixed = estimate_memory.resident_now()
     if fixed:
-        yield Text(f"beside it each process has Python and its packages, {bytes_text(fixed)} as in this one")
-    yield Text(
-        "a process shows more than it needs: files that it reads count too until the system wants their memory back"
-    )
+        yield Text(f"add Python and its packages to each process: {bytes_text(fixed)} in this one")
+    yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
     if config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")
-    if any(client.train_configs.device != "cpu" for client in config.clients):
-        yield Text("on a GPU, what a client takes but its files lies there; measured on CPUs only")
+    if globus and any(client.train_configs.device != "cpu" for client in config.clients):
+        yield Text("on a GPU: computed from what was measured on CPUs; CUDA's own memory comes on top")
+    elif any(client.train_configs.device != "cpu" for client in config.clients):
+        yield Text("on a GPU, what a client needs lies there; measured on CPUs only")
 
 
 NO_SETTING = "no setting"
@@ -160,27 +227,60 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "other open blocks": "scheduler_kwargs.max_open_blocks",
     "block to close": NO_SETTING,
     "uploads": "comm_configs.max_message_bytes",
+    "message on its way": "comm_configs.max_message_bytes",
+    "what came down": "comm_configs.max_message_bytes",
+    "what goes down": NO_SETTING,
+    "result of a task": "comm_configs.store",
+    "results that wait": "comm_configs.store",
     "windows of all texts": "evaluation.windows",
     "a block, or logits": "evaluation.batch",
     "heap": NO_SETTING,
 }
 
+Process = tuple[str, Memory, Parts | None]  # name, main memory, what lies on its GPU
 
-def _processes(config: Config, model: ModelSizes, windows: Mapping[str, int] | None) -> Iterator[tuple[str, Memory]]:
+
+def _processes(config: Config, model: ModelSizes, windows: Mapping[str, int] | None) -> Iterator[Process]:
     """Each process with its memory; clients with the same numbers share a line."""
-    yield "serial, all in one", estimate_memory.serial_memory(config, model)
-    if config.algorithm != "centralized":
-        yield from _ranks(config, model)
+    if config.over_globus():
+        yield from _workers(config, model)
+        yield "server", estimate_globus.receiving_memory(config, model), None
+    else:
+        yield "serial, all in one", estimate_memory.serial_memory(config, model), None
+        if config.algorithm != "centralized":
+            yield from _ranks(config, model)
     if windows:
-        yield "evaluation", estimate_memory.evaluation_memory(config, model, windows)
+        yield "evaluation", estimate_memory.evaluation_memory(config, model, windows), None
 
 
-def _ranks(config: Config, model: ModelSizes) -> Iterator[tuple[str, Memory]]:
-    alike: dict[str, list[str]] = {}
+def _ranks(config: Config, model: ModelSizes) -> Iterator[Process]:
     memory_of = {client.client_id: estimate_memory.client_memory(config, model, client) for client in config.clients}
-    for client, memory in memory_of.items():
-        alike.setdefault(str(memory), []).append(client)
-    for clients in alike.values():
-        name = "MPI, each client" if len(alike) == 1 else f"MPI, {', '.join(clients)}"
-        yield name, memory_of[clients[0]]
-    yield "MPI, server", estimate_memory.server_memory(config, model)
+    for clients, memory in _alike(memory_of):
+        yield f"MPI, {clients or 'each client'}", memory, None
+    yield "MPI, server", estimate_memory.server_memory(config, model), None
+
+
+def _workers(config: Config, model: ModelSizes) -> Iterator[Process]:
+    """The worker at each site, with and without a GPU where the configuration leaves it open."""
+    workers = {
+        client.client_id: (client.train_configs.device, estimate_globus.worker_memory(config, model, client))
+        for client in config.clients
+    }
+    for clients, (device, worker) in _alike(workers):
+        yield from _worker(f"worker of {clients}" if clients else "each worker", device, worker)
+
+
+def _worker(name: str, device: str, worker: Worker) -> Iterator[Process]:
+    if device in ("auto", "cpu"):
+        yield f"{name}, CPU", worker.on_cpu, None
+    if device != "cpu":
+        yield f"{name}, GPU", worker.on_gpu, worker.gpu
+
+
+def _alike(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Clients of one value together, and the value; no names where it is that of all."""
+    names: dict[str, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(str(value), []).append(name)
+    for together in names.values():
+        yield ("" if len(names) == 1 else ", ".join(together)), values[together[0]]

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fedspallm_appfl import __version__, run_dir
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.config import Config
+from fedspallm_appfl.config_rules import too_long
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import DataError, ModelError
-from fedspallm_appfl.evaluation import PrunedBlock, perplexities
+from fedspallm_appfl.errors import ConfigError, DataError, ModelError
+from fedspallm_appfl.evaluation import PrunedBlock, held_out_windows, perplexities
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.export import MatrixSparsity, check_model, write_model
 from fedspallm_appfl.folds import STATISTICS
@@ -50,6 +52,8 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     console.print(closing(config, results, log))
     report = Path(config.run_dir).expanduser() / "report.md"
     console.print(f"model   {results.model}\nreport  {report}", highlight=False, markup=False)
+    if (report.parent / STATISTICS).is_dir():
+        console.print(f"more    fedspallm prune {report.parent} --sparsity ...", highlight=False, markup=False)
     return results
 
 
@@ -67,24 +71,34 @@ def conduct(
 
     Returns:
         What it has shown, and all events.
+
+    Raises:
+        FedSpaLLMError: the experiment fails; what the evaluation needs is looked at before anything is sent.
     """
+    texts = held_out(config)
     with run_dir.claimed(config, overwrite) as folder:
         log = EventLog(folder / run_dir.MARK, *listeners)
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
         aggregator = launch(config, folder / "state", log)
-        results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, log, dense)
-        log({"event": "end"})
-        write_report(folder / "report.md", config, results, log)
         statistics_folder = folder / "state" / STATISTICS
         if statistics_folder.is_dir():
             statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
+        results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, texts, log, dense)
+        log({"event": "end"})
+        write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
     return results, log
 
 
 def _finish(
-    config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog, dense: bool
+    config: Config,
+    folder: Path,
+    skeleton: Skeleton,
+    model: GlobalModel,
+    texts: Mapping[str, Tensor],
+    log: EventLog,
+    dense: bool,
 ) -> Results:
     methods: dict[str, PrunedBlock] = dict(DENSE) if dense else {}
     left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
@@ -102,7 +116,7 @@ def _finish(
         methods["fedavg"] = model.store("fedavg").load
     if config.algorithm != "standalone":
         methods[config.algorithm] = model.done.load
-    perplexity = evaluate(config, methods, log) if config.evaluation.texts else {}
+    perplexity = evaluate(config, texts, methods, log) if texts else {}
     dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
     return Results(_with_mean_of_standalone(perplexity), matrices, dense_bytes, place)
 
@@ -138,18 +152,49 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     return matrices
 
 
-def evaluate(config: Config, methods: Mapping[str, PrunedBlock], log: OnEvent) -> dict[str, dict[str, float]]:
-    """Perplexity of each model on each text of `evaluation`, all with the same settings: method -> text -> perplexity."""
-    device = choose_device(config.evaluation.device, 0)
-    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
-    tokenizer, settings = load_tokenizer(lazy.skeleton.folder), config.evaluation
-    texts = {
-        name: cut_windows(tokenizer, read_text(text), settings.length)[: settings.windows]
+def held_out(config: Config) -> dict[str, Tensor]:
+    """The windows of each text of `evaluation`: name -> (n, length) int64 token ids.
+
+    Cut before a run begins, so that hours of pruning do not end at a text that is not there.
+
+    Raises:
+        ConfigError: the model takes no windows so long, or the device is not there.
+        DataError: a text cannot be read, is too short or does not go with the model.
+    """
+    settings = config.evaluation
+    if not settings.texts:
+        return {}
+    skeleton = Skeleton(config.model.path, config.model.blocks)
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
+    for problem in too_long("evaluation.length", settings.length, longest):
+        raise ConfigError(problem)
+    try:
+        choose_device(settings.device, 0)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.device: {error}") from error
+    known = load_tokenizer(skeleton.folder), skeleton.vocabulary
+    return {
+        name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
         for name, text in settings.texts.items()
     }
+
+
+def evaluate(
+    config: Config, texts: Mapping[str, Tensor], methods: Mapping[str, PrunedBlock], log: OnEvent
+) -> dict[str, dict[str, float]]:
+    """Perplexity of each model on each text, all with the same settings: method -> text -> perplexity.
+
+    Args:
+        config: the experiment.
+        texts: as `held_out` has cut them.
+        methods: name -> the pruned blocks of a model.
+        log: gets an event for each model.
+    """
+    device = choose_device(config.evaluation.device, 0)
+    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
     rows = {}
     for number, (method, pruned) in enumerate(methods.items(), 1):
-        rows[method] = perplexities(lazy, texts, pruned, settings.batch)
+        rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
         log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
     return rows
 

@@ -2,63 +2,105 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from fedspallm_appfl import experiment
+from fedspallm_appfl import experiment, run_dir
 from fedspallm_appfl.blocks import Layout
 from fedspallm_appfl.config import Config, load_config
 from fedspallm_appfl.config_rules import check, indivisible
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.evaluation import PrunedBlock
-from fedspallm_appfl.events import ignore
 from fedspallm_appfl.export import MatrixSparsity
 from fedspallm_appfl.folds import STATISTICS, Aggregation, prune_input
 from fedspallm_appfl.gram_store import GramStore
 from fedspallm_appfl.lazy_model import Skeleton
 from fedspallm_appfl.packed_store import PackedStore
 from fedspallm_appfl.payload import pack
+from fedspallm_appfl.progress import RunProgress
 from fedspallm_appfl.pruning import PRUNERS, Settings
 from fedspallm_appfl.report import model_table
-from fedspallm_appfl.sparsity import Target, parse_target
+from fedspallm_appfl.sparsity import NM, Target, parse_target
 
 FURTHER = "further"
 
 
-def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Console) -> None:
-    """Prune a model for each target, into `further/TARGET` of a run, and measure all of them.
+@dataclass(frozen=True)
+class Model:
+    """A model to be made.
+
+    Attributes:
+        text: its target, always spelt alike.
+        target: the target.
+        folder: where it goes.
+    """
+
+    text: str
+    target: Target
+    folder: Path
+
+    def is_there(self) -> bool:
+        """Whether it has been made; what was interrupted has no manifest."""
+        return (self.folder / "manifest.json").is_file()
+
+
+def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Console, overwrite: bool = False) -> None:
+    """Prune a model for each target, into `further/PRUNER-TARGET` of a run, and measure all of them.
 
     Args:
         run: directory of a run with `algorithm: gram`.
-        targets: ratios or n:m.
+        targets: ratios or n:m; equal ones in two spellings are one.
         pruner: another pruner than that of the run.
         console: where the table goes.
+        overwrite: replace models that are there.
 
     Raises:
-        ConfigError: the run has no statistics, or a target or pruner is none.
+        ConfigError: the run has no statistics, somebody else is at work in it, a target or pruner is none, or a model is
+            there already.
+        DataError: a text of the evaluation cannot be read.
         PruningError: a matrix cannot be pruned.
         ModelError: a model cannot be written.
     """
     config = _config(run, pruner)
     skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
-    aims = {folder_name(text): (text, _target(text, skeleton.layout)) for text in targets}
-    methods: dict[str, PrunedBlock] = dict(experiment.DENSE)
-    matrices = {}
-    with TemporaryDirectory(prefix="fedspallm-") as work:
-        for name, (text, target) in aims.items():
-            packed = pruned(config, target, skeleton, store, Path(work) / name)
+    models = _models(run, config, targets, skeleton.layout)
+    with run_dir.locked(run, "wait until it is done"), TemporaryDirectory(prefix="fedspallm-") as work:
+        _require_absent(models, overwrite)
+        texts = experiment.held_out(config)
+        methods, matrices = dict(experiment.DENSE), {}
+        for model in models:
+            console.print(f"pruning to {model.text} with {config.pruners()}", highlight=False)
+            packed = pruned(config, model.target, skeleton, store, Path(work) / model.folder.name)
             _require_all(run, skeleton, packed)
-            matrices[text] = _written(config, text, skeleton, packed, run / FURTHER / name)
-            methods[text] = packed.load
-        rows = experiment.evaluate(config, methods, ignore) if config.evaluation.texts else {}
-    console.print(model_table(config, rows, matrices))
-    for name in aims:
-        console.print(f"model   {run / FURTHER / name / 'model'}", highlight=False, markup=False)
+            matrices[model.text] = _written(config, model, skeleton, packed)
+            methods[model.text] = packed.load
+        with RunProgress(console, 1, 1) as progress:
+            rows = experiment.evaluate(config, texts, methods, progress) if texts else {}
+    title = f"Perplexity, {config.pruners()} with the statistics of {run}"
+    console.print(model_table(title, rows, matrices))
+    for model in models:
+        console.print(f"model   {model.folder / 'model'}", highlight=False, markup=False)
+
+
+def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
+    """What is to be made, each once."""
+    aims = {spelt(target): target for target in (_target(text, layout) for text in targets)}
+    folders = {text: run / FURTHER / f"{config.pruners()}-{folder_name(text)}" for text in aims}
+    return [Model(text, target, folders[text]) for text, target in aims.items()]
+
+
+def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
+    there = [str(model.folder) for model in models if model.is_there()]
+    if there and not overwrite:
+        raise ConfigError(
+            f"{', '.join(there)}: made before; give --overwrite to replace what is there, or other targets"
+        )
 
 
 def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
@@ -108,9 +150,17 @@ def _target(text: str, layout: Layout) -> Target:
     return target
 
 
+def spelt(target: Target) -> str:
+    """A target as it is always spelt: 0.50 and 1/2 are 0.5; what no decimal says exactly stays a fraction."""
+    if isinstance(target, NM):
+        return str(target)
+    decimal = f"{float(target.share):.15g}"
+    return decimal if Fraction(decimal) == target.share else str(target.share)
+
+
 def folder_name(text: str) -> str:
     """A target as the name of a folder."""
-    return text.replace(":", "-").replace("/", "_")  # 1/2 is a share too
+    return text.replace(":", "-").replace("/", "_")  # 1/3 is a share too
 
 
 def _prune_input(
@@ -144,7 +194,13 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
                 )
 
 
-def _written(config: Config, text: str, skeleton: Skeleton, packed: PackedStore, folder: Path) -> list[MatrixSparsity]:
+def _written(config: Config, model: Model, skeleton: Skeleton, packed: PackedStore) -> list[MatrixSparsity]:
+    """Write a model in the place of what is there."""
     mine = copy.deepcopy(config)
-    mine.client_configs.train_configs.sparsity = text
-    return experiment.write_pruned(mine, skeleton, packed, folder)
+    mine.client_configs.train_configs.sparsity = model.text
+    try:
+        if model.folder.exists():
+            shutil.rmtree(model.folder)
+    except OSError as error:
+        raise ModelError(f"{model.folder} cannot be replaced: {error}; remove it first") from error
+    return experiment.write_pruned(mine, skeleton, packed, model.folder)

@@ -1,5 +1,6 @@
 """Show a run while it works: a bar on a terminal, a plain line for each upload elsewhere (batch logs, pipes)."""
 
+import statistics
 import time
 from types import TracebackType
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ class RunProgress(_Shown):
         self._clients = clients
         self._first = 0.0
         self._uploads = 0
+        self._bursts = False
         self._places: list[Event] = []
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -61,28 +63,50 @@ class RunProgress(_Shown):
                 self._console.print(_placement(self._places))
         elif event["event"] == "upload":
             self._upload(event)
+        elif event["event"] == "sent":
+            self._bursts = True
+            self._waits(f"{self._round(event)}  waiting for {', '.join(event['clients'])}")
+        elif event["event"] == "answer":
+            self._waits(
+                f"{self._round(event)}  client {event['client']} has answered after {_duration(event['seconds'])}"
+            )
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":
             done, total = event["of"]
-            self._say(f"perplexity of {event['method']}", done, total)
+            mean = statistics.geometric_mean(event["perplexity"].values())
+            self._say(f"perplexity of {event['method']}  {mean:.2f}", done, total)
+
+    def _round(self, event: Event) -> str:
+        return f"round {event['round'] + 1}/{self._rounds}"
+
+    def _waits(self, what: str) -> None:
+        """Say what happens between uploads."""
+        if not self._console.is_terminal:
+            self._console.print(what, highlight=False, markup=False)
+        elif self._task is None:
+            self._task = self._bar.add_task(escape(what), total=None)
+        else:
+            self._bar.update(self._task, description=escape(what))
 
     def _upload(self, event: Event) -> None:
         self._uploads += 1
         total = self._rounds * event["exchanges"] * self._clients * event["messages"]
-        what = f"round {event['round'] + 1}/{self._rounds}  client {event['client']}  "
+        what = f"{self._round(event)}  client {event['client']}  "
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
         )
         self._say(what, self._uploads, total, self._time_left(total), quiet=not event["blocks"])
 
     def _time_left(self, total: int) -> str:
-        """From the uploads since the first one, before which there was start-up too."""
-        if self._uploads == 1:
+        """From the uploads since every client could have sent one; before that there was start-up too."""
+        if self._bursts:  # all messages of an exchange come at once: their pace tells nothing
+            return ""
+        if self._uploads <= self._clients:
             self._first = time.monotonic()
             return ""
-        seconds = (time.monotonic() - self._first) / (self._uploads - 1) * (total - self._uploads)
-        return f"  {seconds:.0f} s left"
+        seconds = (time.monotonic() - self._first) / (self._uploads - self._clients) * (total - self._uploads)
+        return f"  {_duration(seconds)} of pruning left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
         """Move the bar; where there is none, print a line unless it would say nothing new."""
@@ -134,15 +158,25 @@ def _absence(event: Event) -> str:
     return f"round {event['round'] + 1} goes on without client {event['client']}{where}: {event['why']}{stack}"
 
 
+def _duration(seconds: float) -> str:
+    """Seconds for people: 7500 -> "2 h 5 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _placement(places: list[Event]) -> Table:
-    table = Table(title="Placement", title_justify="left")
-    for column in ("rank", "host", "clients", "device", "threads", "CUDA_VISIBLE_DEVICES"):
-        table.add_column(column)
+    """Who runs where; ranks where there are several, and what a GPU was bound by where one is used."""
+    columns = {"host": "host", "clients": "clients", "device": "device", "threads": "threads"}
+    if any(place["rank"] for place in places):
+        columns = {"rank": "rank"} | columns
+    if any(place["device"].startswith("cuda") for place in places):
+        columns |= {"bound": "CUDA_VISIBLE_DEVICES"}
+    table = Table(*columns.values(), title="Placement", title_justify="left")
     for place in places:
-        clients = ", ".join(place["clients"])
-        table.add_row(
-            str(place["rank"]), place["host"], clients, place["device"], str(place["threads"]), place["bound"] or "-"
-        )
+        shown = place | {"clients": ", ".join(place["clients"]), "bound": place["bound"] or "-"}
+        table.add_row(*(escape(str(shown[key])) for key in columns))
     return table
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from fedspallm_appfl import __version__, native
 from fedspallm_appfl.algorithms import LABELS, VOTING
 from fedspallm_appfl.config import Config
+from fedspallm_appfl.config_rules import headline
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.export import MatrixSparsity
 from fedspallm_appfl.layer_sampling import expected_uncovered, from_text, to_text
@@ -104,13 +105,14 @@ def _perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str
 
 
 def model_table(
-    config: Config, perplexity: Mapping[str, Mapping[str, float]], matrices: Mapping[str, Sequence[MatrixSparsity]]
+    title: str, perplexity: Mapping[str, Mapping[str, float]], matrices: Mapping[str, Sequence[MatrixSparsity]]
 ) -> Group:
-    """Models for several targets: perplexity of each on each text, and its sparsity."""
+    """Models for several targets: perplexity of each on each text if it was measured, and its sparsity."""
     lines = "\n".join(f"{target}: {sparsity_line(of)}" for target, of in matrices.items())
     if not perplexity:
         return Group(Text(lines))
-    return Group(_perplexity_table(list(config.evaluation.texts), perplexity), Text(lines))
+    texts = list(next(iter(perplexity.values())))
+    return Group(Text(title), _perplexity_table(texts, perplexity), Text(lines))
 
 
 def _title(config: Config) -> str:
@@ -131,7 +133,7 @@ def _mean(row: Mapping[str, float]) -> float:
 def write_report(file: Path, config: Config, results: Results, log: EventLog) -> None:
     """Write report.md."""
     parts = [
-        f"# {_title(config)}",
+        f"# {headline(config)}",
         f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
         "it takes the disk and memory of the dense model. What is smaller is what travelled.",
         *_perplexity(config, results),
@@ -143,7 +145,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         _participation(config, results, log),
         *_notes(log),
         "## Settings",
-        _settings(log),
+        _settings(config, log),
     ]
     file.write_text("\n\n".join(parts) + "\n", "utf-8")
 
@@ -163,7 +165,14 @@ def _perplexity(config: Config, results: Results) -> list[str]:
         for method, row in results.perplexity.items()
     ]
     again = [_measure_again(config)] if results.model.name == "model" else []
-    return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), *again]
+    return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
+
+
+def _how_measured(config: Config) -> str:
+    settings = config.evaluation
+    some = "All windows" if settings.windows is None else f"At most {_count(settings.windows, 'window')}"
+    again = " The last row again:" if config.algorithm != "standalone" else ""
+    return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
 
 
 def _measure_again(config: Config) -> str:
@@ -239,16 +248,18 @@ def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
 
 
 def _participation(config: Config, results: Results, log: EventLog) -> str:
-    rows = []
+    rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
+    where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
+    where = where if places else []  # over Globus Compute the sites know
     for client in config.participants():
         mine = [event for event in log.of("upload") if event["client"] == client.client_id]
         blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
         seconds = sum(event["seconds"] for event in mine)
         host = mine[0]["host"] if mine else "-"
-        rows.append(
-            [client.client_id, f"{client.train_configs.resource_share:g}", str(len(blocks)), f"{seconds:.1f}", host]
-        )
-    table = markdown(["client", "resource share", "blocks sent", "seconds", "host"], rows)
+        share = f"{client.train_configs.resource_share:g}"
+        place = [str(places[client.client_id][what]) for what in where]
+        rows.append([client.client_id, share, str(len(blocks)), f"{seconds:.1f}", host, *place])
+    table = markdown(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = sorted(every - covered)
@@ -304,10 +315,15 @@ def _notes(log: EventLog) -> list[str]:
     return ["## Out of the ordinary", head, markdown(["client", "round", "block.linear", ""], rows)]
 
 
-def _settings(log: EventLog) -> str:
+def _settings(config: Config, log: EventLog) -> str:
     versions = (
         f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
     )
     seconds = log.events[-1]["time"] if log.events else 0.0
-    return f"{versions}; {seconds:.0f} s in all. The resolved configuration is `config.yaml`."
+    data = {(client.data.windows, client.data.length) for client in config.clients}
+    calibration = " or ".join(f"{_count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
+    return (
+        f"Model `{config.model.path}`; {calibration} a client for the pruning, seed {config.seed}. The resolved "
+        f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in all."
+    )

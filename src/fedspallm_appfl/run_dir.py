@@ -88,6 +88,25 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
     if wrong:
         raise ConfigError(wrong)
     folder = Path(config.run_dir).expanduser()
+    with locked(folder, "name another folder"):
+        for name in OWN:
+            _remove(folder / name)
+        (folder / MARK).touch()
+        (folder / "config.yaml").write_text(_with_whole_paths(config).to_yaml(), "utf-8")
+        yield folder
+
+
+@contextmanager
+def locked(folder: Path, hint: str) -> Iterator[None]:
+    """Keep other runs, and `fedspallm prune`, out of a run directory; it is made if need be.
+
+    Args:
+        folder: the run directory.
+        hint: what to do if somebody else is at work in it.
+
+    Raises:
+        ConfigError: somebody is, or the folder cannot be written.
+    """
     lock_file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,25 +114,21 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"run_dir: {folder} cannot be written: {error}") from error
     with lock:
-        _lock(lock, folder)
+        if not _is_ours(lock, lock_file):
+            raise ConfigError(f"run_dir: another run is at work in {folder}, or fedspallm prune; {hint}")
         try:
-            for name in OWN:
-                _remove(folder / name)
-            (folder / MARK).touch()
-            (folder / "config.yaml").write_text(_with_whole_paths(config).to_yaml(), "utf-8")
-            yield folder
+            yield
         finally:
             lock_file.unlink(missing_ok=True)
 
 
-def _lock(lock: IO[str], folder: Path) -> None:
+def _is_ours(lock: IO[str], lock_file: Path) -> bool:
+    """Take the lock; it is of no use if whoever held it has removed the file meanwhile."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
-    except (BlockingIOError, FileNotFoundError) as error:
-        raise ConfigError(f"run_dir: another run is at work in {folder}; name another folder") from error
-    if not mine:  # the run that held the file removed it while we waited for it
-        raise ConfigError(f"run_dir: another run is at work in {folder}; name another folder")
+        return os.path.samestat(os.fstat(lock.fileno()), lock_file.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _remove(path: Path) -> None:

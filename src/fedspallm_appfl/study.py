@@ -12,13 +12,14 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from fedspallm_appfl import __version__, experiment, further_models, run_dir, study_plots, study_report
 from fedspallm_appfl.algorithms import ALGORITHMS
@@ -203,12 +204,19 @@ def planned(
         source,
         tuple(overrides),
         tuple(methods),
-        tuple(dict.fromkeys(sparsity)) or (config.client_configs.train_configs.sparsity,),
+        tuple(dict.fromkeys(map(_spelt, sparsity))) or (config.client_configs.train_configs.sparsity,),
         tuple(dict.fromkeys(int(seed) for seed in seeds if seed.isdecimal())) or (config.seed,),
         out or Path(f"{config.run_dir}-study"),
         keep_models,
     )
     return plan, found if malformed or not methods else [*found, *_problems(plan)]
+
+
+def _spelt(target: str) -> str:
+    """A target as it is always spelt, so that a cell has one name; what is none is said by `check`."""
+    with suppress(ValueError):
+        return further_models.spelt(parse_target(target))
+    return target
 
 
 def _problems(plan: Plan) -> list[str]:
@@ -287,16 +295,17 @@ def _clear(out: Path) -> None:
 
 def _measure(plan: Plan, file: CellFile, console: Console) -> None:
     todo = [cell for cell in _cells(plan) if (cell[0].name, *cell[1:]) not in file.cells]
+    texts = experiment.held_out(plan.config)
     with StudyProgress(console, len(todo)) as progress:
         if (DENSE, "", 0) not in file.cells:
-            file.add(Cell(DENSE, "", 0, experiment.evaluate(plan.config, experiment.DENSE, ignore)[DENSE]))
+            file.add(Cell(DENSE, "", 0, experiment.evaluate(plan.config, texts, experiment.DENSE, ignore)[DENSE]))
         serial.load()  # not in the seconds and memory of the first cell
         gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
         for method, target, seed in todo:
             progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
             config = plan.experiment(method, target, seed)
             if seed in gathered and method.shares_uploads:
-                cell = _from_sums(config, method, *gathered[seed])
+                cell = _from_sums(config, method, texts, *gathered[seed])
             else:
                 _forget(plan, gathered)
                 cell = _run(config, method)
@@ -356,7 +365,7 @@ def _from_manifests(run: Path) -> tuple[int, int]:
     return sum(one["zeros"] for one in found), sum(one["prunable"] for one in found)
 
 
-def _from_sums(config: Config, method: Method, sums: Path, gathering: Cell) -> Cell:
+def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums: Path, gathering: Cell) -> Cell:
     """Make a model from stored sums, and check and measure it as a run would."""
     skeleton, sparsity = Skeleton(config.model.path, config.model.blocks), config.client_configs.train_configs.sparsity
     with run_dir.claimed(config, overwrite=True) as run:
@@ -366,7 +375,7 @@ def _from_sums(config: Config, method: Method, sums: Path, gathering: Cell) -> C
         seconds = time.monotonic() - started
         memory.read()
         zeros, entries = _from_manifests(run)
-        perplexity = experiment.evaluate(config, {method.algorithm: packed.load}, ignore)[method.algorithm]
+        perplexity = experiment.evaluate(config, texts, {method.algorithm: packed.load}, ignore)[method.algorithm]
         _drop(config, "state")
     return dataclasses.replace(
         gathering,

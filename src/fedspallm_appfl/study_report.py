@@ -126,7 +126,8 @@ def page(study: Study) -> str:
     title = f"# {len(study.methods)} methods, {len(study.config.clients)} clients, sparsity {', '.join(study.targets)}"
     parts = [title, *_plots(), *_legend(study)]
     for target in study.targets:
-        parts += [f"## Sparsity {target}", _quality(study, target), _cost(study, target)]
+        parts += [f"## Sparsity {target}", "Perplexity on each text:", _quality(study, target)]
+        parts += ["What it took, a mean over seeds; memory is the most of them:", _cost(study, target)]
     return "\n\n".join([*parts, "## What was run", _ran(study)]) + "\n"
 
 
@@ -168,7 +169,11 @@ def _mean_of(cells: Sequence[Cell]) -> str:
 
 def _way(study: Study, method: str, target: str) -> str:
     way = way_closed(study, method, target)
-    return NONE if way is None else f"{way.text(0, 100)} %"
+    if way is None:
+        return NONE
+    if method in map(study.reference, ALONE):  # the ends themselves, whatever the seed
+        return f"{100 * way.mean:.0f} %"
+    return f"{way.text(0, 100)} %"
 
 
 def _sparsity(cells: Sequence[Cell]) -> str:
@@ -265,13 +270,14 @@ def machine() -> str:
 
 def table(study: Study) -> Group:
     """The geometric means on the console: methods by targets, and what a client sends up."""
-    shown = Table("", *(Column(escape(target), justify="right") for target in study.targets))
-    shown.add_column("way closed", justify="right")
-    shown.add_column("up a client", justify="right")
-    shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
     last = study.targets[-1]
+    at = f" at {escape(last)}" if len(study.targets) > 1 else ""
+    heads = [*map(escape, study.targets), f"way closed{at}", f"up a client{at}"]
+    shown = Table("", *(Column(head, justify="right") for head in heads))
+    shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
     for method in study.methods:
         means = [_mean_of(study.of(method, target)) for target in study.targets]
         sent = _bytes(study.of(method, last), lambda cell: cell.up_a_client) if study.sends(method) else NONE
         shown.add_row(escape(method), *means, _way(study, method, last), sent)
-    return Group(Text("Perplexity (geometric mean over texts) by sparsity"), shown, Text(f"The last two at {last}."))
+    seeds = f", ± over {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
+    return Group(Text(f"Perplexity by sparsity, geometric mean of {len(study.dense.perplexity)} texts{seeds}"), shown)

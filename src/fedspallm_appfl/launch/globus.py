@@ -158,11 +158,17 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
         answers = Turn(connection, server, on_event, number).run(down.places, instructions)
         payload = next(iter(answers.values()))[0]
         if not server.training_finished():
-            pieces = range(1, payload.get("pieces", 1))
-            down.add(payload, *(server.get_parameters(init_model=False, piece=piece)[0] for piece in pieces))
+            down.add(_all_pieces(server, payload))
         instructions = {client: metadata for client, (_, metadata) in answers.items()}
         number += 1
     return server.aggregator
+
+
+def _all_pieces(server: Any, first: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What goes down, piece by piece, so that one is in memory at a time."""
+    yield first
+    for piece in range(1, first.get("pieces", 1)):
+        yield server.get_parameters(init_model=False, piece=piece)[0]
 
 
 class Downlink:
@@ -180,16 +186,17 @@ class Downlink:
         self._connection = connection
         self._made = 0
 
-    def add(self, *payloads: Any) -> None:
+    def add(self, payloads: Iterable[Any]) -> None:
         """Place payloads and remove those all of whose matrices came again."""
-        fresh = [payload for payload in payloads if payload]
-        newer: set[Unit] = set().union(*map(_units, fresh))
+        fresh = []
+        for payload in payloads:
+            if payload:
+                fresh.append((self._connection.place(payload, f"down.{self._made}"), _units(payload)))
+                self._made += 1
+        newer: set[Unit] = set().union(*(units for _, units in fresh))
         kept = [(p, u) for p, u in zip(self.places, self._units, strict=True) if not u or u - newer]
         gone = {p["stored"] for p in self.places if "stored" in p} - {p.get("stored") for p, _ in kept}
-        for payload in fresh:
-            kept.append((self._connection.place(payload, f"down.{self._made}"), _units(payload)))
-            self._made += 1
-        self.places, self._units = [p for p, _ in kept], [u for _, u in kept]
+        self.places, self._units = [p for p, _ in kept + fresh], [u for _, u in kept + fresh]
         self._connection.remove(gone)
 
 
