@@ -167,8 +167,9 @@ def test_a_client_that_sends_statistics_by_hand():
     alone = {"outer parts": 400, "activations": 1152, "one block": 416, "Gram matrices": 4 * (3 * 16 + 64)}
     memory = of_client(gathering())
     assert parts(memory) == alone | {"forward passes": 16 * 4 * (2 * 8 + 4 * 4), "heap": memory.parts["heap"]}
-    random = of_client(gathering(first_input="public"))  # whose hidden states are kept too
-    assert random.parts["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
+    random = of_client(gathering(first_input="public"))  # whose Gram matrix waits for the first block
+    assert random.parts["activations"] == alone["activations"]
+    assert random.parts["Gram matrices"] == alone["Gram matrices"] + 4 * 16
 
 
 def test_a_client_in_a_sweep_by_hand():

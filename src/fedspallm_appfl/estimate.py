@@ -188,10 +188,8 @@ def participants(config: Config) -> list[Client]:
 
 
 def hidden_copies(config: Config) -> int:
-    """Hidden states that a client keeps: its own, those of random tokens, and for the dense target the dense ones."""
-    if config.algorithm != "gram":
-        return 1
-    return 1 + (config.gram.first_input == "public") + gram_of(config).drift
+    """Hidden states that a client keeps: its own, and for the dense target those of the dense model."""
+    return 1 + (config.algorithm == "gram" and gram_of(config).drift)
 
 
 def exchanges_of(config: Config, model: ModelSizes) -> tuple[Exchange, ...]:

@@ -229,7 +229,8 @@ def _running_dense(config: Config, model: ModelSizes, client: Client, block: int
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
     [exchange] = exchanges_of(config, model)
     features = [group[0].shape[1] for group in shared_inputs(model.linears[block])]
-    grams = {"Gram matrices": FLOAT * sum(one**2 for one in features)}
+    random = features[:1] if block == 0 and config.gram.first_input == "public" else []  # of random tokens, made before
+    grams = {"Gram matrices": FLOAT * sum(one**2 for one in (*features, *random))}
     forward = _tokens(client) * statistics_bytes(model, block, norms=False)
     yield {"one block": _block(model, block)} | grams | {"forward passes": forward}
     packed = sum(up_sizes(config, model, exchange)[block].values())

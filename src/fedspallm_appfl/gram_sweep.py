@@ -81,8 +81,10 @@ def dense_grams(
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
     """
+    public = _public_sums(
+        model, windows, groups, public_first if 0 in assigned else None, False, batch, activations, client
+    )
     state = embed(model, windows, batch, activations, client)
-    public, of_tokens = _public(model, windows, groups, public_first, batch, activations, client)
     last = max(assigned, default=-1)
     for index in range(last + 1):
         with model.block(index) as block:
@@ -97,10 +99,9 @@ def dense_grams(
             for name in leaders:
                 check_statistic(grams[name], f"client {client}, block {index}, {name}")
             found = {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
-            if index == 0 and public is not None:
-                linears = {linear.name: linear for linear in model.layout.blocks[0]}
-                for name in of_tokens:
-                    found[name] = _sums(model, 0, linears[name], public, None, {}, client)
+            if index == 0:
+                found |= public
+                public.clear()
             yield index, found
             del grams, found
 
@@ -155,19 +156,20 @@ def swept_grams(
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
     """
-    state = embed(model, windows, batch, activations, client)
-    dense = embed(model, windows, batch, activations, client) if dense_target else None
-    public, of_tokens = _public(model, windows, groups, public_first, batch, activations, client)
     last = max(assigned, default=-1)
     order = [(index, names[0]) for index, inputs in enumerate(groups) for names in inputs]
     done = set(order[: order.index(start)]) if start else set()
+    seed = public_first if 0 in assigned and (start is None or start[0] == 0) else None
+    public = _public_sums(model, windows, groups, seed, dense_target, batch, activations, client)
+    state = embed(model, windows, batch, activations, client)
+    dense = embed(model, windows, batch, activations, client) if dense_target else None
     for index in range(last + 1):
         linears = {linear.name: linear for linear in model.layout.blocks[index]}
         for names in groups[index] if index in assigned else ():
             if (index, names[0]) in done:
                 continue
-            if index == 0 and public is not None and names[0] in of_tokens:
-                found = [_sums(model, 0, linears[names[0]], public, public if dense_target else None, agreed, client)]
+            if index == 0 and names[0] in public:
+                found = [public.pop(names[0])]
             else:
                 found = [_sums(model, index, linears[names[0]], state, dense, agreed, client)]
             give_back()
@@ -176,15 +178,28 @@ def swept_grams(
             _go_on(model, index, state, dense, agreed)
 
 
-def _public(
-    model: LazyModel, windows: Tensor, groups: Groups, seed: int | None, batch: int, activations: str, client: str
-) -> tuple[Activations | None, list[str]]:
-    """Random tokens in front of the first block, the same for all clients, and the inputs that they are for."""
+def _public_sums(
+    model: LazyModel,
+    windows: Tensor,
+    groups: Groups,
+    seed: int | None,
+    drift: bool,
+    batch: int,
+    activations: str,
+    client: str,
+) -> dict[str, Sums]:
+    """Sums of random tokens, the same for all clients, for the inputs that single tokens decide.
+
+    No earlier matrix changes these, so they can be made first, and the hidden states need not be kept beside the client's.
+    """
     if seed is None:
-        return None, []
+        return {}
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(model.skeleton.vocabulary, windows.shape, generator=generator)
-    return embed(model, drawn, batch, activations, client), _decided_by_single_tokens(model, groups)
+    state = embed(model, drawn, batch, activations, client)
+    linears = {linear.name: linear for linear in model.layout.blocks[0]}
+    names = _decided_by_single_tokens(model, groups)
+    return {name: _sums(model, 0, linears[name], state, state if drift else None, {}, client) for name in names}
 
 
 @torch.no_grad()
