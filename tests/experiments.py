@@ -1,5 +1,8 @@
 """A small experiment on the bundled model, written as a user would write it."""
 
+import functools
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -7,9 +10,24 @@ import yaml
 from conftest import DEMO
 
 DOMAINS = ("austen", "bible", "csource", "sqldocs")
+PAGES = tempfile.TemporaryDirectory(prefix="first-pages-")
 
 
-def small_config(folder: Path, count: int = 3, **changes) -> Path:
+def whole_text(name: str) -> Path:
+    """The calibration text of a client."""
+    return DEMO / "text" / name / "calib.txt"
+
+
+@functools.cache
+def first_pages(name: str, letters: int = 4_000) -> Path:
+    """The beginning of it; whole texts take longer to cut than the model to prune."""
+    file = Path(PAGES.name) / str(letters) / name / "calib.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text(whole_text(name).read_text("utf-8")[:letters], "utf-8")
+    return file
+
+
+def small_config(folder: Path, count: int = 3, text: Callable[[str], Path] = whole_text, **changes) -> Path:
     """Write a configuration that runs in seconds; `changes` are merged into the top-level groups."""
     config = {
         "run_dir": str(folder / "run"),
@@ -19,9 +37,7 @@ def small_config(folder: Path, count: int = 3, **changes) -> Path:
             "train_configs": {"threads": 1, "device": "cpu"},
             "data": {"windows": 6, "length": 64, "batch": 3},
         },
-        "clients": [
-            {"client_id": name, "data": {"text": str(DEMO / "text" / name / "calib.txt")}} for name in DOMAINS[:count]
-        ],
+        "clients": [{"client_id": name, "data": {"text": str(text(name))}} for name in DOMAINS[:count]],
     }
     merge(config, changes)
     file = folder / "config.yaml"
@@ -38,15 +54,22 @@ def merge(into: dict, changes: dict) -> None:
             into[key] = value
 
 
-# Every part that could depend on the layout of processes: unequal shares and windows, rounds, weights, sums kept.
-UNEVEN = {
-    "server_configs": {"num_global_epochs": 2, "aggregator_kwargs": {"weights": "sample_size", "fold": "cumulative"}},
-    "clients": [
-        {
-            "client_id": name,
-            "data": {"text": str(DEMO / "text" / name / "calib.txt"), "windows": windows},
-            "train_configs": {"resource_share": share},
-        }
-        for name, windows, share in zip(DOMAINS[:3], (6, 5, 4), (1.0, 0.5, 0.4), strict=True)
-    ],
-}
+def uneven(text: Callable[[str], Path] = whole_text) -> dict:
+    """Every part that could depend on the layout of processes: unequal shares and windows, rounds, weights, sums kept."""
+    return {
+        "server_configs": {
+            "num_global_epochs": 2,
+            "aggregator_kwargs": {"weights": "sample_size", "fold": "cumulative"},
+        },
+        "clients": [
+            {
+                "client_id": name,
+                "data": {"text": str(text(name)), "windows": windows},
+                "train_configs": {"resource_share": share},
+            }
+            for name, windows, share in zip(DOMAINS[:3], (6, 5, 4), (1.0, 0.5, 0.4), strict=True)
+        ],
+    }
+
+
+UNEVEN = uneven()

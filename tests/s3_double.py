@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import boto3
+import requests
 from moto.server import ThreadedMotoServer
 
 BUCKET = "of-the-experiment"
@@ -17,6 +18,7 @@ def s3_service():
     try:
         host, port = service.get_host_and_port()
         url = f"http://{host}:{port}"
+        requests.post(f"{url}/moto-api/reset", timeout=10)  # its buckets outlive it
         where = {"LocationConstraint": REGION}
         client(url).create_bucket(Bucket=BUCKET, CreateBucketConfiguration=where)
         yield url

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import DEMO
-from experiments import DOMAINS
+from experiments import DOMAINS, first_pages
 from fedspallm_appfl.algorithms import consensus
 from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.bitmask import to_bits
@@ -27,7 +27,7 @@ from fedspallm_appfl.payload import pack_mask, unpack
 from fedspallm_appfl.pruning import Settings
 from fedspallm_appfl.sparsity import parse_target
 from fedspallm_appfl.votes import Votes
-from tiny import BLOCKS, events, linears, run, save_tiny, short_text, tiny_config, weights
+from tiny import BLOCKS, events, linears, run, save_tiny, tiny_config, weights
 
 TRAINED = {  # algorithm and its settings
     "fedspallm": {},
@@ -59,7 +59,7 @@ def zeros_of(folder):
 
 def own_windows(model, client, count, length=24):
     """The calibration windows of a client of `tiny_config`."""
-    text = read_text(str(DEMO / "text" / client / "calib.txt"))[:10_000]
+    text = read_text(str(first_pages(client)))
     return draw_windows(cut_windows(load_tokenizer(model), text, length), count, 0, client)
 
 
@@ -86,9 +86,8 @@ def test_two_rounds_of_some_blocks_give_exactly_the_target_and_leave_the_others_
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_neither_compression_nor_small_messages_nor_the_order_of_clients_change_a_bit(tmp_path, model, name):
-    changes = {"server_configs": {"num_global_epochs": 2}, **train(layer_sampling="sweep", pruner="admm")} | TRAINED[
-        name
-    ]
+    changes = {"server_configs": {"num_global_epochs": 2}, **train(layer_sampling="sweep", pruner="admm", iterations=3)}
+    changes |= TRAINED[name]
     plain = tiny_config(tmp_path / "plain", model, name.split()[0], **changes)
     other = tiny_config(tmp_path / "other", model, name.split()[0], **changes)
     first = run(plain)
@@ -137,7 +136,7 @@ def test_with_wanda_fedspallm_is_fedprllm(tmp_path, model):
 
 
 def test_fedavg_is_what_fedspallm_compares_with(tmp_path, model):
-    text = {"texts": {"jargon": str(short_text(tmp_path, "jargon"))}, "length": 24, "windows": 4}
+    text = {"texts": {"jargon": str(first_pages("jargon"))}, "length": 24, "windows": 4}
     rows = []
     for algorithm, compare in (("fedavg", []), ("fedspallm", ["fedavg"])):
         evaluation = {**text, "compare": compare}
@@ -234,7 +233,7 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
         "algorithm": "gram",
         "gram": gram,
     }
-    texts = {name: (str(short_text(tmp_path, name)), 7 + number) for number, name in enumerate(DOMAINS)}
+    texts = {name: (str(first_pages(name, 10_000)), 7 + number) for number, name in enumerate(DOMAINS)}
     four = [ClientSettings(name, text=text, windows=count, batch=4, **shared) for name, (text, count) in texts.items()]
     pool = tuple((name, text, count) for name, (text, count) in texts.items())
     one = [ClientSettings("all", text=None, windows=1, batch=5, pool=pool, **shared)]

@@ -103,6 +103,17 @@ def test_only_the_adaptors_import_appfl():
     assert [name for name in others if any(dotted.split(".")[0] == "appfl" for _, dotted in imports(name))] == []
 
 
+def test_validate_and_estimate_do_not_need_appfl():
+    """Importing it takes seconds: nothing that the two import, at whatever place in a file, leads to it."""
+    reached = set()
+    left = ["config_rules", "globus_rules", "estimate_globus", "run_dir", "progress", "estimate_tables"]
+    while left:
+        reached.add(name := left.pop())
+        left += {file_of(dotted) for _, dotted in imports(name)} - reached - {None}
+    assert len(reached) > 30
+    assert sorted(name for name in reached if name.startswith(("appfl_adaptors", "launch"))) == []
+
+
 def prints(tree):
     return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
 

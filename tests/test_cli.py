@@ -1,6 +1,7 @@
 """The command line: help that can be typed off, messages instead of tracebacks, nothing heavy before it is needed."""
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -310,11 +311,29 @@ def test_mpi_without_mpiexec_says_how_to_start_it():
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("module", ["fedspallm_appfl", "fedspallm_appfl.cli"])
-def test_an_import_loads_nothing_heavy(module):
-    heavy = "{'torch', 'transformers', 'appfl', 'omegaconf', 'rich', 'numpy'}"
-    done = python("-c", f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))")
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+LIGHT = """
+import contextlib, io, json, sys
+from fedspallm_appfl.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code
+    print(code, *words[:1], *sorted({"torch", "transformers", "appfl", "numpy", "omegaconf", "rich"} & set(sys.modules)))
+"""
+
+
+def test_nothing_heavy_is_imported_for_help_mistyped_commands_and_the_form_of_a_configuration(tmp_path):
+    (tmp_path / "no.yaml").write_text("a: [")
+    commands = [["--help"], ["--version"], ["frobnicate"], ["run", CONFIG, "--overwite"]]
+    verbs_with_config = ("run", "validate", "doctor", "estimate", "study")
+    wrong = [[CONFIG, "sed=1"], [CONFIG, "clients=3", "seed=x"], [str(tmp_path / "no.yaml")], ["none.yaml"]]
+    malformed = [[verb, *words] for verb in verbs_with_config for words in wrong]
+    done = python("-c", LIGHT, json.dumps([*commands, *malformed]))
+    expected = ["0 --help", "0 --version", "2 frobnicate", "2 run", *(f"2 {words[0]} omegaconf" for words in malformed)]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_the_module_is_the_command():

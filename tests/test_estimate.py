@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import DEMO, ROOT
-from experiments import UNEVEN
+from experiments import first_pages, uneven
 from families import FAMILIES, save_family, windows
 from fedspallm_appfl import cli, config_rules, estimate, estimate_globus
 from fedspallm_appfl.blockwise import _statistics, embed
@@ -325,7 +325,7 @@ ROUNDS = {
     "server_configs": {"num_global_epochs": 2, "aggregator_kwargs": {"fold": "cumulative"}},
     "clients": [
         {**client, "data": {**client["data"], "windows": 6}, "train_configs": client["train_configs"]}
-        for client in UNEVEN["clients"]
+        for client in uneven(first_pages)["clients"]
     ],
 }
 SWEEP = {"propagate": "pruned", "precision": "bf16"}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from conftest import DEMO, ROOT
-from experiments import DOMAINS
+from experiments import DOMAINS, first_pages
 from fedspallm_appfl import estimate, estimate_globus, estimate_memory, places
 from fedspallm_appfl.appfl_adaptors import globus_worker
 from fedspallm_appfl.appfl_adaptors.globus_communicator import Outcome
@@ -24,7 +24,7 @@ from fedspallm_appfl.payload import update_nbytes
 from fedspallm_appfl.payload_bytes import from_bytes
 from outlines import MASKS, MODEL, PACKED, client, experiment
 from test_estimate_memory import save_measured
-from tiny import save_tiny, short_text, tiny_config
+from tiny import save_tiny, tiny_config
 
 SERVER = ROOT / "examples" / "globus" / "server.yaml"
 
@@ -258,7 +258,7 @@ def federation(
     for number, (one, share) in enumerate(zip(config.clients, shares, strict=True)):
         one.train_configs.resource_share = share
         one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
-    texts = {name: {"text": str(short_text(folder, name))} for name in DOMAINS[:2]}
+    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:2]}
     (folder / "site.yaml").write_text(yaml.safe_dump({"clients": texts}))
     return config
 

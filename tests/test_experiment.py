@@ -1,14 +1,17 @@
 """Whole experiments in one process: files, sparsity after reload, rounds, and what must not change the result."""
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import DEMO, SHARED
-from experiments import UNEVEN, small_config
+from experiments import first_pages, small_config, uneven
 from families import save_family
 from fedspallm_appfl import experiment, native
 from fedspallm_appfl.cli import main
@@ -16,41 +19,53 @@ from fedspallm_appfl.config import load_config
 from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.launch import serial
 from fedspallm_appfl.sparsity import parse_target
-from tiny import save_tiny, short_text, tiny_config
+from tiny import events, linears, run, save_tiny, tiny_config, weights
+
+small_config = functools.partial(small_config, text=first_pages)
 
 
-def run(config, *overrides):
-    assert main(["run", str(config), *overrides]) == 0
-    return config.parent / "run"
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of two clients with nothing but the defaults."""
+    return run(small_config(tmp_path_factory.mktemp("plain"), 2))
 
 
-def weights(folder):
-    return load_file(folder / "model" / "model.safetensors")
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def events(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-@pytest.mark.parametrize("sparsity", ["0.5", "0.7", "2:4", "4:8"])
-@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude"])
-def test_every_matrix_has_exactly_the_target_after_reload(tmp_path, pruner, sparsity):
-    changes = {"client_configs": {"train_configs": {"pruner": pruner, "sparsity": sparsity}}}
-    folder = run(small_config(tmp_path, 2, **changes))
+def assert_exact(folder, source, sparsity):
+    """Every prunable matrix of the written model has exactly the target, and all other tensors are those of the source."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float16)
     AutoTokenizer.from_pretrained(folder / "model")
+    dense = load_file(source / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())["matrices"]
-    assert len(manifest) == 56
+    assert {matrix["name"] for matrix in manifest} == linears(dense).keys()
     parameters = dict(model.named_parameters())
     for matrix in manifest:
         weight = parameters[matrix["name"]]
         zeros = parse_target(sparsity).zeros(weight.numel())
         assert matrix["zeros"] == zeros and matrix["sparsity"] == zeros / weight.numel()
         assert int((weight == 0).sum()) == matrix["zeros_on_disk"] >= zeros
-    dense = load_file(DEMO / "model" / "model.safetensors")
-    untouched = [name for name in dense if name not in {matrix["name"] for matrix in manifest}]
-    assert all(torch.equal(dense[name], weights(folder)[name]) for name in untouched)
+    made = weights(folder)
+    assert all(torch.equal(dense[name], made[name]) for name in dense.keys() - linears(dense).keys())
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.7", "2:4", "4:8"])
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude"])
+def test_every_matrix_has_exactly_the_target_after_reload(tmp_path, tiny_model, pruner, sparsity):
+    train = {"pruner": pruner, "sparsity": sparsity}
+    folder = run(tiny_config(tmp_path, tiny_model, "fedspallm", 2, client_configs={"train_configs": train}))
+    assert_exact(folder, tiny_model, sparsity)
+
+
+@pytest.mark.parametrize(("pruner", "sparsity"), [("sparsegpt", "0.7"), ("wanda", "4:8"), ("magnitude", "2:4")])
+def test_every_matrix_of_the_bundled_model_has_exactly_the_target_after_reload(tmp_path, pruner, sparsity):
+    train = {"pruner": pruner, "sparsity": sparsity}
+    folder = run(small_config(tmp_path, 2, client_configs={"train_configs": train}))
+    assert_exact(folder, DEMO / "model", sparsity)
+    assert len(json.loads((folder / "manifest.json").read_text())["matrices"]) == 56
 
 
 def test_the_run_directory_is_complete(tmp_path):
@@ -73,10 +88,11 @@ def test_the_run_directory_is_complete(tmp_path):
     assert first[0]["austen"] < 60
 
 
-def test_bytes_sent_up_are_those_of_mask_and_kept_values(tmp_path):
-    folder = run(small_config(tmp_path, 2))
-    weights_of_block = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3
-    assert {event["bytes"] for event in events(folder, "upload")} == {weights_of_block // 8 + weights_of_block // 2 * 2}
+BLOCK = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3  # weights of a block of the bundled model
+
+
+def test_bytes_sent_up_are_those_of_mask_and_kept_values(plain):
+    assert {event["bytes"] for event in events(plain, "upload")} == {BLOCK // 8 + BLOCK // 2 * 2}
 
 
 def two_rounds(folder, pruner, compression):
@@ -93,9 +109,6 @@ def both(request, tmp_path_factory):
     """(pruner, run without compression, the same with it)."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, *(two_rounds(folder / how, request.param, how) for how in ("none", "zstd"))
-
-
-BLOCK = 128 * 128 * 2 + 64 * 128 * 2 + 344 * 128 * 3  # weights of a block of the bundled model
 
 
 def test_compression_changes_no_bit_of_the_model_and_sends_less(both):
@@ -149,15 +162,18 @@ def test_a_run_without_compiled_loops_gives_the_same_model(both, tmp_path, monke
     assert (slow / "model/model.safetensors").read_bytes() == (plain / "model/model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def block_by_block(tmp_path_factory):
+    """The weights of a run whose clients send a block in a message."""
+    return weights(run(small_config(tmp_path_factory.mktemp("uneven"), **uneven(first_pages))))
+
+
 @pytest.mark.parametrize(
     "comm", [{"blocks_per_message": 3}, {"max_message_bytes": 70_000}], ids=["groups", "split blocks"]
 )
-def test_how_an_upload_is_cut_does_not_change_a_bit(tmp_path, comm):
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir(), other.mkdir()
-    first = weights(run(small_config(one, **UNEVEN)))
-    second = weights(run(small_config(other, **UNEVEN, client_configs={"comm_configs": comm})))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_how_an_upload_is_cut_does_not_change_a_bit(tmp_path, block_by_block, comm):
+    made = weights(run(small_config(tmp_path, **uneven(first_pages), client_configs={"comm_configs": comm})))
+    assert all(torch.equal(block_by_block[name], made[name]) for name in made)
 
 
 def test_the_order_of_clients_in_the_file_does_not_change_a_bit(tmp_path):
@@ -165,8 +181,6 @@ def test_the_order_of_clients_in_the_file_does_not_change_a_bit(tmp_path):
     one.mkdir(), other.mkdir()
     first = weights(run(small_config(one)))
     config = small_config(other)
-    import yaml
-
     raw = yaml.safe_load(config.read_text())
     raw["clients"].reverse()
     config.write_text(yaml.safe_dump(raw))
@@ -192,7 +206,7 @@ def test_one_participant_is_placed_and_counted_where_all_text_is_pooled(tmp_path
     assert "client pooled  block 7  8/8" in shown
 
 
-def test_sweep_sends_down_what_later_rounds_need(tmp_path):
+def test_sweep_sends_down_what_later_rounds_need(tmp_path, plain):
     changes = {
         "server_configs": {"num_global_epochs": 4},
         "client_configs": {"train_configs": {"layer_sampling": "sweep"}},
@@ -201,21 +215,17 @@ def test_sweep_sends_down_what_later_rounds_need(tmp_path):
     rounds = events(folder, "round")
     assert [event["blocks"] for event in rounds] == ["0-1", "2-3", "4-5", "6-7"]
     assert [event["bytes_down"] > 0 for event in rounds] == [True, True, True, False]
-    one_shot = tmp_path / "one"
-    one_shot.mkdir()
-    other = weights(run(small_config(one_shot, 2)))
+    one, other = weights(folder), weights(plain)
     first, last = "model.layers.0.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.weight"
-    assert torch.equal(weights(folder)[first], other[first])
-    assert not torch.equal(weights(folder)[last], other[last])
+    assert torch.equal(one[first], other[first])
+    assert not torch.equal(one[last], other[last])
 
 
-def test_a_latest_round_replaces_and_a_cumulative_one_adds(tmp_path):
+def test_a_latest_round_replaces_and_a_cumulative_one_adds(tmp_path, tiny_model):
     """Two equal rounds: adding the same sums and votes twice gives the same model, unlike other windows would."""
     changes = {"server_configs": {"num_global_epochs": 2}}
-    latest, cumulative = tmp_path / "latest", tmp_path / "cumulative"
-    latest.mkdir(), cumulative.mkdir()
-    first = weights(run(small_config(latest, 2, **changes)))
-    config = small_config(cumulative, 2, **changes)
+    first = weights(run(tiny_config(tmp_path / "latest", tiny_model, "fedspallm", 2, **changes)))
+    config = tiny_config(tmp_path / "cumulative", tiny_model, "fedspallm", 2, **changes)
     second = weights(run(config, "server_configs.aggregator_kwargs.fold=cumulative"))
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(first[name], second[name])
@@ -290,14 +300,10 @@ def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path, sp
         assert rows["dense"][text] < rows["fedspallm"][text] < alone
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 def evaluated(folder, model, algorithm="fedspallm", **evaluation):
     """A tiny experiment that is evaluated on a text of its own."""
-    texts = {"texts": {"law": str(short_text(folder, "jargon"))}, "length": 24, "windows": 3}
+    text = shutil.copy(first_pages("jargon"), folder / "jargon.txt")
+    texts = {"texts": {"law": str(text)}, "length": 24, "windows": 3}
     return load_config(tiny_config(folder, model, algorithm, 2, evaluation=texts | evaluation))[0]
 
 

@@ -9,13 +9,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from experiments import first_pages
 from fedspallm_appfl import further_models, run_dir
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.layer_sampling import from_text
 from fedspallm_appfl.sparsity import parse_target
-from tiny import BLOCKS, events, linears, run, save_tiny, short_text, tiny_config, weights
+from tiny import BLOCKS, events, linears, run, save_tiny, tiny_config, weights
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def model(tmp_path_factory):
 def done(model, tmp_path_factory):
     """A run with rounded statistics and something to evaluate on."""
     folder = tmp_path_factory.mktemp("done")
-    evaluation = {"texts": {"jargon": str(short_text(folder, "jargon"))}, "length": 24, "windows": 3}
+    evaluation = {"texts": {"jargon": str(first_pages("jargon"))}, "length": 24, "windows": 3}
     return run(tiny_config(folder, model, "gram", 2, evaluation=evaluation))
 
 

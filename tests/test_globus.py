@@ -15,7 +15,7 @@ from globus_compute_sdk.serialize import DillDataBase64
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
-from experiments import DOMAINS, UNEVEN, small_config
+from experiments import DOMAINS, first_pages, small_config, uneven
 from fedspallm_appfl.appfl_adaptors import globus_communicator, globus_worker
 from fedspallm_appfl.appfl_adaptors.globus_communicator import GlobusServer, Outcome
 from fedspallm_appfl.cli import main
@@ -28,7 +28,7 @@ from fedspallm_appfl.payload import unpack_weight
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
 from globus_double.executor import Site
 from s3_double import BUCKET, keys, s3_service
-from tiny import save_tiny
+from tiny import run, save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
@@ -56,13 +56,13 @@ def site(endpoint, monkeypatch):
 
 
 def write_site(site, clients, **more):
-    texts = {name: {"text": str(DEMO / "text" / name / "calib.txt")} for name in clients}
+    texts = {name: {"text": str(first_pages(name))} for name in clients}
     site.file.write_text(yaml.safe_dump({"clients": texts, **more}))
 
 
 def write_config(folder, **changes):
     """Three clients with endpoints and, for runs on this machine, with their texts."""
-    file = small_config(folder, 3, **changes)
+    file = small_config(folder, 3, first_pages, **changes)
     config = yaml.safe_load(file.read_text())
     for client, endpoint in zip(config["clients"], ENDPOINTS.values(), strict=True):
         client["endpoint_id"] = endpoint
@@ -91,20 +91,27 @@ def s3():
         yield url
 
 
+def write_uneven(folder, **comm):
+    comm = {"max_message_bytes": 140_000, **comm}
+    return write_config(folder, **uneven(first_pages), client_configs={"comm_configs": comm})
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """The same experiment without Globus Compute."""
+    return run(write_uneven(tmp_path_factory.mktemp("one")))
+
+
 @pytest.mark.parametrize("connector", ["none", "file", "s3"])
-def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, monkeypatch, s3, connector):
+def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, monkeypatch, one_process, s3, connector):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "server")  # after the site's worker has started: it has no credentials
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     store = tmp_path / "store"
     store.mkdir()
-    where = {"connector": connector, "folder": str(store), "bucket": BUCKET, "url": s3}
-    comm = {"store": where, "max_message_bytes": 140_000}
-    config = write_config(tmp_path, **UNEVEN, client_configs={"comm_configs": comm})
-    assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
-    assert main(["run", str(config)]) == 0
-    assert same_bits(tmp_path / "run", tmp_path / "globus")
-    manifests = [(tmp_path / name / "manifest.json").read_text() for name in ("run", "globus")]
-    assert manifests[0] == manifests[1]
+    config = write_uneven(tmp_path, store={"connector": connector, "folder": str(store), "bucket": BUCKET, "url": s3})
+    assert over_globus(config) == 0, capsys.readouterr().err
+    assert same_bits(one_process, tmp_path / "run")
+    assert (one_process / "manifest.json").read_text() == (tmp_path / "run" / "manifest.json").read_text()
     assert list(store.iterdir()) == keys(s3) == []
     sizes = [len(text) for _, text in site.sent]
     assert max(sizes) > 10**6 if connector == "none" else max(sizes) < 3 * 10**4
@@ -164,7 +171,7 @@ def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path
 def test_nothing_of_the_text_travels_and_no_pickle(tmp_path, site):
     config = write_config(tmp_path)
     assert over_globus(config) == 0
-    words = (DEMO / "text" / "austen" / "calib.txt").read_text()[1000:1040]
+    words = first_pages("austen").read_text()[1000:1040]
     assert len(site.sent) == 6  # three looks and three tasks
     for _, text in site.sent:
         assert "calib.txt" not in text and words not in text
@@ -190,7 +197,7 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     out = capsys.readouterr().out
     assert "round 1 goes on without client csource" in out and why in out
     assert "Traceback (most recent call last)" in out and "calib.txt" not in out
-    assert main(["run", str(small_config(tmp_path, 2))]) == 0
+    assert main(["run", str(small_config(tmp_path, 2, first_pages))]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
     report = (tmp_path / "globus" / "report.md").read_text()
     assert "| 1 | austen, bible |" in report
@@ -316,7 +323,7 @@ def _exchanged(request):
 @pytest.fixture
 def over_wire(tmp_path, monkeypatch):
     """Run a federation of three over a wire; gives events and aggregator."""
-    texts = {name: {"text": str(DEMO / "text" / name / "calib.txt")} for name in DOMAINS[:3]}
+    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:3]}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts}))
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
 
@@ -436,7 +443,7 @@ def test_a_client_that_fails_in_the_middle_names_the_block_and_leaves_nothing_in
     federation, tmp_path, monkeypatch
 ):
     (tmp_path / "store").mkdir()
-    next_message, host, text = LocalClient.next_message, "elsewhere", DEMO / "text" / "bible" / "calib.txt"
+    next_message, host, text = LocalClient.next_message, "elsewhere", first_pages("bible")
 
     def fail_late(self):
         if self.settings.client_id == "bible" and self._progress.next_message == 5:

@@ -36,6 +36,14 @@ def test_perplexity_block_by_block_is_that_of_the_whole_model(folder):
     assert got == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_skeleton_draws_no_weights(folder, monkeypatch):
+    """But for those of modules that draw their own when they are made."""
+    drawn, normal = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *args, **more: drawn.append(1) or normal(*args, **more))
+    model = Skeleton(str(folder)).model
+    assert len(drawn) == sum(isinstance(module, nn.Embedding | Conv1D) for module in model.modules()) > 0
+
+
 def whole_model_oracle(folder, ids, share, damping):
     """Prune block after block in a model that is whole in memory, with inputs that hooks catch in full forward passes."""
     model = load(folder)

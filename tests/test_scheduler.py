@@ -1,5 +1,6 @@
 """The streaming scheduler: nobody waits for ever, whoever is slow; open blocks stay few; an error reaches everybody."""
 
+import functools
 import random
 
 import pytest
@@ -57,13 +58,17 @@ def messages_of(layout, limit):
     return plan(sizes, 1, limit)
 
 
+@functools.cache
+def packed(shape):
+    mask = torch.arange(shape[0] * shape[1]).view(shape) % 2 == 0
+    return pack(torch.ones(shape), mask, torch.float32)
+
+
 def upload(layout, units, assigned, round_index):
     blocks = {}
     for block, name in units:
         if block in assigned:
-            shape = layout.shapes(block)[name]
-            mask = torch.arange(shape[0] * shape[1]).view(shape) % 2 == 0
-            blocks.setdefault(block, {})[name] = pack(torch.ones(shape), mask, torch.float32)
+            blocks.setdefault(block, {})[name] = packed(tuple(layout.shapes(block)[name]))
     return make_update(round_index, blocks) if blocks else {}
 
 

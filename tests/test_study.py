@@ -59,51 +59,6 @@ def test_an_unknown_name_is_explained_with_the_valid_ones(text, message):
         parse_method(text)
 
 
-def test_the_defaults_are_methods_that_the_demo_can_run(tmp_path):
-    plan, problems = planned(DEMO_CONFIG, ["evaluation.compare=[standalone]"], DEFAULT, out=tmp_path)
-    assert problems == []
-    assert (plan.targets, plan.seeds, len(plan.methods)) == (("0.5",), (0,), 9)
-
-
-def test_all_problems_of_all_combinations_are_reported_together(tmp_path):
-    wrong = ["fedspalm", "consensus+wanda", "fedavg", "fedavg+sparsegpt"]
-    _, problems = planned(DEMO_CONFIG, ["seed=0"], wrong, ["0.5", "3:2", "64:129"], ["0", "x"], tmp_path)
-    for words in ("'fedspalm'", "got 'x'", "3:2", "consensus+wanda: ", "the same as fedavg", "129"):
-        assert len([problem for problem in problems if words in problem]) >= 1, words
-    assert not any("fedavg: client_configs.train_configs.sparsity" in problem for problem in problems)
-    assert not (tmp_path / "cells.jsonl").exists()
-
-
-def test_what_every_method_has_wrong_is_said_once(tmp_path):
-    _, problems = planned(DEMO_CONFIG, ["server_configs.num_clients=5"], ["fedavg", "fedspallm"], out=tmp_path)
-    assert len(problems) == 1
-    assert problems[0].startswith("server_configs.num_clients is 5")
-
-
-def test_a_study_needs_text_to_measure_on(tmp_path):
-    file = tiny_config(tmp_path / "c", save_tiny(tmp_path / "m"), "fedspallm")
-    assert "evaluation.texts" in planned(file, [], ["fedavg"], out=tmp_path / "out")[1][0]
-
-
-def test_the_command_of_a_plan_gives_the_same_plan(tmp_path, monkeypatch):
-    overrides = ["client_configs.data.windows=4", "evaluation.texts={a: 'b c'}"]
-    plan, _ = planned(
-        DEMO_CONFIG, overrides, ["fedavg", "gram+admm"], ["0.5", "2:4"], ["1", "0"], tmp_path / "out", True
-    )
-    args = parse(plan.command(), monkeypatch)
-    got = planned(cli.Path(args.config), args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, True)[0]
-    assert got == plan
-
-
-def test_overrides_may_stand_after_a_list_of_names(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(study, "study", lambda plan, *_: seen.append(plan))
-    words = ["study", str(DEMO_CONFIG), "--out", str(tmp_path), "--sparsity", "0.6", "client_configs.data.windows=4"]
-    assert cli.main(words) == 0
-    assert (seen[0].targets, seen[0].overrides) == (("0.6",), ("client_configs.data.windows=4",))
-    assert seen[0].config.client_configs.data.windows == 4
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Two clients and two texts to measure on, all of a few pages."""
@@ -115,6 +70,49 @@ def config(tmp_path_factory):
     evaluation = {"texts": texts, "length": 24, "windows": 4, "batch": 4, "compare": ["standalone"]}
     model = save_tiny(folder / "m")
     return tiny_config(folder / "c", model, "fedspallm", clients=clients, evaluation=evaluation)
+
+
+def test_the_defaults_are_methods_that_the_demo_can_run(tmp_path):
+    plan, problems = planned(DEMO_CONFIG, ["evaluation.compare=[standalone]"], DEFAULT, out=tmp_path)
+    assert problems == []
+    assert (plan.targets, plan.seeds, len(plan.methods)) == (("0.5",), (0,), 9)
+
+
+def test_all_problems_of_all_combinations_are_reported_together(tmp_path, config):
+    wrong = ["fedspalm", "consensus+wanda", "fedavg", "fedavg+sparsegpt"]
+    _, problems = planned(config, ["seed=0"], wrong, ["0.5", "3:2", "64:129"], ["0", "x"], tmp_path)
+    for words in ("'fedspalm'", "got 'x'", "3:2", "consensus+wanda: ", "the same as fedavg", "129"):
+        assert len([problem for problem in problems if words in problem]) >= 1, words
+    assert not any("fedavg: client_configs.train_configs.sparsity" in problem for problem in problems)
+    assert not (tmp_path / "cells.jsonl").exists()
+
+
+def test_what_every_method_has_wrong_is_said_once(tmp_path, config):
+    _, problems = planned(config, ["server_configs.num_clients=5"], ["fedavg", "fedspallm"], out=tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith("server_configs.num_clients is 5")
+
+
+def test_a_study_needs_text_to_measure_on(tmp_path):
+    file = tiny_config(tmp_path / "c", save_tiny(tmp_path / "m"), "fedspallm")
+    assert "evaluation.texts" in planned(file, [], ["fedavg"], out=tmp_path / "out")[1][0]
+
+
+def test_the_command_of_a_plan_gives_the_same_plan(tmp_path, config, monkeypatch):
+    overrides = ["client_configs.data.windows=4", "evaluation.texts={a: 'b c'}"]
+    plan, _ = planned(config, overrides, ["fedavg", "gram+admm"], ["0.5", "2:4"], ["1", "0"], tmp_path / "out", True)
+    args = parse(plan.command(), monkeypatch)
+    got = planned(cli.Path(args.config), args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, True)[0]
+    assert got == plan
+
+
+def test_overrides_may_stand_after_a_list_of_names(monkeypatch, tmp_path, config):
+    seen = []
+    monkeypatch.setattr(study, "study", lambda plan, *_: seen.append(plan))
+    words = ["study", str(config), "--out", str(tmp_path), "--sparsity", "0.6", "client_configs.data.windows=4"]
+    assert cli.main(words) == 0
+    assert (seen[0].targets, seen[0].overrides) == (("0.6",), ("client_configs.data.windows=4",))
+    assert seen[0].config.client_configs.data.windows == 4
 
 
 @pytest.fixture(scope="module")

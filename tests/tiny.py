@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import DEMO
-from experiments import DOMAINS, merge
+from experiments import DOMAINS, first_pages, merge
 from fedspallm_appfl.cli import main
 
 HIDDEN, WIDE, BLOCKS = 32, 48, 3
@@ -39,13 +39,6 @@ def save_tiny(folder: Path, dtype: torch.dtype = torch.float16, blocks: int = BL
     return folder
 
 
-def short_text(folder: Path, name: str) -> Path:
-    """Write the beginning of a text of the demo; whole texts take longer to cut than the model to prune."""
-    file = folder / f"{name}.txt"
-    file.write_text((DEMO / "text" / name / "calib.txt").read_text()[:10_000])
-    return file
-
-
 def tiny_config(folder: Path, model: Path, algorithm: str, count: int = 3, **changes) -> Path:
     """Write a configuration; clients have unequal numbers of windows, all together and each alone enough for any input."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +52,7 @@ def tiny_config(folder: Path, model: Path, algorithm: str, count: int = 3, **cha
         },
         "server_configs": {"device": "cpu"},
         "clients": [
-            {"client_id": name, "data": {"text": str(short_text(folder, name)), "windows": 6 + number}}
+            {"client_id": name, "data": {"text": str(first_pages(name)), "windows": 6 + number}}
             for number, name in enumerate(DOMAINS[:count])
         ],
     }

@@ -63,9 +63,9 @@ def _read_file(file: Path) -> str:
 def cut_windows(tokenizer: Any, text: str, length: int) -> Tensor:
     """All whole windows of a text, in order. (windows, length) int64."""
     tokenizer.model_max_length = int(1e30)  # the text is cut here, a warning about its length would be wrong
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0].to(torch.int64)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = len(ids) // length
-    return ids[: whole * length].view(whole, length)
+    return torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
 
 
 def draw_windows(windows: Tensor, count: int, seed: int, client: str) -> Tensor:

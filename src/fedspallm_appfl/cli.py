@@ -1,6 +1,7 @@
 """The command line: `fedspallm run`, `validate`, `doctor`, `estimate`, `study`, `prune`, `evaluate`.
 
-Nothing heavy is imported before it is needed.
+Rule of imports: what is imported at the top here, in `config` and in what they import is light. Help, a mistyped command
+and the form of a configuration need no torch; `validate` and `estimate` import torch and transformers, but not APPFL.
 """
 
 import argparse
@@ -195,19 +196,21 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fedspallm_appfl import experiment
-    from fedspallm_appfl.launch import serial
-
-    console = _console()
-    config = _checked(args, files=True, overwrite=args.overwrite)
+    config, console = _checked(args, files=True, overwrite=args.overwrite), _console()
     _introduce(config, console)
-    if args.launcher == "globus":
-        return _run_globus(config, console, args.overwrite)
-    experiment.run(config, serial.run, console, args.overwrite)
+    run = _run_globus if args.launcher == "globus" else _run_serial
+    run(config, console, args.overwrite)
     return 0
 
 
-def _run_globus(config: "Config", console: "Console", overwrite: bool) -> int:
+def _run_serial(config: "Config", console: "Console", overwrite: bool) -> None:
+    from fedspallm_appfl import experiment
+    from fedspallm_appfl.launch import serial
+
+    experiment.run(config, serial.run, console, overwrite)
+
+
+def _run_globus(config: "Config", console: "Console", overwrite: bool) -> None:
     from fedspallm_appfl import experiment
     from fedspallm_appfl.launch import globus, globus_preflight
 
@@ -215,13 +218,13 @@ def _run_globus(config: "Config", console: "Console", overwrite: bool) -> int:
         findings = _preflight(connection, console)
         globus_preflight.require(findings, config.server_configs.min_clients)
         experiment.run(config, lambda c, state, log: globus.run(c, connection, state, log), console, overwrite)
-    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    config = _checked(args, files=True, overwrite=True)
+
     from fedspallm_appfl.launch import globus
 
-    config = _checked(args, files=True, overwrite=True)
     with globus.connected(config) as connection:
         findings = _preflight(connection, _console())
     return 0 if all(cell.ok for cells in findings.values() for cell in cells.values()) else 2
@@ -297,20 +300,23 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
+    config = _checked(args, files=False, overwrite=True)
+
     from fedspallm_appfl.estimate_tables import tables
 
-    config = _checked(args, files=False, overwrite=True)
     _console().print(tables(config))
     return 0
 
 
 def _study(args: argparse.Namespace) -> int:
-    from fedspallm_appfl import study
-
     lists = {name: getattr(args, name) or [] for name in ("algorithms", "sparsity", "seeds")}
     late = [word for words in lists.values() for word in words if "=" in word]  # overrides after a list of names
     names, targets, seeds = ([word for word in words if "=" not in word] for words in lists.values())
     overrides = [*args.overrides, *late]
+    _well_formed(args.config, overrides)
+
+    from fedspallm_appfl import study
+
     plan, problems = study.planned(
         Path(args.config), overrides, names or study.DEFAULT, targets, seeds, args.out, args.keep_models
     )
@@ -351,12 +357,12 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
     Raises:
         ConfigError: lists all that were found.
     """
-    from fedspallm_appfl import config_rules, globus_rules, run_dir
-    from fedspallm_appfl.config import load_config
+    config = _well_formed(args.config, args.overrides)
 
-    config, problems = load_config(Path(args.config), args.overrides)
+    from fedspallm_appfl import config_rules, globus_rules, run_dir
+
     globus = _means_globus(args, config)
-    problems = problems or config_rules.check(config)
+    problems = config_rules.check(config)
     config = globus_rules.prepared(config) if globus else config
     problems += globus_rules.check(config) if globus else globus_rules.check_on_this_machine(config)
     problem = run_dir.problem(config, overwrite) if config.run_dir else None
@@ -365,6 +371,19 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
         problems += config_rules.check_with_files(config)
         problems += _sizes(config) if globus and not problems else []
     _refuse(args.config, problems)
+    return config
+
+
+def _well_formed(file: str, overrides: Sequence[str]) -> "Config":
+    """A configuration with valid keys and types; until it has them, nobody knows what its values are.
+
+    Raises:
+        ConfigError: lists every wrong key and value.
+    """
+    from fedspallm_appfl.config import load_config
+
+    config, problems = load_config(Path(file), overrides)
+    _refuse(file, problems)
     return config
 
 

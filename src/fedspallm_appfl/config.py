@@ -6,6 +6,7 @@ The top-level keys `server_configs`, `client_configs` and `clients` are APPFL's.
 relative paths start from the working directory.
 
 An unknown key is an error that names the nearest valid one: a setting that is misspelt must not silently be the default.
+Such errors are there at once: reading a file imports no torch (the rule of imports is in `cli`).
 """
 
 import dataclasses
@@ -22,8 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedspallm_appfl import pruning, yaml_io
-from fedspallm_appfl.algorithms.centralized import POOLED
+from fedspallm_appfl import yaml_io
 from fedspallm_appfl.errors import ConfigError, first_line
 
 Paths = str | list[str]
@@ -209,6 +209,8 @@ class Config:
         """The clients of the experiment; with `centralized` one that has the text of all."""
         if self.algorithm != "centralized":
             return self.clients
+        from fedspallm_appfl.algorithms.centralized import POOLED
+
         shared = self.client_configs
         return [Client(shared.train_configs, shared.data, shared.comm_configs, client_id=POOLED)]
 
@@ -223,6 +225,8 @@ class Config:
 
 def keeps_weights(train: TrainConfigs) -> bool:
     """Whether a client's pruner leaves the weights that it keeps as they were."""
+    from fedspallm_appfl import pruning
+
     return pruning.keeps_weights(train.pruner, train.refit)
 
 

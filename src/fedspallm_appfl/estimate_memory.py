@@ -55,6 +55,7 @@ CLOSING = 6  # bytes an entry beside the sums: the mean, and what choosing among
 AVERAGING = 18  # the same for FedAvg: the average, its magnitude, a copy to be sorted, masks, and what of it is packed
 PRUNED = 5  # bytes an entry of a matrix that the server has pruned and not yet packed
 SHIFTING = 5  # squares that solving for the dense target takes: Gram, drift, a copy of either, and the solution
+APPFL = 80_000_000  # measured: what APPFL 1.12 adds to a process that has torch and transformers
 HEAP_SHARE, HEAP_MOST = 0.2, 2**26  # measured: freed matrices below 32 MiB may stay with the C library's allocator
 
 

@@ -12,7 +12,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl import estimate, estimate_globus, estimate_memory
-from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.config import Config
 from fedspallm_appfl.config_rules import headline, rounds_text, uncovered
 from fedspallm_appfl.data_store import place
@@ -199,10 +198,10 @@ def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None
         on_gpu = [bytes_text(sum(gpu.values())) if gpu else "-"] * globus
         table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", LOWER[part])
     yield table
-    registration.register()  # imports what every process of a run imports, and then has in memory
-    fixed = estimate_memory.resident_now()
-    if fixed:
-        yield Text(f"add Python and its packages to each process: {bytes_text(fixed)} in this one")
+    here = estimate_memory.resident_now()
+    if here:
+        fixed = bytes_text(here + estimate_memory.APPFL)
+        yield Text(f"add Python and its packages to each process: {fixed}, this one and what APPFL adds")
     yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
     if config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")

@@ -234,7 +234,10 @@ def _parameters_on_meta() -> Iterator[None]:
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and parameter.device.type != "meta":
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            # Transformers' mark; without it most of the time goes into drawing numbers for tensors that hold none.
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[name] = empty
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:

@@ -245,7 +245,7 @@ class LocalClient:
         return torch.cat([self._drawn(*of) for of in settings.pool or own])
 
     def _drawn(self, client: str, text: Any, count: int) -> torch.Tensor:
-        tokenizer = load_tokenizer(self.model.skeleton.folder)
+        tokenizer = _tokenizer(self.model.skeleton.folder, self.settings.model_hash)
         windows = cut_windows(tokenizer, read_text(text), self.settings.length)
         check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {client}")
         return draw_windows(windows, count, self.settings.seed, client)
@@ -254,3 +254,8 @@ class LocalClient:
 @lru_cache(maxsize=4)
 def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
     return LazyModel(path, blocks, dtype, device)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, model_hash: str) -> Any:
+    return load_tokenizer(folder)
