@@ -34,7 +34,7 @@ study: install  ## Compare nine methods on the bundled model; ten minutes
 test: install  ## All tests but those that need a GPU or services of Globus Compute
 	$(BIN)/pytest -m 'not gpu and not globus'
 
-globus: install  ## Tests with real endpoints; need rabbitmq-server and redis-server, and port 5000
+globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-server, port 5000 and a package index
 	$(BIN)/pytest -m globus
 
 fast: install  ## The tests that need no MPI and no patience

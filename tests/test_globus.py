@@ -12,6 +12,7 @@ import torch
 import yaml
 from globus_compute_sdk.errors import DeserializationError
 from globus_compute_sdk.serialize import DillDataBase64
+from pika.exceptions import AMQPConnectionError
 from safetensors.torch import load_file, save_file
 
 from conftest import DEMO
@@ -49,7 +50,7 @@ def endpoint(tmp_path_factory):
 @pytest.fixture
 def site(endpoint, monkeypatch):
     endpoint.sent, endpoint.silent, endpoint.offline, endpoint.refusals = [], set(), set(), []
-    monkeypatch.setattr(globus_communicator, "Client", endpoint.client)
+    monkeypatch.setattr(globus_communicator, "logged_in", endpoint.client)
     monkeypatch.setattr(globus_communicator, "Executor", endpoint.executor)
     write_site(endpoint, DOMAINS[:3])
     return endpoint
@@ -270,6 +271,13 @@ def test_a_task_asks_its_site_too(tmp_path, site, capsys, monkeypatch):
     assert "client bible: this site does not send weights" in capsys.readouterr().out
 
 
+def test_a_connection_that_was_lost_has_words_although_its_error_has_none(site):
+    site.refusals = [AMQPConnectionError()]
+    server = GlobusServer(ENDPOINTS)
+    server.send_task_to_one_client("a", "prune", metadata={})
+    assert "the connection to the queues of Globus Compute was lost" in server.recv_result_from_one_client(10).problem
+
+
 def test_a_result_that_is_no_json_is_not_read(site):
     with pytest.raises(DeserializationError, match="DillDataBase64 disabled"):
         GlobusServer(ENDPOINTS).gce.serializer.deserialize(DillDataBase64().serialize({"messages": []}))
@@ -281,11 +289,13 @@ class Wire:
     Attributes:
         change: client -> function of a result; None as result never comes.
         held: clients whose results wait until they are taken out of it.
+        offline: clients whose endpoints are down.
     """
 
     def __init__(self, change=None):
         self.change = change or {}
         self.held = set()
+        self.offline = set()
         self.tasks = []
         self.asked = []
 
@@ -310,6 +320,12 @@ class Wire:
 
     def busy(self):
         return {client for client, _, _ in self.tasks}
+
+    def status_of(self, client):
+        return "offline" if client in self.offline else "online"
+
+    def forget(self, client):
+        self.tasks = [task for task in self.tasks if task[0] != client]
 
     def shutdown_all_clients(self):
         self.tasks = []
@@ -495,6 +511,20 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(federation):
         (0, "austen"): "it had not answered in time",
         (1, "austen"): "it is still at work on an earlier round",
     }
+    assert aggregator.finished
+
+
+def test_a_client_whose_endpoint_went_down_in_a_task_is_asked_again_once_it_is_up(federation):
+    class Restarted(Wire):
+        def forget(self, client):
+            super().forget(client)
+            self.offline, self.change = set(), {}
+
+    wire = Restarted({"austen": lambda result: None})
+    wire.offline = {"austen"}
+    events, aggregator = federation(wire, server_configs={"round_deadline": 1.5, "num_global_epochs": 3})
+    assert absences(events) == {(0, "austen"): "it had not answered in time", (1, "austen"): "its endpoint is offline"}
+    assert wire.asked.count("austen") == 2
     assert aggregator.finished
 
 

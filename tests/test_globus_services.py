@@ -7,8 +7,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import DEMO, ROOT
-from experiments import UNEVEN, small_config
+from experiments import DOMAINS, UNEVEN, small_config
 from fedspallm_appfl import estimate_globus
 from fedspallm_appfl.cli import main
-from globus_double.world import CREDENTIALS, World, missing
+from globus_double.world import BIN, CREDENTIALS, NEWER, World, missing, newer_environment, wait_until
 
 pytestmark = [
     pytest.mark.globus,
@@ -42,13 +42,18 @@ def world(tmp_path_factory):
         patch.setenv("GLOBUS_COMPUTE_USER_DIR", str(folder / "server"))
         world.endpoint_of = {}
         for name, clients in SITES.items():
-            texts = {client: {"text": str(DEMO / "text" / client / "calib.txt")} for client in clients}
-            site = folder / f"site-{name}.yaml"
-            site.write_text(yaml.safe_dump({"clients": texts}))
-            endpoint = world.start_endpoint(name, f"export FEDSPALLM_SITE={site}")
-            world.endpoint_of |= dict.fromkeys(clients, endpoint)
+            start_site(world, name, clients)
         (folder / "store").mkdir()
         yield world
+
+
+def start_site(world, name, clients, *lines, **options):
+    """Start an endpoint that speaks for clients; further lines of shell come before its worker."""
+    texts = {client: {"text": str(DEMO / "text" / client / "calib.txt")} for client in clients}
+    site = world.folder / f"site-{name}.yaml"
+    site.write_text(yaml.safe_dump({"clients": texts}))
+    endpoint = world.start_endpoint(name, "\n".join((f"export FEDSPALLM_SITE={site}", *lines)), **options)
+    world.endpoint_of |= dict.fromkeys(clients, endpoint)
 
 
 @pytest.fixture
@@ -76,11 +81,11 @@ def write_config(world, folder, count=3, **changes):
     return file
 
 
-def start(world, *words):
+def start(world, *words, folder=BIN):
     """The command line in a process of its own."""
-    line = [sys.executable, "-m", "fedspallm_appfl", *map(str, words)]
+    line = [folder / "python", "-m", "fedspallm_appfl", *map(str, words)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=world.environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(line, env=world.environment_of(folder), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def finish(process, seconds=240):
@@ -115,6 +120,11 @@ def submissions(world):
     return [(status, size) for _, path, status, size in world.ask("/seen")["requests"] if path.endswith("/submit")]
 
 
+def answered(world):
+    """How many tasks have been answered so far."""
+    return sum(task["state"] != "sent" for task in world.ask("/seen")["tasks"].values())
+
+
 def events(folder):
     log = folder / "metrics.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -145,7 +155,7 @@ def test_the_doctor_names_what_each_site_lacks(world, tmp_path, fedspallm):
     assert code == 2, out + err
     client, endpoint, *_, text, store = columns(out)
     assert client == "client stranger bible csource"
-    assert "globus-compute-endpoint start NAME" in endpoint
+    assert f"endpoint_id {OUTSIDE} is unknown; globus-compute-endpoint list shows the right one" in endpoint
     assert "no: client stranger: the site file of this endpoint lists austen" in text
     assert "no: client bible: 6 calibration windows of 100000 tokens" in text
     assert "calib.txt" not in out
@@ -277,7 +287,7 @@ def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
 
 def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_no_answer(world, tmp_path, store):
     subprocess.run(["redis-cli", "-p", str(world.redis_port), "SET", "somebody-elses", "1"], check=True)
-    deadline = {"round_deadline": 30}
+    deadline = {"round_deadline": 20}
     config = write_config(world, tmp_path, 2, server_configs=deadline, client_configs={"comm_configs": store("file")})
     before = len(submissions(world))
     job = start(world, "run", config, "--launcher", "globus")
@@ -291,3 +301,92 @@ def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_n
     assert code == 0, out + err
     [absent] = absences(tmp_path / "run")
     assert (absent["client"], absent["why"]) == ("bible", "it had not answered in time")
+
+
+@pytest.fixture(scope="module")
+def newer(world):
+    """Programs of the newer SDK and endpoint, with an endpoint that speaks for a fourth client."""
+    folder = newer_environment(world.folder / "newer")
+    told = "python -c 'import globus_compute_sdk as sdk; print(sdk.__version__)'"
+    line = f"{told} > {world.folder / 'version-of-workers'}"
+    start_site(world, "newer", DOMAINS[3:], line, programs=folder, contact="tester@example.invalid")
+    return folder
+
+
+def first_and_last(config):
+    raw = yaml.safe_load(config.read_text())
+    raw["clients"] = [raw["clients"][0], raw["clients"][-1]]
+    raw["server_configs"]["num_clients"] = 2
+    config.write_text(yaml.safe_dump(raw))
+    return config
+
+
+def test_servers_and_endpoints_of_different_versions_give_the_bits_of_one_process(world, newer, tmp_path, fedspallm):
+    """Two servers at a time, each with a client at an endpoint of either version."""
+    version = [newer / "python", "-c", "import globus_compute_sdk as sdk; print(sdk.__version__)"]
+    asked = subprocess.run(version, capture_output=True, text=True, check=True).stdout
+    assert f"globus-compute-sdk=={asked}" in NEWER.read_text()
+    run = ("run", first_and_last(write_config(world, tmp_path, 4)), "--launcher", "globus")
+    newer_server = start(world, *run, f"run_dir={tmp_path / 'newer'}", folder=newer)
+    code, out, err = fedspallm(*run, f"run_dir={tmp_path / 'pinned'}")
+    assert code == 0, out + err
+    code, out, err = finish(newer_server)
+    assert code == 0, out + err
+    assert (world.folder / "version-of-workers").read_text() == asked
+    assert fedspallm("run", first_and_last(small_config(tmp_path, 4)))[0] == 0
+    assert same_bits(tmp_path / "run", tmp_path / "pinned")
+    assert same_bits(tmp_path / "run", tmp_path / "newer")
+
+
+def test_a_restart_of_the_broker_in_a_round_costs_nothing(world, tmp_path, fedspallm):
+    config = write_config(world, tmp_path)
+    long_for(config, 0)
+    before = len(submissions(world))
+
+    def restart():
+        wait_until(lambda: len(submissions(world)) == before + 3 + 3, "the round")
+        world.restart_broker()
+
+    with ThreadPoolExecutor() as pool:
+        restarted = pool.submit(restart)
+        code, out, err = fedspallm("run", config, "--launcher", "globus")
+        restarted.result()
+    assert code == 0, out + err
+    assert absences(tmp_path / "run") == []
+
+
+def test_an_endpoint_that_is_stopped_and_started_between_two_rounds_takes_part_in_both(world, tmp_path):
+    settings = {"num_global_epochs": 2, "round_deadline": 90}
+    config = write_config(world, tmp_path, 2, server_configs=settings)
+    before, answers = len(submissions(world)), answered(world)
+    job = start(world, "run", config, "--launcher", "globus")
+    wait_for(lambda: len(submissions(world)) > before + 2, job)  # the preflight is over
+    pid, _ = worker_of("site-a")
+    os.kill(pid, signal.SIGSTOP)  # so that the round does not end
+    try:
+        wait_for(lambda: answered(world) >= answers + 2 + 1, job)
+        world.stop_endpoint("b")
+        world.run_endpoint("b")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    code, out, err = finish(job)
+    assert code == 0, out + err
+    assert absences(tmp_path / "run") == []
+
+
+def test_an_endpoint_that_dies_in_a_task_is_done_without(world, tmp_path):
+    """Its task has no answer ever; in the second round the service knows that it is down."""
+    settings = {"num_global_epochs": 2, "round_deadline": 25}
+    config = write_config(world, tmp_path, 2, server_configs=settings)
+    long_for(config, 1)
+    before = len(submissions(world))
+    job = start(world, "run", config, "--launcher", "globus")
+    wait_for(lambda: len(submissions(world)) == before + 2 + 2, job)
+    world.lose_endpoint("b")
+    code, out, err = finish(job)
+    assert code == 0, out + err
+    assert [event["client"] for event in absences(tmp_path / "run")] == ["bible", "bible"]
+    assert [event["why"] for event in absences(tmp_path / "run")] == [
+        "it had not answered in time",
+        "its endpoint is offline",
+    ]

@@ -212,7 +212,9 @@ class Service:
         return worker
 
     def status(self, endpoint):
-        known = self.endpoints.get(endpoint, {})
+        if endpoint not in self.endpoints:
+            raise RefusalError(404, "ENDPOINT_NOT_FOUND", endpoint)
+        known = self.endpoints[endpoint]
         period = known.get("state", {}).get("heartbeat_period", 30)
         fresh = "beat" in known and time.monotonic() - known["beat"] < 2 * period + 2
         return {"status": "online" if fresh else "offline", "details": known.get("state", {})}

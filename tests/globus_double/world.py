@@ -1,5 +1,6 @@
 """Start and stop RabbitMQ, Redis, the double of the web service and endpoint daemons, each in a folder of a test run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -16,9 +18,12 @@ import yaml
 from globus_double.service import PORT
 
 BIN = Path(sys.executable).parent
+NEWER = Path(__file__).parent / "newer-requirements.txt"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin")  # the scripts in PATH change the user
 EXAMPLE = Path(__file__).parents[2] / "examples" / "globus" / "user_config_template.yaml.j2"
 CREDENTIALS = {"GLOBUS_COMPUTE_CLIENT_ID": "22222222-2222-4222-8222-222222222222", "GLOBUS_COMPUTE_CLIENT_SECRET": "x"}
+HEARTBEAT = 5  # seconds, the least that endpoints take
+MARK = "ENDPOINT_OF_THE_DOUBLE"  # an environment variable by which the processes of an endpoint are known
 
 
 def missing():
@@ -33,6 +38,24 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def newer_environment(folder):
+    """Make a virtual environment with a newer SDK and endpoint, and everything else as it is here; returns its bin.
+
+    Raises:
+        RuntimeError: pip could not install them.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    here = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "here.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in here))
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--requirement", NEWER]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=180)
+    if done.returncode:
+        raise RuntimeError(f"pip could not install {NEWER.name}:\n{done.stderr}")
+    return folder / "bin"
+
+
 def listens(port):
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
@@ -44,6 +67,49 @@ def wait_until(true, what, seconds=60):
         if time.monotonic() > until:
             raise TimeoutError(f"{what} did not come up in {seconds} s")
         time.sleep(0.2)
+
+
+@dataclass
+class Endpoint:
+    """An endpoint daemon.
+
+    Attributes:
+        name: what it is called.
+        programs: the folder of its globus-compute-endpoint.
+        environment: of its processes.
+        process: of the daemon, once it was started.
+    """
+
+    name: str
+    programs: Path
+    environment: dict
+    process: subprocess.Popen | None = None
+
+    def line(self, verb, *options):
+        return [str(self.programs / "globus-compute-endpoint"), verb, self.name, *options]
+
+    def kill(self):
+        """End the daemon, what it has started, and what that has started, all without a word.
+
+        A daemon's child begins a session, to which its workers belong, and overwrites its environment with its title.
+        """
+        processes = dict(_processes())
+        mine = f"{MARK}={self.environment[MARK]}\0".encode()
+        sessions = {session for _, session, environment in processes.values() if mine in environment + b"\0"}
+        sessions |= {self.process.pid} | {pid for pid, (parent, *_) in processes.items() if parent == self.process.pid}
+        for pid, (_, session, _) in processes.items():
+            if session in sessions:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait(5)
+
+
+def _processes():
+    """Process id, (its parent, its session, its environment) of all that runs here and may be looked at."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            yield int(entry.name), (int(fields[1]), int(fields[3]), (entry / "environ").read_bytes())
 
 
 class World:
@@ -90,9 +156,8 @@ class World:
         return self
 
     def __exit__(self, *_):
-        stopping = [self._command("stop", name) for name in self.endpoints]
-        for process in stopping:
-            process.wait(120)
+        for endpoint in self.endpoints.values():  # an endpoint that is stopped takes a quarter of a minute
+            endpoint.kill()
         for process in reversed(self.processes):
             self._stop(process)
         if self.mapper:
@@ -154,22 +219,49 @@ class World:
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self.mapper),
         }
-        self._start("rabbitmq", [RABBITMQ / "rabbitmq-server"], environment)
-        wait_until(lambda: listens(port), "rabbitmq-server", 120)
+        self._broker = {"port": port, "environment": environment}
+        self._run_rabbitmq()
         return f"amqp://double:double@127.0.0.1:{port}/%2F"
 
-    def _command(self, verb, name):
-        command = [str(BIN / "globus-compute-endpoint"), verb, name]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    def _run_rabbitmq(self):
+        port = self._broker["port"]
+        server, environment = [RABBITMQ / "rabbitmq-server"], self._broker["environment"]
+        self._broker["process"] = self._start("rabbitmq", server, environment, cwd=environment["HOME"])
+        wait_until(lambda: listens(port), "rabbitmq-server", 120)
 
-    def start_endpoint(self, name, worker_init):
-        """Configure an endpoint as the example does, but for shell lines of its own, and start it; returns its id."""
-        out, _ = self._command("configure", name).communicate(timeout=120)
+    def restart_broker(self, pause=0.0):
+        """Stop RabbitMQ and start it again, with what was in its queues."""
+        self.processes.remove(self._broker["process"])
+        self._stop(self._broker["process"])
+        time.sleep(pause)
+        self._run_rabbitmq()
+
+    def environment_of(self, programs):
+        """The environment of processes of a virtual environment, of which a folder has the programs."""
+        return {**self.environment, "PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin"}
+
+    def start_endpoint(self, name, worker_init, programs=BIN, contact=None):
+        """Configure an endpoint as the example does, but for shell lines of its own, and start it.
+
+        Args:
+            name: what it is called.
+            worker_init: its shell lines.
+            programs: the folder of its globus-compute-endpoint.
+            contact: an address; newer versions want one of root, older ones do not know it.
+
+        Returns:
+            Its id.
+        """
         home = Path(self.environment["GLOBUS_COMPUTE_USER_DIR"]) / name
-        (home / "config.yaml").write_text(yaml.safe_dump({"display_name": name, "heartbeat_period": 5}))
+        endpoint = Endpoint(name, programs, self.environment_of(programs) | {MARK: f"{home}/"})
+        configure = endpoint.line("configure", *(["--contact-email", contact] if contact else []))
+        done = subprocess.run(configure, env=endpoint.environment, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise RuntimeError(f"endpoint {name} could not be configured:\n{done.stdout}{done.stderr}")
+        settings = {"display_name": name, "heartbeat_period": HEARTBEAT} | ({"email": contact} if contact else {})
+        (home / "config.yaml").write_text(yaml.safe_dump(settings))
         template = yaml.safe_load(EXAMPLE.read_text())
-        template["heartbeat_period"] = 5
+        template["heartbeat_period"] = HEARTBEAT
         template["engine"] |= {"address": "127.0.0.1", "heartbeat_period": 5}
         template["engine"]["provider"]["worker_init"] = worker_init
         (home / "user_config_template.yaml.j2").write_text(yaml.safe_dump(template))
@@ -181,13 +273,34 @@ class World:
             "GLOBUS_SDK_SERVICE_URL_AUTH",
             "GLOBUS_COMPUTE_USER_DIR",
         ]
-        kept += ["NO_PROXY", "no_proxy", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"]
-        (home / "user_environment.yaml").write_text(yaml.safe_dump({key: self.environment[key] for key in kept}))
-        process = self._start(f"endpoint-{name}", [BIN / "globus-compute-endpoint", "start", name])
-        self.endpoints[name] = process
+        kept += ["NO_PROXY", "no_proxy", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", MARK]
+        (home / "user_environment.yaml").write_text(yaml.safe_dump({key: endpoint.environment[key] for key in kept}))
+        self.endpoints[name] = endpoint
+        self.run_endpoint(name)
         identity = home / "endpoint.json"
         wait_until(identity.is_file, f"endpoint {name}")
         return json.loads(identity.read_text())["endpoint_id"]
+
+    def run_endpoint(self, name):
+        """Start an endpoint that has been configured."""
+        endpoint = self.endpoints[name]
+        endpoint.process = self._start(f"endpoint-{name}", endpoint.line("start"), endpoint.environment)
+
+    def stop_endpoint(self, name):
+        """Stop an endpoint as its site would, and spare the test the three heartbeats that a restart should wait for.
+
+        The daemon kills a user process that ends slowly; where it leaves a file with its id the next one does not start.
+        """
+        endpoint = self.endpoints[name]
+        subprocess.run(endpoint.line("stop"), env=endpoint.environment, capture_output=True, timeout=60)
+        endpoint.process.wait(60)  # longer than the command itself waits
+        for file in Path(self.environment["GLOBUS_COMPUTE_USER_DIR"]).glob("worker-*/daemon.pid"):
+            if not Path("/proc", file.read_text().strip()).exists():
+                file.unlink()
+
+    def lose_endpoint(self, name):
+        """What the others see when the machine of an endpoint loses its power."""
+        self.endpoints[name].kill()
 
     def register_endpoint(self, name):
         """An endpoint that the service knows and that nobody starts; returns its id."""

@@ -27,9 +27,13 @@ registration.guard_piq()
 registration.guard_login_manager()
 try:
     from appfl.comm.globus_compute import GlobusComputeServerCommunicator
-    from globus_compute_sdk import Client, Executor
+    from globus_compute_sdk import Executor
     from globus_compute_sdk.sdk import executor as sdk_executor
     from globus_compute_sdk.serialize import ComputeSerializer, JSONData, PureSourceTextInspect
+    from globus_sdk import GlobusAPIError
+    from pika.exceptions import AMQPError
+
+    from fedspallm_appfl.appfl_adaptors.globus_login import logged_in
 except ImportError as error:
     raise ConfigError(
         f"--launcher globus needs the Globus Compute SDK ({error}); pip install globus-compute-sdk"
@@ -37,6 +41,7 @@ except ImportError as error:
 
 SUBMISSION_LIMIT = 10_000_000  # bytes, by the documentation of the service
 AROUND = 2**16  # bytes of a submission beside the request
+NOT_FOUND = 404
 MOST = 10_000  # characters of an error that are kept
 TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
 
@@ -86,25 +91,20 @@ class GlobusServer(GlobusComputeServerCommunicator):
     """
 
     def __init__(self, endpoints: Mapping[str, str], functions: Mapping[str, str | None] | None = None) -> None:
-        """Log in, as the SDK does: by its stored login, or by client id and secret in the environment.
+        """Log in.
 
         Args:
             endpoints: client -> endpoint id.
             functions: one of `TASKS` -> the id under which it is registered; None where this run is to register it.
 
         Raises:
-            FederationError: the service cannot be reached or refuses the credentials.
+            FederationError: the service cannot be reached, or does not let us in.
         """
         self.endpoints = dict(endpoints)
         self._functions = dict(functions or {})
         self.executing_task_futs: dict[Future, Task] = {}
-        try:
-            self._load_gce()
-        except Exception as error:  # HTTP, login and configuration, each with errors of its own
-            raise FederationError(
-                f"Globus Compute cannot be used: {type(error).__name__}: {first_line(error)}; log in with "
-                "globus-compute-endpoint login, or set GLOBUS_COMPUTE_CLIENT_ID and GLOBUS_COMPUTE_CLIENT_SECRET"
-            ) from error
+        self._client = logged_in()
+        self._load_gce()
 
     def _load_gce(self, **kwargs: Any) -> None:
         """Make the Executor; function text and JSON are all that is sent or read."""
@@ -112,7 +112,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
         allowed = [PureSourceTextInspect, JSONData]
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
         # One task a submission: two of them together might exceed what the service takes.
-        self.gce = Executor(client=Client(), serializer=serializer, result_serializers=[JSONData], batch_size=1)
+        self.gce = Executor(client=self._client, serializer=serializer, result_serializers=[JSONData], batch_size=1)
         for kind, registered in self._functions.items():
             if registered:
                 self.gce.register_function(TASKS[kind], function_id=registered)
@@ -128,17 +128,19 @@ class GlobusServer(GlobusComputeServerCommunicator):
         """
         try:
             return {kind: str(self.gce.register_function(function)) for kind, function in TASKS.items()}
-        except Exception as error:  # as in `__init__`
+        except Exception as error:  # HTTP, login and configuration, each with errors of its own
             raise FederationError(
                 f"functions cannot be registered: {type(error).__name__}: {first_line(error)}"
             ) from error
 
     def status_of(self, client: str) -> str:
-        """What the service says about a client's endpoint: `online`, `offline`, or why it cannot be asked."""
+        """What the service says about a client's endpoint: `online`, `offline`, `unknown`, or why it cannot be asked."""
         try:
-            return str(self.gce.client.get_endpoint_status(self.endpoints[client])["status"])
-        except Exception as error:  # noqa: BLE001 - as in `__init__`
-            return first_line(error)
+            return str(self._client.get_endpoint_status(self.endpoints[client])["status"])
+        except GlobusAPIError as error:
+            return "unknown" if error.http_status == NOT_FOUND else f"not accessible: {error.text}"
+        except Exception as error:  # noqa: BLE001 - network, login and configuration, each with errors of its own
+            return f"not accessible: {first_line(error)}"
 
     def send_task_to_one_client(
         self, client_id: str, task_name: str, *, metadata: Mapping[str, Any], **unused: Any
@@ -199,6 +201,9 @@ class GlobusServer(GlobusComputeServerCommunicator):
                 return Outcome(task.client, task.request, None, "its task was dropped twice before it was sent")
             self._submit(task)
             return None
+        except AMQPError as error:  # has no words of its own
+            lost = f"the connection to the queues of Globus Compute was lost for too long ({type(error).__name__})"
+            return Outcome(task.client, task.request, None, lost)
         except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
             words = str(error).strip()
             last = words.splitlines()[-1] if words else ""
@@ -207,6 +212,11 @@ class GlobusServer(GlobusComputeServerCommunicator):
     def busy(self) -> set[str]:
         """Clients with a task that has not ended."""
         return {task.client for task in self.executing_task_futs.values()}
+
+    def forget(self, client: str) -> None:
+        """No longer wait for the tasks of a client."""
+        kept = {future: task for future, task in self.executing_task_futs.items() if task.client != client}
+        self.executing_task_futs = kept
 
     def cancel_all_tasks(self) -> None:
         """Forget the tasks that have not ended; they cannot be called back from where they run."""

@@ -124,9 +124,11 @@ def _reachable(connection: Connection, client: Client) -> Cell:
     status = connection.wire.status_of(client.client_id)
     if status == "online":
         return Cell(True, status)
-    return Cell(
-        False, f"{status}; at its site: globus-compute-endpoint start NAME; endpoint_id is {client.endpoint_id}"
-    )
+    remedy = {
+        "unknown": "; globus-compute-endpoint list shows the right one at its site",
+        "offline": "; at its site: globus-compute-endpoint start NAME",
+    }
+    return Cell(False, f"endpoint_id {client.endpoint_id} is {status}{remedy.get(status, '')}")
 
 
 def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:

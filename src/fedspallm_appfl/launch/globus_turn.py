@@ -76,7 +76,7 @@ class Turn:
             if name in self._given_up:
                 continue
             if name in busy:
-                self._give_up(name, Failure("it is still at work on an earlier round"))
+                self._give_up(name, Failure(self._why_busy(name)))
                 continue
             told = instructions.get(name) or self._server.get_parameters(serial_run=True, client_id=name)[1]
             writes = [f"{name}.{self._number}.{message}" for message in range(len(planned))]
@@ -89,6 +89,14 @@ class Turn:
 
     def _say(self, event: str, **facts: Any) -> None:
         self._on_event({"event": event, "round": self._round} | facts)
+
+    def _why_busy(self, client: str) -> str:
+        """Why a client's earlier task has no answer; an endpoint that is down has lost it, and may be asked anew."""
+        wire = self._connection.wire
+        if wire.status_of(client) != "offline":
+            return "it is still at work on an earlier round"
+        wire.forget(client)
+        return "its endpoint is offline"
 
     def _waiting(self) -> set[str]:
         """Clients that may still answer."""
