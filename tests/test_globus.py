@@ -6,11 +6,13 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from globus_compute_sdk.errors import DeserializationError
+from globus_compute_sdk.sdk.asynchronous.compute_future import ComputeFuture
 from globus_compute_sdk.serialize import DillDataBase64
 from pika.exceptions import AMQPConnectionError
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from conftest import DEMO
 from experiments import DOMAINS, first_pages, small_config, uneven
 from fedspallm_appfl.appfl_adaptors import globus_communicator, globus_worker
-from fedspallm_appfl.appfl_adaptors.globus_communicator import GlobusServer, Outcome
+from fedspallm_appfl.appfl_adaptors.globus_communicator import GlobusServer, Outcome, Task
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.config import load_config
 from fedspallm_appfl.errors import FederationError
@@ -275,7 +277,41 @@ def test_a_connection_that_was_lost_has_words_although_its_error_has_none(site):
     site.refusals = [AMQPConnectionError()]
     server = GlobusServer(ENDPOINTS)
     server.send_task_to_one_client("a", "prune", metadata={})
-    assert "the connection to the queues of Globus Compute was lost" in server.recv_result_from_one_client(10).problem
+    assert "AMQPConnectionError" in server.recv_result_from_one_client(10).problem
+
+
+@pytest.mark.parametrize("lost", [AMQPConnectionError(), RuntimeError("SDK thread quit unexpectedly.")])
+def test_a_task_that_the_sdk_has_lost_sight_of_is_found_again(site, monkeypatch, lost):
+    """Three looks: there is no connection, it still runs, it is done."""
+    answers = [OSError("no route"), None, {"messages": []}]
+    watched = []
+
+    def load(futures, client):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        if answer:
+            futures["t"].set_result(answer)
+
+    monkeypatch.setattr(globus_communicator, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(globus_communicator.sdk_executor.Executor, "_load_tasks_status", load)
+    server = GlobusServer(ENDPOINTS)
+    watcher = SimpleNamespace(watch_for_task_results=lambda executor, futures: watched.extend(futures))
+    server.gce._get_result_watcher = lambda: watcher
+
+    def lose():
+        [future] = server.executing_task_futs
+        future.set_exception(lost)
+        assert server.recv_result_from_one_client(0.1) is None
+
+    server.executing_task_futs[ComputeFuture("t")] = Task("a", "prune", {})
+    lose()
+    assert server.recv_result_from_one_client(0.1) is None  # no route
+    assert server.recv_result_from_one_client(0.1) is None and len(watched) == 1
+    assert server.busy() == {"a"}
+    lose()
+    assert server.recv_result_from_one_client(0.1).result == {"messages": []}
+    assert server.busy() == set()
 
 
 def test_a_result_that_is_no_json_is_not_read(site):

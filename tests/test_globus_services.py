@@ -1,6 +1,7 @@
 """Real Globus Compute: SDK, RabbitMQ, Redis and two endpoint daemons with HTEX engines, around a double of the service."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from globus_compute_sdk.sdk import executor as sdk_executor
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import DEMO, ROOT
 from experiments import DOMAINS, UNEVEN, small_config
 from fedspallm_appfl import estimate_globus
+from fedspallm_appfl.appfl_adaptors import globus_communicator
 from fedspallm_appfl.cli import main
 from globus_double.world import BIN, CREDENTIALS, NEWER, World, missing, newer_environment, wait_until
+from s3_double import BUCKET, keys, s3_service
 
 pytestmark = [
     pytest.mark.globus,
@@ -34,15 +38,18 @@ LONG = {"windows": 90, "length": 256, "batch": 1}  # all of its text: some secon
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two endpoints: one speaks for one client, the other for two."""
+    """Two endpoints: one speaks for one client and runs our functions only, the other speaks for two."""
     folder = tmp_path_factory.mktemp("world")
     with World(folder) as world, pytest.MonkeyPatch.context() as patch:
         for key in (*CREDENTIALS, "GLOBUS_SDK_ENVIRONMENT", "GLOBUS_SDK_SERVICE_URL_AUTH", "NO_PROXY", "no_proxy"):
             patch.setenv(key, world.environment[key])
         patch.setenv("GLOBUS_COMPUTE_USER_DIR", str(folder / "server"))
         world.endpoint_of = {}
+        with contextlib.redirect_stdout(io.StringIO()) as told:
+            assert main(["functions"]) == 0
+        world.functions = yaml.safe_load(told.getvalue())
         for name, clients in SITES.items():
-            start_site(world, name, clients)
+            start_site(world, name, clients, functions=world.functions["allowed_functions"] if name == "a" else ())
         (folder / "store").mkdir()
         yield world
 
@@ -77,6 +84,7 @@ def write_config(world, folder, count=3, **changes):
     for client in config["clients"]:
         client["endpoint_id"] = world.endpoint_of[client["client_id"]]
         client["data"].pop("text")
+    config["server_configs"] |= world.functions["server_configs"]
     file.write_text(yaml.safe_dump(config))
     return file
 
@@ -159,6 +167,28 @@ def test_the_doctor_names_what_each_site_lacks(world, tmp_path, fedspallm):
     assert "no: client stranger: the site file of this endpoint lists austen" in text
     assert "no: client bible: 6 calibration windows of 100000 tokens" in text
     assert "calib.txt" not in out
+
+
+def test_an_endpoint_runs_no_function_that_its_site_does_not_know(world, tmp_path, fedspallm):
+    registered_anew = [f"server_configs.functions.{name}=null" for name in ("look_around", "prune")]
+    code, out, err = fedspallm("doctor", write_config(world, tmp_path, 2), *registered_anew)
+    assert code == 2, out + err
+    endpoint = columns(out)[1]
+    assert "not permitted" in endpoint and "into server_configs.functions" in endpoint and "online" in endpoint
+
+
+def test_a_bucket_needs_no_account_at_a_site(world, tmp_path, fedspallm, monkeypatch):
+    with s3_service() as url:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "server")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        where = {"store": {"connector": "s3", "bucket": BUCKET, "url": url}}
+        config = write_config(world, tmp_path, 2, client_configs={"comm_configs": where})
+        code, out, err = fedspallm("run", config, "--launcher", "globus", f"run_dir={tmp_path / 'globus'}")
+        assert code == 0, out + err
+        assert keys(url) == []
+    assert fedspallm("run", small_config(tmp_path, 2))[0] == 0
+    assert same_bits(tmp_path / "run", tmp_path / "globus")
+    assert all(size < 3 * 10**4 for _, size in submissions(world)[-4:])
 
 
 @pytest.mark.parametrize("connector", ["none", "file", "redis"])
@@ -338,14 +368,19 @@ def test_servers_and_endpoints_of_different_versions_give_the_bits_of_one_proces
     assert same_bits(tmp_path / "run", tmp_path / "newer")
 
 
-def test_a_restart_of_the_broker_in_a_round_costs_nothing(world, tmp_path, fedspallm):
+def test_a_connection_that_is_lost_until_the_sdk_gives_up_costs_nothing(
+    world, tmp_path, fedspallm, monkeypatch, caplog
+):
+    init = sdk_executor._ResultWatcher.__init__
+    monkeypatch.setattr(init, "__defaults__", (0.5, 1, *init.__defaults__[2:]))  # one attempt instead of five
+    monkeypatch.setattr(globus_communicator, "LOOK_AGAIN", 1.0)
     config = write_config(world, tmp_path)
     long_for(config, 0)
     before = len(submissions(world))
 
     def restart():
         wait_until(lambda: len(submissions(world)) == before + 3 + 3, "the round")
-        world.restart_broker()
+        world.restart_broker(lambda: wait_until(lambda: "connection to Globus Compute was lost" in caplog.text, "loss"))
 
     with ThreadPoolExecutor() as pool:
         restarted = pool.submit(restart)

@@ -133,6 +133,7 @@ class Service:
         if task:
             task["state"] = "failed" if result.is_error else "success"
             task["result_bytes"] = len(body)
+            task["data"] = result.data
             self.broker.publish("", f"group.{task['group']}", body, timestamp=int(time.time()))
 
     # from everybody
@@ -219,8 +220,20 @@ class Service:
         fresh = "beat" in known and time.monotonic() - known["beat"] < 2 * period + 2
         return {"status": "online" if fresh else "offline", "details": known.get("state", {})}
 
+    def batch(self, ids):
+        """What has become of tasks."""
+        told = {}
+        for name in ids:
+            task = self.tasks[name]
+            told[name] = {"task_id": name, "status": task["state"]}
+            if "data" in task:
+                key = "result" if task["state"] == "success" else "exception"
+                told[name] |= {key: task["data"], "completion_t": "0.1"}
+        return {"response": "batch", "results": told}
+
     def seen(self):
-        return {"requests": self.requests, "tasks": self.tasks, "endpoints": sorted(self.endpoints)}
+        tasks = {name: {key: task[key] for key in task.keys() - {"data"}} for name, task in self.tasks.items()}
+        return {"requests": self.requests, "tasks": tasks, "endpoints": sorted(self.endpoints)}
 
 
 ID = r"(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
@@ -287,6 +300,11 @@ def tell_status(service, id, **_):
 @route("POST", f"/v3/endpoints/{ID}/submit")
 def take_tasks(service, body, id, **_):
     return service.submit(id, json.loads(body), len(body))
+
+
+@route("POST", "/v2/batch_status")
+def tell_batch(service, body, **_):
+    return service.batch(json.loads(body)["task_ids"])
 
 
 @route("GET", "/seen", needs_token=False)

@@ -229,18 +229,18 @@ class World:
         self._broker["process"] = self._start("rabbitmq", server, environment, cwd=environment["HOME"])
         wait_until(lambda: listens(port), "rabbitmq-server", 120)
 
-    def restart_broker(self, pause=0.0):
-        """Stop RabbitMQ and start it again, with what was in its queues."""
+    def restart_broker(self, meanwhile):
+        """Stop RabbitMQ, do something, and start it again with what was in its queues."""
         self.processes.remove(self._broker["process"])
         self._stop(self._broker["process"])
-        time.sleep(pause)
+        meanwhile()
         self._run_rabbitmq()
 
     def environment_of(self, programs):
         """The environment of processes of a virtual environment, of which a folder has the programs."""
         return {**self.environment, "PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin"}
 
-    def start_endpoint(self, name, worker_init, programs=BIN, contact=None):
+    def start_endpoint(self, name, worker_init, programs=BIN, contact=None, functions=()):
         """Configure an endpoint as the example does, but for shell lines of its own, and start it.
 
         Args:
@@ -248,6 +248,7 @@ class World:
             worker_init: its shell lines.
             programs: the folder of its globus-compute-endpoint.
             contact: an address; newer versions want one of root, older ones do not know it.
+            functions: ids of those that it runs; none of them lets it run all.
 
         Returns:
             Its id.
@@ -259,6 +260,7 @@ class World:
         if done.returncode:
             raise RuntimeError(f"endpoint {name} could not be configured:\n{done.stdout}{done.stderr}")
         settings = {"display_name": name, "heartbeat_period": HEARTBEAT} | ({"email": contact} if contact else {})
+        settings |= {"allowed_functions": list(functions)} if functions else {}
         (home / "config.yaml").write_text(yaml.safe_dump(settings))
         template = yaml.safe_load(EXAMPLE.read_text())
         template["heartbeat_period"] = HEARTBEAT
@@ -279,7 +281,9 @@ class World:
         self.run_endpoint(name)
         identity = home / "endpoint.json"
         wait_until(identity.is_file, f"endpoint {name}")
-        return json.loads(identity.read_text())["endpoint_id"]
+        given = json.loads(identity.read_text())["endpoint_id"]
+        wait_until(lambda: self.ask(f"/v2/endpoints/{given}/status")["status"] == "online", f"heartbeat of {name}")
+        return given
 
     def run_endpoint(self, name):
         """Start an endpoint that has been configured."""

@@ -8,13 +8,16 @@
 | a submission that fails ends the Executor for all clients | `_submit` makes another and sends again |
 | a dict is measured by `sys.getsizeof`, so that S3 is never used for it | `_within_limit` measures what travels |
 | a failed task ends the server, a lost one is waited for without end | `recv_result_from_one_client`: an outcome, or None |
+| a connection that is lost for a minute takes all tasks with it | `_find_again` asks for those that run meanwhile |
 | a task without an answer keeps the interpreter from ending | `shutdown_all_clients` lets go of it |
 | one name for the data store of all runs, and a Redis server that is cleared whole | `data_store`; no ProxyStore here |
 """
 
 import json
 import logging
+import time
 import uuid
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ try:
     from appfl.comm.globus_compute import GlobusComputeServerCommunicator
     from globus_compute_sdk import Executor
     from globus_compute_sdk.sdk import executor as sdk_executor
+    from globus_compute_sdk.sdk.asynchronous.compute_future import ComputeFuture
     from globus_compute_sdk.serialize import ComputeSerializer, JSONData, PureSourceTextInspect
     from globus_sdk import GlobusAPIError
     from pika.exceptions import AMQPError
@@ -42,7 +46,10 @@ except ImportError as error:
 SUBMISSION_LIMIT = 10_000_000  # bytes, by the documentation of the service
 AROUND = 2**16  # bytes of a submission beside the request
 NOT_FOUND = 404
+LOOK_AGAIN = 15.0  # seconds
+THREAD_ENDED = "SDK thread quit"  # a RuntimeError of the SDK where the connection could not even be asked for
 MOST = 10_000  # characters of an error that are kept
+logger = logging.getLogger(__name__)
 TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
 
 
@@ -103,12 +110,15 @@ class GlobusServer(GlobusComputeServerCommunicator):
         self.endpoints = dict(endpoints)
         self._functions = dict(functions or {})
         self.executing_task_futs: dict[Future, Task] = {}
+        self._out_of_sight: dict[str, Task] = {}  # task id -> what runs while there is no connection
+        self._look_at = 0.0  # when to ask for them
         self._client = logged_in()
         self._load_gce()
 
     def _load_gce(self, **kwargs: Any) -> None:
         """Make the Executor; function text and JSON are all that is sent or read."""
-        logging.getLogger(sdk_executor.__name__).setLevel(logging.ERROR)  # else eight lines whenever it slows down
+        logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # what it says there, futures say, too
+        warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # JSON does not mind
         allowed = [PureSourceTextInspect, JSONData]
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
         # One task a submission: two of them together might exceed what the service takes.
@@ -185,6 +195,9 @@ class GlobusServer(GlobusComputeServerCommunicator):
         Args:
             timeout: seconds to wait.
         """
+        self._find_again()
+        if not self.executing_task_futs and self._out_of_sight:
+            time.sleep(LOOK_AGAIN if timeout is None else min(timeout, LOOK_AGAIN))
         done, _ = wait(self.executing_task_futs, timeout, FIRST_COMPLETED)
         for future in done:
             task = self.executing_task_futs.pop(future)
@@ -201,26 +214,45 @@ class GlobusServer(GlobusComputeServerCommunicator):
                 return Outcome(task.client, task.request, None, "its task was dropped twice before it was sent")
             self._submit(task)
             return None
-        except AMQPError as error:  # has no words of its own
-            lost = f"the connection to the queues of Globus Compute was lost for too long ({type(error).__name__})"
-            return Outcome(task.client, task.request, None, lost)
         except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
-            words = str(error).strip()
-            last = words.splitlines()[-1] if words else ""
-            return Outcome(task.client, task.request, None, f"{type(error).__name__}: {last[:MOST]}", words[-MOST:])
+            task_id = getattr(future, "task_id", None)  # it has one once the service has taken it
+            if task_id is not None and (isinstance(error, AMQPError) or THREAD_ENDED in str(error)):
+                logger.warning("client %s: the connection to Globus Compute was lost; its task goes on", task.client)
+                self._out_of_sight[task_id] = task
+                return None
+            words = str(error).strip() or repr(error)
+            line = f"{type(error).__name__}: {words.splitlines()[-1][:MOST]}"
+            return Outcome(task.client, task.request, None, line, words[-MOST:])
+
+    def _find_again(self) -> None:
+        """Wait again for tasks that the SDK has given up since it was without a connection; they may be done by now."""
+        if not self._out_of_sight or time.monotonic() < self._look_at:
+            return
+        futures = {task_id: ComputeFuture(task_id) for task_id in self._out_of_sight}
+        try:
+            sdk_executor.Executor._load_tasks_status(futures, client=self._client)
+            open_ones = [future for future in futures.values() if not future.done()]
+            self.gce._get_result_watcher().watch_for_task_results(self.gce, open_ones)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it may be over in a while
+            self._look_at = time.monotonic() + LOOK_AGAIN
+            logger.warning("no connection to Globus Compute: %s; trying again in %.0f s", first_line(error), LOOK_AGAIN)
+            return
+        self.executing_task_futs |= {future: self._out_of_sight.pop(task_id) for task_id, future in futures.items()}
 
     def busy(self) -> set[str]:
         """Clients with a task that has not ended."""
-        return {task.client for task in self.executing_task_futs.values()}
+        return {task.client for task in (*self.executing_task_futs.values(), *self._out_of_sight.values())}
 
     def forget(self, client: str) -> None:
         """No longer wait for the tasks of a client."""
         kept = {future: task for future, task in self.executing_task_futs.items() if task.client != client}
         self.executing_task_futs = kept
+        self._out_of_sight = {name: task for name, task in self._out_of_sight.items() if task.client != client}
 
     def cancel_all_tasks(self) -> None:
         """Forget the tasks that have not ended; they cannot be called back from where they run."""
         self.executing_task_futs = {}
+        self._out_of_sight = {}
 
     def shutdown_all_clients(self) -> None:
         """End the SDK's threads, whether their tasks have been answered or not."""

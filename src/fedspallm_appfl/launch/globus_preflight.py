@@ -21,6 +21,8 @@ from fedspallm_appfl.site import SITE
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
 COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")
 OLDEST_PYTHON = (3, 10)
+REFUSED = "not permitted on endpoint"  # what an endpoint with `allowed_functions` says
+ALLOWED = "; put the ids that the site allows into server_configs.functions (fedspallm functions makes new ones)"
 INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with pip install fedspallm-appfl=={}"
 
 
@@ -135,7 +137,8 @@ def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:
     """Cells of what a client's endpoint has answered, which may be anything."""
     result = outcome.result
     if not isinstance(result, dict):
-        return {"endpoint": Cell(False, outcome.problem or "its answer is not of the form that was agreed on")}
+        why = printable(outcome.problem) or "its answer is not of the form that was agreed on"
+        return {"endpoint": Cell(False, why + (ALLOWED if REFUSED in why else ""))}
     cells = {"endpoint": Cell(True, f"online, {_text(result.get('host'))}"), "Python": _python(result.get("python"))}
     cells["packages"] = _packages(_group(result, "versions"), result.get("not_importable"))
     if "not_importable" in result:
