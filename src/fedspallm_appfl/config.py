@@ -82,7 +82,7 @@ class ServerConfigs:
     num_clients: int | None = None  # must equal the length of `clients` where it is given
     num_global_epochs: int = 1  # rounds
     min_clients: int | None = None  # over Globus Compute: a round ends once so many have answered; null waits for all
-    round_deadline: float | None = None  # over Globus Compute: seconds a round may take; null waits without end
+    round_deadline: float | None = None  # over Globus Compute: seconds an exchange may take; null waits without end
     preflight_deadline: float = 600.0  # over Globus Compute: seconds an endpoint has to answer the preflight
     functions: Functions = field(
         default_factory=Functions

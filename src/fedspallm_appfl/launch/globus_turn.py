@@ -50,7 +50,8 @@ class Turn:
         """
         self._began = time.monotonic()
         self._send(down, instructions)
-        self._say("sent", clients=sorted(self._waiting()))
+        if self._waiting():
+            self._say("sent", clients=sorted(self._waiting()))
         deadline = time.monotonic() + (self._config.server_configs.round_deadline or float("inf"))
         while self._waiting() and not self._enough() and time.monotonic() < deadline:
             left = deadline - time.monotonic()
