@@ -22,6 +22,7 @@ from fedspallm_appfl.launch import globus
 from fedspallm_appfl.model_identity import model_hash
 from fedspallm_appfl.payload import update_nbytes
 from fedspallm_appfl.payload_bytes import from_bytes
+from fedspallm_appfl.site import SENDINGS
 from outlines import MASKS, MODEL, PACKED, client, experiment
 from test_estimate_memory import save_measured
 from tiny import save_tiny, tiny_config
@@ -259,7 +260,7 @@ def federation(
         one.train_configs.resource_share = share
         one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
     texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:2]}
-    (folder / "site.yaml").write_text(yaml.safe_dump({"clients": texts}))
+    (folder / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
     return config
 
 

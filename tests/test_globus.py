@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from globus_compute_sdk.errors import DeserializationError
+from globus_compute_sdk.errors import DeserializationError, TaskExecutionFailed
 from globus_compute_sdk.sdk.asynchronous.compute_future import ComputeFuture
 from globus_compute_sdk.serialize import DillDataBase64
 from pika.exceptions import AMQPConnectionError
@@ -29,6 +29,7 @@ from fedspallm_appfl.launch import globus, globus_preflight
 from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.payload import unpack_weight
 from fedspallm_appfl.payload_bytes import from_bytes, to_bytes
+from fedspallm_appfl.site import SENDINGS
 from globus_double.executor import Site
 from s3_double import BUCKET, keys, s3_service
 from tiny import run, save_tiny
@@ -142,6 +143,7 @@ def write_sweep(folder):
 
 def test_a_sweep_goes_on_from_task_to_task(tmp_path, site, capsys):
     config = write_sweep(tmp_path)
+    write_site(site, DOMAINS[:3], may_send=["grams", "token_counts"])
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
@@ -260,9 +262,32 @@ def test_what_a_site_does_not_send_it_is_not_asked_for(tmp_path, site, capsys):
     assert main(["doctor", str(config)]) == 2
     assert "this site does not send weights" in " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     write_site(site, DOMAINS[:3])
-    gram = ["algorithm=gram", "gram.first_input=private"]
-    assert over_globus(config, *gram) == 2
-    assert "client austen: this site does not send first_inputs; take another algorithm" in capsys.readouterr().err
+    for asking in ("gram.first_input=private", "gram.propagate=pruned"):
+        assert over_globus(config, "algorithm=gram", asking) == 2
+        assert "client austen: this site does not send token_counts; take another algorithm" in capsys.readouterr().err
+    assert over_globus(config, "algorithm=gram", "gram.min_tokens=1") == 2
+    assert "client austen: this site sends no statistics of fewer tokens than as many as an" in capsys.readouterr().err
+    write_site(site, DOMAINS[:3], may_send=["masks"])
+    assert main(["doctor", str(config), "client_configs.train_configs.pruner=wanda"]) == 0
+
+
+def test_the_server_names_no_text(tmp_path, monkeypatch):
+    """Not by a key either that a run over Globus Compute has no use for."""
+    (tmp_path / "secret.txt").write_text("it " * 9999)
+    (tmp_path / "site.yaml").write_text(f"clients: {{austen: {{text: {first_pages('austen')}}}}}")
+    monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
+    config = prepared(load_config(write_config(tmp_path))[0])
+    connection = globus.Connection(config, None, None, "run", globus.model_hash(DEMO / "model"))
+    names = [f"austen.0.{number}" for number in range(8)]
+    told = {"round": 0, "exchange": 0, "assign": {"austen": "0-7"}}
+    asked = connection.request(config.clients[0], [], names) | {"down": [], "instructions": told}
+    honest = globus_worker.run_exchange(json.loads(json.dumps(asked)))
+    train = asked["config"]["train_configs"]
+    train["data"] |= {"pool": [{"client_id": "austen", "text": str(tmp_path / "secret.txt"), "windows": 6}]}
+    train["agreed"] = str(tmp_path / "written")
+    bad = globus_worker.run_exchange(json.loads(json.dumps(asked)))
+    assert [m["payload"] for m in bad["messages"]] == [m["payload"] for m in honest["messages"]]
+    assert not (tmp_path / "written").exists()
 
 
 def test_a_task_asks_its_site_too(tmp_path, site, capsys, monkeypatch):
@@ -278,6 +303,21 @@ def test_a_connection_that_was_lost_has_words_although_its_error_has_none(site):
     server = GlobusServer(ENDPOINTS)
     server.send_task_to_one_client("a", "prune", metadata={})
     assert "AMQPConnectionError" in server.recv_result_from_one_client(10).problem
+
+
+def test_a_client_cannot_say_that_the_connection_was_lost(site):
+    server = GlobusServer(ENDPOINTS)
+    future = ComputeFuture("t")
+    future.set_exception(TaskExecutionFailed("RuntimeError: SDK thread quit unexpectedly."))
+    server.executing_task_futs[future] = Task("a", "prune", {})
+    assert "SDK thread quit" in server.recv_result_from_one_client(0.1).problem
+
+
+def test_the_sdk_has_what_is_used_of_it_although_it_is_not_documented():
+    executor = globus_communicator.sdk_executor
+    assert isinstance(executor._RESULT_WATCHERS, dict)
+    assert callable(executor.Executor._load_tasks_status) and callable(executor.Executor._get_result_watcher)
+    assert callable(executor._ResultWatcher.watch_for_task_results)
 
 
 @pytest.mark.parametrize("lost", [AMQPConnectionError(), RuntimeError("SDK thread quit unexpectedly.")])
@@ -376,7 +416,7 @@ def _exchanged(request):
 def over_wire(tmp_path, monkeypatch):
     """Run a federation of three over a wire; gives events and aggregator."""
     texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:3]}
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts}))
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
 
     def over_wire(wire, file, *overrides):
@@ -474,6 +514,8 @@ def first_payload(place):
         (first_payload({"inline": base64.b64encode(b"\xff" * 40).decode()}), "its description cannot be read"),
         (metadata(samples="6"), "message 0 has metadata"),
         (metadata(blocking=True), "message 0 has metadata"),
+        (metadata(self=1), "message 0 has metadata"),
+        (lambda result: {"error": {"message": "SDK thread quit unexpectedly."}}, "SDK thread quit"),
         (metadata(notes="[1]"), "message 0 has metadata"),
         (metadata(_chunk_idx=3), "says that it is 3 of 8"),
         (with_messages(lambda messages: messages.pop()), "it has 7 messages, 8 were asked for"),

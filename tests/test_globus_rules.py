@@ -53,6 +53,8 @@ def demo(*overrides):
         (f"{STORE}.connector=endpoint", f"{STORE}.endpoints: the UUIDs"),
         (f"{STORE}={{connector: endpoint, endpoints: [mine]}}", "at each site; got ['mine']"),
         (f"{STORE}.connector=file", f"{STORE}.folder: name a folder"),
+        (f"{STORE}={{connector: file, folder: exchange}}", "from the root; got 'exchange'"),
+        (f"{STORE}={{connector: s3, bucket: abc, url: 'https://KEY:SECRET'}}", f"{STORE}.url: http:// or https://"),
         (f"{STORE}={{connector: redis, port: 0}}", f"{STORE}.port: at least 1, got 0"),
         ("clients.1.comm_configs.store.folder=x", "clients.1.comm_configs.store: the same for every client"),
     ],

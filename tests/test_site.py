@@ -28,10 +28,10 @@ def test_paths_start_from_the_folder_of_the_file(write, tmp_path):
 def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
     write("clients: {a: }")
     load_site("a").require_consent("a", {"weights", "masks", "values", "grams"})
-    with pytest.raises(ConfigError, match="client a: this site does not send first_inputs;"):
-        load_site("a").require_consent("a", {"grams", "first_inputs"})
-    write("clients: {a: }\nmay_send: [grams, first_inputs]")
-    load_site("a").require_consent("a", {"grams", "first_inputs"})
+    with pytest.raises(ConfigError, match="client a: this site does not send token_counts;"):
+        load_site("a").require_consent("a", {"grams", "token_counts"})
+    write("clients: {a: }\nmay_send: [grams, token_counts]")
+    load_site("a").require_consent("a", {"grams", "token_counts"})
     with pytest.raises(ConfigError, match="does not send masks, values;"):
         load_site("a").require_consent("a", {"masks", "values"})
     write("clients: {a: }\nmay_send: []")
@@ -49,21 +49,28 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
     [
         ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
         ("{}", "lists none; add it"),
-        ("clients: {a: {texts: x}}", "unknown keys \\['texts'\\]"),
-        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, may_send, model, store"),
-        ("clients: {a: }\nmay_send: text", "may_send .* is a list of weights, masks, values, grams, first_inputs"),
+        ("clients: {a: {texts: x}}", "has `text:` and nothing else"),
+        ("clients: {a: SECRET}", "has `text:` and nothing else"),
+        ("clients: {a: [SECRET]}", "has `text:` and nothing else"),
+        ("clients: {a: {SECRET: 1}}", "has `text:` and nothing else"),
+        ("clients: {a: }\nstore: [SECRET]", "hold keys themselves"),
+        ("clients: {a: }\nmodel: [SECRET]", "a folder or a hub name"),
+        ("clients: {a: }\nSECRET: 1", "all others are wrong"),
+        ("clients: {a: }\nmay_send:", "is a list of"),
+        ("clients: {a: }\nmin_tokens: few", "is a number of tokens"),
+        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, may_send, min_tokens, model, store"),
+        ("clients: {a: }\nmay_send: text", "may_send .* is a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'."),
         ("[1", "cannot be read"),
         ("- a", "holds the keys"),
         ("clients: [a]", "holds the keys"),
-        ("clients: {a: hello}", "unknown keys|has `text`"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_path(write, tmp_path, text, why):
     write(text)
     with pytest.raises(ConfigError, match=f"client a: .*({why})") as caught:
         load_site("a")
-    assert str(tmp_path) not in str(caught.value)
+    assert str(tmp_path) not in str(caught.value) and "SECRET" not in str(caught.value)
 
 
 def test_an_endpoint_without_a_site_file_says_which_line_to_add(monkeypatch, tmp_path):

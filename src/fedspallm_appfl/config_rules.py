@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 MOST_DAMPING = 100.0
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
+URL = re.compile(r"https?://[\w.-]+(:\d{1,5})?/?")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
@@ -294,14 +296,14 @@ def _globus(config: Config) -> Iterator[str]:
 def _store(where: str, store: Store) -> Iterator[str]:
     if store.connector not in CONNECTORS:
         yield f"{where}.connector: one of {', '.join(CONNECTORS)}; got {store.connector!r}"
-    if store.connector == "file" and not store.folder:
-        yield f"{where}.folder: name a folder that the server and every client mount"
+    if store.connector == "file" and not Path(store.folder or "").expanduser().is_absolute():
+        yield f"{where}.folder: name a folder that the server and every client mount, from the root; got {store.folder!r}"
     if store.connector == "redis":
         yield from _between(f"{where}.port", store.port, 1, 65535)
     if store.connector == "s3":
         if not BUCKET.fullmatch(store.bucket or ""):
             yield f"{where}.bucket: name an S3 bucket (3 to 63 letters, digits, '-', '.'), got {store.bucket!r}"
-        if store.url and not re.match(r"https?://[^/?#@\s]+/?$", store.url):
+        if store.url and not URL.fullmatch(store.url):
             yield f"{where}.url: http:// or https:// and the host of the service, without a password or a path"
     if store.connector == "endpoint":
         wrong = [endpoint for endpoint in store.endpoints if not UUID.fullmatch(endpoint)]

@@ -31,7 +31,7 @@ class DataStore:
         Args:
             settings: `connector`, and what it needs.
             run: a name that no other run has.
-            create: begin a run; clients only join one, so that a late one leaves nothing behind after its end.
+            create: begin a run; clients only join one, so that one that is late leaves nothing behind.
 
         Raises:
             DataStoreError: it cannot be reached, or the run is over.
@@ -78,17 +78,16 @@ class DataStore:
 
         Args:
             name: its name.
-            most: bytes that it may have, where the store tells them before it is read; None for any number.
+            most: bytes that it may have; None for any number.
 
         Raises:
             DataStoreError: there is none of that name, it is larger, or the store cannot be reached.
         """
         _checked(name)
         with self._trouble("read"):
-            size = self._objects.size(name) if most is not None else None
-            if most is not None and size is not None and size > most:
-                raise DataStoreError(f"{self}: the object {name} has {size} bytes, it may have {most}")
-            data = self._objects.get(name)
+            data = self._objects.get(name, most)
+        if data is not None and most is not None and len(data) > most:
+            raise DataStoreError(f"{self}: the object {name} has more than {most} bytes, which it may have")
         if data is None:
             raise DataStoreError(f"{self}: holds no object {name}; it was never placed, or was removed")
         return data
@@ -134,6 +133,12 @@ class DataStore:
     def __str__(self) -> str:
         return f"data store in {place(self.settings)}"
 
+    def __enter__(self) -> "DataStore":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
     @contextmanager
     def _trouble(self, what: str) -> Iterator[None]:
         try:
@@ -147,6 +152,8 @@ class DataStore:
 
     def _to_check(self) -> str:
         where = "client_configs.comm_configs.store"
+        if self._joined and "links" in self.settings:
+            return "whether this site reaches it; the link may have expired"
         if self.settings["connector"] == "s3":
             return f"{where}, and on the server the credentials that boto3 finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
         return f"{where}, or `store` in the site file where a site reaches it in another way"

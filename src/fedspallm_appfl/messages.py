@@ -40,7 +40,7 @@ def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit:
             if size > limit:
                 raise ConfigError(
                     f"block {block}, {name} takes {size} bytes packed, a message may have {limit}; raise "
-                    "comm_configs.max_message_bytes or put fewer clients on a rank"
+                    "comm_configs.max_message_bytes, or put fewer clients on an MPI rank"
                 )
             if taken + size > limit:
                 messages.append([])

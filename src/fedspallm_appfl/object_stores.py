@@ -5,6 +5,7 @@ every experiment of a process, and clear a whole Redis server.
 """
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
 REDIS_PASSWORD = "FEDSPALLM_REDIS_PASSWORD"  # environment variable
+CONNECT, ANSWER = 30, 300  # seconds that a Redis server has
 PREFIX = "fedspallm"  # of every object's name where others keep theirs too
 
 
@@ -32,13 +34,9 @@ class Objects(ABC):
         """Place an object, in place of an earlier one of that name."""
         self.connector.set(self.key(name), data)
 
-    def get(self, name: str) -> bytes | None:
-        """Read an object; None if there is none."""
+    def get(self, name: str, most: int | None = None) -> bytes | None:
+        """Read an object; of one that has more than `most` bytes, where the place can, no more than `most + 1`."""
         return self.connector.get(self.key(name))
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; None if there is none, or the place does not tell."""
-        return None
 
     def evict(self, name: str) -> None:
         """Remove an object if it is there."""
@@ -73,10 +71,14 @@ class FolderObjects(Objects):
 
         return FileKey(filename=name)
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; None if there is none."""
-        file = self._folder / name
-        return file.stat().st_size if file.exists() else None
+    def get(self, name: str, most: int | None = None) -> bytes | None:
+        """Read a file, and nothing else that somebody may have put there: a pipe would block, a device never ends."""
+        if not self.connector.exists(self.key(name)):
+            return None
+        with os.fdopen(os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(f"{name} is no file")
+            return file.read(-1 if most is None else most + 1)
 
     def clear(self, names: Iterable[str]) -> None:
         """Remove the folder."""
@@ -92,7 +94,10 @@ class RedisObjects(Objects):
 
         host, port, tls = str(settings["host"]), int(settings["port"]), bool(settings.get("tls"))
         self._run = run
-        self._client = redis.Redis(host=host, port=port, ssl=tls, password=os.environ.get(REDIS_PASSWORD))
+        password = os.environ.get(REDIS_PASSWORD)
+        self._client = redis.Redis(
+            host=host, port=port, ssl=tls, password=password, socket_connect_timeout=CONNECT, socket_timeout=ANSWER
+        )
         try:
             self._client.ping()  # it connects when it is first used
         except redis.AuthenticationError as error:
@@ -108,9 +113,13 @@ class RedisObjects(Objects):
 
         return RedisKey(redis_key=f"{PREFIX}/{self._run}/{name}")
 
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; 0 if there is none."""
-        return int(self._client.strlen(self.key(name).redis_key))
+    def get(self, name: str, most: int | None = None) -> bytes | None:
+        """Read a value, of one that is too long its beginning."""
+        key = self.key(name).redis_key
+        if most is None:
+            return self.connector.get(self.key(name))
+        found: Any = self._client.getrange(key, 0, most)
+        return found or (b"" if self._client.exists(key) else None)
 
     def clear(self, names: Iterable[str]) -> None:
         """Remove all keys that begin with the run's name, and no other."""

@@ -17,6 +17,7 @@ from fedspallm_appfl.errors import UpdateError
 
 TENSOR = "\0tensor"  # the key that stands for one; no client, block or linear is called so
 HEAD = 8  # bytes
+LARGEST = 2**48  # no side of a tensor is as long
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*INTEGERS, *FLOATS)}
@@ -92,6 +93,7 @@ def from_bytes(data: bytes, sender: str) -> Any:
     try:
         payload, described = read_description(bytes(data[HEAD : HEAD + size]))
         shapes = [(_dtype(name), _shape(shape)) for name, shape in described]
+        fill(payload, [torch.empty(0)] * len(shapes))  # whether it can be walked through
     except (ValueError, TypeError, RecursionError) as error:
         raise UpdateError(f"refused an update from {sender}: its description cannot be read: {error}") from error
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
@@ -115,6 +117,6 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def _shape(shape: Any) -> list[int]:
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < LARGEST for size in shape):
         raise ValueError(f"a shape is a list of sizes, got {shape!r}")
     return shape

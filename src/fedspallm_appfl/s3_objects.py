@@ -4,7 +4,9 @@ The server alone has credentials. For every task it signs a link for each object
 that object, that verb and some time; a site needs neither an account nor a library for S3, and can reach nothing of others.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,21 +33,13 @@ class Bucket:
         """Place an object, in place of an earlier one of that name."""
         self._client.put_object(**self._where(name), Body=data)
 
-    def get(self, name: str) -> bytes | None:
-        """Read an object; None if there is none."""
+    def get(self, name: str, most: int | None = None) -> bytes | None:
+        """Read an object, of one that is too large its beginning; None if there is none."""
         try:
-            return self._client.get_object(**self._where(name))["Body"].read()
+            with closing(self._client.get_object(**self._where(name))["Body"]) as body:
+                return body.read(None if most is None else most + 1)
         except self._client.exceptions.NoSuchKey:
             return None
-
-    def size(self, name: str) -> int | None:
-        """Bytes of an object; None if there is none."""
-        try:
-            return int(self._client.head_object(**self._where(name))["ContentLength"])
-        except self._client.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == MISSING:
-                return None
-            raise
 
     def evict(self, name: str) -> None:
         """Remove an object if it is there."""
@@ -95,6 +89,7 @@ class Links:
         from urllib3.util import Retry
 
         retry = Retry(TRIES, backoff_factor=1, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
+        logging.getLogger("urllib3.connectionpool").addFilter(_without_links)  # it says what it tries again
         self._links = links
         self._session = requests.Session()
         self._session.auth = lambda request: request  # or a password of ~/.netrc would go along
@@ -105,13 +100,9 @@ class Links:
         """Place an object, in place of an earlier one of that name."""
         self._ask("put", name, data)
 
-    def get(self, name: str) -> bytes | None:
-        """Read an object; None if there is none."""
+    def get(self, name: str, most: int | None = None) -> bytes | None:
+        """Read an object, which the server has placed and may have any size; None if there is none."""
         return self._ask("get", name)
-
-    def size(self, name: str) -> int | None:
-        """A link to read tells nothing before it is read."""
-        return None
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -134,6 +125,11 @@ class Links:
             hint = "; has the link expired?" if answer.status_code == FORBIDDEN else ""
             raise ConnectionError(f"{host} answers {answer.status_code} {answer.reason}{hint}")
         return answer.content
+
+
+def _without_links(record: logging.LogRecord) -> bool:
+    """Whether words may be logged: a link is a secret."""
+    return "X-Amz-Signature" not in record.getMessage()
 
 
 def _client(url: str | None, region: str | None = None) -> Any:

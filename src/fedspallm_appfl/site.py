@@ -7,7 +7,8 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     clients:                           # which clients this endpoint speaks for
       hospital-a: {text: notes/}
     store: {folder: /mnt/exchange}     # where the data store is reached in another way from here
-    may_send: [weights, masks, values] # what may leave this site, whatever the server asks for
+    may_send: [weights, masks, values] # which uploads may leave this site, whatever the server asks for
+    min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
 
 Relative paths start from the folder of the file.
 """
@@ -26,10 +27,11 @@ from fedspallm_appfl.algorithms.exchange import UPLOADS
 from fedspallm_appfl.errors import ConfigError
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send"}
-FIRST_INPUTS = "first_inputs"  # statistics of what single tokens decide: they tell how often each occurs in the text
-SENDINGS = (*UPLOADS, FIRST_INPUTS)
+KEYS = {"model", "clients", "store", "may_send", "min_tokens"}
+TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
+SENDINGS = (*UPLOADS, TOKEN_COUNTS)
 BLANK = "<private text>"
+MANY = 2**62
 SHORT_NAME = 3  # letters; what is as short stands in many words
 
 
@@ -42,12 +44,14 @@ class Site:
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
         may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
+        min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
     """
 
     model: str | None = None
     text: list[str] | None = None
     store: Mapping[str, Any] = field(default_factory=dict)
     may_send: frozenset[str] = frozenset(UPLOADS)
+    min_tokens: int | None = None
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what this site keeps.
@@ -63,7 +67,25 @@ class Site:
         if kept:
             raise ConfigError(
                 f"client {client}: this site does not send {', '.join(kept)}; take another algorithm "
-                "(gram.first_input: public for first_inputs), or name them under may_send in the site file"
+                f"({TOKEN_COUNTS} are asked for by gram.first_input: private, and by gram.propagate: pruned, where the "
+                "server decides what inputs hang on), or name them under may_send in the site file"
+            )
+
+    def require_tokens(self, client: str, least: int | None) -> None:
+        """Refuse statistics of too few tokens.
+
+        Args:
+            client: whom to name.
+            least: the fewest that the server wants them of; None for as many as an input is wide.
+
+        Raises:
+            ConfigError: they are fewer than this site sends.
+        """
+        if least is not None and least < (self.min_tokens or MANY):
+            own = self.min_tokens or "as many as an input is wide"
+            raise ConfigError(
+                f"client {client}: this site sends no statistics of fewer tokens than {own}, gram.min_tokens is {least}; "
+                "leave that out, or set min_tokens in the site file"
             )
 
     def without_paths(self, words: str) -> str:
@@ -104,21 +126,28 @@ def load_site(client: str) -> Site:
         known = ", ".join(map(str, clients)) or "none"
         raise ConfigError(f"client {client}: the site file of this endpoint lists {known}; add it under `clients`")
     own = clients[client] or {}
-    wrong = [key for key in own if key != "text"]
-    if wrong:
-        raise ConfigError(f"client {client}: unknown keys {wrong} in the site file; a client has `text`")
+    if not isinstance(own, dict) or set(own) - {"text"}:  # what stands there may be a path, and is not told
+        raise ConfigError(f"client {client}: under clients in the site file a client has `text:` and nothing else")
     model, store = content.get("model"), content.get("store") or {}
     return Site(
         model=_whole(file, model) if model and _is_path(file, model) else model,
         text=[_whole(file, text) for text in _listed(own.get("text"))] or None,
         store={key: _whole(file, value) if key == "folder" else value for key, value in store.items()},
-        may_send=_sendings(content.get("may_send"), client),
+        may_send=_sendings(content, client),
+        min_tokens=_min_tokens(content.get("min_tokens"), client),
     )
 
 
-def _sendings(named: Any, client: str) -> frozenset[str]:
-    if named is None:
+def _min_tokens(named: Any, client: str) -> int | None:
+    if named is not None and (type(named) is not int or named < 1):
+        raise ConfigError(f"client {client}: min_tokens in the site file is a number of tokens, got {named!r}")
+    return named
+
+
+def _sendings(content: Mapping[str, Any], client: str) -> frozenset[str]:
+    if "may_send" not in content:
         return frozenset(UPLOADS)
+    named = content["may_send"]
     wrong = [one for one in named if one not in SENDINGS] if isinstance(named, list) else [named]
     if wrong:
         raise ConfigError(f"client {client}: may_send in the site file is a list of {', '.join(SENDINGS)}, got {wrong}")
@@ -131,10 +160,15 @@ def _read(file: Path, client: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise ConfigError(f"client {client}: the file that {SITE} names cannot be read: {why}") from error
-    if not isinstance(content, dict) or set(content) - KEYS or not isinstance(content.get("clients"), dict | None):
+    wrong = not isinstance(content, dict) or set(content) - KEYS
+    groups = () if wrong else (content.get("clients"), content.get("store"))
+    if wrong or not all(isinstance(group, dict | None) for group in groups):
         raise ConfigError(
-            f"client {client}: the site file holds the keys {', '.join(sorted(KEYS))}, all others are wrong"
+            f"client {client}: the site file holds the keys {', '.join(sorted(KEYS))}, all others are wrong, and clients "
+            "and store hold keys themselves"
         )
+    if not isinstance(content.get("model"), str | None):
+        raise ConfigError(f"client {client}: model in the site file is a folder or a hub name")
     return content
 
 

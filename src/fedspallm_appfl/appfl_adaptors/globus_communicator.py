@@ -112,13 +112,13 @@ class GlobusServer(GlobusComputeServerCommunicator):
         self.executing_task_futs: dict[Future, Task] = {}
         self._out_of_sight: dict[str, Task] = {}  # task id -> what runs while there is no connection
         self._look_at = 0.0  # when to ask for them
+        logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # what it says there, futures say, too
+        warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # JSON does not mind
         self._client = logged_in()
         self._load_gce()
 
     def _load_gce(self, **kwargs: Any) -> None:
         """Make the Executor; function text and JSON are all that is sent or read."""
-        logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # what it says there, futures say, too
-        warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # JSON does not mind
         allowed = [PureSourceTextInspect, JSONData]
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
         # One task a submission: two of them together might exceed what the service takes.
@@ -216,7 +216,8 @@ class GlobusServer(GlobusComputeServerCommunicator):
             return None
         except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
             task_id = getattr(future, "task_id", None)  # it has one once the service has taken it
-            if task_id is not None and (isinstance(error, AMQPError) or THREAD_ENDED in str(error)):
+            ended = type(error) is RuntimeError and THREAD_ENDED in str(error)  # not words of what a task raised
+            if task_id is not None and (ended or isinstance(error, AMQPError)):
                 logger.warning("client %s: the connection to Globus Compute was lost; its task goes on", task.client)
                 self._out_of_sight[task_id] = task
                 return None
@@ -228,13 +229,13 @@ class GlobusServer(GlobusComputeServerCommunicator):
         """Wait again for tasks that the SDK has given up since it was without a connection; they may be done by now."""
         if not self._out_of_sight or time.monotonic() < self._look_at:
             return
+        self._look_at = time.monotonic() + LOOK_AGAIN
         futures = {task_id: ComputeFuture(task_id) for task_id in self._out_of_sight}
         try:
             sdk_executor.Executor._load_tasks_status(futures, client=self._client)
             open_ones = [future for future in futures.values() if not future.done()]
             self.gce._get_result_watcher().watch_for_task_results(self.gce, open_ones)
         except Exception as error:  # noqa: BLE001 - whatever it is, it may be over in a while
-            self._look_at = time.monotonic() + LOOK_AGAIN
             logger.warning("no connection to Globus Compute: %s; trying again in %.0f s", first_line(error), LOOK_AGAIN)
             return
         self.executing_task_futs |= {future: self._out_of_sight.pop(task_id) for task_id, future in futures.items()}

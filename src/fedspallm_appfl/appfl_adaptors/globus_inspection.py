@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.appfl_adaptors.globus_worker import same_model, sendings
+from fedspallm_appfl.appfl_adaptors.globus_worker import require_consent, same_model
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
 from fedspallm_appfl.checkpoint_files import resolve_model
 from fedspallm_appfl.data_store import GREETING, open_store
@@ -23,7 +23,7 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
     checks: dict[str, dict[str, Any]] = {}
     try:
         site = load_site(request["client"])
-        site.require_consent(request["client"], sendings(request))
+        require_consent(request, site)
     except FedSpaLLMError as error:
         return {"checks": {"text": {"ok": False, "says": str(error)}}}
     looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}
@@ -68,5 +68,6 @@ def _look_at_store(request: dict[str, Any], site: Site) -> str:
     if store is None:
         return "not used"
     [name] = request["names"]
-    store.put(name, store.get(GREETING))
+    with store:
+        store.put(name, store.get(GREETING))
     return "reached"

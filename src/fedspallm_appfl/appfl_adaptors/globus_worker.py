@@ -20,6 +20,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedspallm_appfl import pruning
 from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.checkpoint_files import resolve_model
@@ -30,7 +31,7 @@ from fedspallm_appfl.layer_sampling import to_text
 from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.model_identity import model_hash
 from fedspallm_appfl.places import fetched, placed
-from fedspallm_appfl.site import FIRST_INPUTS, Site, load_site
+from fedspallm_appfl.site import TOKEN_COUNTS, Site, load_site
 
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
 
@@ -46,11 +47,11 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
     """
-    site, client, exchange = Site(), None, 0
+    site, client, store, exchange = Site(), None, None, 0
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
-        site.require_consent(request["client"], sendings(request))
+        require_consent(request, site)
         store = open_store({**request["store"], **site.store}, request["run"])
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
@@ -62,6 +63,9 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         return _within_limit({"messages": messages}, request["client"])
     except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
+    finally:
+        if store is not None:
+            store.close()
 
 
 @dataclass
@@ -97,9 +101,26 @@ def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
 def sendings(request: dict[str, Any]) -> set[str]:
     """What a task would send, as the site file names it."""
     train = request["config"]["train_configs"]
-    if train["algorithm"] != "gram":
-        return {exchange.up for exchange in exchanges(train["algorithm"], ())}
-    return {"grams"} if train["gram"]["first_input"] == "public" else {"grams", FIRST_INPUTS}
+    gram = train["gram"]
+    if train["algorithm"] == "gram":
+        harmless = gram["first_input"] == "public" and gram["propagate"] == "dense"
+        return {"grams"} if harmless else {"grams", TOKEN_COUNTS}
+    sent = {exchange.up for exchange in exchanges(train["algorithm"], ())}
+    alone = pruning.keeps_weights(train["pruner"], train["refit"])
+    return {"masks" if up == "weights" and alone else up for up in sent}
+
+
+def require_consent(request: dict[str, Any], site: Site) -> None:
+    """Refuse a task that wants what this site does not send.
+
+    Raises:
+        ConfigError: it does.
+    """
+    train, client = request["config"]["train_configs"], request["client"]
+    site.require_consent(client, sendings(request))
+    if train["algorithm"] == "gram":
+        site.require_tokens(client, train["gram"]["min_tokens"])
+        train["gram"]["min_tokens"] = train["gram"]["min_tokens"] or site.min_tokens
 
 
 def _agent(request: dict[str, Any], site: Site) -> Any:
@@ -108,7 +129,8 @@ def _agent(request: dict[str, Any], site: Site) -> Any:
 
     config = request["config"]
     train, client = config["train_configs"], request["client"]
-    train["data"]["text"] = site.text
+    train["data"] |= {"text": site.text, "pool": []}  # the server names no path of a text
+    train["agreed"] = None  # nor one that is written to
     if not site.text and train["pruner"] != "magnitude":
         raise ConfigError(f"client {client}: the site file names no private text; give `text` under clients: {client}:")
     train["model"]["path"] = str(same_model(train["model"], site, client))

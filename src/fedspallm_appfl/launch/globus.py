@@ -9,6 +9,7 @@ that have not answered by then, have failed, or have sent what was not assigned,
 that others sent are aggregated without them.
 """
 
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from typing import Any
 
 from fedspallm_appfl.config import Client, Config
 from fedspallm_appfl.data_store import DataStore, open_store
+from fedspallm_appfl.errors import DataStoreError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.launch.globus_turn import Turn
 from fedspallm_appfl.model_identity import model_hash
 from fedspallm_appfl.places import placed
 
 Unit = tuple[int, str, str]
+logger = logging.getLogger(__name__)
 
 
 class Connection:
@@ -71,14 +74,29 @@ class Connection:
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects of the store that are there."""
-        for name in names if self.store else ():
-            self.store.evict(name)  # type: ignore[union-attr]
+        if self.store is None:
+            return
+        for name in names:
+            try:
+                self.store.evict(name)
+            except DataStoreError as error:  # it may be gone with the rest when the run ends
+                logger.warning("%s", error)
 
     def close(self) -> None:
         """Let go of everything, and remove what is left in the store."""
-        self.wire.shutdown_all_clients()
-        if self.store:
-            self.store.close(clear=True)
+        try:
+            self.wire.shutdown_all_clients()
+        finally:
+            if self.store:
+                _clear(self.store)
+
+
+def _clear(store: DataStore) -> None:
+    """Remove what is left of a run; what was computed, or went wrong, counts for more than what stays behind."""
+    try:
+        store.close(clear=True)
+    except DataStoreError as error:
+        logger.warning("%s; objects of the run %s may be left", error, store.run)
 
 
 @contextmanager
@@ -103,7 +121,7 @@ def connected(config: Config) -> Iterator[Connection]:
         wire = GlobusServer(endpoints, vars(config.server_configs.functions))
     except BaseException:
         if store:
-            store.close(clear=True)
+            _clear(store)
         raise
     connection = Connection(config, wire, store, run, dense)
     try:
@@ -174,7 +192,7 @@ def _all_pieces(server: Any, first: Mapping[str, Any]) -> Iterator[Mapping[str, 
 class Downlink:
     """What the clients have to load before they start: all that went down so far, less what was replaced since.
 
-    A client keeps nothing between two tasks, so each of them is told where everything lies.
+    What a worker has kept of it nobody knows, so each task is told where everything lies.
 
     Attributes:
         places: where the payloads are, in the order in which they have to be loaded.

@@ -14,7 +14,7 @@ from fedspallm_appfl.errors import UpdateError
 
 LONGEST = 10_000  # characters of a traceback
 MOST = 2**31  # nothing that is counted is more
-ARGUMENTS = {"client_id", "local_model", "blocking"}  # of APPFL's `global_update`, which takes metadata beside them
+METADATA = {"_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host"}  # arguments of `global_update`
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _are_complete(metadata: Mapping[str, Any]) -> bool:
     )
     samples = type(metadata.get("samples")) is int and 0 < metadata["samples"] < MOST
     seconds = type(metadata.get("seconds")) in (int, float) and 0 <= metadata["seconds"] < MOST
-    return counts and samples and seconds and _are_notes(metadata.get("notes")) and not ARGUMENTS & set(metadata)
+    return counts and samples and seconds and _are_notes(metadata.get("notes")) and set(metadata) <= METADATA
 
 
 def _are_notes(notes: Any) -> bool:
