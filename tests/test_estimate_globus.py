@@ -97,6 +97,24 @@ def test_a_worker_by_hand():
     assert inline.on_cpu.parts["result of a task"] == round(4 / 3 * 2 * PACKED)
 
 
+@pytest.mark.parametrize(("propagate", "together"), [("pruned", 2), ("dense", 1)])
+def test_amid_a_sweep_a_worker_keeps_the_hidden_states_of_all_clients_of_its_endpoint(propagate, together):
+    """Six windows of eight tokens each: four float32 and an id a token. Clients a and b share an endpoint."""
+    config, states = with_rounds(2, count=3, algorithm="gram", propagate=propagate), 6 * 8 * (4 * 4 + 8)
+    for one, number in zip(config.clients, "AaB", strict=True):
+        one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
+    workers = [estimate_globus.worker_memory(config, MODEL, one) for one in config.clients]
+    assert [worker.gpu["activations"] for worker in workers] == [together * states, together * states, states]
+    assert workers[0].on_cpu.parts["activations"] == together * states
+
+
+def test_amid_a_sweep_hidden_states_stay_while_what_came_down_is_read(monkeypatch):
+    monkeypatch.setattr(estimate_globus, "READING", 10**6)  # so that reading is the worst moment
+    config = with_rounds(2, algorithm="gram", propagate="pruned")
+    parts = estimate_globus.worker_memory(config, MODEL, config.clients[0]).on_cpu.parts
+    assert parts.keys() == {"outer parts", "activations", "what came down", "heap"}
+
+
 def test_a_site_may_give_text_to_a_client_that_needs_none():
     config = experiment(pruner="magnitude", text=None)
     worker, with_text = (estimate_globus.worker_memory(config, MODEL, one) for one in (config.clients[0], client()))

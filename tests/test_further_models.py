@@ -92,6 +92,41 @@ def test_another_pruner_gives_what_a_run_with_it_would(tmp_path, model, done):
     assert file_of(folder / "further" / "admm-0.6") == file_of(fresh)
 
 
+def test_another_pruner_begins_without_the_refit_of_the_run(tmp_path, model):
+    train = {"client_configs": {"train_configs": {"refit": True}}}
+    folder = run(tiny_config(tmp_path / "run", model, "gram", 2, **train))
+    assert prune(folder, "--sparsity", "0.5", "--pruner", "sparsegpt") == 0
+    assert file_of(folder / "further" / "sparsegpt-0.5") == file_of(folder)
+    assert prune(folder, "--sparsity", "0.5", "--pruner", "admm") == 0
+    train = {"client_configs": {"train_configs": {"pruner": "admm"}}}
+    fresh = run(tiny_config(tmp_path / "fresh", model, "gram", 2, **train))
+    assert file_of(folder / "further" / "admm-0.5") == file_of(fresh)
+
+
+@pytest.mark.parametrize("texts", [{}, None], ids=["without texts", "with a text"])
+def test_packed_models_lie_in_the_run_directory_and_no_longer_than_they_are_read(damaged, texts, monkeypatch):
+    if texts is not None:
+        file = damaged / "config.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"evaluation": {"texts": texts}}))
+    beside, check = [], further_models._require_all
+
+    def watched(run, skeleton, packed):
+        beside.append(sorted(path.name for path in (damaged / "state").iterdir()))
+        check(run, skeleton, packed)
+
+    monkeypatch.setattr(further_models, "_require_all", watched)
+    assert prune(damaged, "--sparsity", "0.5", "0.6") == 0
+    assert beside == [["sparsegpt-0.5"], ["sparsegpt-0.5", "sparsegpt-0.6"] if texts is None else ["sparsegpt-0.6"]]
+    assert not (damaged / "state").exists()
+
+
+def test_what_is_packed_goes_when_a_model_cannot_be_written(damaged, monkeypatch):
+    monkeypatch.setattr(further_models.experiment, "write_pruned", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(damaged, "--sparsity", "0.6")
+    assert not (damaged / "state").exists()
+
+
 def test_another_pruner_has_a_folder_of_its_own_and_the_run_is_left_alone(damaged, capsys):
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     for pruner in ("admm", "sparsegpt"):

@@ -222,10 +222,12 @@ class Worker:
 
 
 def worker_memory(config: Config, model: ModelSizes, client: Client) -> Worker:
-    """Memory of the worker of a client; that on a GPU is computed as on a CPU, and was not measured."""
-    data = dataclasses.replace(client.data, text=client.data.text or "of the site")  # magnitude does without, or not
-    client = dataclasses.replace(client, data=data)
-    alone = client_memory(config, model, client)
+    """Memory of the worker of a client; that on a GPU is computed as on a CPU, and was not measured.
+
+    Amid a sweep it keeps the hidden states of all clients of its endpoint, whatever it does.
+    """
+    alone, kept = _at_site(config, model, client), _kept_in_sweep(config, model, client)
+    alone = dataclasses.replace(alone, parts={**alone.parts, **kept})
     largest, down, up = estimate.messages(config, model).largest, _largest_payload(config, model), 0
     if config.client_configs.comm_configs.store.connector == "none":
         up = max(turn.up[client.client_id] for turn in turns(config, model))
@@ -236,11 +238,26 @@ def worker_memory(config: Config, model: ModelSizes, client: Client) -> Worker:
     device = {part: size for part, size in alone.parts.items() if part in ON_GPU}
     resting = {part: size for part, size in device.items() if part in ("outer parts", "activations")}
     working = {part: size for part, size in alone.parts.items() if part != "heap"}
-    outer = {"outer parts": device["outer parts"]}
+    outer = {"outer parts": device["outer parts"]} | kept
     others = {part: size for part, size in working.items() if part not in ON_GPU}
-    on_cpu = worst(iter([working | collected, resting | sending, outer | loading, outer | ending]))
-    on_gpu = worst(iter([others | sending, loading, ending]))
+    on_cpu = worst([working | collected, resting | sending, outer | loading, outer | ending])
+    on_gpu = worst([others | sending, loading, ending])
     return Worker(with_heap(on_cpu, alone.mapped), with_heap(on_gpu, alone.mapped), device)
+
+
+def _at_site(config: Config, model: ModelSizes, client: Client) -> Memory:
+    data = dataclasses.replace(client.data, text=client.data.text or "of the site")  # magnitude does without, or not
+    return client_memory(config, model, dataclasses.replace(client, data=data))
+
+
+def _kept_in_sweep(config: Config, model: ModelSizes, client: Client) -> Parts:
+    """Hidden states, and token ids, of all clients whose tasks the worker of a client runs; nothing without a sweep."""
+    if not any(exchange.only for exchange in exchanges_of(config, model)):
+        return {}
+    endpoint = str(client.endpoint_id).lower()
+    beside = [one for one in config.clients if one.client_id != client.client_id]
+    sharing = [one for one in beside if one.endpoint_id and one.endpoint_id.lower() == endpoint]
+    return {"activations": sum(_at_site(config, model, one).parts["activations"] for one in (client, *sharing))}
 
 
 def _largest_payload(config: Config, model: ModelSizes) -> int:
@@ -263,4 +280,4 @@ def receiving_memory(config: Config, model: ModelSizes) -> Memory:
         told = round(BASE64 * max(turn.down for turn in made))
         asking = told * len(config.clients)
     placing = {"what goes down": SENDING * _largest_payload(config, model) + told + asking}
-    return with_heap(worst(iter([serving | {"results that wait": waiting}, placing])), alone.mapped)
+    return with_heap(worst([serving | {"results that wait": waiting}, placing]), alone.mapped)

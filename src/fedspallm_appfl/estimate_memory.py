@@ -13,7 +13,7 @@ Legend: O out features, I in features, H hidden size, F widest input or output o
 in a window, L decoder blocks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def with_heap(parts: Parts, mapped: int = 0) -> Memory:
     return Memory({**parts, "heap": min(int(HEAP_SHARE * sum(parts.values())), HEAP_MOST)}, mapped)
 
 
-def worst(moments: Iterator[Parts]) -> Parts:
+def worst(moments: Iterable[Parts]) -> Parts:
     """The moment at which the most is alive."""
     return max(moments, key=lambda parts: sum(parts.values()))
 
@@ -459,7 +459,7 @@ def serial_memory(config: Config, model: ModelSizes) -> Memory:
     turns = [_turn(config, model, exchange, at_once, work) for exchange in exchanges_of(config, model)]
     closing = [_serving(config, model, exchange, at_once) for exchange in exchanges_of(config, model)]
     files = _mapped(model)
-    return with_heap(shared | worst(iter(turns + closing)), files + sum(client.mapped - files for client in clients))
+    return with_heap(shared | worst(turns + closing), files + sum(client.mapped - files for client in clients))
 
 
 def _turn(config: Config, model: ModelSizes, exchange: Exchange, at_once: int, work: int) -> Parts:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -56,7 +55,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     Args:
         run: directory of a run with `algorithm: gram`.
         targets: ratios or n:m; equal ones in two spellings are one.
-        pruner: another pruner than that of the run.
+        pruner: another pruner than that of the run; it begins without the run's `refit`.
         console: where the table goes.
         overwrite: replace models that are there.
 
@@ -70,16 +69,18 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     config = _config(run, pruner)
     skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
     models = _models(run, config, targets, skeleton.layout)
-    with run_dir.locked(run, "wait until it is done"), TemporaryDirectory(prefix="fedspallm-") as work:
+    with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
         _require_absent(models, overwrite)
         texts = experiment.held_out(config)
         methods, matrices = dict(experiment.DENSE), {}
         for model in models:
             console.print(f"pruning to {model.text} with {config.pruners()}", highlight=False)
-            packed = pruned(config, model.target, skeleton, store, Path(work) / model.folder.name)
+            packed = pruned(config, model.target, skeleton, store, work / model.folder.name)
             _require_all(run, skeleton, packed)
             matrices[model.text] = _written(config, model, skeleton, packed)
             methods[model.text] = packed.load
+            if not texts:  # nobody reads it again; there is none of it where nothing was pruned
+                shutil.rmtree(packed.folder, ignore_errors=True)
         with RunProgress(console, 1, 1) as progress:
             rows = experiment.evaluate(config, texts, methods, progress) if texts else {}
     title = f"Perplexity, {config.pruners()} with the statistics of {run}"
@@ -130,8 +131,9 @@ def _config(run: Path, pruner: str | None) -> Config:
         )
     config, problems = load_config(run / "config.yaml")
     if pruner is not None:
-        for owner in (config.client_configs, *config.clients):
-            owner.train_configs.pruner = pruner
+        for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
+            train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it
+            train.pruner = pruner
         if pruner not in PRUNERS:
             problems.append(f"--pruner: one of {', '.join(PRUNERS)}; got {pruner!r}")
     problems = problems or check(config)

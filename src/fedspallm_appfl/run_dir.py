@@ -2,8 +2,8 @@
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
 (sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
-with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while the run works also
-`state/`, the server's packed blocks and sums, and a lock.
+with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the two works also
+`state/`, packed blocks and the server's sums, and a lock.
 """
 
 import copy
@@ -19,7 +19,10 @@ from fedspallm_appfl.config import Config, Paths
 from fedspallm_appfl.errors import ConfigError
 
 MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
-OWN = ("config.yaml", MARK, "report.md", "manifest.json", "model", "models", "statistics", "further", "state")
+LOCK = ".lock"
+STATE = "state"
+# What runs write, in the order in which it goes: without the mark, clearing that was interrupted could not be repeated.
+OWN = ("config.yaml", "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
 
 
 def problem(config: Config, overwrite: bool) -> str | None:
@@ -31,7 +34,7 @@ def problem(config: Config, overwrite: bool) -> str | None:
         used = _inputs_inside(config, folder)
         if used:
             return f"run_dir: {folder} holds {used}, which a run there would replace; name another folder"
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):  # a killed run may leave a lock
             return None
         if not (folder / MARK).is_file():
             return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
@@ -105,9 +108,9 @@ def locked(folder: Path, hint: str) -> Iterator[None]:
         hint: what to do if somebody else is at work in it.
 
     Raises:
-        ConfigError: somebody is, or the folder cannot be written.
+        ConfigError: somebody is, or the folder cannot be written, or its file system has no locks.
     """
-    lock_file = folder / ".lock"
+    lock_file = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_file.open("w")
@@ -123,12 +126,33 @@ def locked(folder: Path, hint: str) -> Iterator[None]:
 
 
 def _is_ours(lock: IO[str], lock_file: Path) -> bool:
-    """Take the lock; it is of no use if whoever held it has removed the file meanwhile."""
+    """Take the lock; it is of no use if whoever held it has removed the file meanwhile.
+
+    Raises:
+        ConfigError: the system cannot say; the file stays, as somebody else may hold it.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock.fileno()), lock_file.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: {lock_file.parent} cannot be locked: {error}; name a folder on a file system with flock, such as a "
+            "local disk, or have this one mounted with it (Lustre: -o flock; NFS: a lock daemon that runs)"
+        ) from error
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Make `state/` in a run directory that is locked, in the place of what was left of it, and remove it in the end."""
+    state = folder / STATE
+    _remove(state)
+    state.mkdir()
+    try:
+        yield state
+    finally:
+        _remove(state)
 
 
 def _remove(path: Path) -> None:
