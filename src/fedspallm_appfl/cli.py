@@ -223,10 +223,13 @@ def _run_globus(config: "Config", console: "Console", overwrite: bool) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     config = _checked(args, files=True, overwrite=True)
 
-    from fedspallm_appfl.launch import globus
+    from fedspallm_appfl.launch import globus, globus_preflight
 
     with globus.connected(config) as connection:
-        findings = _preflight(connection, _console())
+        console = _console()
+        findings = _preflight(connection, console)
+        for line in globus_preflight.problems(findings):
+            console.print(line, highlight=False, markup=False)
     return 0 if all(cell.ok for cells in findings.values() for cell in cells.values()) else 2
 
 
@@ -245,7 +248,11 @@ def _functions(args: argparse.Namespace) -> int:
 def _preflight(connection: "Connection", console: "Console") -> "Findings":
     from fedspallm_appfl.launch import globus_preflight
 
-    with console.status("Asking the endpoints"):
+    endpoints, patience = len(connection.config.clients), connection.config.server_configs.preflight_deadline
+    asking = f"asking {endpoints} endpoints, up to {patience:.0f} s"
+    if not console.is_terminal:
+        console.print(asking, highlight=False)
+    with console.status(asking):
         findings = globus_preflight.look(connection)
     console.print(globus_preflight.table(findings))
     return findings

@@ -156,6 +156,8 @@ class DataStore:
             return "whether this site reaches it; the link may have expired"
         if self.settings["connector"] == "s3":
             return f"{where}, and on the server the credentials that boto3 finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
+        if not self._joined:
+            return where
         return f"{where}, or `store` in the site file where a site reaches it in another way"
 
 

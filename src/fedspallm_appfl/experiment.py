@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from fedspallm_appfl.global_model import GlobalModel
 from fedspallm_appfl.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.packed_store import PackedStore
 from fedspallm_appfl.progress import RunProgress
-from fedspallm_appfl.report import Results, closing, write_report
+from fedspallm_appfl.report import Results, absence_line, closing, write_report
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 DEFAULT_LENGTH = 2048
@@ -50,6 +51,8 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     with RunProgress(console, config.server_configs.num_global_epochs, len(config.participants())) as progress:
         results, log = conduct(config, launch, overwrite, progress)
     console.print(closing(config, results, log))
+    if absence_line(log):
+        console.print(f"[bold red]clients {escape(str(absence_line(log)))}[/]; why: report.md", highlight=False)
     report = Path(config.run_dir).expanduser() / "report.md"
     console.print(f"model   {results.model}\nreport  {report}", highlight=False, markup=False)
     if (report.parent / STATISTICS).is_dir():

@@ -37,5 +37,5 @@ def check_on_this_machine(config: Config) -> Iterator[str]:
         if client.endpoint_id and not client.data.text and client.train_configs.pruner != "magnitude":
             yield (
                 f"clients.{index}.data.text: client {client.client_id!r} has no private text here; name a file or a "
-                "folder, or use --launcher globus, where its own site names it"
+                "folder, or use fedspallm run --launcher globus, where its own site names it"
             )

@@ -59,6 +59,8 @@ class FolderObjects(Objects):
         from proxystore.connectors.file import FileConnector
 
         self._folder = Path(str(settings["folder"])).expanduser() / run
+        if not self._folder.parent.is_dir():
+            raise FileNotFoundError(f"{self._folder.parent} is no folder on this machine")
         if create:
             self._folder.mkdir()
         if not self._folder.is_dir():

@@ -66,6 +66,10 @@ class RunProgress(_Shown):
         elif event["event"] == "sent":
             self._bursts = True
             self._waits(f"{self._round(event)}  waiting for {', '.join(event['clients'])}")
+        elif event["event"] == "waiting":
+            self._waits(
+                f"{self._round(event)}  still waiting for {', '.join(event['clients'])} after {_duration(event['seconds'])}"
+            )
         elif event["event"] == "answer":
             self._waits(
                 f"{self._round(event)}  client {event['client']} has answered after {_duration(event['seconds'])}"

@@ -136,6 +136,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         f"# {headline(config)}",
         f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
         "it takes the disk and memory of the dense model. What is smaller is what travelled.",
+        *([f"**Clients {absence_line(log)}.**"] if absence_line(log) else []),
         *_perplexity(config, results),
         "## Sparsity",
         _sparsity(config, results.matrices, log),
@@ -270,6 +271,15 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
         expected = expected_uncovered(config.roster(), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
     return "\n\n".join(notes)
+
+
+def absence_line(log: EventLog) -> str | None:
+    """Who was left out of which rounds, in a line; None where nobody was."""
+    missed: dict[int, list[str]] = {}
+    for event in log.of("absent"):
+        missed.setdefault(event["round"] + 1, []).append(event["client"])
+    rounds = "; ".join(f"round {number}: {', '.join(clients)}" for number, clients in missed.items())
+    return f"left out, {rounds}" if rounds else None
 
 
 def _absences(config: Config, log: EventLog) -> list[str]:

@@ -25,7 +25,12 @@ class Bucket:
     def __init__(self, settings: Mapping[str, Any], run: str) -> None:
         self._bucket, self._run = str(settings["bucket"]), run
         self._client = _client(settings.get("url"))
-        region = self._client.head_bucket(Bucket=self._bucket).get("BucketRegion")
+        try:
+            region = self._client.head_bucket(Bucket=self._bucket).get("BucketRegion")
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == MISSING:
+                raise FileNotFoundError("there is no such bucket") from error
+            raise
         if region and region != self._client.meta.region_name:  # a link is signed for one region
             self._client = _client(settings.get("url"), region)
 

@@ -48,6 +48,11 @@ AROUND = 2**16  # bytes of a submission beside the request
 NOT_FOUND = 404
 LOOK_AGAIN = 15.0  # seconds
 THREAD_ENDED = "SDK thread quit"  # a RuntimeError of the SDK where the connection could not even be asked for
+REFUSALS = (
+    "not permitted on endpoint",
+    "FUNCTION_NOT_FOUND",
+)  # of an endpoint with `allowed_functions`, of the service
+ALLOWED = "; put the ids that the site allows into server_configs.functions (fedspallm functions makes new ones)"
 MOST = 10_000  # characters of an error that are kept
 logger = logging.getLogger(__name__)
 TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
@@ -223,7 +228,8 @@ class GlobusServer(GlobusComputeServerCommunicator):
                 return None
             words = str(error).strip() or repr(error)
             line = f"{type(error).__name__}: {words.splitlines()[-1][:MOST]}"
-            return Outcome(task.client, task.request, None, line, words[-MOST:])
+            hint = ALLOWED if any(refusal in words for refusal in REFUSALS) else ""
+            return Outcome(task.client, task.request, None, line + hint, words[-MOST:] if "\n" in words else "")
 
     def _find_again(self) -> None:
         """Wait again for tasks that the SDK has given up since it was without a connection; they may be done by now."""

@@ -46,7 +46,7 @@ def _look_at_gpu(request: dict[str, Any], site: Site) -> str:
 
 def _look_at_model(request: dict[str, Any], site: Site) -> str:
     folder = same_model(request["config"]["train_configs"]["model"], site, request["client"])
-    return f"config {config_hash(folder)}"
+    return f"same as the server's, config {config_hash(folder)}"
 
 
 def _look_at_text(request: dict[str, Any], site: Site) -> str:

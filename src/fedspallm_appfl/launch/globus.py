@@ -84,6 +84,9 @@ class Connection:
 
     def close(self) -> None:
         """Let go of everything, and remove what is left in the store."""
+        busy = ", ".join(sorted(self.wire.busy()))
+        if busy:
+            logger.warning("a task may still be at work at %s; until it ends its endpoint answers nobody else", busy)
         try:
             self.wire.shutdown_all_clients()
         finally:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ from fedspallm_appfl.site import SITE
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
 COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")
 OLDEST_PYTHON = (3, 10)
-REFUSED = "not permitted on endpoint"  # what an endpoint with `allowed_functions` says
-ALLOWED = "; put the ids that the site allows into server_configs.functions (fedspallm functions makes new ones)"
 INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with pip install fedspallm-appfl=={}"
 
 
@@ -70,8 +69,8 @@ def look(connection: Connection) -> Findings:
     for client_id in wire.busy():
         findings[client_id]["endpoint"] = Cell(
             False,
-            f"online, but no answer in {config.server_configs.preflight_deadline:g} s; see its endpoint.log, or raise "
-            "server_configs.preflight_deadline if its workers wait in a queue",
+            f"online, but no answer in {config.server_configs.preflight_deadline:g} s; see its endpoint.log; is a task of "
+            "an earlier run at work there? If its workers wait in a queue, raise server_configs.preflight_deadline",
         )
     wire.cancel_all_tasks()
     if connection.store:
@@ -91,21 +90,28 @@ def require(findings: Findings, least: int | None) -> None:
     """
     fine = [client for client, cells in findings.items() if all(cell.ok for cell in cells.values())]
     if len(fine) < (least or len(findings)):
-        lines = "".join(
-            f"\n  - client {client}: {column}: {cell.says}"
-            for client, cells in findings.items()
-            for column, cell in cells.items()
-            if not cell.ok
-        )
+        lines = "".join(f"\n  - {line}" for line in problems(findings))
         raise FederationError(
             f"{len(fine)} of {len(findings)} clients can take part, {least or len(findings)} are needed "
             f"(server_configs.min_clients){lines}"
         )
 
 
+def problems(findings: Findings) -> list[str]:
+    """What is red in the table, a line each."""
+    return [
+        f"client {client}: {column}: {cell.says}"
+        for client, cells in findings.items()
+        for column, cell in cells.items()
+        if not cell.ok
+    ]
+
+
 def table(findings: Findings) -> Table:
-    """The findings for people."""
-    made = Table("client", *COLUMNS, title="Preflight", title_justify="left", show_lines=True)
+    """The findings for people; nothing in it is cut off."""
+    made = Table(title="Preflight", title_justify="left", show_lines=True)
+    for column in ("client", *COLUMNS):
+        made.add_column(column, overflow="fold")
     for client, cells in findings.items():
         made.add_row(escape(client), *(_shown(cells.get(column)) for column in COLUMNS))
     return made
@@ -137,8 +143,9 @@ def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:
     """Cells of what a client's endpoint has answered, which may be anything."""
     result = outcome.result
     if not isinstance(result, dict):
-        why = printable(outcome.problem) or "its answer is not of the form that was agreed on"
-        return {"endpoint": Cell(False, why + (ALLOWED if REFUSED in why else ""))}
+        return {
+            "endpoint": Cell(False, printable(outcome.problem) or "its answer is not of the form that was agreed on")
+        }
     cells = {"endpoint": Cell(True, f"online, {_text(result.get('host'))}"), "Python": _python(result.get("python"))}
     cells["packages"] = _packages(_group(result, "versions"), result.get("not_importable"))
     if "not_importable" in result:
@@ -183,6 +190,6 @@ def _packages(versions: dict[str, Any], not_importable: Any) -> Cell:
         return Cell(False, f"{here}; {INSTALL.format(__version__)}")
     if not_importable is not None:
         return Cell(False, f"cannot be imported: {_text(not_importable)}; {INSTALL.format(__version__)}")
-    ours = {"torch": torch.__version__, "transformers": transformers.__version__}
-    other = {name: f" (here {version})" for name, version in ours.items() if version != found[name]}
-    return Cell(True, "\n".join(f"{name} {version}{other.get(name, '')}" for name, version in found.items()))
+    ours = {"torch": torch.__version__, "transformers": transformers.__version__, "appfl": version("appfl")}
+    other = [f"{name} {found[name]}, here {own}" for name, own in ours.items() if own != found[name]]
+    return Cell(True, "\n".join(other) or "as here")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.launch.globus import Connection
 
 POLL = 1.0  # seconds between two looks at deadlines
+REMIND = 300.0  # seconds without news
 GRACE = 600.0  # seconds beyond the deadline that a site may use the data store, as clocks differ
 DESCRIPTION = 2**24  # bytes of a message beside its tensors, at most
 
@@ -32,7 +33,7 @@ class Turn:
         self._round = server.aggregator.round
         self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
-        self._began = 0.0
+        self._began = self._said = 0.0
         self._given_up = dict.fromkeys(server.aggregator.given_up(), "it was given up in an earlier exchange")
 
     def run(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> dict[str, tuple[Any, dict]]:
@@ -54,6 +55,7 @@ class Turn:
             self._say("sent", clients=sorted(self._waiting()))
         deadline = time.monotonic() + (self._config.server_configs.round_deadline or float("inf"))
         while self._waiting() and not self._enough() and time.monotonic() < deadline:
+            self._remind()
             left = deadline - time.monotonic()
             outcome = self._connection.wire.recv_result_from_one_client(timeout=max(0.0, min(POLL, left)))
             if outcome is not None:
@@ -89,7 +91,14 @@ class Turn:
                 self._give_up(name, Failure(str(error)))
 
     def _say(self, event: str, **facts: Any) -> None:
+        self._said = time.monotonic()
         self._on_event({"event": event, "round": self._round} | facts)
+
+    def _remind(self) -> None:
+        """Say now and then who is waited for."""
+        if time.monotonic() - self._said > REMIND:
+            seconds = round(time.monotonic() - self._began)
+            self._say("waiting", clients=sorted(self._waiting()), seconds=seconds)
 
     def _why_busy(self, client: str) -> str:
         """Why a client's earlier task has no answer; an endpoint that is down has lost it, and may be asked anew."""
