@@ -159,7 +159,5 @@ def test_a_store_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_bucket_that_is_not_there_is_named(bucket):
-    with pytest.raises(
-        DataStoreError, match=r"data store in the S3 bucket nobodys: cannot be reached .*there is no such bucket"
-    ):
+    with pytest.raises(DataStoreError, match="in the S3 bucket nobodys: cannot be reached .*there is no such bucket"):
         DataStore({**bucket, "bucket": "nobodys"}, RUN, create=True)

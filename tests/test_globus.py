@@ -202,10 +202,11 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     out = capsys.readouterr().out
     assert "round 1 goes on without client csource" in out and why in out
     assert "Traceback (most recent call last)" in out and "calib.txt" not in out
+    assert "clients left out, round 1: csource; why: report.md" in out
     assert main(["run", str(small_config(tmp_path, 2, first_pages))]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
     report = (tmp_path / "globus" / "report.md").read_text()
-    assert "| 1 | austen, bible |" in report
+    assert "| 1 | austen, bible |" in report and "**Clients left out, round 1: csource.**" in report
     assert why in report
 
 

@@ -202,7 +202,7 @@ def test_all_green_may_run_and_versions_that_differ_from_the_servers_show():
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(globus_preflight.table({"a": found}))
     text = console.export_text()
-    assert "torch 0.1 (here" in text and "no:" not in text
+    assert "torch 0.1, here" in text and "no:" not in text
 
 
 def test_a_model_is_told_from_another_of_the_same_shapes(tmp_path):

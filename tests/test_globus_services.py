@@ -148,6 +148,15 @@ def columns(table):
     return [" ".join(" ".join(cells).split()) for cells in zip(*rows, strict=True)]
 
 
+def test_a_site_can_list_its_endpoints(world):
+    """The ids that it tells the server's operator."""
+    done = subprocess.run(
+        [BIN / "globus-compute-endpoint", "list"], env=world.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert world.endpoint_of["austen"] in done.stdout
+
+
 def test_the_doctor_names_what_each_site_lacks(world, tmp_path, fedspallm):
     config = write_config(world, tmp_path)
     code, out, err = fedspallm("doctor", config)

@@ -68,6 +68,8 @@ def test_over_globus_compute_one_sees_who_is_waited_for(shown):
         "round 1/1  client b  block 0-3  1/4",
     ]
     assert "left" not in text
+    waiting = {"event": "waiting", "round": 0, "clients": ["a"], "seconds": 1200}
+    assert shown(sent, waiting).splitlines()[1] == "round 1/1  still waiting for a after 20 min"
     assert "waiting for a, b" in shown(sent, terminal=True)
 
 
