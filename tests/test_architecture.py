@@ -14,16 +14,16 @@ LAYERS = (
     "heap bitmask sparsity l0_aggregation mask_expansion layer_sampling votes exact_sum triangle",
     # 1  what travels and what rests
     "payload payload_bytes compression packed_store agreed_blocks checkpoint_files gram_payload gram_store sums_file "
-    "model_identity object_stores s3_objects data_store places site",
+    "model_identity object_stores s3_objects data_store places",
     # 2  models and data
     "blocks lazy_model calibration activations blockwise gram_sweep evaluation export",
     # 3  settings, and the two sides of a round
-    "config config_rules globus_rules estimate estimate_globus estimate_memory run_dir "
+    "config config_rules globus_rules site estimate estimate_globus estimate_memory run_dir "
     "global_model folds local_client uploads",
     # 4  APPFL adaptors
     "appfl_adaptors/*",
     # 5  running
-    "launch/* progress report estimate_tables experiment further_models study* cli __main__",
+    "launch/* progress report estimate_tables site_check experiment further_models study* cli __main__",
 )
 FROM_LAYER = {
     "transformers": 2,
@@ -103,10 +103,10 @@ def test_only_the_adaptors_import_appfl():
     assert [name for name in others if any(dotted.split(".")[0] == "appfl" for _, dotted in imports(name))] == []
 
 
-def test_validate_and_estimate_do_not_need_appfl():
-    """Importing it takes seconds: nothing that the two import, at whatever place in a file, leads to it."""
+def test_validate_estimate_and_site_do_not_need_appfl():
+    """Importing it takes seconds: nothing that the three import, at whatever place in a file, leads to it."""
     reached = set()
-    left = ["config_rules", "globus_rules", "estimate_globus", "run_dir", "progress", "estimate_tables"]
+    left = ["config_rules", "globus_rules", "estimate_globus", "run_dir", "progress", "estimate_tables", "site_check"]
     while left:
         reached.add(name := left.pop())
         left += {file_of(dotted) for _, dotted in imports(name)} - reached - {None}

@@ -30,10 +30,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def read_text(paths: str | Sequence[str]) -> str:
-    """Join text files; a folder stands for the `.txt` files in it, in the order of their names.
+    """Join the files of `text_files`.
 
     Raises:
         DataError: a path does not exist, a folder holds no text, or a file is not UTF-8.
+    """
+    return "\n".join(_read_file(file) for file in text_files(paths))
+
+
+def text_files(paths: str | Sequence[str]) -> list[Path]:
+    """The files of a text; a folder stands for the `.txt` files in it, in the order of their names.
+
+    Raises:
+        DataError: a folder holds no text, or a home directory is not known.
     """
     files: list[Path] = []
     for path in map(_expanded, [paths] if isinstance(paths, str) else paths):
@@ -41,7 +50,7 @@ def read_text(paths: str | Sequence[str]) -> str:
         if not found:
             raise DataError(f"the folder {path} holds no .txt file; name a text file or a folder with some")
         files.extend(found)
-    return "\n".join(_read_file(file) for file in files)
+    return files
 
 
 def _expanded(path: str) -> Path:

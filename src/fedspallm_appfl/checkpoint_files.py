@@ -20,38 +20,43 @@ OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub,
 SMALL = ["*.json", "*.model", "*.txt"]  # configuration and tokenizer
 
 
-def resolve_model(path: str, weights: bool = True) -> Path:
+def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") -> Path:
     """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
 
     Args:
         path: folder or hub name.
         weights: whether they are needed; without them only the small files of a model on the hub are fetched.
+        key: where the path was named.
 
     Raises:
         ModelError: the path is neither, or the folder holds no `config.json`.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _from_hub(path, weights)
+        folder = _from_hub(path, weights, key)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
     return folder
 
 
-def _from_hub(name: str, weights: bool) -> Path:
+def is_hub_name(name: str) -> bool:
+    """Whether a model of this name could be on the hub; a path of a folder that is not there could not."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
+def _from_hub(name: str, weights: bool, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local:
-        raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check `model.path`")
+    if not is_hub_name(name):
+        raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check {key}")
     try:
         only = None if weights else SMALL
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model path {name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "
-            "download it first, then give the folder in `model.path`"
+            f"download it first, then give the folder in {key}"
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""The command line: `fedspallm run`, `validate`, `doctor`, `functions`, `estimate`, `study`, `prune`, `evaluate`.
+"""The command line: `fedspallm run`, `validate`, `doctor`, `site`, `functions`, `site`, `estimate`, `study`, `prune`, `evaluate`.
 
 Rule of imports: what is imported at the top here, in `config` and in what they import is light. Help, a mistyped command
-and the form of a configuration need no torch; `validate` and `estimate` import torch and transformers, but not APPFL.
+and the form of a configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not
+APPFL.
 """
 
 import argparse
@@ -94,6 +95,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(doctor)
     doctor.set_defaults(work=_doctor)
+
+    site = _command(
+        verbs,
+        "site",
+        "Check a site file where it lies: texts, model, what may leave; sends nothing, and shows real paths.",
+        "fedspallm site examples/globus/site.yaml\n"
+        "  fedspallm site examples/globus/site.yaml --model examples/demo/model --length 256",
+    )
+    site.add_argument("site", metavar="SITE.yaml", type=Path, help="what FEDSPALLM_SITE names at the endpoint")
+    site.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="model whose tokenizer counts windows (default: the file's `model`)",
+    )
+    site.add_argument(
+        "--length", type=_positive, default=2048, help="tokens in a window, the server's data.length (default: 2048)"
+    )
+    site.set_defaults(work=_site)
 
     functions = _command(
         verbs,
@@ -231,6 +251,15 @@ def _doctor(args: argparse.Namespace) -> int:
         for line in globus_preflight.problems(findings):
             console.print(line, highlight=False, markup=False)
     return 0 if all(cell.ok for cells in findings.values() for cell in cells.values()) else 2
+
+
+def _site(args: argparse.Namespace) -> int:
+    from fedspallm_appfl import site_check
+
+    table, problems = site_check.check(args.site, args.model, args.length)
+    _console().print(table)
+    _refuse(args.site, problems)
+    return 0
 
 
 def _functions(args: argparse.Namespace) -> int:
@@ -394,7 +423,7 @@ def _well_formed(file: str, overrides: Sequence[str]) -> "Config":
     return config
 
 
-def _refuse(config: str, problems: list[str]) -> None:
+def _refuse(config: str | Path, problems: list[str]) -> None:
     """Say everything that is wrong.
 
     Raises:

@@ -6,7 +6,6 @@ import torch
 
 from fedspallm_appfl.appfl_adaptors.globus_worker import require_consent, same_model
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
-from fedspallm_appfl.checkpoint_files import resolve_model
 from fedspallm_appfl.data_store import GREETING, open_store
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
@@ -55,7 +54,7 @@ def _look_at_text(request: dict[str, Any], site: Site) -> str:
         if train["pruner"] == "magnitude":
             return "not needed"
         raise ConfigError(f"the site file names no private text; give `text` under clients: {client}:")
-    tokenizer = load_tokenizer(resolve_model(site.model or train["model"]["path"]))
+    tokenizer = load_tokenizer(site.model_folder(train["model"]["path"]))
     found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
     if found < train["data"]["windows"]:
         raise ConfigError(too_few(client, train["data"]["windows"], train["data"]["length"], found))

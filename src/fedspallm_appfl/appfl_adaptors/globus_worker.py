@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 from fedspallm_appfl import pruning
 from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.appfl_adaptors import registration
-from fedspallm_appfl.checkpoint_files import resolve_model
 from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
@@ -150,7 +149,7 @@ def same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
     Raises:
         ModelError: there is none, or it is not the server's.
     """
-    folder = resolve_model(site.model or model["path"])
+    folder = site.model_folder(model["path"])
     here = model_hash(folder)
     if here != model["hash"]:
         config, weights = (a == b for a, b in zip(here.split("/"), model["hash"].split("/"), strict=True))
