@@ -1,4 +1,4 @@
-"""The command line: `fedspallm run`, `validate`, `doctor`, `site`, `functions`, `site`, `estimate`, `study`, `prune`, `evaluate`.
+"""The command line: `fedspallm run`, `validate`, `doctor`, `functions`, `site`, `estimate`, `study`, `prune`, `evaluate`.
 
 Rule of imports: what is imported at the top here, in `config` and in what they import is light. Help, a mistyped command
 and the form of a configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not
