@@ -277,7 +277,7 @@ def federation(
     for number, (one, share) in enumerate(zip(config.clients, shares, strict=True)):
         one.train_configs.resource_share = share
         one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
-    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:2]}
+    texts = {name: {"text": str(first_pages(name, 10_000))} for name in DOMAINS[:2]}
     (folder / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
     return config
 
