@@ -86,10 +86,10 @@ class DataStore:
         _checked(name)
         with self._trouble("read"):
             data = self._objects.get(name, most)
-        if data is not None and most is not None and len(data) > most:
-            raise DataStoreError(f"{self}: the object {name} has more than {most} bytes, which it may have")
         if data is None:
             raise DataStoreError(f"{self}: holds no object {name}; it was never placed, or was removed")
+        if most is not None and len(data) > most:
+            raise DataStoreError(f"{self}: the object {name} has more than {most} bytes, which it may have")
         return data
 
     def evict(self, name: str) -> None:

@@ -51,8 +51,8 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     with RunProgress(console, config.server_configs.num_global_epochs, len(config.participants())) as progress:
         results, log = conduct(config, launch, overwrite, progress)
     console.print(closing(config, results, log))
-    if absence_line(log):
-        console.print(f"[bold red]clients {escape(str(absence_line(log)))}[/]; why: report.md", highlight=False)
+    if absent := absence_line(log):
+        console.print(f"[bold red]clients {escape(absent)}[/]; why: report.md", highlight=False)
     report = Path(config.run_dir).expanduser() / "report.md"
     console.print(f"model   {results.model}\nreport  {report}", highlight=False, markup=False)
     if (report.parent / STATISTICS).is_dir():

@@ -136,7 +136,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
         f"# {headline(config)}",
         f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
         "it takes the disk and memory of the dense model. What is smaller is what travelled.",
-        *([f"**Clients {absence_line(log)}.**"] if absence_line(log) else []),
+        *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),
         "## Sparsity",
         _sparsity(config, results.matrices, log),

@@ -35,7 +35,6 @@ STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store 
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
 BLANK = "<private text>"
-MANY = 2**62
 SHORT_NAME = 3  # letters; what is as short stands in many words
 
 
@@ -78,6 +77,21 @@ class Site:
                 f"{asked if TOKEN_COUNTS in kept else ''}, or name them under may_send in the site file"
             )
 
+    def require_text(self, client: str, pruner: str) -> None:
+        """Refuse to prune without text where the pruner needs some.
+
+        Args:
+            client: whom to name.
+            pruner: its pruner.
+
+        Raises:
+            ConfigError: the site file names no text.
+        """
+        if not self.text and pruner != "magnitude":
+            raise ConfigError(
+                f"client {client}: the site file names no private text; give `text` under clients: {client}:"
+            )
+
     def require_tokens(self, client: str, least: int | None) -> None:
         """Refuse statistics of too few tokens.
 
@@ -88,7 +102,7 @@ class Site:
         Raises:
             ConfigError: they are fewer than this site sends.
         """
-        if least is not None and least < (self.min_tokens or MANY):
+        if least is not None and (self.min_tokens is None or least < self.min_tokens):
             own = self.min_tokens or "as many as an input is wide"
             raise ConfigError(
                 f"client {client}: this site sends no statistics of fewer tokens than {own}, gram.min_tokens is {least}; "

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.appfl_adaptors.globus_worker import require_consent, same_model
+from fedspallm_appfl.appfl_adaptors.globus_worker import in_words, require_consent, same_model, site_store
 from fedspallm_appfl.calibration import cut_windows, load_tokenizer, read_text, too_few
-from fedspallm_appfl.data_store import GREETING, open_store
+from fedspallm_appfl.data_store import GREETING
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.model_identity import config_hash
@@ -30,8 +30,7 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
         try:
             checks[name] = {"ok": True, "says": look(request, site)}
         except Exception as error:  # noqa: BLE001 - shown in the table
-            words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
-            checks[name] = {"ok": False, "says": site.without_paths(words)}
+            checks[name] = {"ok": False, "says": in_words(error, site)}
     return {"checks": checks}
 
 
@@ -50,10 +49,9 @@ def _look_at_model(request: dict[str, Any], site: Site) -> str:
 
 def _look_at_text(request: dict[str, Any], site: Site) -> str:
     train, client = request["config"]["train_configs"], request["client"]
+    site.require_text(client, train["pruner"])
     if site.text is None:
-        if train["pruner"] == "magnitude":
-            return "not needed"
-        raise ConfigError(f"the site file names no private text; give `text` under clients: {client}:")
+        return "not needed"
     tokenizer = load_tokenizer(site.model_folder(train["model"]["path"]))
     found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
     if found < train["data"]["windows"]:
@@ -63,7 +61,7 @@ def _look_at_text(request: dict[str, Any], site: Site) -> str:
 
 def _look_at_store(request: dict[str, Any], site: Site) -> str:
     """Read what the server has placed, place something for it to read."""
-    store = open_store({**request["store"], **site.store}, request["run"])
+    store = site_store(request, site)
     if store is None:
         return "not used"
     [name] = request["names"]

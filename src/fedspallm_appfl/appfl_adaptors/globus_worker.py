@@ -25,7 +25,7 @@ from fedspallm_appfl.algorithms import exchanges
 from fedspallm_appfl.appfl_adaptors import registration
 from fedspallm_appfl.data_store import DataStore, open_store
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
+from fedspallm_appfl.errors import FederationError, FedSpaLLMError, ModelError
 from fedspallm_appfl.layer_sampling import to_text
 from fedspallm_appfl.local_client import LocalClient
 from fedspallm_appfl.model_identity import model_hash
@@ -51,7 +51,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     try:
         site = load_site(request["client"])
         require_consent(request, site)
-        store = open_store({**request["store"], **site.store}, request["run"])
+        store = site_store(request, site)
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
         client = amid.agent.trainer.client  # opens model and text
@@ -119,7 +119,11 @@ def require_consent(request: dict[str, Any], site: Site) -> None:
     site.require_consent(client, sendings(request))
     if train["algorithm"] == "gram":
         site.require_tokens(client, train["gram"]["min_tokens"])
-        train["gram"]["min_tokens"] = train["gram"]["min_tokens"] or site.min_tokens
+
+
+def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
+    """The data store of a task, as it is reached from here."""
+    return open_store({**request["store"], **site.store}, request["run"])
 
 
 def _agent(request: dict[str, Any], site: Site) -> Any:
@@ -130,8 +134,8 @@ def _agent(request: dict[str, Any], site: Site) -> Any:
     train, client = config["train_configs"], request["client"]
     train["data"] |= {"text": site.text, "pool": []}  # the server names no path of a text
     train["agreed"] = None  # nor one that is written to
-    if not site.text and train["pruner"] != "magnitude":
-        raise ConfigError(f"client {client}: the site file names no private text; give `text` under clients: {client}:")
+    train["gram"]["min_tokens"] = train["gram"]["min_tokens"] or site.min_tokens
+    site.require_text(client, train["pruner"])
     train["model"]["path"] = str(same_model(train["model"], site, client))
     train["device"] = choose_device(train["device"], 0)
     return ClientAgent(OmegaConf.create(config))
@@ -188,12 +192,16 @@ def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
     return result
 
 
+def in_words(error: Exception, site: Site) -> str:
+    """What an error says, in words that may travel."""
+    return site.without_paths(str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}")
+
+
 def _described(error: Exception, site: Site) -> dict[str, str]:
     """An error in words that may travel; what lies behind it (`from error`) may hold text and stays here."""
     stack = "".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
-    words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
     return {
-        "message": site.without_paths(words),
+        "message": in_words(error, site),
         "traceback": site.without_paths(stack),
         "host": socket.gethostname(),
     }
