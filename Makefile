@@ -17,7 +17,7 @@ install: $(INSTALLED)  ## Make the virtual environment and install the pinned ve
 
 # A torch for the CPU does not go with the torchvision that one of APPFL's dependencies pulls in (built for CUDA), and a
 # broken torchvision breaks transformers; nothing here needs it, so it goes if it cannot be imported.
-$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_appfl/native/kernels.c
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_appfl/tensors/native/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -49,7 +49,7 @@ check: lint test  ## What CI runs
 
 triton: install  ## The GPU kernel in Triton's interpreter, and through its compiler; needs no GPU
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
-	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/test_triton_block.py
+	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/pruning/test_triton_block.py
 
 bench: install  ## Speed and memory as ratios, an hour on one core
 	$(BIN)/python -m benchmarks

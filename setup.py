@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "fedspallm_appfl.native._kernels",
-            ["src/fedspallm_appfl/native/kernels.c"],
+            "fedspallm_appfl.tensors.native._kernels",
+            ["src/fedspallm_appfl/tensors/native/kernels.c"],
             extra_compile_args=["-O3", "-ffp-contract=off"],
             optional=True,
         )

@@ -60,7 +60,7 @@ def _run(name: str, options: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.context import Context
-    from fedspallm_appfl import native
+    from fedspallm_appfl.tensors import native
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fedspallm-bench-") as scratch:

@@ -6,7 +6,7 @@ from benchmarks.context import Context
 from benchmarks.measure import interleave, seconds
 from benchmarks.tables import Table, met
 from benchmarks.uploads import SEVEN_B, SMALL, matrix
-from fedspallm_appfl.payload import compress, decompress, make_update, pack, unpack, unpack_weight
+from fedspallm_appfl.wire.packed import compress, decompress, make_update, pack, unpack, unpack_weight
 
 MUST, AIM = 1.0, 4.0
 

@@ -19,11 +19,11 @@ import yaml
 
 from benchmarks import memory
 from benchmarks.models import DEMO
-from fedspallm_appfl.appfl_adaptors import registration
-from fedspallm_appfl.config import Config, load_config
-from fedspallm_appfl.global_model import GlobalModel
-from fedspallm_appfl.launch import serial
-from fedspallm_appfl.local_client import LocalClient
+from fedspallm_appfl.adaptors import registration
+from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.server import GlobalModel
+from fedspallm_appfl.runs import serial
+from fedspallm_appfl.settings.schema import Config, load_config
 
 TEXTS = ("austen", "bible", "csource", "sqldocs")
 OPENING = ((LocalClient, "__init__"),)

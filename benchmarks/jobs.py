@@ -16,10 +16,10 @@ from benchmarks import memory
 from benchmarks.measure import seconds
 from benchmarks.models import random_windows
 from benchmarks.reference import driver
-from fedspallm_appfl.blockwise import prune_blocks
-from fedspallm_appfl.lazy_model import LazyModel
-from fedspallm_appfl.pruning import Settings
-from fedspallm_appfl.sparsity import parse_target
+from fedspallm_appfl.models.blockwise import prune_blocks
+from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.tensors.sparsity import parse_target
 
 
 def measured(load: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from benchmarks import children
 from benchmarks.context import Context
 from benchmarks.models import save_llama
 from benchmarks.tables import Table
-from fedspallm_appfl.layer_sampling import draw
+from fedspallm_appfl.aggregation.layer_sampling import draw
 
 CLIENTS = ("a", "b", "c", "d")
 MUST = 0.55

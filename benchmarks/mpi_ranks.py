@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 from benchmarks.measure import interleave
 from benchmarks.memory import peak_above
 from benchmarks.uploads import SEVEN_B, SMALL, upload
-from fedspallm_appfl.appfl_adaptors import registration
-from fedspallm_appfl.payload import update_nbytes
+from fedspallm_appfl.adaptors import registration
+from fedspallm_appfl.wire.packed import update_nbytes
 
 registration.register()
 
-from fedspallm_appfl.appfl_adaptors.mpi_communicators import BatchedMPIServer, PoliteMPIClient  # noqa: E402
+from fedspallm_appfl.adaptors.mpi_communicators import BatchedMPIServer, PoliteMPIClient  # noqa: E402
 
 SERVER, CLIENT = 0, 1
 NAME = "client"

@@ -5,7 +5,7 @@ import torch
 from benchmarks.context import Context
 from benchmarks.models import random_mask
 from benchmarks.tables import Table, met
-from fedspallm_appfl import payload
+from fedspallm_appfl.wire import packed as payload
 
 TARGETS = {50: (1.75, 2.0), 70: (2.7, 3.2)}  # percent -> (packed, compressed)
 

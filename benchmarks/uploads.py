@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import random_mask
-from fedspallm_appfl.blocks import Layout, Linear
-from fedspallm_appfl.folds import Aggregation
-from fedspallm_appfl.global_model import GlobalModel
-from fedspallm_appfl.payload import make_update, pack
-from fedspallm_appfl.pruning import Settings
-from fedspallm_appfl.sparsity import parse_target
+from fedspallm_appfl.models.layout import Layout, Linear
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.rounds.folds import Aggregation
+from fedspallm_appfl.rounds.server import GlobalModel
+from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.wire.packed import make_update, pack
 
 Shapes = Mapping[str, tuple[int, int]]
 AGGREGATION = Aggregation(Settings("sparsegpt", parse_target("0.5")))

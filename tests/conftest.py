@@ -1,16 +1,11 @@
 """Tiny models and texts that the tests make themselves; nothing is downloaded."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "examples" / "demo"
-SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)

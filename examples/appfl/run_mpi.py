@@ -8,7 +8,7 @@ checks, placement, report, the finished model.
 
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.appfl_adaptors.registration import guard_piq
+from fedspallm_appfl.adaptors.registration import guard_piq
 
 guard_piq()  # APPFL imports piq, which needs torchvision; without a working one this lets the import pass
 

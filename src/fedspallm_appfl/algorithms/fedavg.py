@@ -8,9 +8,9 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.l0_mean import L0Sums, plain_mean
 from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.l0_aggregation import L0Sums, plain_mean
-from fedspallm_appfl.sparsity import Target, select
+from fedspallm_appfl.tensors.sparsity import Target, select
 
 LABEL = "FedAvg"
 EXCHANGES = (Exchange("weights", "weights"),)

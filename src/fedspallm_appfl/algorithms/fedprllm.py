@@ -8,10 +8,10 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.mask_expansion import expand
+from fedspallm_appfl.aggregation.votes import Votes
 from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.mask_expansion import expand
-from fedspallm_appfl.sparsity import Target
-from fedspallm_appfl.votes import Votes
+from fedspallm_appfl.tensors.sparsity import Target
 
 LABEL = "FedPrLLM"
 EXCHANGES = (Exchange("masks", "weights"),)

@@ -7,10 +7,10 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
+from fedspallm_appfl.aggregation.mask_expansion import expand
 from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.l0_aggregation import L0Sums, l0_mean
-from fedspallm_appfl.mask_expansion import expand
-from fedspallm_appfl.sparsity import Target
+from fedspallm_appfl.tensors.sparsity import Target
 
 LABEL = "FedSpaLLM"
 EXCHANGES = (Exchange("weights", "weights"),)

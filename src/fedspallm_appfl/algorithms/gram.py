@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.exchange import Exchange, Groups
-from fedspallm_appfl.pruning import Settings, prepare
-from fedspallm_appfl.pruning.gram import InputGram, lift, mirror
+from fedspallm_appfl.pruning.pruner import Settings, prepare
+from fedspallm_appfl.pruning.statistics import InputGram, lift, mirror
 
 Pruned = tuple[Tensor, Tensor]
 

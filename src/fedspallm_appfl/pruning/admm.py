@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedspallm_appfl.pruning import least_squares
 from fedspallm_appfl.pruning.correlation import Correlation
-from fedspallm_appfl.sparsity import Target, select
+from fedspallm_appfl.tensors.sparsity import Target, select
 
 STEPS = 60
 PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last

@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fedspallm_appfl import native
 from fedspallm_appfl.pruning import triton_block
-from fedspallm_appfl.sparsity import NM, Ratio, Target, select
+from fedspallm_appfl.tensors import native
+from fedspallm_appfl.tensors.sparsity import NM, Ratio, Target, select
 
 GIVEN = Ratio(Fraction(0))  # any ratio will do as the target of a mask that is there already
 

@@ -10,7 +10,7 @@ Legend: O out features, I in features.
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.pruning.gram import damp, inverse_norms
+from fedspallm_appfl.pruning.statistics import damp, inverse_norms
 
 
 class Correlation:

@@ -8,7 +8,7 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
-from fedspallm_appfl.sparsity import Target, select
+from fedspallm_appfl.tensors.sparsity import Target, select
 
 
 def prune(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:

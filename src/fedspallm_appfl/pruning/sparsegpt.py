@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import column_block
-from fedspallm_appfl.pruning.gram import InputGram
-from fedspallm_appfl.sparsity import NM, Ratio, Target, kth_smallest
+from fedspallm_appfl.pruning.statistics import InputGram
+from fedspallm_appfl.tensors.sparsity import NM, Ratio, Target, kth_smallest
 
 COLUMN_BLOCK = 128
 

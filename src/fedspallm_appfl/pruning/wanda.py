@@ -9,8 +9,8 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
-from fedspallm_appfl.pruning.gram import Statistic
-from fedspallm_appfl.sparsity import Target, select
+from fedspallm_appfl.pruning.statistics import Statistic
+from fedspallm_appfl.tensors.sparsity import Target, select
 
 
 def prune(weight: Tensor, target: Target, statistic: Statistic) -> tuple[Tensor, Tensor]:

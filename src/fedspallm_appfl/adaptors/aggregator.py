@@ -1,0 +1,200 @@
+"""APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from appfl.algorithm.aggregator import BaseAggregator
+from omegaconf import DictConfig, OmegaConf
+
+from fedspallm_appfl.aggregation.layer_sampling import draw, to_text
+from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.rounds.folds import Aggregation
+from fedspallm_appfl.rounds.gathering import shared_inputs
+from fedspallm_appfl.rounds.server import GlobalModel, Piece
+from fedspallm_appfl.wire.packed import block_nbytes
+
+
+class FedSpaLLMAggregator(BaseAggregator):
+    """The server's side of FedSpaLLM and the other algorithms behind APPFL's interface.
+
+    Attributes:
+        skeleton: the model without weights.
+        global_model: sums, votes and packed results.
+        round: the round that is on, from 0; equal to the number of rounds once all are done.
+        on_event: called with a dict for each upload, block and round.
+    """
+
+    def __init__(
+        self, model: Any = None, aggregator_configs: DictConfig | None = None, logger: Any = None, **kwargs: Any
+    ) -> None:
+        """Build the skeleton of the model and start round 0.
+
+        Args:
+            model: not used; APPFL passes its own model or None.
+            aggregator_configs: as `agents.server_agent_config` makes them.
+            logger: APPFL's logger, not used.
+            **kwargs: `aggregator_config`, the name that APPFL gives to the argument in another place.
+        """
+        configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
+        self.settings: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
+        self.on_event: OnEvent = ignore
+        model_settings = self.settings["model"]
+        self.skeleton = Skeleton(model_settings["path"], model_settings["blocks"])
+        self._own_folder = None if self.settings.get("state_dir") else tempfile.TemporaryDirectory(prefix="fedspallm-")
+        folder = self._own_folder.name if self._own_folder else self.settings["state_dir"]
+        aggregation = aggregation_of(self.settings)
+        with_groups = aggregation.algorithm == "gram"
+        self.global_model = GlobalModel(
+            self.skeleton.layout,
+            self.skeleton.stored_dtype,
+            aggregation,
+            Path(folder),
+            self.skeleton.dense_matrix,
+            choose_device(self.settings["device"], 0),
+            lambda event: self.on_event(event),
+            shared_inputs(LazyModel(**model_settings)) if with_groups else (),
+        )
+        self.round = 0
+        self._ended: set[str] = set()
+        self._pieces: list[Piece] = []
+        self._bytes_down = 0  # of this round
+        self._begin()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self.round >= self.settings["rounds"]
+
+    def get_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a client gets outside the exchange of messages.
+
+        Before its first message its assignment, without weights, since it holds the dense model; with `piece=i` the i-th
+        piece of what goes down.
+        """
+        if "piece" in kwargs:
+            return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
+        asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
+        known = [client for client in map(str, asked) if client in self.settings["roster"]]
+        return {}, self.instructions(known or list(self.settings["roster"]))
+
+    def instructions(self, clients: list[str]) -> dict[str, Any]:
+        """What some clients have to do next, in plain types; nothing once all rounds are done.
+
+        `{"round": 1, "exchange": 0, "assign": {"a": "0-3,7"}}`: the round, its exchange, and the blocks of each client.
+        """
+        if self.finished:
+            return {}
+        now = self.global_model.round
+        assign = {client: to_text(now.assigned[client]) for client in clients}
+        return {"round": now.index, "exchange": now.exchange, "assign": assign}
+
+    def receive(self, client: str, update: Any, metadata: dict[str, Any]) -> bool:
+        """Fold one message.
+
+        Args:
+            client: who sent it.
+            update: the payload.
+            metadata: what `FedSpaLLMTrainer.get_parameters` gave beside it.
+
+        Returns:
+            Whether it was the client's last of the exchange.
+
+        Raises:
+            UpdateError: the message is not what was assigned.
+        """
+        received = self.global_model.receive(client, update, int(metadata["samples"]))
+        self.skeleton.files.release()  # dense weights that masks without values were filled from
+        self.on_event(
+            {
+                "event": "upload",
+                "round": self.round,
+                "exchange": self.global_model.round.exchange,
+                "exchanges": len(self.global_model.exchanges),
+                "client": client,
+                "host": str(metadata.get("host", "")),
+                "message": int(metadata["_chunk_idx"]),
+                "messages": int(metadata["_total_chunks"]),
+                "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
+                "bytes": received,
+                "block_bytes": block_nbytes(update),
+                "seconds": float(metadata["seconds"]),
+                "notes": json.loads(metadata["notes"]) if metadata.get("notes") else {},
+            }
+        )
+        last = int(metadata["_chunk_idx"]) == int(metadata["_total_chunks"]) - 1
+        if last:
+            self.global_model.check_complete(client)
+            self._ended.add(client)
+        return last
+
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round."""
+        self.global_model.give_up(client)
+        self._ended.discard(client)
+
+    def given_up(self) -> set[str]:
+        """Clients that the round goes on without."""
+        return self.global_model.round.given_up
+
+    def all_ended(self) -> bool:
+        """Whether every client that was not given up has sent its last message of the exchange."""
+        return self._ended | self.given_up() == set(self.settings["roster"])
+
+    def end_exchange(self) -> dict[str, Any]:
+        """Close the exchange and begin the next one, maybe of the next round.
+
+        Returns:
+            The first piece of what goes down; `{}` if nobody needs it, as after the last exchange of all.
+        """
+        model, self._ended = self.global_model, set()
+        last_round = self.round + 1 == self.settings["rounds"]
+        last = last_round and model.round.exchange + 1 == len(model.exchanges)
+        self._pieces = [] if last else model.changes(self.settings["max_message_bytes"])
+        first = model.load_piece(self._pieces[0]) if self._pieces else {}
+        self._bytes_down += sum(piece.nbytes for piece in self._pieces)
+        if not model.next_exchange():
+            self._end_round()
+        return first
+
+    def _end_round(self) -> None:
+        changed = to_text(sorted(self.global_model.round.changed))
+        self.on_event({"event": "round", "round": self.round, "blocks": changed, "bytes_down": self._bytes_down})
+        self._bytes_down = 0
+        self.round += 1
+        if not self.finished:
+            self._begin()
+
+    def aggregate(self, local_models: dict[str, Any], **kwargs: dict[str, Any]) -> dict[str, tuple[dict, dict]]:
+        """APPFL's own barrier: one message of every client at once. `FedSpaLLMScheduler` does without it."""
+        for client, update in sorted(local_models.items()):
+            self.receive(str(client), update, {key: of[client] for key, of in kwargs.items() if client in of})
+        changes = self.end_exchange() if self.all_ended() else {}
+        return {client: (changes, self.instructions([str(client)])) for client in local_models}
+
+    def _begin(self) -> None:
+        s = self.settings
+        blocks = len(self.skeleton.layout.blocks)
+        assigned = draw(s["layer_sampling"], s["seed"], self.round, s["rounds"], s["roster"], blocks)
+        self.global_model.begin_round(self.round, assigned)
+
+
+def aggregation_of(settings: dict[str, Any]) -> Aggregation:
+    """Read how uploads are combined from APPFL's `aggregator_kwargs`."""
+    return Aggregation(
+        pruning=Settings.of({"pruner": "sparsegpt", **settings}),
+        algorithm=settings.get("algorithm", "fedspallm"),
+        weights=settings["weights"],
+        fold=settings["fold"],
+        expansion=settings["expansion"],
+        comparisons=tuple(settings["comparisons"]),
+        mask_only=frozenset(settings.get("mask_only", ())),
+        gram=GramSettings(**settings.get("gram", {})),
+        threads=settings.get("threads"),
+        compression=settings.get("compression") == "zstd",
+    )

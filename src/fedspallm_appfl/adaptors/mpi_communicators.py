@@ -1,0 +1,146 @@
+"""APPFL's MPI communicators with three changes: answers to batched clients, how they wait, and how tensors travel.
+
+* A rank with several clients sends one message for all of them and waits for one answer. APPFL allows that with its own
+  scheduler only, and answers as soon as one of the clients can go on; here any scheduler will do, and the answer goes
+  out when all of them can go on.
+* APPFL's server sleeps a tenth of a second before each message, its clients spin while they wait. Here both look every
+  millisecond, at first more often.
+* APPFL pickles a model several times over on its way. Here only what describes it is pickled; tensors go from memory to
+  memory (see `tensor_messages`).
+"""
+
+import time
+from typing import Any
+
+import yaml
+from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator
+from appfl.comm.mpi.config import MPIServerStatus, MPITask, MPITaskRequest, MPITaskResponse
+from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, request_to_byte, response_to_byte
+from mpi4py import MPI
+
+from fedspallm_appfl.adaptors import tensor_messages
+from fedspallm_appfl.wire.as_bytes import take_apart
+
+FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
+
+
+class BatchedMPIServer(MPIServerCommunicator):
+    """APPFL's server, for ranks with any number of clients and a scheduler that answers clients one by one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clients_of_rank: dict[int, list[str]] = {}
+        self._inbox = tensor_messages.Inbox()
+
+    def serve(self) -> None:
+        """Take messages until all clients have closed their connection."""
+        status = MPI.Status()
+        while not self.server_agent.server_terminated():
+            _wait(self.comm, MPI.ANY_SOURCE, MPI.ANY_TAG, status)
+            source, tag = status.Get_source(), status.Get_tag()
+            request = byte_to_request(_receive(self.comm, status))
+            response = self._request_handler(client_rank=source, request_tag=tag, request=request)
+            if response is not None:
+                self.comm.Send(response_to_byte(response), dest=source, tag=source)
+
+    def _get_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
+        """Answer with what the aggregator has for this rank."""
+        metadata = yaml.unsafe_load(request.meta_data)
+        payload, answer = self.server_agent.get_parameters(**metadata, blocking=False)
+        self._answer(client_rank, MPIServerStatus.RUN, payload, answer)
+
+    def _update_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
+        """Hand the messages of all clients of a rank to the scheduler."""
+        metadata = yaml.unsafe_load(request.meta_data)
+        updates = self._inbox.receive(self.comm, request.payload, client_rank, _data_tag(self.comm))
+        self._clients_of_rank[client_rank] = metadata["_client_ids"]
+        for client in metadata["_client_ids"]:
+            future = self.server_agent.global_update(client, updates.pop(client), blocking=False, **metadata[client])
+            self._update_global_model_futures[client] = future
+        self._check_update_global_model_futures()
+
+    def _check_update_global_model_futures(self) -> None:
+        """Answer every rank all of whose clients can go on."""
+        futures = self._update_global_model_futures
+        status = MPIServerStatus.DONE if self.server_agent.training_finished() else MPIServerStatus.RUN
+        for rank, clients in list(self._clients_of_rank.items()):
+            if not all(client in futures and futures[client].done() for client in clients):
+                continue
+            answers = {client: futures.pop(client).result() for client in clients}
+            del self._clients_of_rank[rank]
+            payload = next(iter(answers.values()))[0]  # the same for all; what differs stands in the metadata
+            self._answer(rank, status, payload, {client: answer[1] for client, answer in answers.items()})
+
+    def _answer(self, rank: int, status: MPIServerStatus, payload: Any, metadata: dict[str, Any]) -> None:
+        description, tensors = take_apart(payload)
+        response = MPITaskResponse(status.value, description, yaml.dump(metadata))
+        self.comm.Send(response_to_byte(response), dest=rank, tag=rank)
+        tensor_messages.send(self.comm, tensors, rank, _data_tag(self.comm))
+
+
+class PoliteMPIClient(MPIClientCommunicator):
+    """APPFL's client that does not take a core while it waits; for one rank with several clients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._inbox = tensor_messages.Inbox()
+
+    def get_global_model(self, **kwargs: Any) -> Any:
+        """What the server has for the clients of this rank: a payload, with metadata if there is some."""
+        self._ask(MPITask.GET_GLOBAL_MODEL, kwargs, {})
+        _, payload, metadata = self._answer()
+        return (payload, metadata) if metadata else payload
+
+    def update_global_model(self, local_model: Any, client_id: str | int | None = None, **kwargs: Any) -> Any:
+        """Send the messages of all clients of this rank.
+
+        Args:
+            local_model: client -> its message.
+            client_id: not used here: a rank speaks for all of its clients.
+            **kwargs: `kwargs`, client -> metadata.
+
+        Returns:
+            (payload for all clients, client -> metadata with the server's `status`, RUNNING or DONE).
+        """
+        self._ask(MPITask.UPDATE_GLOBAL_MODEL, kwargs.get("kwargs", kwargs), local_model)
+        status, payload, metadata = self._answer()
+        for answer in metadata.values():
+            answer["status"] = "DONE" if status == MPIServerStatus.DONE.value else "RUNNING"
+        return payload, metadata
+
+    def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any) -> None:
+        description, tensors = take_apart(payload)
+        request = MPITaskRequest(description, yaml.dump({**metadata, "_client_ids": self.client_ids}))
+        tag = self.comm_rank + self.comm_size * task.value
+        self.comm.Send(request_to_byte(request), dest=self.server_rank, tag=tag)
+        tensor_messages.send(self.comm, tensors, self.server_rank, _data_tag(self.comm))
+
+    def _answer(self) -> tuple[int, Any, dict[str, Any]]:
+        response = self._recv_response()
+        payload = self._inbox.receive(self.comm, response.payload, self.server_rank, _data_tag(self.comm))
+        return response.status, payload, yaml.unsafe_load(response.meta_data)
+
+    def _recv_response(self) -> MPITaskResponse:
+        status = MPI.Status()
+        _wait(self.comm, self.server_rank, self.comm_rank, status)
+        return byte_to_response(_receive(self.comm, status))
+
+
+def _data_tag(comm: Any) -> int:
+    """A tag that no request and no answer has."""
+    return comm.Get_size() * (len(MPITask) + 1)
+
+
+def _receive(comm: Any, status: MPI.Status) -> bytearray:
+    """The message that a probe has found."""
+    buffer = bytearray(status.Get_count(MPI.BYTE))
+    comm.Recv(buffer, source=status.Get_source(), tag=status.Get_tag())
+    return buffer
+
+
+def _wait(comm: Any, source: int, tag: int, status: MPI.Status) -> None:
+    """Return once a message has come: look often at first, as an answer may be near, then leave the core to others."""
+    pause = FIRST_PAUSE
+    while not comm.iprobe(source=source, tag=tag, status=status):
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)

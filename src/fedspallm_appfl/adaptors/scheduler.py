@@ -1,0 +1,110 @@
+"""APPFL scheduler that streams: every upload is folded on arrival and answered as soon as the client may go on.
+
+A message in the middle of an exchange is answered at once, unless more than `max_open_blocks` blocks have sums in memory
+and the client owes none of them anything; then it waits until one of those that it sent to is complete. A client on whom
+an open block still waits is always let on, so nothing can lock up, also where a block is split over messages. The last
+message of an exchange is answered when all clients have sent theirs.
+
+If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging. A launcher that can
+go on without a client sets `spare_others` and calls `give_up`.
+"""
+
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+from appfl.algorithm.scheduler import BaseScheduler
+
+from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
+from fedspallm_appfl.errors import UpdateError
+
+
+class FedSpaLLMScheduler(BaseScheduler):
+    """Fold on arrival, one barrier an exchange.
+
+    Attributes:
+        spare_others: an upload that is refused fails for its client alone.
+    """
+
+    aggregator: FedSpaLLMAggregator
+
+    def __init__(self, scheduler_configs: Any, aggregator: FedSpaLLMAggregator, logger: Any) -> None:
+        super().__init__(scheduler_configs, aggregator, logger)
+        self.max_open_blocks = int(scheduler_configs.get("max_open_blocks", 2))
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[Future, set[int]]] = {}
+        self._at_barrier: dict[str, Future] = {}
+        self.spare_others = False
+
+    def schedule(self, client_id: str | int, local_model: Any, **kwargs: Any) -> Future:
+        """Take one message of one client.
+
+        Args:
+            client_id: who sent it.
+            local_model: the payload.
+            **kwargs: its metadata.
+
+        Returns:
+            A future of (payload, metadata) for that client.
+
+        Raises:
+            UpdateError: the message is not what was assigned; all waiting clients get the same error, unless they are
+                to be spared.
+        """
+        client = str(client_id)
+        future: Future[tuple[dict, dict]] = Future()
+        with self._lock:
+            try:
+                if self.aggregator.receive(client, local_model, kwargs):
+                    self._at_barrier[client] = future
+                else:
+                    self._held[client] = (future, {int(block) for block in local_model.get("blocks", {})})
+                self._go_on()
+            except BaseException as error:
+                if not (self.spare_others and isinstance(error, UpdateError)):
+                    self._fail(error)
+                raise
+        return future
+
+    def give_up(self, client: str) -> None:
+        """Go on without a client for the rest of the round: nobody waits for it, what it has sent counts."""
+        with self._lock:
+            self._held.pop(client, None)
+            self._at_barrier.pop(client, None)
+            self.aggregator.give_up(client)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """End the exchange if everybody has, and answer who may go on."""
+        ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
+        self._release()
+        if ended is not None:
+            self._answer_all(ended)
+
+    def get_num_global_epochs(self) -> int:
+        """Rounds that are done."""
+        return self.aggregator.round
+
+    def get_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """First instructions of a client. No barrier: there are no initial weights that would have to be equal."""
+        return self.aggregator.get_parameters(**kwargs)
+
+    def _release(self) -> None:
+        model = self.aggregator.global_model
+        open_blocks = model.open_blocks()
+        for client, (future, sent) in list(self._held.items()):
+            owes = any(model.owes(client, block) for block in open_blocks)
+            if len(open_blocks) <= self.max_open_blocks or not sent & open_blocks or owes:
+                del self._held[client]
+                future.set_result(({}, {}))
+
+    def _answer_all(self, changes: dict[str, Any]) -> None:
+        waiting, self._at_barrier = self._at_barrier, {}
+        for client, future in waiting.items():
+            future.set_result((changes, self.aggregator.instructions([client])))
+
+    def _fail(self, error: BaseException) -> None:
+        waiting = [future for future, _ in self._held.values()] + list(self._at_barrier.values())
+        self._held, self._at_barrier = {}, {}
+        for future in waiting:
+            future.set_exception(error)

@@ -1,0 +1,1 @@
+from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator  # noqa: D100, F401

@@ -1,0 +1,1 @@
+from fedspallm_appfl.adaptors.scheduler import FedSpaLLMScheduler  # noqa: D100, F401

@@ -1,0 +1,1 @@
+from fedspallm_appfl.adaptors.trainer import FedSpaLLMTrainer  # noqa: D100, F401

@@ -1,0 +1,158 @@
+"""APPFL trainer: `train()` prunes what the next message needs, `get_parameters()` hands it over.
+
+One call of `train` makes one message of an exchange (see `messages`), so APPFL's plain loop of train, get_parameters,
+update_global_model, load_parameters streams a model block by block. Instructions (round, assigned blocks) come in the
+metadata beside the payload; a script that drops the metadata works too, as the assignment is a pure function of what
+stands in `train_configs`.
+"""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from appfl.algorithm.trainer import BaseTrainer
+from omegaconf import DictConfig, OmegaConf
+
+from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
+from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.rounds.client import ClientSettings, LocalClient, Message
+
+
+class FedSpaLLMTrainer(BaseTrainer):
+    """Prune a client's copy of the model on its private text.
+
+    Attributes:
+        client: the client's side of a round; opened at the first use.
+    """
+
+    def __init__(self, train_configs: DictConfig, client_id: str | None = None, **kwargs: Any) -> None:
+        """Keep the settings; nothing is loaded yet.
+
+        Args:
+            train_configs: as `agents.client_agent_config` makes them.
+            client_id: APPFL gives it to classes in its namespace, not to those from a `trainer_path`; then it is taken
+                from `train_configs.client_id`, or from `train_configs.wandb_logging_id`, which APPFL always sets.
+            **kwargs: what else APPFL passes; model, loss and data sets are not used.
+
+        Raises:
+            ConfigError: the client has no id.
+        """
+        super().__init__(train_configs=train_configs, client_id=client_id, **kwargs)
+        self.settings: dict[str, Any] = OmegaConf.to_container(train_configs, resolve=True)  # type: ignore[assignment]
+        name = client_id or self.settings.get("client_id") or self.settings.get("wandb_logging_id")
+        if not name:
+            raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
+        self.client_id: str = str(name)
+        self.round: int = 0
+        self._client: LocalClient | None = None
+        self.exchange: int = 0
+        self._instructions: tuple[int, int, list[int]] | None = None
+        self._message: Message | None = None
+        self._pieces_left = 0
+
+    @property
+    def client(self) -> LocalClient:
+        """The client's side of a round."""
+        if self._client is None:
+            self._client = LocalClient(client_settings(self.client_id, self.settings))
+        return self._client
+
+    def train(self, **instructions: Any) -> None:
+        """Make the next message of the round; the first call of an exchange starts it."""
+        if instructions.get("assign"):
+            self._follow(instructions)
+        if not self.client.in_exchange:
+            self._require_all_pieces()
+            self.round, self.exchange, blocks = self._instructions or (
+                self.round,
+                self.exchange,
+                self._own_draw(self.round),
+            )
+            self.client.start_exchange(self.round, self.exchange, blocks)
+            self._instructions = None
+        self._message = self.client.next_message()
+        if not self.client.in_exchange:
+            self._count_on()
+
+    def _count_on(self) -> None:
+        """What comes next, should the server's instructions not reach here."""
+        self.exchange += 1
+        if self.exchange == len(self.client.exchanges):
+            self.round, self.exchange = self.round + 1, 0
+
+    def get_parameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The message that `train` made, and its metadata in plain types."""
+        if self._message is None:
+            raise RuntimeError(f"client {self.client_id}: get_parameters was called before train")
+        message, self._message = self._message, None
+        metadata = {
+            "_chunk_idx": message.number,
+            "_total_chunks": message.total,
+            "samples": self.client.samples,
+            "seconds": round(message.seconds, 4),
+            "notes": message.notes,
+            "host": socket.gethostname(),
+        }
+        return message.update, metadata
+
+    def load_parameters(self, params: Any) -> None:
+        """Take what the server sent: a payload or a further piece of it, alone or with metadata that holds instructions."""
+        update, metadata = params if isinstance(params, tuple) else (params, {})
+        self.client.take(update)
+        if update:
+            self._pieces_left = update["pieces"] - 1 if update["piece"] == 0 else self._pieces_left - 1
+        self._follow(metadata)
+
+    def _follow(self, metadata: dict[str, Any]) -> None:
+        if self.client_id in (metadata.get("assign") or {}):
+            blocks = from_text(metadata["assign"][self.client_id])
+            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks
+
+    def _require_all_pieces(self) -> None:
+        if self._pieces_left > 0:
+            raise RuntimeError(
+                f"client {self.client_id}: {self._pieces_left} pieces of the server's update are missing; fetch each "
+                "with get_global_model(init_model=False, piece=i) for i = 1, 2, ... and give it to load_parameters"
+            )
+
+    def _own_draw(self, index: int) -> list[int]:
+        roster, blocks = self.settings.get("roster"), len(self.client.model.layout.blocks)
+        if not roster:
+            raise ConfigError(
+                f"client {self.client_id}: the server sent no assignment, and train_configs.roster (client id -> share) "
+                "is not there to draw it from; pass the metadata on to load_parameters, or give the roster"
+            )
+        settings = self.settings
+        return draw(settings["layer_sampling"], settings["seed"], index, settings["rounds"], roster, blocks)[
+            self.client_id
+        ]
+
+
+def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSettings:
+    """Read what a client needs from APPFL's `train_configs`."""
+    model, data, comm = train_configs["model"], train_configs["data"], train_configs["comm"]
+    return ClientSettings(
+        client_id=client_id,
+        model=model["path"],
+        dtype=model["dtype"],
+        blocks=model["blocks"],
+        device=train_configs["device"],
+        threads=train_configs["threads"],
+        seed=train_configs["seed"],
+        text=data["text"],
+        windows=data["windows"],
+        length=data["length"],
+        batch=data["batch"],
+        pruning=Settings.of(train_configs),
+        algorithm=train_configs.get("algorithm", "fedspallm"),
+        gram=GramSettings(**train_configs.get("gram", {})),
+        pool=tuple((one["client_id"], one["text"], one["windows"]) for one in data.get("pool") or ()),
+        blocks_per_message=comm["blocks_per_message"],
+        max_message_bytes=comm["max_message_bytes"],
+        compression=comm.get("compression") == "zstd",
+        agreed=Path(train_configs["agreed"]) if train_configs.get("agreed") else None,
+        activations=data.get("activations", "memory"),
+        model_hash=model.get("hash", ""),
+    )

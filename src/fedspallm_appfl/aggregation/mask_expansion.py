@@ -1,0 +1,91 @@
+"""Adaptive mask expansion: from votes to a mask of exactly the target size (docs/method.md section 3).
+
+Source: Bai et al., "FedSpaLLM", NAACL 2025, section 3.3. The l0 mean is zero only where all clients pruned, so it is less
+sparse than the target. Further entries are zeroed, those that most clients pruned first; ties by smallest |W_g|, then by
+index. Votes are compared as integers and magnitudes only inside one class of votes: one float key made of both loses the
+tie-break to rounding.
+
+The comparison group is the whole matrix, which FedPrLLM (Guo et al., arXiv 2505.13547) found best, or each row; for n:m it
+is the group of m.
+
+Legend: O out features, I in features, N clients that pruned the matrix.
+"""
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.sparsity import NM, Target, first_in_groups, kth_smallest, row_counts
+
+GROUPS = ("matrix", "row")
+
+
+def expand(votes: Tensor, clients: int, aggregate: Tensor, target: Target, group: str = "matrix") -> Tensor:
+    """The global mask.
+
+    Args:
+        votes: (O, I) integer, number of clients that pruned the entry.
+        clients: N; where `votes == N` nobody kept the entry and it stays zero.
+        aggregate: (O, I) float, W_g; only its magnitude matters.
+        target: ratio or n:m.
+        group: `matrix` or `row`, where a ratio is counted.
+
+    Returns:
+        (O, I) bool, True = kept. Exactly `target.zeros(O * I)` entries are False, or more where more than that were
+        pruned by everybody: then nothing is expanded.
+    """
+    if isinstance(target, NM):
+        return _most_voted_in_groups(votes, clients, aggregate, target).logical_not_()
+    if group == "row":
+        counts = row_counts(target, *votes.shape).tolist()
+        rows = zip(votes, aggregate, counts, strict=True)
+        return ~torch.stack([_most_voted(v, clients, w, count) for v, w, count in rows])
+    pruned = _most_voted(votes.flatten(), clients, aggregate.flatten(), target.zeros(votes.numel()))
+    return pruned.logical_not_().view(votes.shape)
+
+
+def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> Tensor:
+    """Choose `count` entries by votes (most first), magnitude (smallest first), index; all of the unanimous ones stay.
+
+    No list of indices is made of more than the entries that are equal in both, and no copy of more than the border class.
+    """
+    border, above = _border(votes, clients, count)
+    if border == clients:
+        return votes == clients
+    inside = votes == border
+    candidates = bitmask.gather(aggregate, bitmask.to_bits(inside)).abs_()
+    threshold = kth_smallest(candidates, count - above)
+    missing = count - above - int((candidates < threshold).count_nonzero())
+    del candidates
+    smaller = (aggregate < threshold).logical_and_(aggregate > -threshold)  # in magnitude, without a copy of it
+    ties = (aggregate == threshold).logical_or_(aggregate == -threshold).logical_and_(inside)
+    pruned = smaller.logical_and_(inside).logical_or_(votes > border)
+    pruned[ties.nonzero().flatten()[:missing]] = True
+    return pruned
+
+
+def _border(votes: Tensor, clients: int, count: int) -> tuple[int, int]:
+    """The number of votes at which `count` is reached, coming from above, and how many entries have more."""
+    histogram = torch.bincount(votes, minlength=clients + 1).tolist()
+    border, above = clients, 0
+    while above + histogram[border] < count:
+        above += histogram[border]
+        border -= 1
+    return border, above
+
+
+def _most_voted_in_groups(votes: Tensor, clients: int, aggregate: Tensor, target: NM) -> Tensor:
+    """The same order inside each group of m."""
+    v = votes.reshape(-1, target.group).T.contiguous()
+    size = aggregate.reshape(-1, target.group).T.abs().contiguous()
+
+    def sooner(a: int, b: int) -> Tensor:
+        return (v[b] > v[a]) | ((v[b] == v[a]) & (size[b] < size[a]))
+
+    shape = (votes.shape[0], votes.shape[1])
+    return first_in_groups(target.group, target.group - target.kept, sooner, shape, votes.device) | (votes == clients)
+
+
+def unexpanded_zeros(votes: Tensor, clients: int) -> int:
+    """Entries that everybody pruned: the zeros of the l0 mean before expansion."""
+    return int((votes == clients).count_nonzero())

@@ -1,1 +1,0 @@
-from fedspallm_appfl.appfl_adaptors.aggregator import FedSpaLLMAggregator  # noqa: D100, F401

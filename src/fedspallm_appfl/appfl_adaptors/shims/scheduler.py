@@ -1,1 +1,0 @@
-from fedspallm_appfl.appfl_adaptors.scheduler import FedSpaLLMScheduler  # noqa: D100, F401

@@ -1,1 +1,0 @@
-from fedspallm_appfl.appfl_adaptors.trainer import FedSpaLLMTrainer  # noqa: D100, F401

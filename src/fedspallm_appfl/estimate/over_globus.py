@@ -1,0 +1,283 @@
+"""What a run over Globus Compute will send and take at the sites, before anything runs.
+
+A task makes the messages of one exchange. It is told of all that went down so far (`launch.globus.Downlink`), and loads
+what its worker has not kept, which is all but in a sweep. Its messages wait in the data store, or in its result, until the
+server folds them.
+Bytes are those of tensors; the text around them is less than a kilobyte a matrix, and some kilobytes a task.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from fedspallm_appfl.algorithms.exchange import Exchange
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.estimate import traffic as estimate
+from fedspallm_appfl.estimate.memory import Memory, Parts, client_memory, server_memory, with_heap, worst
+from fedspallm_appfl.estimate.traffic import (
+    ModelSizes,
+    RoundTraffic,
+    Transport,
+    down_sizes,
+    exchange_share,
+    exchanges_of,
+    up_sizes,
+)
+from fedspallm_appfl.settings.schema import Client, Config, keeps_weights
+from fedspallm_appfl.validation.rules import draws
+from fedspallm_appfl.wire.messages import plan
+
+INLINE_LIMIT = 7_000_000  # bytes of tensors in a task or a result: 10 MB by the service, less what base64 adds
+AT_ONCE = 4  # submissions that the SDK sends without a pause
+PAUSE = (4, 5)  # seconds before each later one, measured
+BASE64 = 4 / 3  # bytes of text a byte that travels inside a task or a result
+SENDING = 2  # copies of a message while it is placed: as it was made and compressed, or that and as bytes
+READING = 3  # copies of a message while it is read: bytes, tensors, and what they inflate to
+RESULT = 3  # copies of a whole result: its messages as text, the text that is measured, and the one that is sent
+ON_GPU = ("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices")
+
+Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange over Globus Compute: a task for each client.
+
+    Attributes:
+        round: the round, from 0.
+        down: bytes that each task is told of.
+        loaded: those of them that a worker loads which has had the tasks before.
+        up: client -> bytes that its task sends.
+        made: bytes that go down after it, to be loaded by the tasks to come.
+        stored: the most bytes that lie in the data store meanwhile; uploads of clients that are late count.
+    """
+
+    round: int
+    down: int
+    loaded: int
+    up: Mapping[str, int]
+    made: int
+    stored: int
+
+
+def turns(config: Config, model: ModelSizes, compressed: bool = False) -> list[Turn]:
+    """All exchanges of a run.
+
+    Args:
+        config: the experiment.
+        model: its model.
+        compressed: give about what compression leaves, instead of what it starts from.
+    """
+    made, rounds = exchanges_of(config, model), draws(config, len(model.blocks))
+    up_share, down_share = (_up_share(config, model), _down_share(config, model)) if compressed else (_whole, _whole)
+    uploads = [_uploads(config, model, exchange, up_share) for exchange in made]
+    placed: list[dict[tuple, float]] = []  # what each payload that lies there holds: matrix -> bytes
+    fresh: list[dict[tuple, float]] = []  # of the last exchange
+    waiting: dict[str, float] = {}  # the most that a client has sent so far; where it is late, that may still lie there
+    found = []
+    for number, assigned in enumerate(rounds):
+        changed = sorted({block for mine in assigned.values() for block in mine})
+        for index, exchange in enumerate(made):
+            up = {client: sum(uploads[index][client][block] for block in mine) for client, mine in assigned.items()}
+            waiting = {client: max(size, waiting.get(client, 0)) for client, size in up.items()}
+            ended = (number + 1, index + 1) == (len(rounds), len(made))
+            down, new = _bytes(placed), _bytes(fresh)
+            fresh = [] if ended else _payloads(config, model, index, exchange, changed, down_share(exchange, False))
+            more, sent = _bytes(fresh), {client: round(size) for client, size in up.items()}
+            stored, loaded = down + max(sum(waiting.values()), more), new if exchange.only and index else down
+            found.append(Turn(number, round(down), round(loaded), sent, round(more), round(stored)))
+            newer = set().union(*fresh)
+            placed = [payload for payload in placed if payload.keys() - newer] + fresh
+    return found
+
+
+def _bytes(payloads: list[dict[tuple, float]]) -> float:
+    return sum(sum(payload.values()) for payload in payloads)
+
+
+def _whole(exchange: Exchange, masks: bool) -> float:
+    return 1.0
+
+
+def _up_share(config: Config, model: ModelSizes) -> Share:
+    return lambda exchange, masks: exchange_share(config, model, exchange, masks)
+
+
+def _down_share(config: Config, model: ModelSizes) -> Share:
+    target = estimate.target_of(config)
+    return lambda exchange, _: estimate.zstd_share(target, model.stored, exchange.down or "weights")
+
+
+def _uploads(config: Config, model: ModelSizes, exchange: Exchange, share: Share) -> dict[str, dict[int, float]]:
+    """Client -> block -> bytes that go up."""
+    tables = {}
+    for masks in (False, True):
+        sizes = up_sizes(config, model, exchange, masks)
+        tables[masks] = {block: share(exchange, masks) * sum(sizes.get(block, {}).values()) for block in model.shapes}
+    return {client.client_id: tables[keeps_weights(client.train_configs)] for client in config.clients}
+
+
+def _payloads(
+    config: Config, model: ModelSizes, index: int, exchange: Exchange, changed: list[int], share: float
+) -> list[dict[tuple, float]]:
+    """The payloads in which an exchange goes down, as `GlobalModel.changes` cuts them."""
+    table = down_sizes(config, model, exchange)
+    sizes = {block: table[block] for block in changed if block in table}
+    parts = plan(sizes, max(1, len(sizes)), config.client_configs.comm_configs.max_message_bytes)
+    return [{(index, block, name): share * sizes[block][name] for block, name in part} for part in parts]
+
+
+def traffic(config: Config, model: ModelSizes) -> list[RoundTraffic]:
+    """What travels in each round; down goes what all tasks of a client load."""
+    down = [0] * config.server_configs.num_global_epochs
+    inline = config.client_configs.comm_configs.store.connector == "none"
+    for turn in turns(config, model):
+        down[turn.round] += turn.down if inline else turn.loaded
+    made = estimate.traffic(config, model)
+    return [dataclasses.replace(one, down=size) for one, size in zip(made, down, strict=True)]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """How many tasks a run is, each a submission of its own.
+
+    Attributes:
+        exchange: in an exchange, one for each client.
+        round: in a round.
+        all: in all rounds; asking the sites before takes one more for each client.
+        delay: seconds, at least and at most, from the first submission of an exchange to the last.
+        up: bytes of tensors that a result holds, or tells of, at most.
+        down: bytes of tensors that a task holds, or tells of, at most.
+    """
+
+    exchange: int
+    round: int
+    all: int
+    delay: tuple[int, int]
+    up: int
+    down: int
+
+    @property
+    def largest(self) -> int:
+        """Bytes of tensors that a task or its result holds at most."""
+        return max(self.up, self.down)
+
+
+def tasks(config: Config, model: ModelSizes) -> Tasks:
+    """The tasks of a run, if no client is left out of a round."""
+    clients, made = len(config.clients), turns(config, model)
+    rounds, late = config.server_configs.num_global_epochs, max(0, clients - AT_ONCE)
+    delay = PAUSE[0] * late, PAUSE[1] * late
+    up, down = max(max(turn.up.values()) for turn in made), max(turn.down for turn in made)
+    return Tasks(clients, clients * len(made) // rounds, clients * len(made), delay, up, down)
+
+
+def check_sizes(config: Config) -> Iterator[str]:
+    """Whether what travels fits into tasks and results where no data store is configured."""
+    if config.client_configs.comm_configs.store.connector != "none":
+        return
+    try:
+        model = estimate.open_outline(config.model).sizes
+        made = tasks(config, model)
+    except (FedSpaLLMError, ValueError):  # `check_with_files` says so
+        return
+    for what, size in (("what a client sends in an exchange", made.up), ("what is sent to a client", made.down)):
+        if size > INLINE_LIMIT:
+            yield (
+                f"client_configs.comm_configs.store: {what} may take {size / 1e6:.1f} MB before compression, "
+                f"{INLINE_LIMIT / 1e6:.0f} MB fit into a task of Globus Compute; set another connector"
+            )
+
+
+def transport(config: Config, model: ModelSizes) -> Transport:
+    """Whether tasks and results can carry the messages, with the setting to change when not."""
+    name, store = "Globus Compute", config.client_configs.comm_configs.store.connector
+    if config.algorithm == "centralized":
+        return Transport(name, False, "centralized pools the text of all clients in one process")
+    try:
+        largest = tasks(config, model).largest
+    except ConfigError as error:
+        return Transport(name, False, str(error))
+    holds, limit = f"a task or its result holds up to {largest / 1e6:.1f} MB", f"{INLINE_LIMIT / 1e6:.1f} MB"
+    if store != "none":
+        return Transport(name, True, f"{holds}, in the data store {store}")
+    if largest <= INLINE_LIMIT:
+        return Transport(name, True, f"{holds} of {limit}")
+    return Transport(name, False, f"{holds}, {limit} fit; set comm_configs.store.connector")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Memory of the process that runs the tasks of one client at its site.
+
+    Attributes:
+        on_cpu: where `device` is a CPU.
+        on_gpu: main memory where it is a GPU.
+        gpu: bytes on that GPU.
+    """
+
+    on_cpu: Memory
+    on_gpu: Memory
+    gpu: Parts
+
+
+def worker_memory(config: Config, model: ModelSizes, client: Client) -> Worker:
+    """Memory of the worker of a client; that on a GPU is computed as on a CPU, and was not measured.
+
+    Amid a sweep it keeps the hidden states of all clients of its endpoint, whatever it does.
+    """
+    alone, kept = _at_site(config, model, client), _kept_in_sweep(config, model, client)
+    alone = dataclasses.replace(alone, parts={**alone.parts, **kept})
+    largest, down, up = estimate.messages(config, model).largest, _largest_payload(config, model), 0
+    if config.client_configs.comm_configs.store.connector == "none":
+        up = max(turn.up[client.client_id] for turn in turns(config, model))
+    collected = {"result of a task": round(BASE64 * up)}
+    sending = {"message on its way": SENDING * largest, "earlier blocks of a message": 0} | collected
+    loading = {"what came down": READING * down}
+    ending = {"result of a task": round(RESULT * BASE64 * up)}
+    device = {part: size for part, size in alone.parts.items() if part in ON_GPU}
+    resting = {part: size for part, size in device.items() if part in ("outer parts", "activations")}
+    working = {part: size for part, size in alone.parts.items() if part != "heap"}
+    outer = {"outer parts": device["outer parts"]} | kept
+    others = {part: size for part, size in working.items() if part not in ON_GPU}
+    on_cpu = worst([working | collected, resting | sending, outer | loading, outer | ending])
+    on_gpu = worst([others | sending, loading, ending])
+    return Worker(with_heap(on_cpu, alone.mapped), with_heap(on_gpu, alone.mapped), device)
+
+
+def _at_site(config: Config, model: ModelSizes, client: Client) -> Memory:
+    data = dataclasses.replace(client.data, text=client.data.text or "of the site")  # magnitude does without, or not
+    return client_memory(config, model, dataclasses.replace(client, data=data))
+
+
+def _kept_in_sweep(config: Config, model: ModelSizes, client: Client) -> Parts:
+    """Hidden states, and token ids, of all clients whose tasks the worker of a client runs; nothing without a sweep."""
+    if not any(exchange.only for exchange in exchanges_of(config, model)):
+        return {}
+    endpoint = str(client.endpoint_id).lower()
+    beside = [one for one in config.clients if one.client_id != client.client_id]
+    sharing = [one for one in beside if one.endpoint_id and one.endpoint_id.lower() == endpoint]
+    return {"activations": sum(_at_site(config, model, one).parts["activations"] for one in (client, *sharing))}
+
+
+def _largest_payload(config: Config, model: ModelSizes) -> int:
+    """The most bytes that go down in one piece."""
+    made, most = exchanges_of(config, model), 0
+    answered = len(made) - (config.server_configs.num_global_epochs == 1)
+    for index, exchange in enumerate(made[:answered]):
+        for payload in _payloads(config, model, index, exchange, list(model.shapes), 1.0):
+            most = max(most, round(sum(payload.values())))
+    return most
+
+
+def receiving_memory(config: Config, model: ModelSizes) -> Memory:
+    """Memory of the server: it reads messages as bytes, has results wait, and places what goes down all together."""
+    alone = server_memory(config, model, together=READING)
+    serving = {part: size for part, size in alone.parts.items() if part != "heap"}
+    made, waiting, told, asking = turns(config, model), 0, 0, 0
+    if config.client_configs.comm_configs.store.connector == "none":
+        waiting = round(BASE64 * max(sum(turn.up.values()) for turn in made))
+        told = round(BASE64 * max(turn.down for turn in made))
+        asking = told * len(config.clients)
+    placing = {"what goes down": SENDING * _largest_payload(config, model) + told + asking}
+    return with_heap(worst([serving | {"results that wait": waiting}, placing]), alone.mapped)

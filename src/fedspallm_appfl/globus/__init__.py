@@ -1,0 +1,1 @@
+"""Clients at other institutions over Globus Compute (docs/globus.md)."""

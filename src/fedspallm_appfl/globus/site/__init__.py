@@ -1,0 +1,1 @@
+"""All that runs at an institution, and what it decides for itself."""

@@ -1,0 +1,128 @@
+"""What `fedspallm site` prints: a site file as the worker would read it, for those who may see the paths in it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
+from fedspallm_appfl.models.checkpoint import is_hub_name, resolve_model
+from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text, text_files
+
+NOT_COUNTED = "-"
+WRONG = "[red]no[/red]"
+
+
+@dataclass
+class _Looked:
+    """What was found of one client's text; cells of the table.
+
+    Attributes:
+        where: its paths.
+        files: how many files these stand for.
+        letters: how many they hold.
+        windows: how many whole windows of tokens.
+    """
+
+    where: str = WRONG
+    files: str = NOT_COUNTED
+    letters: str = NOT_COUNTED
+    windows: str = NOT_COUNTED
+    problems: list[str] = field(default_factory=list)
+
+
+def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]]:
+    """Look at everything that a site file names.
+
+    Args:
+        file: the site file.
+        model: folder of the model whose tokenizer counts; None for the site file's `model`.
+        length: tokens in a window.
+
+    Returns:
+        A row for each client, and what is wrong.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds what it should not.
+    """
+    site_file = read_site_file(file, f"{file}: ")
+    shared, problems = site_file.shared, []
+    if not site_file.clients:
+        problems.append("it lists no client; add those that this endpoint speaks for under `clients`")
+    if shared.model and _folder(shared) is None and not is_hub_name(shared.model):
+        place = file.resolve().parent / Path(shared.model).expanduser()
+        problems.append(
+            f"`model` is {place}, which is no folder; name the one of this site's copy, or owner/model of the hub"
+        )
+    tokenizer = None
+    try:
+        tokenizer = _tokenizer(shared, model)
+    except FedSpaLLMError as error:
+        problems.append(f"model: {error}")
+    table = _table(tokenizer is not None, length)
+    for client in site_file.clients:
+        looked = _look(site_file, client, tokenizer, length)
+        problems += looked.problems
+        cells = (looked.files, looked.letters, looked.windows, escape(_model(shared)), *_leaves(shared))
+        table.add_row(escape(client), looked.where, *cells)
+    return table, problems
+
+
+def _folder(shared: Site) -> Path | None:
+    return Path(shared.model) if shared.model and Path(shared.model).is_dir() else None
+
+
+def _tokenizer(shared: Site, model: Path | None) -> Any:
+    """What counts tokens; None where no folder is named. A hub name is left alone: nothing is to leave this machine."""
+    if model is not None and not model.is_dir():
+        raise ConfigError(f"--model {model} is no folder here; name one")
+    folders = [resolve_model(str(folder)) for folder in (model, _folder(shared)) if folder]
+    return load_tokenizer(folders[0]) if folders else None
+
+
+def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Looked:
+    looked = _Looked()
+    try:
+        text = site_file.of(client).text
+        if not text:
+            looked.where = "none: takes part with pruner magnitude only"
+            return looked
+        looked.where = escape("\n".join(text))
+        files, words = text_files(text), read_text(text)
+        looked.files, looked.letters = str(len(files)), f"{len(words):,}"
+        if tokenizer is not None:
+            windows = len(cut_windows(tokenizer, words, length))
+            looked.windows = f"{windows:,}" if windows else WRONG
+            if not windows:
+                looked.problems.append(
+                    f"client {client}: {', '.join(text)} holds no window of {length} tokens; give more text, or "
+                    "--length as the server's data.length is"
+                )
+    except (FedSpaLLMError, OSError) as error:
+        looked.files = looked.letters = WRONG
+        looked.problems.append(str(error) if str(error).startswith("client ") else f"client {client}: {error}")
+    return looked
+
+
+def _model(shared: Site) -> str:
+    if shared.model is None:
+        return "where the server's model.path says"
+    return shared.model if _folder(shared) else f"{shared.model}, no folder here"
+
+
+def _leaves(shared: Site) -> tuple[str, str]:
+    least = f"{shared.min_tokens:,} tokens" if shared.min_tokens else "as many tokens as an input is wide"
+    return ", ".join(one for one in SENDINGS if one in shared.may_send) or "nothing", least
+
+
+def _table(counts: bool, length: int) -> Table:
+    numbers = ("files", "letters", f"windows of {length} tokens")
+    table = Table(title="Site", title_justify="left", show_lines=True)
+    for name in ("client", "text", *numbers, "model", "may leave", "grams of at least"):
+        table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
+    if not counts:
+        table.caption = "windows are not counted without a tokenizer here: --model FOLDER"
+    return table

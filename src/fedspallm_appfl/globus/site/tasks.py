@@ -1,0 +1,30 @@
+"""The two functions that Globus Compute runs at a client's endpoint. Their source text travels, nothing else of this file.
+
+A plain dict goes in and a plain dict comes back, both as JSON: no side unpickles what the other has made.
+"""
+
+
+def look_around(request: dict) -> dict:
+    """What the preflight wants to know; works where nothing is installed."""
+    import importlib.metadata
+    import platform
+    import socket
+
+    facts: dict = {"host": socket.gethostname(), "python": platform.python_version(), "versions": {}}
+    for package in ("fedspallm-appfl", "appfl", "torch", "transformers"):
+        try:
+            facts["versions"][package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts["versions"][package] = None
+    try:
+        from fedspallm_appfl.globus.site.inspection import inspect_site
+    except ImportError as error:
+        return {**facts, "not_importable": str(error)}
+    return {**facts, **inspect_site(request)}
+
+
+def prune(request: dict) -> dict:
+    """A client's messages of one exchange."""
+    from fedspallm_appfl.globus.site.worker import run_exchange
+
+    return run_exchange(request)

@@ -1,0 +1,213 @@
+"""What runs at a client's endpoint.
+
+A task is told everything: settings, what was agreed on so far, its instructions. It finds model and private text by the
+site file (`site`), makes the messages of one exchange and places each as soon as it is made: in the data store, or in the
+result where there is no store.
+
+Between two tasks a worker keeps the dense model's skeleton and, amid a sweep, its clients as they are, hidden states in
+front of the next block included. Another worker, or the same one after a fault, makes them anew: only the time differs.
+"""
+
+import hashlib
+import json
+import socket
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedspallm_appfl.adaptors import registration
+from fedspallm_appfl.aggregation.layer_sampling import to_text
+from fedspallm_appfl.algorithms.registry import exchanges
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import FederationError, FedSpaLLMError, ModelError
+from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
+from fedspallm_appfl.globus.store.data_store import DataStore, open_store
+from fedspallm_appfl.globus.store.places import fetched, placed
+from fedspallm_appfl.models.identity import model_hash
+from fedspallm_appfl.pruning import pruner as pruning
+from fedspallm_appfl.rounds.client import LocalClient
+
+RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
+
+
+def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
+    """Make a client's messages of one exchange.
+
+    Args:
+        request: `client`, its `config` as `agents.client_agent_config` makes it but for the paths of the site; `store`
+            as `DataStore.lend` makes it, the `run` and for each message the `names` of its object; `down` (payloads to
+            load, in their order) and `instructions`.
+
+    Returns:
+        `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
+    """
+    site, client, store, exchange = Site(), None, None, 0
+    messages: list[dict[str, Any]] = []
+    try:
+        site = load_site(request["client"])
+        require_consent(request, site)
+        store = site_store(request, site)
+        exchange = int(request["instructions"]["exchange"])
+        amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
+        client = amid.agent.trainer.client  # opens model and text
+        for message in _messages(amid, request, store):
+            messages.append(message)
+        if client.sweeps_on(exchange):
+            _sweeping[request["client"]] = amid
+        return _within_limit({"messages": messages}, request["client"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
+        return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
+    finally:
+        if store is not None:
+            store.close()
+
+
+@dataclass
+class _Amid:
+    """A client between two tasks.
+
+    Attributes:
+        run: the run that it takes part in.
+        agent: its agent.
+        loaded: digests of the places of payloads that it has taken.
+    """
+
+    run: str
+    agent: Any
+    loaded: set[str] = field(default_factory=set)
+
+
+_sweeping: dict[str, _Amid] = {}  # client -> where its sweep stands still
+
+
+def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
+    """The client if it stands where the task goes on; what stands anywhere else is let go of."""
+    told = request["instructions"]
+    amid = _sweeping.pop(request["client"], None)
+    for client in [client for client, other in _sweeping.items() if other.run != request["run"]]:
+        del _sweeping[client]
+    if amid is None or amid.run != request["run"]:
+        return None
+    trainer = amid.agent.trainer
+    return amid if (trainer.round, trainer.exchange) == (told["round"], told["exchange"]) else None
+
+
+def sendings(request: dict[str, Any]) -> set[str]:
+    """What a task would send, as the site file names it."""
+    train = request["config"]["train_configs"]
+    gram = train["gram"]
+    if train["algorithm"] == "gram":
+        harmless = gram["first_input"] == "public" and gram["propagate"] == "dense"
+        return {"grams"} if harmless else {"grams", TOKEN_COUNTS}
+    sent = {exchange.up for exchange in exchanges(train["algorithm"], ())}
+    alone = pruning.keeps_weights(train["pruner"], train["refit"])
+    return {"masks" if up == "weights" and alone else up for up in sent}
+
+
+def require_consent(request: dict[str, Any], site: Site) -> None:
+    """Refuse a task that wants what this site does not send.
+
+    Raises:
+        ConfigError: it does.
+    """
+    train, client = request["config"]["train_configs"], request["client"]
+    site.require_consent(client, sendings(request))
+    if train["algorithm"] == "gram":
+        site.require_tokens(client, train["gram"]["min_tokens"])
+
+
+def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
+    """The data store of a task, as it is reached from here."""
+    return open_store({**request["store"], **site.store}, request["run"])
+
+
+def _agent(request: dict[str, Any], site: Site) -> Any:
+    _load_appfl()
+    from appfl.agent import ClientAgent
+
+    config = request["config"]
+    train, client = config["train_configs"], request["client"]
+    train["data"] |= {"text": site.text, "pool": []}  # the server names no path of a text
+    train["agreed"] = None  # nor one that is written to
+    train["gram"]["min_tokens"] = train["gram"]["min_tokens"] or site.min_tokens
+    site.require_text(client, train["pruner"])
+    train["model"]["path"] = str(same_model(train["model"], site, client))
+    train["device"] = choose_device(train["device"], 0)
+    return ClientAgent(OmegaConf.create(config))
+
+
+@lru_cache(maxsize=1)
+def _load_appfl() -> None:
+    registration.register()
+    registration.freeze()
+
+
+def same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
+    """The folder of the model at this site.
+
+    Raises:
+        ModelError: there is none, or it is not the server's.
+    """
+    folder = site.model_folder(model["path"])
+    here = model_hash(folder)
+    if here != model["hash"]:
+        config, weights = (a == b for a, b in zip(here.split("/"), model["hash"].split("/"), strict=True))
+        what = "weights" if config and not weights else "config.json"
+        raise ModelError(
+            f"client {client}: the model in {folder} is not the server's, {what} differ ({here}, expected "
+            f"{model['hash']}); name a copy of the server's model in the site file: model: FOLDER"
+        )
+    return folder
+
+
+def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
+    agent = amid.agent
+    for place in request["down"]:
+        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
+        if digest not in amid.loaded:
+            agent.load_parameters(fetched(place, store, "the server"))
+            amid.loaded.add(digest)
+    agent.load_parameters(({}, request["instructions"]))
+    number, total = 0, 1
+    while number < total:
+        agent.train()
+        payload, metadata = agent.get_parameters()
+        total = metadata["_total_chunks"]
+        yield {"payload": placed(payload, store, request["names"][number]), "metadata": metadata}
+        number += 1
+
+
+def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
+    size = len(json.dumps(result))
+    if size > RESULT_LIMIT:
+        raise FederationError(
+            f"client {client}: the result has {size} bytes, Globus Compute carries {RESULT_LIMIT}; set "
+            "client_configs.comm_configs.store to a place that all sites reach (docs/globus.md)"
+        )
+    return result
+
+
+def in_words(error: Exception, site: Site) -> str:
+    """What an error says, in words that may travel."""
+    return site.without_paths(str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}")
+
+
+def _described(error: Exception, site: Site) -> dict[str, str]:
+    """An error in words that may travel; what lies behind it (`from error`) may hold text and stays here."""
+    stack = "".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
+    return {
+        "message": in_words(error, site),
+        "traceback": site.without_paths(stack),
+        "host": socket.gethostname(),
+    }
+
+
+def _blocks_of_message(client: LocalClient | None, exchange: int, number: int) -> str:
+    """The blocks that a message is about; nothing before the first."""
+    messages = client.messages(exchange) if client else []
+    return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""

@@ -1,0 +1,44 @@
+"""Where a payload is: in the data store if it is large, or in the words of the message that tells of it."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.globus.store.data_store import DataStore
+from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
+
+SMALL = 2**14  # bytes of a payload that is not worth an object in the store
+
+
+def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
+    """Where a payload went: into the store, or into the dict that is returned."""
+    data = to_bytes(payload)
+    if store is None or len(data) <= SMALL:
+        return {"inline": base64.b64encode(data).decode()}
+    store.put(name, data)
+    return {"stored": name, "bytes": len(data)}
+
+
+def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str, most: int | None = None) -> Any:
+    """The payload of what `placed` returned.
+
+    Args:
+        place: where it is.
+        store: the data store, if there is one.
+        sender: whom to name in errors.
+        most: bytes that it may have in the store; None for any number.
+
+    Raises:
+        UpdateError: it cannot be read.
+        DataStoreError: it is not in the store, or larger.
+    """
+    if store is not None and isinstance(place.get("stored"), str):
+        return from_bytes(store.get(place["stored"], most), sender)
+    try:
+        data = base64.b64decode(place["inline"], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateError(
+            f"refused an update from {sender}: it is neither in the data store nor in the result"
+        ) from error
+    return from_bytes(data, sender)

@@ -1,1 +1,0 @@
-"""Ways to run an experiment: in one process, or under mpiexec."""

@@ -1,0 +1,1 @@
+"""A causal LM that is read and run block by block."""

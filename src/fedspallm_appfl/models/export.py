@@ -1,0 +1,202 @@
+"""Write the pruned model as a plain Hugging Face folder, and check what was written.
+
+Every safetensors shard of the dense checkpoint is copied as a file, and each pruned matrix is written over its bytes in
+the copy, one after the other: the model is never built, dense tensors are never read, and one matrix is in memory at a
+time. A pickled checkpoint is first written as one safetensors file. Everything else in the folder (config, tokenizer,
+licence) is copied as it is.
+
+A folder written so has the size of the dense one: the zeros are stored. What is smaller is what travelled.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.models.checkpoint import CheckpointFiles
+from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.wire.packed import Packed, unpack_mask, unpack_weight
+from fedspallm_appfl.wire.store import PackedStore
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
+DTYPE_NAMES = {  # as they stand in the header of a safetensors file
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """Sparsity of one matrix, read back from disk.
+
+    Attributes:
+        name: name of the weight in the checkpoint.
+        block: index of its decoder block.
+        shape: (O, I).
+        entries: O * I.
+        zeros: entries that the mask prunes; all of them are zero on disk.
+        zeros_on_disk: entries that are zero on disk; more where a kept weight is exactly zero.
+        sparsity: zeros / entries.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    entries: int
+    zeros: int
+    zeros_on_disk: int
+    sparsity: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return asdict(self)
+
+
+def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
+    """Copy the dense model with pruned matrices put in.
+
+    A file appears under its name only when it is complete, so that a run that was killed leaves no half of one.
+
+    Args:
+        skeleton: the dense model.
+        pruned: the pruned blocks; blocks that are not in it stay dense.
+        folder: where to write; made if need be.
+
+    Raises:
+        ModelError: a pruned matrix has another shape or dtype than the dense one, or a tensor of a pickled checkpoint
+            is of a dtype that safetensors does not know.
+        OSError: there is no room, or no right to write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in skeleton.folder.iterdir():
+        about_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
+        if file.is_file() and not about_weights and not file.name.startswith("."):
+            with _partial(folder / file.name) as partial:
+                shutil.copy(file, partial)
+    files = skeleton.files
+    for shard in ["model.safetensors"] if files.pickled else files.shards:
+        source = skeleton.folder / (next(iter(files.shards)) if files.pickled else shard)
+        with _partial(folder / shard) as partial:
+            if files.pickled:
+                _convert(files, partial)
+            else:
+                shutil.copyfile(source, partial)  # content only: the source may be a link, and may be read-only
+            _put_in(skeleton, pruned, partial)
+            shutil.copymode(source, partial)
+
+
+@contextmanager
+def _partial(file: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name once it is complete."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.unlink(missing_ok=True)  # of a run that was killed; it may be read-only
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
+    """Write pruned matrices over the dense ones of a shard; a block that is not in it is not read."""
+    with file.open("r+b") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        data = stream.tell()
+        for block in pruned.blocks():
+            here = {skeleton.key(block, linear.name): linear for linear in skeleton.layout.blocks[block]}
+            here = {key: linear for key, linear in here.items() if key in header}
+            packed = (pruned.load(block) or {}) if here else {}
+            for key, linear in here.items():
+                _overwrite(stream, data, key, header[key], linear, packed[linear.name])
+
+
+def _overwrite(stream: IO[bytes], data: int, key: str, entry: dict[str, Any], linear: Linear, packed: Packed) -> None:
+    weight = unpack_weight(packed)
+    weight = weight.T if linear.transposed else weight
+    got = {"dtype": DTYPE_NAMES[weight.dtype], "shape": list(weight.shape)}
+    expected = {name: entry[name] for name in got}
+    if got != expected:
+        raise ModelError(f"{key}: the dense matrix is {expected}, the pruned one {got}; they are of different models")
+    stream.seek(data + entry["data_offsets"][0])
+    stream.write(_bytes_of(weight))
+
+
+def _convert(files: CheckpointFiles, file: Path) -> None:
+    """Write a pickled checkpoint as one safetensors file; names that share a tensor each get a copy."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants it
+    end = 0
+    for key in sorted(files.keys(), key=lambda key: -files.shape_and_dtype(key)[1].itemsize):  # all aligned
+        shape, dtype = files.shape_and_dtype(key)
+        if dtype not in DTYPE_NAMES:
+            raise ModelError(f"{files.folder}: {key} is of {dtype}, which safetensors does not know; convert it first")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(words).to_bytes(8, "little") + words)
+        for key in list(header)[1:]:
+            stream.write(_bytes_of(files.read(key)))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The entries of a tensor in row-major order as they stand in a safetensors file."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[MatrixSparsity]:
+    """Read a written model back and count its zeros.
+
+    Args:
+        skeleton: the dense model.
+        pruned: the pruned blocks that were put in.
+        folder: what `write_model` wrote.
+
+    Returns:
+        One entry for each prunable matrix.
+
+    Raises:
+        ModelError: a pruned entry is not zero on disk.
+    """
+    written = CheckpointFiles(folder)
+    manifest = []
+    for block, linears in enumerate(skeleton.layout.blocks):
+        packed = pruned.load(block) or {}
+        for linear in linears:
+            key = skeleton.key(block, linear.name)
+            manifest.append(_check_matrix(written, key, block, linear, packed.get(linear.name)))
+    return manifest
+
+
+def _check_matrix(
+    written: CheckpointFiles, key: str, block: int, linear: Linear, packed: Packed | None
+) -> MatrixSparsity:
+    weight = written.read(key)
+    zero = (weight.T if linear.transposed else weight) == 0
+    entries, zeros, zeros_on_disk = zero.numel(), 0, int(zero.count_nonzero())
+    if packed is not None:
+        kept = unpack_mask(packed)
+        zeros = entries - int(kept.count_nonzero())
+        if not bool(zero.logical_or_(kept).all()):
+            raise ModelError(
+                f"{written.folder}: {key} is not zero where it was pruned; the file is damaged, write it again"
+            )
+    return MatrixSparsity(key, block, linear.shape, entries, zeros, zeros_on_disk, zeros / entries)

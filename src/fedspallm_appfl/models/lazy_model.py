@@ -1,0 +1,278 @@
+"""A causal LM of which only what is in use is in memory: the outer parts always, decoder blocks one at a time.
+
+The model is built without weights (parameters on the meta device, buffers real), then embeddings, final norm and head are
+read from the checkpoint. `block(i)` reads the weights of one block, puts pruned matrices of the federation in where there
+are some, and drops them again afterwards, so that a block can be pruned in place without a copy of the dense one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.models.checkpoint import CheckpointFiles, resolve_model
+from fedspallm_appfl.models.dtypes import DTYPES
+from fedspallm_appfl.models.layout import Layout, Linear, find_layout
+from fedspallm_appfl.wire.packed import Packed, unpack_weight
+
+
+class Skeleton:
+    """A causal LM without weights, enough to know its layout.
+
+    Attributes:
+        folder: the model folder.
+        model: the model, parameters on the meta device.
+        layout: its blocks and their prunable linears.
+        files: the checkpoint.
+        stored_dtype: dtype of the prunable weights in the checkpoint.
+    """
+
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto") -> None:
+        """Build the skeleton of a model.
+
+        Args:
+            path: folder or hub name.
+            blocks: dotted name of the list of decoder blocks; None to search for it.
+            dtype: `auto` (as stored) or a name in `DTYPES`, for the parts that are built in a dtype.
+
+        Raises:
+            ModelError: the folder is no model, its architecture is not known, or its blocks cannot be found.
+        """
+        self.folder = resolve_model(path)
+        self.files = CheckpointFiles(self.folder)
+        self.model = without_weights(self.folder, dtype)
+        self.layout = find_layout(self.model, blocks)
+        self._todays_names = _todays_names(self.model, self.files)
+        self._key_of = self._match_keys()
+        self.stored_dtype = self._one_dtype()
+
+    def _one_dtype(self) -> torch.dtype:
+        """The dtype of all prunable weights in the checkpoint.
+
+        Raises:
+            ModelError: they are not all of one floating-point dtype that can be pruned, e.g. quantized.
+        """
+        names = [self.key(block, linear.name) for block, linears in enumerate(self.layout.blocks) for linear in linears]
+        first = {self.files.shape_and_dtype(name)[1]: name for name in reversed(names)}
+        if len(first) > 1 or next(iter(first)) not in DTYPES.values():
+            found = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
+            raise ModelError(
+                f"{self.folder}: the weights to prune must be of one dtype, {', '.join(DTYPES)}, got {found}; a quantized "
+                "model cannot be pruned, and mixed ones have to be converted to one dtype first"
+            )
+        return next(iter(first))
+
+    def key(self, block: int, linear: str) -> str:
+        """Name of a linear's weight in the checkpoint."""
+        return self._key_of[self.layout.parameter(block, linear)]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+    def key_of(self, parameter: str) -> str:
+        """Name in the checkpoint of a parameter of the model."""
+        return self._key_of[parameter]
+
+    def find_key(self, name: str) -> str | None:
+        """Name in the checkpoint of a parameter or buffer, which may be an older one or differ by the base's prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        options = (name, name.removeprefix(prefix), prefix + name)
+        return next((self._todays_names[option] for option in options if option in self._todays_names), None)
+
+    def _match_keys(self) -> dict[str, str]:
+        """Parameter name -> name in the checkpoint."""
+        matched, missing, tied = {}, [], set(_tied_names(self.model))
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            key = self.find_key(name)
+            if key is not None:
+                shape, expected = self.files.shape_and_dtype(key)[0], tuple(parameter.shape)
+                if shape != expected:
+                    raise ModelError(f"{self.folder}: {key} has shape {list(shape)}, config.json says {list(expected)}")
+                matched[name] = key
+            elif name not in tied:
+                missing.append(name)
+        if missing:
+            raise ModelError(_what_is_missing(self.folder, self.model, missing))
+        return matched
+
+    def dense_matrix(self, block: int, name: str) -> Tensor:
+        """The dense weight of the linear of that name."""
+        return self.dense_weight(block, next(one for one in self.layout.blocks[block] if one.name == name))
+
+    def dense_weight(self, block: int, linear: Linear) -> Tensor:
+        """The dense weight of a linear as (O, I), in the dtype of the checkpoint."""
+        weight = self.files.read(self.key(block, linear.name))
+        return weight.T if linear.transposed else weight
+
+
+class LazyModel:
+    """A causal LM that runs block by block.
+
+    Attributes:
+        skeleton: layout and checkpoint.
+        model: the model; its outer parts hold weights, its blocks do not.
+        dtype: dtype of arithmetic and activations.
+        device: where it runs.
+    """
+
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", device: str = "cpu") -> None:
+        """Build the model and read its outer parts.
+
+        Args:
+            path: folder or hub name.
+            blocks: dotted name of the list of decoder blocks; None to search for it.
+            dtype: `auto` (as stored) or a name in `DTYPES`.
+            device: where it runs.
+
+        Raises:
+            ModelError: as `Skeleton` does.
+        """
+        self.skeleton = Skeleton(path, blocks, dtype)
+        self.model = self.skeleton.model
+        self.layout: Layout = self.skeleton.layout
+        self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
+        self.device = torch.device(device)
+        self.model.eval()
+        self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
+        self.model.tie_weights()
+        self._fill_buffers()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks; their parameters are on the meta device but inside `block`."""
+        return self.model.get_submodule(self.layout.path)  # type: ignore[return-value]
+
+    @contextmanager
+    def block(self, index: int, pruned: Mapping[str, Packed] | None = None) -> Iterator[nn.Module]:
+        """One block with its weights, dense but for the matrices in `pruned`; they are dropped afterwards."""
+        block = self.blocks[index]
+        empty = dict(block.named_parameters())
+        self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
+        for linear in self.layout.blocks[index]:
+            if pruned and linear.name in pruned:
+                self._put_packed(block, linear, pruned[linear.name])
+        self.skeleton.files.release()
+        try:
+            yield block
+        finally:
+            for name, parameter in empty.items():
+                owner, _, leaf = name.rpartition(".")
+                block.get_submodule(owner)._parameters[leaf] = parameter
+
+    def put(self, block: nn.Module, linear: Linear, weight: Tensor) -> Tensor:
+        """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype.
+
+        Returns:
+            The rounded weight; where it can, the block uses its memory, so that it is not held twice.
+        """
+        rounded = weight.to(self.skeleton.stored_dtype)
+        parameter: Tensor = block.get_submodule(linear.name).weight  # type: ignore[assignment]
+        if parameter.dtype == rounded.dtype and not linear.transposed:
+            parameter.data = rounded.contiguous()
+        else:
+            parameter.data.copy_(rounded.T if linear.transposed else rounded)
+        return rounded
+
+    def _put_packed(self, block: nn.Module, linear: Linear, packed: Packed) -> None:
+        weight: Tensor = block.get_submodule(linear.name).weight.data  # type: ignore[assignment]
+        if weight.dtype == packed["values"].dtype and not linear.transposed:
+            unpack_weight(packed, self.device, out=weight)
+        else:
+            self.put(block, linear, unpack_weight(packed, self.device))
+
+    def _fill(self, module: nn.Module, wanted: Callable[[str], bool], prefix: str) -> None:
+        """Read the wanted parameters and persistent buffers of a module from the checkpoint."""
+        for name, old in list(module.named_parameters()):
+            if wanted(name):
+                tensor = self.skeleton.files.read(self.skeleton.key_of(prefix + name))
+                new = tensor.to(device=self.device, dtype=self.dtype if old.is_floating_point() else None, copy=True)
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+
+    def _fill_buffers(self) -> None:
+        """Move buffers to the device; those that the checkpoint holds take its values."""
+        for name, buffer in list(self.model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            key = self.skeleton.find_key(name)
+            stored = buffer if key is None else self.skeleton.files.read(key).to(buffer.dtype)
+            self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
+
+
+def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
+    """A causal LM as `config.json` says, parameters on the meta device.
+
+    Args:
+        folder: the model folder; it need not hold weights.
+        dtype: `auto` (as `config.json` says) or a name in `DTYPES`.
+
+    Raises:
+        ModelError: the file is not one of a model that this transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.use_cache = False
+        kind = config.dtype if dtype == "auto" else DTYPES[dtype]
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=kind)
+    except Exception as error:  # config.json may hold anything, and every model class trips over it in its own way
+        raise ModelError(f"{folder} cannot be built as a causal LM by this transformers: {error}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New parameters go to the meta device, so that nothing is allocated or initialized; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            # Transformers' mark; without it most of the time goes into drawing numbers for tensors that hold none.
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str]) -> str:
+    lacks = f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
+    if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
+        return f"{lacks}; transformers puts several stored weights together for it, as with experts: not supported"
+    return (
+        f"{lacks}; the checkpoint and config.json do not belong together, or it was written by an old version: then "
+        "load it with transformers and save it again with save_pretrained"
+    )
+
+
+def _todays_names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
+    """Name that this version of transformers uses -> name in the checkpoint."""
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    names = {}
+    for key in files.keys():  # noqa: SIM118 - not a dict
+        name = key
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        names[name] = key
+    return names
+
+
+def _tied_names(model: nn.Module) -> list[str]:
+    """Parameters that are the same as one registered before them, e.g. a head tied to the embeddings."""
+    names: dict[int, str] = {}
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if names.setdefault(id(parameter), name) != name
+    ]

@@ -1,0 +1,409 @@
+"""The server's side of a round: fold uploads as they come, and make each part of the global model when it is complete.
+
+A unit - a matrix, or an input's statistics - is open from the first upload for it to the last. While it is open its sums
+are in memory; then the algorithm's fold makes matrices of them (`folds`), which are packed and stored on disk, and the sums
+are dropped. So the server holds the sums of the open blocks, their finished matrices packed, and one message, whatever the
+number of clients and rounds, and never the model.
+
+Aggregated weights are rounded to the dtype of the checkpoint, which is also what clients send and receive.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.algorithms.exchange import Exchange, Groups
+from fedspallm_appfl.algorithms.registry import exchanges
+from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.models.layout import Layout
+from fedspallm_appfl.rounds.folds import GLOBAL, MASKS, Aggregation, Fold, Server, Stores, folds
+from fedspallm_appfl.rounds.uploads import sizes
+from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.wire.messages import Unit, plan
+from fedspallm_appfl.wire.packed import (
+    Blocks,
+    Packed,
+    check_update,
+    compress,
+    make_update,
+    matrices,
+    nbytes,
+    update_nbytes,
+)
+from fedspallm_appfl.wire.store import PackedStore
+
+FOLDS = ("latest", "cumulative")
+WEIGHTS = ("equal", "sample_size")
+DOWN = {"weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
+
+
+@dataclass
+class _Open:
+    """A unit that some clients have sent and others still owe."""
+
+    sums: Any
+    missing: set[str]
+
+
+@dataclass
+class Round:
+    """Who prunes what in the round that is on.
+
+    Attributes:
+        index: the round, from 0.
+        assigned: client -> blocks.
+        exchange: the exchange that is on, from 0.
+        changed: blocks of which some matrix was completed in the round.
+        closed: linears that were completed in the exchange: block -> names.
+        given_up: clients of whom nothing more is expected.
+    """
+
+    index: int
+    assigned: Mapping[str, list[int]]
+    exchange: int = 0
+    changed: set[int] = field(default_factory=set)
+    closed: dict[int, list[str]] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
+
+    def clients_of(self, block: int) -> set[str]:
+        """Clients that prune a block, or have before they were given up."""
+        return {client for client, blocks in self.assigned.items() if block in blocks}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a round's update that travels in one message.
+
+    Attributes:
+        round_index: the round that made it.
+        number: which piece of the update, from 0.
+        total: pieces of the update.
+        units: its (block, linear) pairs.
+        nbytes: bytes of its tensors.
+        exchange: the exchange of the round that made it.
+    """
+
+    round_index: int
+    number: int
+    total: int
+    units: list[Unit]
+    nbytes: int
+    exchange: int = 0
+
+
+class GlobalModel:
+    """Sums of open units, and the packed matrices that are done.
+
+    Attributes:
+        done: the global model's pruned blocks.
+        round: the round that is on.
+        exchanges: what travels in a round.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        settings: Aggregation,
+        folder: Path,
+        dense: Callable[[int, str], Tensor],
+        device: str = "cpu",
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        groups: Groups = (),
+    ) -> None:
+        """Start with nothing pruned.
+
+        Args:
+            layout: blocks and linears of the model.
+            dtype: dtype of the checkpoint.
+            settings: how to combine uploads.
+            folder: a folder of its own for packed blocks, and sums where they are kept.
+            dense: (block, linear) -> its dense weight (O, I) in `dtype`.
+            device: where sums are kept and combined.
+            on_event: called with a dict for each block that is done.
+            groups: linears that share an input, for `gram`.
+        """
+        self.layout = layout
+        self.settings = settings
+        self.folder = folder
+        self.on_event = on_event
+        self.done = PackedStore(folder / GLOBAL)
+        self.round = Round(-1, {})
+        self.exchanges = exchanges(settings.algorithm, groups, settings.gram.propagate)
+        self._server = Server(layout, dtype, settings, folder, device, dense, groups)
+        self._folds = folds(self._server)
+        self._open: dict[Unit, _Open] = {}
+        self._ready: dict[int, Stores] = {}
+        self._closed: dict[int, set[str]] = {}  # units of blocks that are open
+        self._received: set[tuple[str, int, str]] = set()
+        self._facts: dict[int, dict[str, Any]] = {}
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange that is on."""
+        return self.exchanges[self.round.exchange]
+
+    def messages(self, blocks_per_message: int, limit: int) -> list[list[Unit]]:
+        """The messages that every client sends in the exchange that is on, each as its (block, unit) pairs.
+
+        Args:
+            blocks_per_message: blocks in a message, fewer where they exceed the limit.
+            limit: bytes of a message.
+        """
+        server, settings = self._server, self.settings
+        shapes = {block: server.layout.shapes(block) for block in range(len(server.layout.blocks))}
+        target, dtype = settings.pruning.target, server.dtype
+        return plan(
+            sizes(self.exchange, shapes, target, dtype, server.groups, settings.gram), blocks_per_message, limit
+        )
+
+    def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
+        """Expect from each client its assigned blocks.
+
+        Raises:
+            RuntimeError: blocks of the round before are still open.
+        """
+        self._require_closed()
+        self.round = Round(index, assigned)
+
+    def next_exchange(self) -> bool:
+        """Begin the next exchange of the round; whether there is one.
+
+        Raises:
+            RuntimeError: blocks of this one are still open.
+        """
+        self._require_closed()
+        if self.round.exchange + 1 == len(self.exchanges):
+            return False
+        self.round.exchange += 1
+        self.round.closed = {}
+        return True
+
+    def _require_closed(self) -> None:
+        if self.open_blocks():
+            raise RuntimeError(
+                f"round {self.round.index} cannot end: blocks {sorted(self.open_blocks())} are not complete"
+            )
+        self._received.clear()
+
+    def receive(self, client: str, update: Any, samples: int) -> int:
+        """Check and fold one upload.
+
+        Args:
+            client: who sent it.
+            update: what arrived; `{}` for a message without matrices.
+            samples: calibration windows of the client.
+
+        Returns:
+            Bytes of the tensors received.
+
+        Raises:
+            UpdateError: the upload is not what was assigned, and nothing of it was folded; or, with `cumulative`, the
+                sums of all rounds leave their range.
+        """
+        if client not in self.round.assigned:
+            raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
+        if client in self.round.given_up:
+            raise UpdateError(f"refused an update from client {client}: round {self.round.index} goes on without it")
+        if isinstance(update, Mapping) and not update:
+            return 0
+        expected = {
+            block: {unit: self._fold.check(client, block, unit) for unit in self._units(block)}
+            for block in self.round.assigned[client]
+            if self.exchange.concerns(block)
+        }
+        checked = check_update(update, f"client {client}", self.round.index, self.round.exchange, expected)
+        for block, name, _ in matrices(checked):
+            if (client, block, name) in self._received:
+                raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
+        weight = self._client_weight(client, samples)
+        for block, name, packed in matrices(checked):
+            self._guard(client, block, name, packed, weight)
+        for block, name, packed in matrices(checked):
+            self._received.add((client, block, name))
+            self._add(client, block, name, packed, weight)
+        return update_nbytes(update)
+
+    def give_up(self, client: str) -> None:
+        """Expect nothing more from a client in this round; what it has sent counts, unit by unit.
+
+        Units that lacked only its part are finished. A block of which some units can no longer come stays as it was.
+        """
+        self.round.given_up.add(client)
+        sent = {block for sender, block, _ in self._received if sender == client}
+        mine = [block for block in self.round.assigned.get(client, []) if block in sent]
+        self.round = replace(self.round, assigned={**self.round.assigned, client: mine})
+        for (block, unit), matrix in list(self._open.items()):
+            matrix.missing.discard(client)
+            if not matrix.missing:
+                del matrix
+                self._close(block, unit)
+        for block in [block for block in self._closed if not self._can_be_finished(block)]:
+            del self._closed[block], self._ready[block], self._facts[block]
+
+    def _can_be_finished(self, block: int) -> bool:
+        return any(self.owes(client, block) for client in self.round.assigned)
+
+    @property
+    def _fold(self) -> Fold:
+        return self._folds[min(self.round.exchange, len(self._folds) - 1)]
+
+    def _units(self, block: int) -> tuple[str, ...]:
+        """What a client sends of a block in this exchange."""
+        only = self.exchange.only
+        if only is not None:
+            return (only[1],) if only[0] == block else ()
+        return self._fold.units(block)
+
+    def open_blocks(self) -> set[int]:
+        """Blocks of which some client sent a unit and something is still missing."""
+        return {block for block, _ in self._open} | set(self._closed)
+
+    def owes(self, client: str, block: int) -> bool:
+        """Whether a unit of a block that was assigned to a client has not come yet."""
+        sent = {name for name in self._units(block) if (client, block, name) in self._received}
+        expected = client not in self.round.given_up and block in self.round.assigned.get(client, [])
+        return expected and len(sent) < len(self._units(block))
+
+    def check_complete(self, client: str) -> None:
+        """Refuse to end an exchange for a client that owes something.
+
+        Raises:
+            UpdateError: names the first unit that is missing.
+        """
+        for block in self.round.assigned[client]:
+            for unit in self._units(block):
+                if (client, block, unit) not in self._received:
+                    raise UpdateError(f"client {client} ended round {self.round.index} without block {block}, {unit}")
+
+    def changes(self, limit: int) -> list[Piece]:
+        """What goes down after this exchange, the matrices or masks made in it, in pieces of at most `limit` bytes.
+
+        Raises:
+            ConfigError: one matrix exceeds the limit.
+        """
+        if self.exchange.down is None:
+            return []
+        sizes = {
+            block: {name: nbytes(packed) for name, packed in self._stored(block).items() if name in names}
+            for block, names in sorted(self.round.closed.items())
+        }
+        parts = plan(sizes, len(sizes), limit)
+        pieces = [
+            Piece(
+                self.round.index,
+                number,
+                len(parts),
+                units,
+                sum(sizes[block][name] for block, name in units),
+                self.round.exchange,
+            )
+            for number, units in enumerate(parts)
+        ]
+        return [self._compressed(piece) for piece in pieces] if self.settings.compression else pieces
+
+    def _compressed(self, piece: Piece) -> Piece:
+        """Compress a piece once and keep it on disk: it goes down to every client."""
+        update = compress(self._made(piece))
+        self._file_of(piece).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(update, self._file_of(piece))
+        return replace(piece, nbytes=update_nbytes(update))
+
+    def _file_of(self, piece: Piece) -> Path:
+        return self.folder / "down" / f"{piece.number}.pt"
+
+    def load_piece(self, piece: Piece) -> dict[str, Any]:
+        """One piece of the update to send down, ready for the wire."""
+        if self.settings.compression:
+            return torch.load(self._file_of(piece), weights_only=True)
+        return self._made(piece)
+
+    def _made(self, piece: Piece) -> dict[str, Any]:
+        stored = {block: self._stored(block, piece.exchange) for block in {block for block, _ in piece.units}}
+        blocks: Blocks = {}
+        for block, name in piece.units:
+            blocks.setdefault(block, {})[name] = stored[block][name]
+        update = make_update(piece.round_index, blocks, piece.exchange)
+        return update | {"piece": piece.number, "pieces": piece.total}
+
+    def _stored(self, block: int, exchange: int | None = None) -> dict[str, Packed]:
+        """What an exchange, or the one that is on, made of a block."""
+        down = self.exchanges[self.round.exchange if exchange is None else exchange].down
+        return self.store(DOWN[down or "weights"]).load(block) or {}
+
+    def store(self, name: str) -> PackedStore:
+        """The packed blocks of a store: the global model, masks, or a comparison: `fedavg` or `standalone/CLIENT`."""
+        return PackedStore(self.folder / name)
+
+    def _client_weight(self, client: str, samples: int) -> int:
+        if samples < 1:
+            raise UpdateError(
+                f"refused an update from client {client}: its sample size is {samples}, at least 1 is needed"
+            )
+        return samples if self.settings.weights == "sample_size" else 1
+
+    def _guard(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
+        sums = self._open[block, name].sums if (block, name) in self._open else None
+        try:
+            self._fold.guard(sums, packed, weight)
+        except ValueError as error:
+            raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
+
+    def _add(self, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
+        if (block, unit) not in self._open:
+            clients = self.round.clients_of(block) - self.round.given_up
+            self._open[block, unit] = _Open(self._fold.open(block, unit, len(clients)), clients)
+        matrix = self._open[block, unit]
+        self._fold.add(matrix.sums, client, block, unit, packed, weight)
+        matrix.missing.discard(client)
+        if not matrix.missing:
+            del matrix  # its sums are dropped as soon as they have been used
+            self._close(block, unit)
+
+    def _close(self, block: int, unit: str) -> None:
+        """Make matrices of the sums of a unit."""
+        give_back()  # what the uploads left behind; the steps to come are the largest
+        stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
+        ready = self._ready.setdefault(block, {})
+        for store, linears in stores.items():
+            ready.setdefault(store, {}).update(linears)
+        self._note(block, stores.get(GLOBAL, {}), facts)
+        closed = self._closed.setdefault(block, set())
+        closed.add(unit)
+        if len(closed) == len(self._units(block)):
+            self._finish_block(block)
+
+    def _note(self, block: int, linears: Mapping[str, Packed], facts: Mapping[str, int]) -> None:
+        """Add to what the report says of a block."""
+        noted = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
+        for name, count in facts.items():
+            noted[name] += count
+        for packed in linears.values():
+            entries = packed["shape"][0] * packed["shape"][1]
+            zeros = entries - bitmask.count(packed["mask"])
+            noted["zeros"] += zeros
+            noted["over_target"] += max(0, zeros - self.settings.pruning.target.zeros(entries))
+
+    def _finish_block(self, block: int) -> None:
+        """Store what this exchange made of a block."""
+        del self._closed[block]
+        for store, linears in self._ready.pop(block).items():
+            self.store(store).add(block, linears)
+            self.round.closed.setdefault(block, []).extend(linears if store == self._down_store else ())
+        later = self.exchanges[self.round.exchange + 1 :]
+        if any(exchange.concerns(block) for exchange in later):
+            return
+        self.round.changed.add(block)
+        clients = sorted(self.round.clients_of(block))
+        self.on_event(
+            {"event": "block", "round": self.round.index, "block": block, "clients": clients} | self._facts.pop(block)
+        )
+
+    @property
+    def _down_store(self) -> str | None:
+        return DOWN[self.exchange.down] if self.exchange.down else None

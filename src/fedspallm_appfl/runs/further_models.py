@@ -1,0 +1,208 @@
+"""Further models from the statistics of a `gram` run, without asking a client again."""
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.models.layout import Layout
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.pruning.pruner import PRUNERS, Settings
+from fedspallm_appfl.rounds.folds import STATISTICS, Aggregation, prune_input
+from fedspallm_appfl.runs import experiment, run_dir
+from fedspallm_appfl.runs.progress import RunProgress
+from fedspallm_appfl.runs.report import model_table
+from fedspallm_appfl.settings.schema import Config, load_config
+from fedspallm_appfl.tensors.sparsity import NM, Target, parse_target
+from fedspallm_appfl.validation.rules import check, indivisible
+from fedspallm_appfl.wire.gram_store import GramStore
+from fedspallm_appfl.wire.packed import pack
+from fedspallm_appfl.wire.store import PackedStore
+
+FURTHER = "further"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be made.
+
+    Attributes:
+        text: its target, always spelt alike.
+        target: the target.
+        folder: where it goes.
+    """
+
+    text: str
+    target: Target
+    folder: Path
+
+    def is_there(self) -> bool:
+        """Whether it has been made; what was interrupted has no manifest."""
+        return (self.folder / "manifest.json").is_file()
+
+
+def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Console, overwrite: bool = False) -> None:
+    """Prune a model for each target, into `further/PRUNER-TARGET` of a run, and measure all of them.
+
+    Args:
+        run: directory of a run with `algorithm: gram`.
+        targets: ratios or n:m; equal ones in two spellings are one.
+        pruner: another pruner than that of the run; it begins without the run's `refit`.
+        console: where the table goes.
+        overwrite: replace models that are there.
+
+    Raises:
+        ConfigError: the run has no statistics, somebody else is at work in it, a target or pruner is none, or a model is
+            there already.
+        DataError: a text of the evaluation cannot be read.
+        PruningError: a matrix cannot be pruned.
+        ModelError: a model cannot be written.
+    """
+    config = _config(run, pruner)
+    skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
+    models = _models(run, config, targets, skeleton.layout)
+    with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
+        _require_absent(models, overwrite)
+        texts = experiment.held_out(config)
+        methods, matrices = dict(experiment.DENSE), {}
+        for model in models:
+            console.print(f"pruning to {model.text} with {config.pruners()}", highlight=False)
+            packed = pruned(config, model.target, skeleton, store, work / model.folder.name)
+            _require_all(run, skeleton, packed)
+            matrices[model.text] = _written(config, model, skeleton, packed)
+            methods[model.text] = packed.load
+            if not texts:  # nobody reads it again; there is none of it where nothing was pruned
+                shutil.rmtree(packed.folder, ignore_errors=True)
+        with RunProgress(console, 1, 1) as progress:
+            rows = experiment.evaluate(config, texts, methods, progress) if texts else {}
+    title = f"Perplexity, {config.pruners()} with the statistics of {run}"
+    console.print(model_table(title, rows, matrices))
+    for model in models:
+        console.print(f"model   {model.folder / 'model'}", highlight=False, markup=False)
+
+
+def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
+    """What is to be made, each once."""
+    aims = {spelt(target): target for target in (_target(text, layout) for text in targets)}
+    folders = {text: run / FURTHER / f"{config.pruners()}-{folder_name(text)}" for text in aims}
+    return [Model(text, target, folders[text]) for text, target in aims.items()]
+
+
+def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
+    there = [str(model.folder) for model in models if model.is_there()]
+    if there and not overwrite:
+        raise ConfigError(
+            f"{', '.join(there)}: made before; give --overwrite to replace what is there, or other targets"
+        )
+
+
+def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
+    """Prune the whole model with stored sums.
+
+    Args:
+        config: names the pruner and its settings.
+        target: ratio or n:m.
+        skeleton: the dense model.
+        store: sums of all clients.
+        folder: where the packed blocks go.
+
+    Raises:
+        PruningError: a matrix cannot be pruned.
+        ModelError: the sums are damaged, or there is no room.
+    """
+    packed = PackedStore(folder)
+    for block, leader in store.units():
+        _prune_input(config, target, skeleton, store, packed, block, leader)
+    return packed
+
+
+def _config(run: Path, pruner: str | None) -> Config:
+    if not ((run / STATISTICS).is_dir() and (run / "manifest.json").is_file()):
+        raise ConfigError(
+            f"{run} holds no {STATISTICS}/; name the run_dir of a finished run with algorithm gram and gram.propagate dense"
+        )
+    config, problems = load_config(run / "config.yaml")
+    if pruner is not None:
+        for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
+            train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it
+            train.pruner = pruner
+        if pruner not in PRUNERS:
+            problems.append(f"--pruner: one of {', '.join(PRUNERS)}; got {pruner!r}")
+    problems = problems or check(config)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def _target(text: str, layout: Layout) -> Target:
+    try:
+        target = parse_target(text)
+    except ValueError as error:
+        raise ConfigError(f"--sparsity: {error}") from error
+    for problem in indivisible(layout.blocks, target):
+        raise ConfigError(problem)
+    return target
+
+
+def spelt(target: Target) -> str:
+    """A target as it is always spelt: 0.50 and 1/2 are 0.5; what no decimal says exactly stays a fraction."""
+    if isinstance(target, NM):
+        return str(target)
+    decimal = f"{float(target.share):.15g}"
+    return decimal if Fraction(decimal) == target.share else str(target.share)
+
+
+def folder_name(text: str) -> str:
+    """A target as the name of a folder."""
+    return text.replace(":", "-").replace("/", "_")  # 1/3 is a share too
+
+
+def _prune_input(
+    config: Config, target: Target, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
+) -> None:
+    """Prune the matrices that take one input."""
+    found = store.load(block, leader)
+    assert found is not None, "the store listed it"
+    linears, sums, rounded = found
+    device = choose_device(config.server_configs.device, 0)
+    moved = replace(sums, upper=sums.upper.to(device))
+    weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
+    train = config.client_configs.train_configs
+    settings = replace(Settings.of(vars(train)), target=target)
+    made = prune_input(
+        weights, moved, Aggregation(settings, threads=train.threads), rounded, f"block {block}, {leader}"
+    )
+    packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
+
+
+def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
+    """Refuse to leave dense what the run has pruned."""
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))["matrices"]
+    before = {matrix["name"] for matrix in manifest if matrix["zeros"]}
+    for block, linears in enumerate(skeleton.layout.blocks):
+        done = packed.load(block) or {}
+        for linear in linears:
+            if linear.name not in done and (done or skeleton.key(block, linear.name) in before):
+                raise ModelError(
+                    f"{run / STATISTICS} lacks the statistics of block {block}, {linear.name}; run the experiment again"
+                )
+
+
+def _written(config: Config, model: Model, skeleton: Skeleton, packed: PackedStore) -> list[MatrixSparsity]:
+    """Write a model in the place of what is there."""
+    mine = copy.deepcopy(config)
+    mine.client_configs.train_configs.sparsity = model.text
+    try:
+        if model.folder.exists():
+            shutil.rmtree(model.folder)
+    except OSError as error:
+        raise ModelError(f"{model.folder} cannot be replaced: {error}; remove it first") from error
+    return experiment.write_pruned(mine, skeleton, packed, model.folder)

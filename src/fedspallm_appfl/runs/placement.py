@@ -1,0 +1,64 @@
+"""Which clients run where: how they are dealt out to ranks, and the table of it."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.schema import Client
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where some clients run.
+
+    Attributes:
+        rank: MPI rank, 0 in one process.
+        host: name of the node.
+        clients: ids of the clients on it.
+        device: e.g. `cpu` or `cuda:1`.
+        threads: CPU threads of a client.
+        bound: what CUDA_VISIBLE_DEVICES says, or an empty string.
+    """
+
+    rank: int
+    host: str
+    clients: tuple[str, ...]
+    device: str
+    threads: int
+    bound: str
+
+
+def describe(rank: int, clients: Sequence[tuple[Client, str]]) -> list[Place]:
+    """Lines of the placement table, one for each device and number of threads.
+
+    Args:
+        rank: MPI rank, 0 in one process.
+        clients: each client with its device.
+    """
+    bound = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    together: dict[tuple[str, int], list[str]] = {}
+    for client, device in clients:
+        threads = client.train_configs.threads or torch.get_num_threads()
+        together.setdefault((device, threads), []).append(client.client_id)
+    host = socket.gethostname()
+    return [Place(rank, host, tuple(names), device, threads, bound) for (device, threads), names in together.items()]
+
+
+def batches(clients: list[str], ranks: int) -> list[list[str]]:
+    """Deal clients out to ranks in runs of neighbours whose lengths differ by one at most.
+
+    Raises:
+        ConfigError: there are more ranks than clients.
+    """
+    if not 0 < ranks <= len(clients):
+        raise ConfigError(
+            f"{len(clients)} clients can use 1 to {len(clients)} client ranks, got {ranks}; start "
+            f"mpiexec with -n 2 to -n {len(clients) + 1} (rank 0 is the server)"
+        )
+    size, extra = divmod(len(clients), ranks)
+    starts = [rank * size + min(rank, extra) for rank in range(ranks + 1)]
+    return [clients[a:b] for a, b in zip(starts, starts[1:], strict=False)]

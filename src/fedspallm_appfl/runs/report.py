@@ -1,0 +1,340 @@
+"""report.md and the lines that end a run: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
+
+import platform
+import shlex
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedspallm_appfl import __version__
+from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
+from fedspallm_appfl.algorithms.registry import LABELS, VOTING
+from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.tensors import native
+from fedspallm_appfl.validation.rules import headline
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run has shown.
+
+    Attributes:
+        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients alone.
+        matrices: sparsity of each prunable matrix, read back from disk.
+        dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
+        model: folder of the pruned model, or of the clients' own ones.
+    """
+
+    perplexity: Mapping[str, Mapping[str, float]]
+    matrices: Sequence[MatrixSparsity]
+    dense_bytes: int
+    model: Path
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people: 1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _count(number: int, what: str) -> str:
+    plural = {"matrix": "matrices"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
+
+
+def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of tensors sent by each client (up) and to each client (down)."""
+    up: dict[str, int] = {}
+    down: dict[str, int] = {}
+    for event in log.of("upload"):
+        up[event["client"]] = up.get(event["client"], 0) + event["bytes"]
+    for event in log.of("round"):
+        for client in up:
+            down[client] = down.get(client, 0) + event["bytes_down"]
+    return up, down
+
+
+def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
+    """Exact sparsity of the pruned matrices in words."""
+    pruned = [matrix for matrix in matrices if matrix.zeros]
+    zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
+    if not pruned:
+        return "no matrix was pruned"
+    dense = f"; {_count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
+    everything = sum(matrix.entries for matrix in matrices)
+    if dense:
+        dense += f", {100 * zeros / everything:.4f} % of all"
+    share = f"{100 * zeros / entries:.4f} %"
+    return f"{zeros:,} of {entries:,} weights in {_count(len(pruned), 'matrix')} are zero ({share}){dense}"
+
+
+def closing(config: Config, results: Results, log: EventLog) -> Group:
+    """What ends a run: perplexity of each method on each text, sparsity, bytes."""
+    up, down = traffic(log)
+    lines = (
+        f"{sparsity_line(results.matrices)}\n"
+        f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
+        f"{bytes_text(statistics.mean(up.values()))} up a client on average; "
+        f"the prunable weights take {bytes_text(results.dense_bytes)} dense"
+    )
+    texts = list(config.evaluation.texts)
+    if not texts:
+        return Group(Text(_title(config)), Text(lines))
+    return Group(Text(_title(config)), _perplexity_table(texts, results.perplexity), Text(lines))
+
+
+def _perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table("", *(Column(escape(text), justify="right") for text in texts))
+    table.add_column("mean", justify="right", style="bold")
+    for method, row in perplexity.items():
+        table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
+    return table
+
+
+def model_table(
+    title: str, perplexity: Mapping[str, Mapping[str, float]], matrices: Mapping[str, Sequence[MatrixSparsity]]
+) -> Group:
+    """Models for several targets: perplexity of each on each text if it was measured, and its sparsity."""
+    lines = "\n".join(f"{target}: {sparsity_line(of)}" for target, of in matrices.items())
+    if not perplexity:
+        return Group(Text(lines))
+    texts = list(next(iter(perplexity.values())))
+    return Group(Text(title), _perplexity_table(texts, perplexity), Text(lines))
+
+
+def _title(config: Config) -> str:
+    train = config.client_configs.train_configs
+    what = "Perplexity" if config.evaluation.texts else "Pruned"
+    how = f"{LABELS[config.algorithm]} with {config.pruners()}"
+    return f"{what}, {_count(len(config.clients), 'client')}, {how}, sparsity {train.sparsity}"
+
+
+def _label(method: str) -> str:
+    return {**LABELS, "standalone": "standalone (mean)"}.get(method, method)
+
+
+def _mean(row: Mapping[str, float]) -> float:
+    return statistics.geometric_mean(row.values())
+
+
+def write_report(file: Path, config: Config, results: Results, log: EventLog) -> None:
+    """Write report.md."""
+    parts = [
+        f"# {headline(config)}",
+        f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
+        "it takes the disk and memory of the dense model. What is smaller is what travelled.",
+        *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
+        *_perplexity(config, results),
+        "## Sparsity",
+        _sparsity(config, results.matrices, log),
+        "## Bytes",
+        _bytes(config, results, log),
+        "## Who took part",
+        _participation(config, results, log),
+        *_notes(log),
+        "## Settings",
+        _settings(config, log),
+    ]
+    file.write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _perplexity(config: Config, results: Results) -> list[str]:
+    if not results.perplexity:
+        return []
+    texts = list(next(iter(results.perplexity.values())))
+    rows = [
+        [_label(method), *(f"{row[text]:.3f}" for text in texts), f"{_mean(row):.3f}"]
+        for method, row in results.perplexity.items()
+    ]
+    again = [_measure_again(config)] if results.model.name == "model" else []
+    return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
+
+
+def _how_measured(config: Config) -> str:
+    settings = config.evaluation
+    some = "All windows" if settings.windows is None else f"At most {_count(settings.windows, 'window')}"
+    again = " The last row again:" if config.algorithm != "standalone" else ""
+    return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
+
+
+def _measure_again(config: Config) -> str:
+    """The command that gives the last row of the table again."""
+    settings = config.evaluation
+    files = " ".join(
+        shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
+    )
+    windows = f" --windows {settings.windows}" if settings.windows else ""
+    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}"
+    return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
+
+
+def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
+    facts = {event["block"]: event for event in log.of("block")}
+    rows = []
+    for block in sorted({matrix.block for matrix in matrices}):
+        mine = [matrix for matrix in matrices if matrix.block == block]
+        entries, zeros = sum(m.entries for m in mine), sum(m.zeros for m in mine)
+        before = facts[block]["zeros_before_expansion"] / entries if block in facts else 0.0
+        extra = sum(m.zeros_on_disk - m.zeros for m in mine)
+        rows.append([str(block), f"{entries:,}", f"{zeros:,}", f"{zeros / entries:.6f}", f"{before:.4f}", str(extra)])
+    over = sum(event["over_target"] for event in facts.values())
+    head = ["block", "weights", "zeros", "sparsity", "before expansion", "kept but zero"]
+    words = (
+        "`before expansion` is the share that every client pruned; `kept but zero` counts kept weights that are zero."
+    )
+    if config.algorithm not in VOTING:
+        head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
+        words = "`kept but zero` counts kept weights that are zero."
+    table = markdown(head, rows)
+    note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
+    return f"{table}{note}\n\n{words} Each matrix stands in `manifest.json`."
+
+
+def _bytes(config: Config, results: Results, log: EventLog) -> str:
+    up, down = traffic(log)
+    rows = [[client, f"{up[client]:,}", f"{down.get(client, 0):,}"] for client in up]
+    rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
+    dense = results.dense_bytes * len(config.clients) * config.server_configs.num_global_epochs
+    per_round = [
+        [
+            str(r["round"] + 1),
+            f"{sum(e['bytes'] for e in log.of('upload') if e['round'] == r['round']):,}",
+            f"{r['bytes_down'] * len(up):,}",
+        ]
+        for r in log.of("round")
+    ]
+    return "\n\n".join(
+        [
+            markdown(["client", "up", "down"], rows),
+            markdown(["round", "up", "down"], per_round),
+            markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
+            f"Bytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}.",
+        ]
+    )
+
+
+def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
+    """Bytes that came up for each block, beside as many dense float16 copies of it as clients sent."""
+    entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
+    for matrix in results.matrices:
+        entries[matrix.block] += matrix.entries
+    for event in log.of("upload"):
+        for block, count in event["block_bytes"].items():
+            sent[int(block)] += count
+            senders[int(block)].add((event["round"], event["client"]))
+    dense = {block: 2 * entries[block] * len(senders[block]) for block in sent}
+    return [
+        [str(b), str(len(senders[b])), f"{sent[b]:,}", f"{dense[b]:,}", f"{dense[b] / sent[b]:.2f}"]
+        for b in sorted(sent)
+    ]
+
+
+def _participation(config: Config, results: Results, log: EventLog) -> str:
+    rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
+    where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
+    where = where if places else []  # over Globus Compute the sites know
+    for client in config.participants():
+        mine = [event for event in log.of("upload") if event["client"] == client.client_id]
+        blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
+        seconds = sum(event["seconds"] for event in mine)
+        host = mine[0]["host"] if mine else "-"
+        share = f"{client.train_configs.resource_share:g}"
+        place = [str(places[client.client_id][what]) for what in where]
+        rows.append([client.client_id, share, str(len(blocks)), f"{seconds:.1f}", host, *place])
+    table = markdown(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
+    covered = {event["block"] for event in log.of("block")}
+    every = {matrix.block for matrix in results.matrices}
+    missed = sorted(every - covered)
+    notes = [table, *_absences(config, log)]
+    if missed:
+        notes.append(f"Drawn by nobody, and left dense: block {to_text(missed)}.")
+    if config.client_configs.train_configs.layer_sampling == "uniform":
+        expected = expected_uncovered(config.roster(), len(every))
+        notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
+    return "\n\n".join(notes)
+
+
+def absence_line(log: EventLog) -> str | None:
+    """Who was left out of which rounds, in a line; None where nobody was."""
+    missed: dict[int, list[str]] = {}
+    for event in log.of("absent"):
+        missed.setdefault(event["round"] + 1, []).append(event["client"])
+    rounds = "; ".join(f"round {number}: {', '.join(clients)}" for number, clients in missed.items())
+    return f"left out, {rounds}" if rounds else None
+
+
+def _absences(config: Config, log: EventLog) -> list[str]:
+    """Who was left out of which round and why; nothing where all took part in all."""
+    absent = {(event["round"], event["client"]): event for event in log.of("absent")}
+    if not absent:
+        return []
+    rounds = range(config.server_configs.num_global_epochs)
+    took_part = [
+        [str(index + 1), ", ".join(client for client in config.roster() if (index, client) not in absent)]
+        for index in rounds
+    ]
+    rows = [
+        [str(event["round"] + 1), event["client"], event["host"] or "-", event["blocks"] or "-", _cell(event["why"])]
+        for event in absent.values()
+    ]
+    return [
+        "Some clients were left out of rounds. Blocks are aggregated over those who sent them.",
+        markdown(["round", "took part"], took_part),
+        markdown(["round", "left out", "host", "blocks", "why"], rows),
+    ]
+
+
+def _cell(words: str) -> str:
+    """Words as a cell of a table."""
+    return " ".join(words.replace("|", "\\|").split())
+
+
+def _notes(log: EventLog) -> list[str]:
+    rows = [
+        [
+            event["client"],
+            str(event["round"] + 1),
+            linear,
+            ", ".join(f"{key} {value:g}" for key, value in notes.items()),
+        ]
+        for event in log.of("upload")
+        for linear, notes in event["notes"].items()
+    ]
+    if not rows:
+        return []
+    head = "Matrices whose first factorization failed, with the damping that worked."
+    return ["## Out of the ordinary", head, markdown(["client", "round", "block.linear", ""], rows)]
+
+
+def _settings(config: Config, log: EventLog) -> str:
+    versions = (
+        f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+    seconds = log.events[-1]["time"] if log.events else 0.0
+    data = {(client.data.windows, client.data.length) for client in config.clients}
+    calibration = " or ".join(f"{_count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
+    return (
+        f"Model `{config.model.path}`; {calibration} a client for the pruning, seed {config.seed}. The resolved "
+        f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in all."
+    )

@@ -1,0 +1,162 @@
+"""The folder of a run: what may be written where, one run at a time.
+
+It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
+(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
+with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the two works also
+`state/`, packed blocks and the server's sums, and a lock.
+"""
+
+import copy
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.schema import Config, Paths
+
+MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
+LOCK = ".lock"
+STATE = "state"
+# What runs write, in the order in which it goes: without the mark, clearing that was interrupted could not be repeated.
+OWN = ("config.yaml", "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
+
+
+def problem(config: Config, overwrite: bool) -> str | None:
+    """Why the run directory cannot be used, or None."""
+    folder = Path(config.run_dir).expanduser()
+    try:
+        if folder.exists() and not folder.is_dir():
+            return f"run_dir: {folder} is a file; name a folder"
+        used = _inputs_inside(config, folder)
+        if used:
+            return f"run_dir: {folder} holds {used}, which a run there would replace; name another folder"
+        if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):  # a killed run may leave a lock
+            return None
+        if not (folder / MARK).is_file():
+            return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
+    except (OSError, ValueError) as error:
+        return f"run_dir: {folder} cannot be used: {error}; name another folder"
+    if not overwrite:
+        return f"run_dir: {folder} exists and is not empty; give another run_dir=..., or --overwrite to replace it"
+    return None
+
+
+def _inputs_inside(config: Config, folder: Path) -> str | None:
+    """An input of the run that lies where the run will write."""
+    texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
+    inputs = {config.model.path: "the dense model of model.path"}
+    inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
+    for path, what in inputs.items():
+        place = Path(path).expanduser().resolve()
+        if any(place.is_relative_to((folder / name).resolve()) for name in OWN):
+            return what
+    if Path(config.model.path).expanduser().resolve() == folder.resolve():
+        return "the dense model of model.path"
+    return None
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The same configuration, good from any working directory."""
+    whole = copy.deepcopy(config)
+    if Path(config.model.path).expanduser().is_dir():
+        whole.model.path = _whole(config.model.path)
+    for client in whole.clients:
+        client.data.text = client.data.text and _whole(client.data.text)
+    whole.evaluation.texts = {name: _whole(text) for name, text in config.evaluation.texts.items()}
+    return whole
+
+
+def _whole(paths: Any) -> Any:
+    if isinstance(paths, list):
+        return [_whole(path) for path in paths]
+    return str(Path(paths).expanduser().absolute())
+
+
+def _as_list(paths: Paths | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths or [])
+
+
+@contextmanager
+def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
+    """Make the folder, or clear the one that may be overwritten of what runs write, and keep other runs out of it.
+
+    Raises:
+        ConfigError: it must not be overwritten, cannot be written, or another run works in it.
+    """
+    wrong = problem(config, overwrite)
+    if wrong:
+        raise ConfigError(wrong)
+    folder = Path(config.run_dir).expanduser()
+    with locked(folder, "name another folder"):
+        for name in OWN:
+            _remove(folder / name)
+        (folder / MARK).touch()
+        (folder / "config.yaml").write_text(_with_whole_paths(config).to_yaml(), "utf-8")
+        yield folder
+
+
+@contextmanager
+def locked(folder: Path, hint: str) -> Iterator[None]:
+    """Keep other runs, and `fedspallm prune`, out of a run directory; it is made if need be.
+
+    Args:
+        folder: the run directory.
+        hint: what to do if somebody else is at work in it.
+
+    Raises:
+        ConfigError: somebody is, or the folder cannot be written, or its file system has no locks.
+    """
+    lock_file = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("w")
+    except OSError as error:
+        raise ConfigError(f"run_dir: {folder} cannot be written: {error}") from error
+    with lock:
+        if not _is_ours(lock, lock_file):
+            raise ConfigError(f"run_dir: another run is at work in {folder}, or fedspallm prune; {hint}")
+        try:
+            yield
+        finally:
+            lock_file.unlink(missing_ok=True)
+
+
+def _is_ours(lock: IO[str], lock_file: Path) -> bool:
+    """Take the lock; it is of no use if whoever held it has removed the file meanwhile.
+
+    Raises:
+        ConfigError: the system cannot say; the file stays, as somebody else may hold it.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), lock_file.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: {lock_file.parent} cannot be locked: {error}; name a folder on a file system with flock, such as a "
+            "local disk, or have this one mounted with it (Lustre: -o flock; NFS: a lock daemon that runs)"
+        ) from error
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Make `state/` in a run directory that is locked, in the place of what was left of it, and remove it in the end."""
+    state = folder / STATE
+    _remove(state)
+    state.mkdir()
+    try:
+        yield state
+    finally:
+        _remove(state)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""Run server and clients in one process.
+
+Clients take turns message by message, so that a block is open on the server only while all of them pass it.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.runs.placement import describe
+from fedspallm_appfl.settings.schema import Config
+
+
+def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
+    """Run all rounds.
+
+    Args:
+        config: the experiment.
+        state_dir: folder for the server's packed blocks and sums.
+        on_event: called with a dict for each thing that happens.
+
+    Returns:
+        The aggregator, with the global model in it.
+    """
+    client_agent, server_agent = load()
+    server = server_agent(config, state_dir)
+    server.aggregator.on_event = on_event
+    limit = config.client_configs.comm_configs.max_message_bytes
+    placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.participants()]
+    for place in describe(0, placed):
+        on_event({"event": "place", **vars(place)})
+    agreed = state_dir / "agreed"
+    agents = {client.client_id: client_agent(config, client, device, limit, agreed) for client, device in placed}
+    for name, agent in agents.items():
+        agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
+    on_event({"event": "ready"})
+    while not server.training_finished():
+        for name, (update, instructions) in _exchange(server, agents).items():
+            agents[name].load_parameters((update, instructions))
+            for piece in range(1, update.get("pieces", 1)):
+                agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
+    return server.aggregator
+
+
+def load() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What makes the agents of a client and of the server; the first call imports APPFL, which takes a while."""
+    from fedspallm_appfl.adaptors import registration
+
+    registration.register()
+    from fedspallm_appfl.adaptors.agents import client_agent, server_agent
+
+    registration.freeze()
+    return client_agent, server_agent
+
+
+def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
+    """All messages of one exchange; returns what the server answers to each client's last one."""
+    last: dict[str, Future] = {}
+    number = server.aggregator.global_model.round.exchange
+    for _ in next(iter(agents.values())).trainer.client.messages(number):
+        for name, agent in agents.items():
+            agent.train()
+            update, metadata = agent.get_parameters()
+            last[name] = server.global_update(name, update, blocking=False, **metadata)
+    return {name: future.result() for name, future in last.items()}

@@ -1,0 +1,1 @@
+"""Algorithms, targets and seeds compared on the same clients (docs/study.md)."""

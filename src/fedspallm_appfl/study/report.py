@@ -1,0 +1,284 @@
+"""What a study has found, in tables: study.md for people, study.json for programs, a table on the console."""
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedspallm_appfl import __version__
+from fedspallm_appfl.runs.report import bytes_text, markdown
+from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.study.cells import Cell
+from fedspallm_appfl.tensors import native
+
+ALONE = ("standalone", "centralized")  # between them lies what a federation can gain; neither sends what others do
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured.
+
+    Attributes:
+        dense: the model before pruning.
+        cells: all others.
+        methods: rows of the tables, as they are spelled.
+        targets: a table each.
+        seeds: what mean and spread are over.
+        config: what all cells share.
+        command: measures the same.
+        algorithms: method -> its algorithm.
+    """
+
+    dense: Cell
+    cells: Sequence[Cell]
+    methods: Sequence[str]
+    targets: Sequence[str]
+    seeds: Sequence[int]
+    config: Config
+    command: str
+    algorithms: Mapping[str, str]
+
+    def of(self, method: str, target: str) -> list[Cell]:
+        """The cells of a method and target, in the order of the seeds."""
+        found = {cell.seed: cell for cell in self.cells if (cell.method, cell.target) == (method, target)}
+        return [found[seed] for seed in self.seeds if seed in found]
+
+    def reference(self, algorithm: str) -> str | None:
+        """The first method of an algorithm, preferably without a pruner of its own; None if there is none."""
+        found = [method for method in self.methods if self.algorithms[method] == algorithm]
+        return min(found, key=lambda method: "+" in method, default=None)
+
+    def sends(self, method: str) -> bool:
+        """Whether what its clients send is what a federation would send."""
+        return self.algorithms[method] not in ALONE
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds.
+
+    Attributes:
+        mean: the mean.
+        deviation: the standard deviation of the sample, with n - 1; None for a single seed.
+    """
+
+    mean: float
+    deviation: float | None
+
+    def text(self, digits: int, factor: float = 1) -> str:
+        """For people: `21.03 ± 0.04`."""
+        mean = f"{factor * self.mean:.{digits}f}"
+        return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.{digits}f}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation; values that are not finite make them so."""
+    if not all(map(math.isfinite, values)):
+        return Spread(statistics.mean(values), None)
+    return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def way_closed(study: Study, method: str, target: str) -> Spread | None:
+    """How far a method gets from standalone (0) to centralized (1), by the geometric mean, seed by seed.
+
+    Returns:
+        Mean and spread of `(standalone - x) / (standalone - centralized)`; None where one of them is not there, or
+        centralized is no better in some seed, so that there is no way to go.
+    """
+    ends = [study.reference(algorithm) for algorithm in ALONE]
+    if None in ends or not study.of(method, target):
+        return None
+    alone, pooled, mine = ([c.mean for c in study.of(name, target)] for name in (*ends, method) if name is not None)
+    if not len(alone) == len(pooled) == len(mine) or any(a <= p for a, p in zip(alone, pooled, strict=True)):
+        return None
+    return spread([(a - x) / (a - p) for a, p, x in zip(alone, pooled, mine, strict=True)])
+
+
+def write(study: Study, folder: Path) -> None:
+    """Write study.md and study.json."""
+    (folder / "study.md").write_text(page(study), "utf-8")
+    facts = {
+        "command": study.command,
+        "versions": versions(),
+        "machine": machine(),
+        "dense": asdict(study.dense),
+        "cells": [
+            {**asdict(cell), "geometric_mean": cell.mean, "sparsity": cell.sparsity, "bits_up": cell.bits_up}
+            for cell in study.cells
+        ],
+    }
+    (folder / "study.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+def page(study: Study) -> str:
+    """study.md."""
+    title = f"# {len(study.methods)} methods, {len(study.config.clients)} clients, sparsity {', '.join(study.targets)}"
+    parts = [title, *_plots(), *_legend(study)]
+    for target in study.targets:
+        parts += [f"## Sparsity {target}", "Perplexity on each text:", _quality(study, target)]
+        parts += ["What it took, a mean over seeds; memory is the most of them:", _cost(study, target)]
+    return "\n\n".join([*parts, "## What was run", _ran(study)]) + "\n"
+
+
+def _plots() -> list[str]:
+    return [
+        "![Perplexity against sparsity](perplexity_sparsity.png)",
+        "![Perplexity against bytes up a client](perplexity_bytes.png)",
+    ]
+
+
+def _legend(study: Study) -> list[str]:
+    seeds = len(study.seeds)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so without a spread"
+    words = [f"Perplexity, lower is better, {over}. `standalone` is the geometric mean over the clients' own models."]
+    ends = [study.reference(algorithm) for algorithm in ALONE]
+    if None not in ends:
+        words.append(
+            f"Way closed is (a - x) / (a - c) of the geometric means, with a of `{ends[0]}` and c of `{ends[1]}`: 0 % "
+            "is what clients get alone, 100 % what one would get who may see all text, with the pruner of these two; a row "
+            "with another pruner can be beyond either."
+        )
+    return [" ".join(words)]
+
+
+def _quality(study: Study, target: str) -> str:
+    texts = list(study.dense.perplexity)
+    dense = [f"{study.dense.perplexity[text]:.2f}" for text in texts]
+    rows = [["dense", *dense, f"{study.dense.mean:.2f}", NONE, "0.0000 %"]]
+    for method in study.methods:
+        cells = study.of(method, target)
+        each = [spread([cell.perplexity[text] for cell in cells]).text(2) for text in texts]
+        rows.append([method, *each, _mean_of(cells), _way(study, method, target), _sparsity(cells)])
+    return markdown(["", *texts, "geometric mean", "way closed", "sparsity"], rows)
+
+
+def _mean_of(cells: Sequence[Cell]) -> str:
+    return spread([cell.mean for cell in cells]).text(2)
+
+
+def _way(study: Study, method: str, target: str) -> str:
+    way = way_closed(study, method, target)
+    if way is None:
+        return NONE
+    if method in map(study.reference, ALONE):  # the ends themselves, whatever the seed
+        return f"{100 * way.mean:.0f} %"
+    return f"{way.text(0, 100)} %"
+
+
+def _sparsity(cells: Sequence[Cell]) -> str:
+    return ", ".join(dict.fromkeys(f"{100 * cell.sparsity:.4f} %" for cell in cells))
+
+
+def _cost(study: Study, target: str) -> str:
+    rows = []
+    for method in study.methods:
+        cells, sends = study.of(method, target), study.sends(method)
+        stored = any(cell.stored for cell in cells)
+        sent = [_bytes(cells, lambda c: c.up_a_client), _bytes(cells, lambda c: c.down_a_client), _bits(cells)]
+        seconds = [spread([cell.client_seconds for cell in cells]), spread([cell.server_seconds for cell in cells])]
+        name = f"{method} †" if stored else method
+        memory = _memory([cell.memory_bytes for cell in cells])
+        rows.append([name, *(sent if sends else [NONE] * 3), *(s.text(1) for s in seconds), memory])
+    head = ["", "up a client", "down a client", "bits up a weight", "client seconds", "server seconds", "memory"]
+    return markdown(head, rows)
+
+
+def _bytes(cells: Sequence[Cell], count: Callable[[Cell], float]) -> str:
+    return bytes_text(statistics.mean(map(count, cells)))
+
+
+def _bits(cells: Sequence[Cell]) -> str:
+    return f"{statistics.mean(cell.bits_up for cell in cells):.2f}"
+
+
+def _memory(counts: Iterable[int | None]) -> str:
+    known = [count for count in counts if count is not None]
+    return bytes_text(max(known)) if known else NONE
+
+
+def _ran(study: Study) -> str:
+    data, evaluation = study.config.client_configs.data, study.config.evaluation
+    windows = sorted({client.data.windows for client in study.config.clients})
+    some = "all windows" if evaluation.windows is None else f"at most {evaluation.windows} windows"
+    lines = [
+        f"    {study.command}",
+        f"- Versions: {versions()}.",
+        f"- Machine: {machine()}; {_threads(study.config)}.",
+        f"- Calibration: {_range(windows)} windows of {data.length} tokens a client. "
+        f"Evaluation: {some} of {evaluation.length} tokens of each text.",
+        f"- Seeds: {', '.join(map(str, study.seeds))}. They choose the calibration windows and the layers that are drawn.",
+        "- Sparsity is read back from each written model. Bytes are those of the tensors in the messages that passed. "
+        "With `standalone` models are sent only to be measured, with `centralized` the text itself would have to be "
+        "sent; neither is a federation, so their bytes are left to `study.json`.",
+        "- One process plays all clients in turn, and the server. Client seconds are what clients spent on their messages, "
+        "all together: forward passes, pruning, packing. Server seconds are the rest of the wall time, from when all "
+        "clients had opened model and text until the pruned model was written and read back. Memory is the most that the "
+        "process, server and clients in one, held until then above what it held when the cell began. Evaluation is in "
+        "none of them.",
+    ]
+    if any(cell.stored for cell in study.cells):
+        lines.append(
+            "- † made from sums that were gathered once a seed: the uploads of `gram` serve all targets and pruners. Bytes "
+            "and client seconds are those of that one upload, to be counted once; server seconds and memory are of "
+            "pruning with the sums."
+        )
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _threads(config: Config) -> str:
+    threads = {client.train_configs.threads for client in config.clients}
+    if threads == {None}:
+        return f"{torch.get_num_threads()} threads"
+    return f"threads a client: {', '.join(str(count or 'default') for count in sorted(threads, key=str))}"
+
+
+def versions() -> str:
+    """What was at work."""
+    return (
+        f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+def machine() -> str:
+    """What it was measured on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        named = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = named[0] if named else name
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.system()}, {name}, {os.cpu_count()} CPUs{gpu}"
+
+
+def table(study: Study) -> Group:
+    """The geometric means on the console: methods by targets, and what a client sends up."""
+    last = study.targets[-1]
+    at = f" at {escape(last)}" if len(study.targets) > 1 else ""
+    heads = [*map(escape, study.targets), f"way closed{at}", f"up a client{at}"]
+    shown = Table("", *(Column(head, justify="right") for head in heads))
+    shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
+    for method in study.methods:
+        means = [_mean_of(study.of(method, target)) for target in study.targets]
+        sent = _bytes(study.of(method, last), lambda cell: cell.up_a_client) if study.sends(method) else NONE
+        shown.add_row(escape(method), *means, _way(study, method, last), sent)
+    seeds = f", ± over {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
+    return Group(Text(f"Perplexity by sparsity, geometric mean of {len(study.dense.perplexity)} texts{seeds}"), shown)

@@ -1,0 +1,1 @@
+"""What travels between clients and server, and what rests on disk in the same form (docs/wire.md)."""

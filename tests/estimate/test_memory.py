@@ -1,0 +1,351 @@
+"""Predictions of memory: by hand on four small matrices, in the right direction on every setting, beside measurements."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedspallm_appfl.estimate import memory as estimate_memory
+from fedspallm_appfl.estimate import traffic as estimate
+from fedspallm_appfl.estimate.memory import HEAP_SHARE
+from fedspallm_appfl.estimate.tables import LOWER
+from fedspallm_appfl.estimate.traffic import ModelSizes
+from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.tensors.sparsity import parse_target
+from helpers.experiments import small_config
+from helpers.measured import save_measured
+from helpers.outlines import LINEARS, MODEL, PACKED, client, experiment
+
+
+def of_client(config=None, model=MODEL, **changes):
+    """Memory of a client with these settings."""
+    return estimate_memory.client_memory(config or experiment(), model, client(**changes))
+
+
+def settings(pruner, **changes):
+    return Settings(pruner, parse_target("0.5"), **changes)
+
+
+def parts(memory):
+    return {name: size for name, size in memory.parts.items() if size}
+
+
+def test_a_client_by_hand():
+    memory = of_client()
+    assert parts(memory) == {
+        "outer parts": 400,
+        "activations": 6 * 8 * (4 * 4 + 8),
+        "one block": 416,
+        # Gram matrices of three inputs of 4 and one of 8, and 16 tokens with 2 x 8 + 4 x 4 floats each
+        "forward passes": 4 * (3 * 16 + 64) + 16 * 4 * (2 * 8 + 4 * 4),
+        "heap": int(HEAP_SHARE * (400 + 1152 + 416 + 2496)),
+    }
+    assert memory.mapped == 104 * 2  # a block is larger than the outer parts
+    assert memory.resident == memory.needed + memory.mapped == sum(memory.parts.values()) + 208
+
+
+def test_pruning_by_hand():
+    groups = [([linear], 4 * linear.shape[1] ** 2) for linear in LINEARS]
+    # at `mlp.down`: its Gram matrix and its corners, 3 bytes for each of 64 entries that are done, 15 for each of its own
+    assert (
+        estimate_memory.pruning_bytes(groups, torch.float16, settings("sparsegpt"), 3) == 256 + 512 + 3 * 64 + 15 * 32
+    )
+    # float32 is read in place
+    pair = [([LINEARS[0], LINEARS[1]], 0)]
+    assert estimate_memory.pruning_bytes(pair, torch.float16, settings("magnitude"), 3) == 3 * 16 + 15 * 16
+    assert estimate_memory.pruning_bytes(pair, torch.float32, settings("magnitude"), 1) == 1 * 16 + 11 * 16
+
+
+def test_pruning_is_what_counts_where_few_tokens_run():
+    memory = of_client(windows=1, length=2)
+    assert parts(memory)["pruning a block"] == 256 + 512 + 3 * 64 + 15 * 32
+
+
+def test_a_server_by_hand():
+    memory = estimate_memory.server_memory(experiment(), MODEL)
+    assert parts(memory) == {
+        "other open blocks": 9 * 96,
+        "block to close": 9 * 96 + 6 * 16,  # its first matrix
+        "uploads": PACKED,
+        "heap": int(HEAP_SHARE * (864 + 960 + PACKED)),
+    }
+
+
+def test_an_open_entry_takes_a_sum_votes_and_weights():
+    assert estimate.sums_bytes(255, weighted=False) == 9
+    assert estimate.sums_bytes(256, weighted=False) == 10
+    assert estimate.sums_bytes(2, weighted=True) == 13
+
+
+def test_matrices_of_one_client_are_closed_one_by_one():
+    aggregation = estimate_memory.aggregation_of(experiment())
+    one = estimate_memory.closing_bytes(LINEARS, torch.float16, 1, aggregation)
+    assert one == PACKED - 36 + (9 + 6) * 32  # the others packed, and the last
+    memory = estimate_memory.server_memory(experiment(1), MODEL)
+    assert memory.parts["other open blocks"] == 0
+
+
+def test_the_evaluation_by_hand():
+    config = experiment()
+    config.evaluation.texts, config.evaluation.length, config.evaluation.batch = {"x": "x.txt"}, 8, 4
+    memory = estimate_memory.evaluation_memory(config, MODEL, {"x": 3, "y": 2})
+    assert parts(memory)["windows of all texts"] == 5 * 8 * 24
+    assert parts(memory)["a block, or logits"] == max(3 * 8 * 10 * 12, 416 + 24 * 96)
+    config.evaluation.batch = 1
+    small = estimate_memory.evaluation_memory(config, MODEL, {"x": 3, "y": 2})
+    assert small.parts["a block, or logits"] == 416 + 8 * 96
+
+
+def test_clients_of_one_process_share_the_outer_parts_only():
+    two, three = (estimate_memory.serial_memory(experiment(count), MODEL).parts for count in (2, 3))
+    alone = of_client().parts
+    assert two["outer parts"] == three["outer parts"] == alone["outer parts"]
+    assert three["activations"] == 3 * alone["activations"]
+    assert three["a client at work"] == alone["one block"] + alone["forward passes"]
+    assert three["open blocks"] == two["open blocks"] == 9 * 96
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"windows": 6}, {"windows": 7}),
+        ({"length": 8}, {"length": 9}),
+        ({"batch": 1}, {"batch": 2}),
+        ({"activations": "file"}, {"activations": "memory"}),
+        ({"pruner": "wanda"}, {"pruner": "sparsegpt"}),
+        ({"blocks_per_message": 1}, {"blocks_per_message": 2}),
+        ({"pruner": "magnitude", "text": None}, {"pruner": "magnitude"}),
+    ],
+)
+def test_a_client_takes_more_with_more_of_it(less, more):
+    assert of_client(**less).needed < of_client(**more).needed
+
+
+def test_a_batch_is_no_larger_than_all_windows():
+    a, b = (of_client(batch=batch) for batch in (6, 600))
+    assert a == b
+
+
+def test_hidden_states_in_a_file_are_mapped():
+    memory, file = (of_client(activations=where) for where in ("memory", "file"))
+    assert file.mapped - memory.mapped == memory.parts["activations"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: setattr(config.server_configs.aggregator_kwargs, "weights", "sample_size"),
+        lambda config: config.evaluation.compare.append("fedavg"),
+        lambda config: setattr(config.client_configs.train_configs, "sparsity", "0.25"),
+    ],
+)
+def test_a_server_takes_more_with_more_to_do(change):
+    config = experiment()
+    before = estimate_memory.server_memory(config, MODEL).needed
+    change(config)
+    assert estimate_memory.server_memory(config, MODEL).needed > before
+
+
+def test_a_server_takes_less_with_fewer_open_blocks_and_uploads():
+    config = experiment()
+    some = estimate_memory.server_memory(config, MODEL).needed
+    assert some < estimate_memory.server_memory(config, MODEL, together=2).needed
+    config.server_configs.scheduler_kwargs.max_open_blocks = 0
+    assert some > estimate_memory.server_memory(config, MODEL).needed
+
+
+def gathering(**settings):
+    """A configuration of `gram` whose first input is the client's own unless it is said."""
+    return experiment(algorithm="gram", **{"first_input": "private"} | settings)
+
+
+def test_a_client_that_sends_statistics_by_hand():
+    alone = {"outer parts": 400, "activations": 1152, "one block": 416, "Gram matrices": 4 * (3 * 16 + 64)}
+    memory = of_client(gathering())
+    assert parts(memory) == alone | {"forward passes": 16 * 4 * (2 * 8 + 4 * 4), "heap": memory.parts["heap"]}
+    random = of_client(gathering(first_input="public"))  # whose Gram matrix waits for the first block
+    assert random.parts["activations"] == alone["activations"]
+    assert random.parts["Gram matrices"] == alone["Gram matrices"] + 4 * 16
+
+
+def test_a_client_in_a_sweep_by_hand():
+    own, dense = (parts(of_client(gathering(propagate="pruned", target=target))) for target in ("own", "dense"))
+    assert own["Gram matrices"] == 4 * 64  # of the widest input alone
+    assert own["forward passes"] == 16 * 4 * (2 * 8 + 2 * 4)
+    assert dense["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
+    assert (dense["one block"], dense["Gram matrices"]) == (2 * 416, 2 * 4 * 64)
+    assert dense["forward passes"] == own["forward passes"] + 16 * 4 * 8  # the other's input is kept
+
+
+def test_statistics_are_packed_one_after_the_other():
+    """Where few tokens run, that is the worst moment."""
+    small = ModelSizes(100, (1, 1), (LINEARS, LINEARS), 10, torch.float16, torch.float32)
+    made = parts(of_client(gathering(), small, windows=1, length=2))
+    packed = sum(4 * side + side * (side - 1) // 2 + 4 for side in (4, 4, 4, 8))
+    assert made["packed statistics"] == packed + 64 + 4 * 4 * 8 * 8
+    assert "one block" not in made
+
+
+@pytest.mark.parametrize(
+    ("pruner", "refit", "bytes_"),
+    [
+        ("admm", False, 20 * 32 + 4 * 64),
+        ("wanda", False, 14 * 32),
+        ("wanda", True, 9 * 32 + 5 * 4 * 32),
+        ("sparsegpt", True, 9 * 32 + 5 * 4 * 32),
+    ],
+)
+def test_a_matrix_by_hand(pruner, refit, bytes_):
+    assert estimate_memory.solving_bytes((4, 8), settings(pruner, refit=refit)) == bytes_
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "unit"),
+    [
+        ("fedspallm", (9 * 32, 6 * 32, 36)),
+        ("fedavg", (9 * 32, 18 * 32, 36)),
+        ("fedprllm", (32, 6 * 32, 36)),
+        ("consensus", (32, 6 * 32, 4)),
+        ("standalone", (0, 0, 36)),
+    ],
+)
+def test_a_matrix_on_the_server_by_hand(algorithm, unit):
+    config = experiment(algorithm=algorithm)
+    [exchange, *_] = estimate.exchanges_of(config, MODEL)
+    aggregation = estimate_memory.aggregation_of(config)
+    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, exchange.up)
+    assert dataclasses.astuple(units["mlp.down"]) == unit
+
+
+def test_values_on_the_server_are_of_kept_entries_alone():
+    aggregation = estimate_memory.aggregation_of(experiment(algorithm="consensus"))
+    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "values")
+    assert dataclasses.astuple(units["mlp.down"]) == (9 * 16, 6 * 16, 36)
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_statistics_on_the_server_by_hand(target):
+    config = experiment(algorithm="gram", propagate="pruned", target=target)
+    aggregation, drift = estimate_memory.aggregation_of(config), 64 * (target == "dense")
+    unit = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "grams")["mlp.down"]
+    assert unit.sums == 16 * (8 + 28 + drift)
+    summing = 4 * 28 + 4 * 64 + 4 * 4 * 8 * 8
+    # pruning with SparseGPT: the Gram matrix, or with drift and what it comes to; corners; dense weight and copies of it
+    pruning = 4 * (64 + 2 * drift) + 2 * 4 * 8 * 8 + (4 + 11) * 32 + 4 * 32 * (target == "dense")
+    assert (unit.closing, unit.made) == (max(summing, 4 * 64 + 12 * drift, pruning - unit.sums), 36)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({}, {"propagate": "pruned", "target": "dense"}),
+        ({"pruner": "sparsegpt"}, {"pruner": "sparsegpt", "refit": True}),
+        ({"pruner": "wanda"}, {"pruner": "admm"}),
+    ],
+)
+def test_a_server_that_prunes_takes_more_with_more_of_it(less, more):
+    wide = ModelSizes(100, (1, 1), ((Linear("a", (512, 256), False),),) * 2, 10, torch.float16, torch.float32)
+    a, b = (estimate_memory.server_memory(experiment(1, algorithm="gram", **changes), wide) for changes in (less, more))
+    assert a.needed < b.needed
+
+
+def test_a_server_opens_the_model_to_see_which_inputs_are_shared():
+    memory = estimate_memory.server_memory(experiment(algorithm="gram"), dataclasses.replace(MODEL, outer=10**6))
+    assert parts(memory)["outer parts"] == 2 * 10**6
+
+
+@pytest.mark.parametrize("algorithm", ["fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone"])
+@pytest.mark.parametrize("settings", [{}, {"propagate": "pruned", "target": "dense"}, {"windows": 1, "length": 2}])
+def test_every_part_has_its_line_in_the_table(algorithm, settings):
+    config = experiment(algorithm=algorithm, **settings)
+    memories = [of_client(config, **settings), estimate_memory.server_memory(config, MODEL)]
+    for memory in [*memories, estimate_memory.serial_memory(config, MODEL)]:
+        assert memory.parts.keys() <= LOWER.keys()
+    assert all(LOWER.values())
+
+
+MEASURE = """
+import copy, gc, sys
+from pathlib import Path
+import torch
+from transformers.models.llama import modeling_llama
+from fedspallm_appfl.adaptors import registration
+registration.register()
+from fedspallm_appfl.adaptors import agents, trainer
+from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.runs import serial
+
+def field(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
+
+def run_client(config):
+    one = config.clients[0]
+    settings = agents.client_agent_config(config, one, "cpu", 2**29).train_configs
+    client = trainer.client_settings(one.client_id, trainer.OmegaConf.to_container(settings, resolve=True))
+    client = trainer.LocalClient(client)
+    client.start_exchange(0, 0, list(range(len(client.model.blocks))))
+    while client.in_exchange:
+        client.next_message()
+
+what, file, folder, small = sys.argv[1:]
+config, _ = load_config(file)
+torch.set_num_threads(1)
+run_client(load_config(small)[0])  # code that is loaded late is not what is measured
+gc.collect()
+give_back()  # so that nothing that is freed already is used again
+before = field("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+if what == "serial":
+    serial.run(config, Path(folder), lambda event: None)
+else:
+    run_client(config)
+print(field("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "algorithm", "pruner", "count"),
+    [
+        ("client", "fedspallm", "sparsegpt", 1),
+        ("client", "fedspallm", "wanda", 1),
+        ("client", "fedspallm", "admm", 1),
+        ("client", "gram", "sparsegpt", 1),
+        ("serial", "fedspallm", "sparsegpt", 3),
+        ("serial", "consensus", "sparsegpt", 3),
+    ],
+)
+def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
+    save_measured(tmp_path / "model")
+    (tmp_path / "small").mkdir()
+    statistics = {"gram": {"min_tokens": 1}} if algorithm == "gram" else {}
+    small = small_config(tmp_path / "small", count, algorithm=algorithm, **statistics)
+    changes = {
+        "algorithm": algorithm,
+        **statistics,
+        "model": {"path": str(tmp_path / "model")},
+        "client_configs": {
+            "train_configs": {"pruner": pruner, "iterations": 3},
+            "data": {"windows": 8, "length": 256, "batch": 4},
+        },
+    }
+    file = small_config(tmp_path, count, **changes)
+    config, _ = load_config(file)
+    sizes = estimate.open_outline(config.model).sizes
+    predicted = (
+        estimate_memory.serial_memory(config, sizes)
+        if what == "serial"
+        else estimate_memory.client_memory(config, sizes, config.clients[0])
+    )
+    command = [sys.executable, "-c", MEASURE, what, str(file), str(tmp_path / "state"), str(small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = int(done.stdout.splitlines()[-1])
+    print(f"{what} {algorithm} {pruner}: predicted {predicted.resident / 1e6:.0f}, measured {measured / 1e6:.0f} MB")
+    assert predicted.resident == pytest.approx(measured, rel=0.2)

@@ -1,0 +1,212 @@
+"""The site file: what an endpoint keeps to itself, and what it says where something is missing."""
+
+import pytest
+
+from fedspallm_appfl import cli
+from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
+from fedspallm_appfl.globus.site.worker import same_model
+from helpers.paths import DEMO, ROOT
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    def write(text):
+        (tmp_path / "site.yaml").write_text(text)
+        monkeypatch.setenv(SITE, str(tmp_path / "site.yaml"))
+
+    return write
+
+
+def test_paths_start_from_the_folder_of_the_file(write, tmp_path):
+    (tmp_path / "model").mkdir()
+    write("model: model\nclients: {a: {text: [notes, /else/b.txt]}, b: {text: c.txt}}\nstore: {folder: x, port: 1}")
+    site = load_site("a")
+    assert site.text == [str(tmp_path / "notes"), "/else/b.txt"]
+    assert site.model == str(tmp_path / "model")
+    assert site.store == {"folder": str(tmp_path / "x"), "port": 1}
+    assert load_site("b").text == [str(tmp_path / "c.txt")]
+
+
+def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
+    write("clients: {a: }")
+    load_site("a").require_consent("a", {"weights", "masks", "values", "grams"})
+    with pytest.raises(
+        ConfigError, match=r"client a: this site does not send token_counts; .*\(token_counts are asked"
+    ):
+        load_site("a").require_consent("a", {"grams", "token_counts"})
+    write("clients: {a: }\nmay_send: [grams, token_counts]")
+    load_site("a").require_consent("a", {"grams", "token_counts"})
+    with pytest.raises(ConfigError, match="does not send masks, values;"):
+        load_site("a").require_consent("a", {"masks", "values"})
+    write("clients: {a: }\nmay_send: []")
+    with pytest.raises(ConfigError, match="does not send masks; take another algorithm, or name them under"):
+        load_site("a").require_consent("a", {"masks"})
+
+
+def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
+    write("model: owner/name\nclients: {a: }")
+    assert load_site("a") == Site("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
+        ("{}", "lists none; add it"),
+        ("clients: {a: {texts: x}}", "has `text:` and nothing else"),
+        ("clients: {a: SECRET}", "has `text:` and nothing else"),
+        ("clients: {a: [SECRET]}", "has `text:` and nothing else"),
+        ("clients: {a: {SECRET: 1}}", "has `text:` and nothing else"),
+        ("clients: {a: }\nstore: [SECRET]", "hold keys themselves"),
+        ("clients: {a: }\nmodel: [SECRET]", "a folder or a hub name"),
+        ("clients: {a: }\nSECRET: 1", "all others are wrong"),
+        ("clients: {a: }\nmay_send:", "is a list of"),
+        ("clients: {a: }\nmin_tokens: few", "is a number of tokens"),
+        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, may_send, min_tokens, model, store"),
+        ("clients: {a: }\nmay_send: text", "may_send .* is a list of weights, masks, values, grams, token_counts"),
+        ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),
+        ("clients: {a: }\nmay_send: weights", r"in brackets, got 'weights' without; write may_send: \["),
+        ("clients: {a: }\nmay_send: [wieghts, mask]", "got .* did you mean weights, masks\\?"),
+        (
+            "clients: {a: }\nstore: {prot: SECRET}",
+            "store .* keys bucket, endpoints, folder, host, port, tls, url, all others",
+        ),
+        ("clients: {a: }\nstore: {SECRET: 7}", "store .* all others are wrong"),
+        ("clients: {a: }\nstore: {connector: SECRET}", "store .* all others are wrong"),
+        ("clients: {a: }\nstore: {folder: [SECRET]}", "folder is text"),
+        ("clients: {a: {text: ~nobody-SECRET/x}}", "begins with ~ and the name of nobody here"),
+        ("clients:\n  a:\n\ttext: SECRET", "cannot be read: no YAML at line 3, column 1 "),
+        ("clients: {a: *SECRET}", "cannot be read: no YAML at line 1, column 14 "),
+        ("model: x\nclients: {SECRET: , SECRET: }", "line 2, column 10 .* a key stands twice"),
+        ("clients: SECRET\0", "YAML does not allow its character 16"),
+        ("[1", "cannot be read"),
+        ("- a", "holds the keys"),
+        ("clients: [a]", "holds the keys"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_path(write, tmp_path, text, why):
+    write(text)
+    with pytest.raises(ConfigError, match=f"client a: .*({why})") as caught:
+        load_site("a")
+    assert str(tmp_path) not in str(caught.value) and "SECRET" not in str(caught.value)
+
+
+def test_an_endpoint_without_a_site_file_says_which_line_to_add(monkeypatch, tmp_path):
+    monkeypatch.delenv(SITE, raising=False)
+    with pytest.raises(ConfigError, match="add to worker_init: export FEDSPALLM_SITE="):
+        load_site("a")
+    monkeypatch.setenv(SITE, str(tmp_path / "gone.yaml"))
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_site("a")
+
+
+def test_names_of_files_are_blanked_whole(tmp_path):
+    (tmp_path / "John Smith 1970.txt").touch()
+    site = Site(text=[str(tmp_path)])
+    assert (
+        site.without_paths(f"the text {tmp_path}/John Smith 1970.txt is no UTF-8")
+        == "the text <private text> is no UTF-8"
+    )
+    assert site.without_paths("'John Smith 1970.txt': no") == "'<private text>': no"
+
+
+@pytest.mark.parametrize(
+    ("words", "blanked"),
+    [
+        ("the text /data/notes cannot be read", "the text <private text> cannot be read"),
+        ("the text '/data/notes/ann.txt': no", "the text '<private text>': no"),
+        ("/data/notes2 and /data", "<private text> and /data"),
+    ],
+)
+def test_the_path_of_the_text_is_blanked(words, blanked):
+    assert Site(text=["/data/notes"]).without_paths(words) == blanked
+
+
+def test_a_site_file_that_is_not_utf_8_says_where(write, tmp_path):
+    write("")
+    (tmp_path / "site.yaml").write_bytes(b"model: \xe4")
+    with pytest.raises(ConfigError, match=r"cannot be read: it is not UTF-8 \(byte 7\)"):
+        load_site("a")
+
+
+def test_a_client_may_be_called_by_a_number(write):
+    write("clients: {1: {text: /x}}")
+    assert load_site("1").text == ["/x"]
+
+
+def test_a_model_that_is_not_there_is_looked_for_where_it_was_named():
+    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model` in the site file"):
+        same_model({"path": str(DEMO / "model"), "hash": "x/y"}, Site("./none"), "a")
+    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model.path`"):
+        same_model({"path": "./none", "hash": "x/y"}, Site(), "a")
+
+
+@pytest.fixture
+def checked(tmp_path, capsys):
+    """What `fedspallm site` says of a file: exit code, cells of each client's row, error output."""
+
+    def checked(text, *words):
+        (tmp_path / "site.yaml").write_text(text)
+        code = cli.main(["site", str(tmp_path / "site.yaml"), *words])
+        out, err = capsys.readouterr()
+        lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+        return code, [line for line in lines if line[0]], err
+
+    return checked
+
+
+def test_a_site_can_look_at_its_file_alone(checked, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "1.txt").write_text("word " * 400)
+    (tmp_path / "notes" / "2.txt").write_text("ä")
+    file = f"model: {DEMO / 'model'}\nclients: {{a: {{text: notes}}, b: }}\nmay_send: [masks]\nmin_tokens: 8192"
+    code, [a, b], err = checked(file, "--length", "64")
+    assert (code, err) == (0, "")
+    assert a[2:4] == ["2", "2,002"] and int(a[4]) >= 400 // 64
+    assert a[6:] == b[6:] == ["masks", "8,192 tokens"]
+    assert b[1].startswith("none") and b[2:5] == ["-"] * 3
+    assert checked("clients: {a: {text: notes}}", "--length", "64")[1][0][4] == "-"
+    assert checked("clients: {a: {text: notes}}", "--length", "64", "--model", str(DEMO / "model"))[1][0][4] == a[4]
+
+
+def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_path):
+    (tmp_path / "short.txt").write_text("word")
+    (tmp_path / "latin.txt").write_bytes(b"\xe4")
+    names = {"a": "text: gone.txt", "b": "text: short.txt", "c": "path: x", "d": "text: latin.txt"}
+    clients = ", ".join(f"{name}: {{{own}}}" for name, own in names.items())
+    code, rows, err = checked(f"clients: {{{clients}}}", "--model", str(DEMO / "model"))
+    head, *problems = err.splitlines()
+    assert code == 2 and len(rows) == 4 and head.endswith("site.yaml: 4 problems")
+    assert [problem.strip()[2:10] for problem in problems] == [f"client {name}" for name in "abcd"]
+    assert f"{tmp_path}/gone.txt cannot be read: No such file" in problems[0]
+    assert f"{tmp_path}/short.txt holds no window of 2048 tokens" in problems[1]
+    assert "has `text:` and nothing else" in problems[2]
+    assert f"{tmp_path}/latin.txt is not UTF-8" in problems[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "why"),
+    [
+        ("clients:", [], "it lists no client"),
+        ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is no folder"),
+        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it holds no config.json"),
+        ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty is not a model"),
+        ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is no folder here"),
+        ("clients:\n\ta:", [], "{folder}/site.yaml: the site file (FEDSPALLM_SITE) cannot be read: no YAML at line 2"),
+    ],
+)
+def test_what_is_wrong_for_all_clients_is_said_once(checked, tmp_path, text, words, why):
+    (tmp_path / "empty").mkdir()
+    code, _, err = checked(text, *words)
+    assert code == 2 and err.count(why.format(folder=tmp_path)) == 1
+
+
+def test_a_hub_name_is_not_looked_up(checked, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    code, [row], _ = checked("model: owner/name\nclients: {a: }")
+    assert code == 0 and row[5] == "owner/name, no folder here"
+
+
+def test_the_site_file_of_the_examples_is_right(capsys):
+    assert cli.main(["site", str(ROOT / "examples" / "globus" / "site.yaml"), "--model", str(DEMO / "model")]) == 0

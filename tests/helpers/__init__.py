@@ -1,0 +1,1 @@
+"""What tests share: paths, tiny models, oracles, doubles of services."""

@@ -1,0 +1,132 @@
+"""The plan of the house, as docs/architecture.md lists it: arrows point down, heavy packages stay in their folders."""
+
+import ast
+import graphlib
+import re
+
+import pytest
+from helpers.paths import ROOT
+
+PACKAGE = ROOT / "src" / "fedspallm_appfl"
+PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+FOLDERS = re.findall(r"^\| `([\w/]+)` \|", PAGE, re.MULTILINE)  # from the top down
+MAY_IMPORT = {  # whole folders; who else imports one of these is wrong
+    "torch": None,  # everywhere but in what has to be quick, see below
+    "transformers": {"models", "globus/server", "runs", "study", "estimate"},
+    "appfl": {"adaptors", "globus/server", "globus/site"},
+    "mpi4py": {"adaptors", "runs"},
+    "globus_compute_sdk": {"globus/server"},
+    "proxystore": {"globus/store"},
+    "boto3": {"globus/store"},
+    "redis": {"globus/store"},
+    "requests": {"globus/store", "globus/server"},
+}
+FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(file.read_text("utf-8")) for name, file in FILES.items()}
+
+
+def room(name):
+    """The row of the page that a file belongs to: the longest folder that holds it, or the file itself."""
+    name = name.removesuffix("/__init__")
+    return max((one for one in FOLDERS if name == one or name.startswith(f"{one}/")), key=len, default=None)
+
+
+def floor(name):
+    return FOLDERS.index(room(name))
+
+
+def imports(name):
+    """(line, absolute dotted name, whether at the top of the file) of everything that a file imports."""
+    top = set(TREES[name].body)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}", node in top) for alias in node.names)
+
+
+def file_of(dotted):
+    """The file of this package that a dotted name stands for or stands in; None for another package's."""
+    root, *parts = dotted.split(".")
+    if root != PACKAGE.name:
+        return None
+    options = ["/".join([*parts[:size], *end]) for size in range(len(parts), -1, -1) for end in ([], ["__init__"])]
+    return next(option for option in options if option in FILES)
+
+
+def inner(name, only_top=False):
+    """Files of this package that a file imports."""
+    return {file_of(dotted) for _, dotted, top in imports(name) if top or not only_top} - {None, "__init__"}
+
+
+def test_every_file_has_a_room_on_the_page():
+    assert [name for name in FILES if name != "__init__" and room(name) is None] == []
+    assert [one for one in FOLDERS if not any(room(name) == one for name in FILES)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
+def test_arrows_point_down(name):
+    up = [other for other in inner(name) if floor(other) > floor(name)]
+    assert up == []
+
+
+def test_no_import_goes_round_in_a_circle():
+    graphlib.TopologicalSorter({name: inner(name, only_top=True) - {name} for name in FILES}).prepare()
+
+
+def test_heavy_packages_stay_in_their_folders():
+    found = [
+        f"{name}.py:{line}: {dotted}"
+        for name in FILES
+        for line, dotted, _ in imports(name)
+        if (allowed := MAY_IMPORT.get(dotted.split(".")[0])) and room(name) not in allowed
+    ]
+    assert found == []
+
+
+def test_rooms_are_small():
+    top = [file for file in PACKAGE.iterdir() if file.is_file()]
+    assert len(top) <= 8
+    folders = {file.parent for file in FILES.values()} - {PACKAGE}
+    assert {folder.name: size for folder in folders if (size := len([*folder.glob("*.py")])) > 12} == {}
+
+
+def reached(*names, only_top=False):
+    """All files that are imported with some, at whatever place in a file."""
+    found, left = set(), list(names)
+    while left:
+        found.add(name := left.pop())
+        left += inner(name, only_top) - found
+    return found
+
+
+def test_validate_estimate_and_site_do_not_need_appfl():
+    """Importing it takes seconds."""
+    found = reached("cli/validate", "cli/estimate", "cli/site")
+    assert sorted(name for name in found if name.startswith("adaptors/")) == []
+
+
+def test_settings_need_no_torch():
+    found = reached(*(name for name in FILES if name.startswith("settings/")))
+    heavy = [f"{name}: {dotted}" for name in found for _, dotted, _ in imports(name) if dotted.split(".")[0] == "torch"]
+    assert heavy == []
+
+
+def prints(tree):
+    return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+
+
+def test_nothing_prints_but_the_command_line_and_a_rank_that_aborts():
+    [abort] = [node for node in ast.walk(TREES["runs/mpi"]) if getattr(node, "name", "") == "abort_on_failure"]
+    allowed = {"runs/mpi": prints(abort)}
+    found = {name: prints(tree) for name, tree in TREES.items() if not name.startswith("cli") and prints(tree)}
+    assert {name: lines for name, lines in found.items() if lines != allowed.get(name)} == {}
+
+
+def test_no_except_is_bare():
+    assert [
+        f"{name}.py:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ] == []

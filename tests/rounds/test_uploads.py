@@ -1,0 +1,217 @@
+"""What a client makes for each kind of upload: packed like the sweep it is made of, in the sizes that were planned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedspallm_appfl.algorithms.exchange import UPLOADS, Exchange
+from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.algorithms.registry import ALGORITHMS, LABELS, exchanges
+from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.models.blockwise import prune_blocks
+from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs
+from fedspallm_appfl.rounds.uploads import Source, sizes, sweep
+from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.wire.agreed_blocks import AgreedBlocks
+from fedspallm_appfl.wire.grams import pack_gram
+from fedspallm_appfl.wire.packed import make_update, nbytes, pack_mask, unpack, unpack_mask
+from helpers.families import save_family, windows
+
+TEXT = windows(4, 20)  # 80 tokens, 48 features at most
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return LazyModel(str(save_family("llama", tmp_path_factory.mktemp("llama"), torch.float16)), None, "float32")
+
+
+def source(model, pruner="sparsegpt", target="0.5", text=TEXT, gram=None, **changes):
+    dtype = model.skeleton.stored_dtype
+    return Source(
+        client="ann",
+        model=model,
+        windows=text,
+        pruning=Settings(pruner, parse_target(target), **changes),
+        gram=gram or GramSettings(),
+        groups=shared_inputs(model),
+        agreed=AgreedBlocks(dtype),
+        masks=AgreedBlocks(dtype),
+        options={"batch": 2, "activations": "memory"},
+    )
+
+
+def made(source, up, blocks=frozenset({0, 2})):
+    return {
+        (block, name): unit
+        for block, units in sweep(source, Exchange(up, None), set(blocks))
+        for name, unit in units.items()
+    }
+
+
+def shapes(model):
+    return {block: model.layout.shapes(block) for block in range(3)}
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+def test_weights_are_masks_and_kept_values(model, pruner):
+    of = source(model, pruner)
+    found = made(of, "weights")
+    assert {block for block, _ in found} == {0, 2}
+    for block, linears in prune_blocks(model, TEXT, {0, 2}, of.pruning, batch=2, client="ann"):
+        for name, one in linears.items():
+            weight, mask = unpack(found[block, name][0])
+            assert torch.equal(mask, one.mask)
+            assert torch.equal(weight, one.weight)
+            assert weight.dtype is torch.float16
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "magnitude"])
+def test_weights_that_nothing_changed_are_masks_alone(model, pruner):
+    for packed, _ in made(source(model, pruner), "weights").values():
+        assert set(packed) == {"shape", "mask"}
+    for packed, _ in made(source(model, "wanda", refit=True), "weights", {0}).values():
+        assert set(packed) == {"shape", "mask", "values"}
+
+
+def test_masks_are_those_of_the_weights(model):
+    weights, masks = made(source(model), "weights"), made(source(model), "masks")
+    assert weights.keys() == masks.keys()
+    for key, (packed, _) in masks.items():
+        assert set(packed) == {"shape", "mask"}
+        assert torch.equal(packed["mask"], weights[key][0]["mask"])
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+def test_values_are_solved_under_the_masks_that_came_down(model, pruner):
+    of, generator = source(model, pruner), torch.Generator().manual_seed(0)
+    given = {}
+    for block in (0, 2):
+        for name, shape in model.layout.shapes(block).items():
+            mask = torch.rand(shape, generator=generator) < 0.6
+            given.setdefault(block, {})[name] = mask
+    packed_masks = {b: {n: pack_mask(m) for n, m in linears.items()} for b, linears in given.items()}
+    of.masks.take(make_update(0, packed_masks) | {"piece": 0, "pieces": 1})
+    found = made(of, "values")
+    expected = dict(prune_blocks(model, TEXT, {0, 2}, of.pruning, masks=packed_masks, batch=2, client="ann"))
+    for (block, name), (packed, _) in found.items():
+        assert set(packed) == {"shape", "values"}
+        mask = given[block][name]
+        assert torch.equal(packed["values"], expected[block][name].weight[mask])
+        assert not expected[block][name].weight[~mask].any()
+        dense = model.skeleton.dense_matrix(block, name)[mask]
+        assert not torch.equal(packed["values"], dense)  # they make up for what is gone
+
+
+def test_grams_are_packed_statistics(model):
+    of = source(model, gram=GramSettings(precision="fp32", first_input="private"))
+    expected = dict(dense_grams(model, TEXT, {0, 2}, of.groups, batch=2))
+    for (block, name), (packed, notes) in made(of, "grams").items():
+        wanted = pack_gram(expected[block][name], "fp32")
+        assert notes == {}
+        assert packed["tokens"] == 80
+        assert all(torch.equal(packed[part], wanted[part]) for part in ("diagonal", "upper"))
+
+
+FIRST = (0, "self_attn.q_proj")
+
+
+@pytest.mark.parametrize("propagate", ["dense", "pruned"])
+def test_a_first_input_of_public_tokens_says_nothing_of_the_text_and_all_others_are_of_it(model, propagate):
+    gram = GramSettings("fp32", propagate, "dense" if propagate == "pruned" else "own")
+    found = [made(source(model, text=text, gram=gram), "grams") for text in (TEXT, (TEXT + 1) % 96)]
+    private = made(source(model, gram=replace(gram, first_input="private")), "grams")
+    for key, (packed, _) in found[0].items():
+        others = found[1][key][0], private[key][0]
+        assert [torch.equal(packed["upper"], other["upper"]) for other in others] == (
+            [True, False] if key == FIRST else [False, True]
+        )
+        assert packed["tokens"] == others[0]["tokens"] == 80
+    drawn = torch.randint(96, TEXT.shape, generator=torch.Generator().manual_seed(0))
+    expected = dict(dense_grams(model, drawn, {0}, shared_inputs(model), batch=2))[0][FIRST[1]]
+    assert torch.equal(found[0][FIRST][0]["upper"], pack_gram(expected, "fp32")["upper"])
+    if propagate == "pruned":
+        assert not found[0][FIRST][0]["drift"].any()
+
+
+def test_public_tokens_are_those_of_the_seed_whoever_sends_them(model):
+    same = [made(replace(source(model), client=name, seed=7), "grams", {0})[FIRST][0] for name in ("ann", "bob")]
+    other = made(replace(source(model), seed=8), "grams", {0})[FIRST][0]
+    assert torch.equal(same[0]["upper"], same[1]["upper"])
+    assert not torch.equal(same[0]["upper"], other["upper"])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("target", ["0.5", "0.7", "2:4"])
+def test_bytes_are_those_that_were_planned(model, algorithm, target):
+    groups = shared_inputs(model)
+    for precision, drift in (
+        (("int8", False), ("bf16", True), ("fp32", False)) if algorithm == "gram" else (("int8", False),)
+    ):
+        gram = GramSettings(precision, "pruned" if drift else "dense", "dense" if drift else "own")
+        of, plan = source(model, "sparsegpt", target, gram=gram), {}
+        for exchange in exchanges(algorithm, groups, gram.propagate):
+            planned = sizes(exchange, shapes(model), of.pruning.target, torch.float16, groups, gram)
+            if exchange.only is not None:
+                assert list(planned) == [exchange.only[0]]
+                assert list(planned[exchange.only[0]]) == [exchange.only[1]]
+            for block, units in planned.items():
+                plan.setdefault(exchange.up, {}).setdefault(block, {}).update(units)
+            if exchange.down == "masks":
+                masks = {
+                    b: {n: pack_mask(unpack_mask(p)) for n, (p, _) in u.items()}
+                    for b, u in sweep(of, exchange, {0, 1, 2})
+                }
+                of.masks.take(make_update(0, masks) | {"piece": 0, "pieces": 1})
+        for up, planned in plan.items():
+            found = made(of, up, {0, 1, 2})
+            assert {(block, unit) for block in planned for unit in planned[block]} == set(found)
+            assert all(nbytes(packed) == planned[block][unit] for (block, unit), (packed, _) in found.items())
+
+
+def test_every_algorithm_has_a_label_and_exchanges_of_known_kinds(model):
+    groups = shared_inputs(model)
+    assert len(set(LABELS.values())) == len(ALGORITHMS) == 7
+    for algorithm in ALGORITHMS:
+        found = exchanges(algorithm, groups)
+        assert all(exchange.up in UPLOADS for exchange in found)
+        assert [exchange.up for exchange in found] == {"consensus": ["masks", "values"], "gram": ["grams"]}.get(
+            algorithm, ["masks" if algorithm == "fedprllm" else "weights"]
+        )
+    swept = exchanges("gram", groups, "pruned")
+    assert [exchange.only for exchange in swept] == [(b, names[0]) for b in range(3) for names in groups[b]]
+    assert [b for b in range(3) if swept[5].concerns(b)] == [1]
+
+
+@pytest.mark.parametrize("propagate", ["dense", "pruned"])
+@pytest.mark.parametrize(
+    ("tokens", "min_tokens", "where"),
+    [
+        (31, None, "block 0, self_attn.q_proj: statistics of 31 tokens .* fewer than 32"),
+        (47, None, "block 0, mlp.down_proj: statistics of 47 tokens .* fewer than 48"),
+        (48, None, None),
+        (48, 49, "block 0, self_attn.q_proj: statistics of 48 tokens .* fewer than 49"),
+        (49, 49, None),
+        (1, 1, None),
+    ],
+)
+def test_too_few_tokens_are_not_sent(model, propagate, tokens, min_tokens, where):
+    """32 features go into most linears, 48 into the last."""
+    gram = GramSettings("fp32", propagate, min_tokens=min_tokens)
+    of = source(model, text=windows(1, 49)[:, :tokens], gram=gram)
+    if where is None:
+        assert all(packed["tokens"] == tokens for packed, _ in made(of, "grams").values())
+        return
+    with pytest.raises(
+        DataError, match=f"client ann, {where}; give more calibration windows, or lower gram.min_tokens"
+    ):
+        made(of, "grams")
+
+
+def test_notes_travel_beside_the_matrix(model):
+    """Two tokens give a Gram matrix of rank two, which needs more damping than next to none."""
+    of = source(model, text=TEXT[:1, :2], damping=1e-12, damping_retries=12)
+    notes = [notes for _, notes in made(of, "weights", {0}).values()]
+    assert all(one["damping"] > 1e-12 for one in notes)
