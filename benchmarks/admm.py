@@ -12,7 +12,7 @@ from benchmarks.models import correlated
 from benchmarks.tables import Table
 from fedspallm_appfl.pruning.pruner import Settings, prepare
 from fedspallm_appfl.pruning.statistics import InputGram, mirror
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 SMALL = [((768, 768), 1), ((2048, 2048), 1)]
 SEVEN_B = [((4096, 4096), 4), ((11008, 4096), 2), ((4096, 11008), 1)]  # shape, and how many of it a block has

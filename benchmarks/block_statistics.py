@@ -10,7 +10,7 @@ from benchmarks.models import correlated
 from benchmarks.reference.sparsegpt import SparseGPT
 from benchmarks.tables import COMPARISON, Table
 from fedspallm_appfl.pruning.pruner import Settings, new_statistic
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 SETTINGS = Settings("sparsegpt", parse_target("0.5"))
 LENGTH = 512

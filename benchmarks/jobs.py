@@ -18,8 +18,8 @@ from benchmarks.models import random_windows
 from benchmarks.reference import driver
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import parse_target
 
 
 def measured(load: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from benchmarks.measure import seconds, wall_seconds
 from benchmarks.memory import peak_above
 from benchmarks.tables import Table
 from benchmarks.uploads import AGGREGATION, SEVEN_B, SMALL, one_block, receive_all, upload
-from fedspallm_appfl.estimate import memory as estimate_memory
+from fedspallm_appfl.estimates import memory as estimate_memory
 
 CLIENTS = 16
 PEAK = "MB above the uploads, at most"

@@ -13,7 +13,7 @@ from benchmarks.models import correlated
 from benchmarks.reference.sparsegpt import SparseGPT
 from benchmarks.tables import COMPARISON, Table
 from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 WIDE = [(768, 768), (3072, 768), (2048, 2048)]  # rows >= columns: the loop over columns weighs most
 LONG = [(768, 3072), (2048, 5504)]  # columns > rows: the factorization does

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from benchmarks.models import random_mask
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import make_update, pack
 
 Shapes = Mapping[str, tuple[int, int]]

@@ -33,7 +33,7 @@ import torch
 
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.aggregation.mask_expansion import expand
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 A = torch.tensor([[4.0, 0, 0, 2], [0, 6, 1, 0], [3, 0, 0, 5], [0, 2, 7, 0]])
 B = torch.tensor([[6.0, 0, 2, 0], [0, 4, 0, 1], [0, 2, 0, 7], [1, 0, 5, 0]])

@@ -1,3 +1,74 @@
-"""FedSpaLLM: prune a large language model where the data lives."""
+"""FedSpaLLM: prune a large language model where the data lives.
+
+    import fedspallm_appfl as fs
+
+    result = fs.prune("models/Llama-2-7b", {"a": "a.txt", "b": "b.txt"}, "runs/x", sparsity="2:4")
+
+Nothing heavy is imported before a name is used. See docs/python.md.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_WHERE = {  # name -> the module that holds it
+    "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate", "Result"),
+    "by_hand": ("sparsegpt", "admm", "wanda", "magnitude"),
+    "settings.schema": ("Config", "Pruning"),
+    "tensors.target": ("Target", "parse_target"),
+    "tensors.sparsity": ("select",),
+    "pruning.pruner": ("Pruner", "Prepared"),
+    "pruning.registry": ("pruner",),
+    "pruning.statistics": ("InputGram", "InputNorms"),
+    "aggregation.l0_mean": ("L0Sums", "l0_mean", "plain_mean"),
+    "aggregation.mask_expansion": ("Votes", "expand"),
+    "algorithms.algorithm": ("Algorithm", "Exchange", "Matrix"),
+    "algorithms.registry": ("register",),
+    "errors": (
+        "FedSpaLLMError",
+        "ConfigError",
+        "ModelError",
+        "DataError",
+        "PruningError",
+        "UpdateError",
+        "DataStoreError",
+        "FederationError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+__all__ = ["__version__", *_MODULE_OF]
+
+if TYPE_CHECKING:
+    from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean, plain_mean
+    from fedspallm_appfl.aggregation.mask_expansion import Votes, expand
+    from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Matrix
+    from fedspallm_appfl.algorithms.registry import register
+    from fedspallm_appfl.api import Result, estimate, evaluate, load_config, prune, run, validate
+    from fedspallm_appfl.by_hand import admm, magnitude, sparsegpt, wanda
+    from fedspallm_appfl.errors import (
+        ConfigError,
+        DataError,
+        DataStoreError,
+        FederationError,
+        FedSpaLLMError,
+        ModelError,
+        PruningError,
+        UpdateError,
+    )
+    from fedspallm_appfl.pruning.pruner import Prepared, Pruner
+    from fedspallm_appfl.pruning.registry import pruner
+    from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
+    from fedspallm_appfl.settings.schema import Config, Pruning
+    from fedspallm_appfl.tensors.sparsity import select
+    from fedspallm_appfl.tensors.target import Target, parse_target
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

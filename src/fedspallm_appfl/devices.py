@@ -1,21 +1,20 @@
-"""Choose a device.
+"""Choose a device, and give freed memory back to the system.
 
 A GPU is chosen by the rank's place among the client ranks of its node, never by its global rank, and only among the GPUs
 that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays bound. Where a process sees one GPU, it
 uses that. More ranks than GPUs share them in turn.
 """
 
+import ctypes
 import re
 import socket
 
 import torch
 
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.schema import DEVICE
 
-
-def is_device(asked: str) -> bool:
-    """Whether a device is `auto`, `cpu`, `cuda` or `cuda:N`."""
-    return asked in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:[0-9]+", asked) is not None
+_LIBC = ctypes.CDLL(None)
 
 
 def choose_device(asked: str, local_rank: int) -> str:
@@ -28,8 +27,8 @@ def choose_device(asked: str, local_rank: int) -> str:
     Raises:
         ConfigError: the words are none of these, or a GPU was asked for that this process cannot see.
     """
-    if not is_device(asked):
-        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N; got {asked!r}")
+    if not re.fullmatch(DEVICE[0], asked):
+        raise ConfigError(f"a device is {DEVICE[1]}; got {asked!r}")
     if asked == "cpu":
         return "cpu"
     seen = torch.cuda.device_count()
@@ -44,3 +43,9 @@ def choose_device(asked: str, local_rank: int) -> str:
             )
         return "cpu"
     return f"cuda:{local_rank % seen}"
+
+
+def give_back() -> None:
+    """Give back what the C library keeps between pieces of memory that are in use; it would count as the process's."""
+    if hasattr(_LIBC, "malloc_trim"):  # glibc
+        _LIBC.malloc_trim(0)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from fedspallm_appfl.adaptors.registration import register
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.messages import plan
 from fedspallm_appfl.wire.packed import make_update, pack, packed_size
 from helpers.families import save_family

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.aggregation.l0_mean import MOST_CLIENTS
-from fedspallm_appfl.aggregation.votes import Votes
+from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.tensors import bitmask
 
 SHAPE = (5, 7)

@@ -7,23 +7,23 @@ import torch
 from safetensors.torch import load_file
 
 from fedspallm_appfl.aggregation.layer_sampling import from_text
-from fedspallm_appfl.aggregation.votes import Votes
+from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.algorithms import consensus
 from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import cut_windows, draw_windows, load_tokenizer, read_text
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.gathering import shared_inputs
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.tensors.bitmask import to_bits
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.validation.rules import check, forecast
-from fedspallm_appfl.wire.gram_store import GramStore
+from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.packed import pack_mask, unpack
 from helpers.experiments import DOMAINS, first_pages
 from helpers.paths import DEMO

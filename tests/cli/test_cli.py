@@ -11,7 +11,7 @@ import pytest
 from fedspallm_appfl import __version__, cli
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs.run_dir import claimed
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from helpers.command_line import parse
 from helpers.paths import DEMO, ROOT
 

@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 
-from fedspallm_appfl.estimate import memory as estimate_memory
-from fedspallm_appfl.estimate import traffic as estimate
-from fedspallm_appfl.estimate.memory import HEAP_SHARE
-from fedspallm_appfl.estimate.tables import LOWER
-from fedspallm_appfl.estimate.traffic import ModelSizes
+from fedspallm_appfl.estimates import memory as estimate_memory
+from fedspallm_appfl.estimates import traffic as estimate
+from fedspallm_appfl.estimates.memory import HEAP_SHARE
+from fedspallm_appfl.estimates.tables import LOWER
+from fedspallm_appfl.estimates.traffic import ModelSizes
 from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.settings.schema import load_config
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
 from helpers.measured import save_measured
 from helpers.outlines import LINEARS, MODEL, PACKED, client, experiment
@@ -276,8 +276,8 @@ from transformers.models.llama import modeling_llama
 from fedspallm_appfl.adaptors import registration
 registration.register()
 from fedspallm_appfl.adaptors import agents, trainer
-from fedspallm_appfl.settings.schema import load_config
-from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.runs import serial
 
 def field(name):

@@ -9,18 +9,18 @@ import pytest
 import yaml
 
 from fedspallm_appfl.cli import main
-from fedspallm_appfl.estimate import memory as estimate_memory
-from fedspallm_appfl.estimate import over_globus as estimate_globus
-from fedspallm_appfl.estimate import traffic as estimate
-from fedspallm_appfl.estimate.tables import LOWER
+from fedspallm_appfl.estimates import memory as estimate_memory
+from fedspallm_appfl.estimates import over_globus as estimate_globus
+from fedspallm_appfl.estimates import traffic as estimate
+from fedspallm_appfl.estimates.tables import LOWER
 from fedspallm_appfl.globus.server import run as globus
 from fedspallm_appfl.globus.server.communicator import Outcome
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.globus.store import places
 from fedspallm_appfl.globus.store.data_store import MARK, DataStore, open_store
-from fedspallm_appfl.models.identity import model_hash
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.globus_rules import prepared
 from fedspallm_appfl.wire.as_bytes import from_bytes
 from fedspallm_appfl.wire.packed import update_nbytes
@@ -79,7 +79,7 @@ def test_the_store_may_hold_what_late_clients_have_sent_before():
     [(4, (0, 0), "the 4 of an exchange leave at once"), (8, (16, 20), "the last of 8 after 16 to 20 s")],
 )
 def test_a_submission_waits_for_those_before_it(count, delay, words):
-    from fedspallm_appfl.estimate.tables import _submissions
+    from fedspallm_appfl.estimates.tables import _submissions
 
     tasks = estimate_globus.tasks(with_rounds(3, count=count, algorithm="consensus"), MODEL)
     assert (tasks.exchange, tasks.round, tasks.all, tasks.delay) == (count, 2 * count, 6 * count, delay)
@@ -290,7 +290,7 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from fedspallm_appfl.globus.site import worker as globus_worker
-from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.devices import give_back
 
 def field(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,14 +9,14 @@ import torch
 
 from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.estimate import over_globus as estimate_globus
-from fedspallm_appfl.estimate import traffic as estimate
+from fedspallm_appfl.estimates import over_globus as estimate_globus
+from fedspallm_appfl.estimates import traffic as estimate
 from fedspallm_appfl.models.blockwise import _statistics, embed
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.gathering import shared_inputs
 from fedspallm_appfl.settings.schema import Model, load_config
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.validation import rules as config_rules
 from helpers.experiments import first_pages, uneven
 from helpers.families import FAMILIES, save_family, windows

@@ -26,7 +26,7 @@ from fedspallm_appfl.globus.server.communicator import GlobusServer, Outcome, Ta
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.rounds.client import LocalClient
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.globus_rules import prepared
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 from fedspallm_appfl.wire.packed import unpack_weight

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedspallm_appfl.cli import main
-from fedspallm_appfl.estimate import over_globus as estimate_globus
+from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.globus.server import communicator as globus_communicator
 from helpers.experiments import DOMAINS, UNEVEN, small_config
 from helpers.globus_double.world import BIN, CREDENTIALS, NEWER, World, missing, newer_environment, wait_until

@@ -5,7 +5,7 @@ import torch
 
 from fedspallm_appfl.pruning.pruner import Settings, prepare
 from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 DAMPING = 0.01
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedspallm_appfl.estimate.traffic import ModelSizes
+from fedspallm_appfl.estimates.traffic import ModelSizes
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.settings.schema import Client, Config
 

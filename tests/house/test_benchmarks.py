@@ -26,8 +26,8 @@ from benchmarks.tables import Table, met
 
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import parse_target
 
 IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "large_block")
 

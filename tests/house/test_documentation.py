@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.rules import check
 from helpers.command_line import parse
 from helpers.paths import ROOT

@@ -22,9 +22,9 @@ from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidd
 from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish, prune_blocks
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.settings.schema import load_config
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
 from helpers.families import save_family, windows
 

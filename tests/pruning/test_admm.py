@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.pruning import admm, least_squares
-from fedspallm_appfl.pruning.correlation import Correlation
+from fedspallm_appfl.pruning.least_squares import Correlation
 from fedspallm_appfl.pruning.pruner import PRUNERS, Settings, prepare
 from fedspallm_appfl.pruning.statistics import InputNorms
 from fedspallm_appfl.tensors.sparsity import NM, parse_target

@@ -6,10 +6,10 @@ import torch
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import least_squares
 from fedspallm_appfl.pruning import statistics as gram
-from fedspallm_appfl.pruning.correlation import Correlation
+from fedspallm_appfl.pruning.least_squares import Correlation
 from fedspallm_appfl.pruning.pruner import KEEP_WEIGHTS, PRUNERS, Settings, new_statistic
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, lift
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.least_squares import DAMPING, correlated_inputs, error, matrix_of, normal, prepared, rounded, solve_oracle
 
 WITH_REFIT = [("sparsegpt", True), ("wanda", True), ("admm", False)]

@@ -11,10 +11,10 @@ from fedspallm_appfl.algorithms.gram import Sums, prune
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.pruning.statistics import mirror
 from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs, swept_grams
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
 from helpers.families import FAMILIES, save_family, windows
 from helpers.paths import DEMO

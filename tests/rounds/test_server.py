@@ -10,11 +10,11 @@ import torch
 from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import compress, make_update, matrices, pack, pack_mask, unpack, update_nbytes
 from helpers.paths import DEMO
 

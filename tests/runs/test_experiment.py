@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.runs import experiment, serial
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.tensors import native
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import first_pages, small_config, uneven
 from helpers.families import save_family
 from helpers.paths import DEMO, SHARED

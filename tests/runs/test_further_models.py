@@ -13,8 +13,8 @@ from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs import further_models, run_dir
-from fedspallm_appfl.settings.schema import load_config
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import first_pages
 from helpers.tiny import BLOCKS, events, linears, run, save_tiny, tiny_config, weights
 

@@ -7,8 +7,8 @@ from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.families import save_family, windows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -21,7 +21,7 @@ from fedspallm_appfl.aggregation.mask_expansion import expand
 from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
 from fedspallm_appfl.tensors import bitmask, native
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.loops import use
 
 FUNCTIONS = ["count_bits", "sparsegpt_block", "gather_2", "gather_4", "scatter_2", "scatter_4"]

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from fedspallm_appfl import __version__
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.errors import FederationError
-from fedspallm_appfl.estimate import over_globus as estimate_globus
+from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.globus.server import preflight as globus_preflight
 from fedspallm_appfl.globus.server.preflight import Cell
 from fedspallm_appfl.globus.site.site_file import load_site
-from fedspallm_appfl.models.identity import config_hash, model_hash, weights_hash
+from fedspallm_appfl.models.checkpoint import config_hash, model_hash, weights_hash
 from fedspallm_appfl.models.text import read_text
 from fedspallm_appfl.settings import yaml_text as yaml_io
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation import globus_rules
 from fedspallm_appfl.validation.rules import check
 from helpers.paths import DEMO, ROOT

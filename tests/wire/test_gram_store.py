@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from fedspallm_appfl.algorithms.gram import Sums
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.wire import gram_store
-from fedspallm_appfl.wire.gram_store import GramStore
+from fedspallm_appfl.wire.store import GramStore
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj")
 

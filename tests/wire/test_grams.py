@@ -12,9 +12,9 @@ import zstandard
 
 from fedspallm_appfl.algorithms.gram import Sums, prune
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.pruning.statistics import mirror
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
 from fedspallm_appfl.wire.compression import deflated
 from fedspallm_appfl.wire.grams import LEVELS, MOST_TOKENS, PRECISIONS, GramSum, check_gram, gram_size, pack_gram

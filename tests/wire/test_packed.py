@@ -10,7 +10,7 @@ import zstandard
 
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.tensors.sparsity import parse_target
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
 from fedspallm_appfl.wire.packed import (
     block_nbytes,

@@ -1,6 +1,5 @@
-"""From one configuration to the configurations of APPFL's agents."""
+"""From what server and clients are told to the configurations of APPFL's agents."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,92 +7,34 @@ from appfl.agent import ClientAgent, ServerAgent
 from appfl.config import ClientAgentConfig, ServerAgentConfig
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.settings.schema import Client, Config, TrainConfigs, keeps_weights
+from fedspallm_appfl.rounds.participants import participants, server_settings
+from fedspallm_appfl.settings.schema import ClientSettings, Config, plain
+
+NO_LOG_FILES = {"logging_output_dirname": "", "logging_output_filename": ""}
 
 
 def server_agent_config(config: Config, state_dir: Path) -> ServerAgentConfig:
-    """What `ServerAgent` takes.
-
-    Args:
-        config: the experiment.
-        state_dir: folder for packed blocks and sums.
-    """
-    server, train = config.server_configs, config.client_configs.train_configs
-    aggregator = (
-        dataclasses.asdict(server.aggregator_kwargs)
-        | _algorithm(config, train)
-        | {
-            "threads": train.threads,
-            "model": dataclasses.asdict(config.model),
-            "layer_sampling": train.layer_sampling,
-            "seed": config.seed,
-            "rounds": server.num_global_epochs,
-            "roster": config.roster(),
-            "device": server.device,
-            "comparisons": config.comparisons(),
-            "max_message_bytes": config.client_configs.comm_configs.max_message_bytes,
-            "compression": config.client_configs.comm_configs.compression,
-            "mask_only": [client.client_id for client in config.participants() if keeps_weights(client.train_configs)],
-            "state_dir": str(state_dir),
-        }
-    )
+    """What `ServerAgent` takes."""
+    server = config.server_configs
     made: Any = OmegaConf.structured(ServerAgentConfig)
     made.server_configs = {
-        "num_clients": len(config.participants()),
+        "num_clients": len(participants(config)),
         "num_global_epochs": server.num_global_epochs,
         "optimize_memory": False,  # APPFL would collect garbage several times a message
         "aggregator": server.aggregator,
-        "aggregator_kwargs": aggregator,
+        "aggregator_kwargs": plain(server_settings(config, state_dir)),
         "scheduler": server.scheduler,
-        "scheduler_kwargs": dataclasses.asdict(server.scheduler_kwargs),
-        "logging_output_dirname": "",
-        "logging_output_filename": "",
+        "scheduler_kwargs": plain(server.scheduler_kwargs),
+        **NO_LOG_FILES,
     }
     made.client_configs = {"train_configs": {}}
     return made
 
 
-def _algorithm(config: Config, train: TrainConfigs) -> dict[str, Any]:
-    """What server and clients both know of what is computed; the server prunes itself with `gram`."""
-    return {"algorithm": config.algorithm, "gram": dataclasses.asdict(config.gram)} | {
-        name: getattr(train, name)
-        for name in ("pruner", "sparsity", "damping", "damping_retries", "iterations", "refit")
-    }
-
-
-def _pool(config: Config) -> list[dict[str, Any]]:
-    """Whose text the one participant of `centralized` has."""
-    clients = config.clients if config.algorithm == "centralized" else []
-    return [{"client_id": c.client_id, "text": c.data.text, "windows": c.data.windows} for c in clients]
-
-
-def client_agent_config(
-    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
-) -> ClientAgentConfig:
-    """What `ClientAgent` takes.
-
-    Args:
-        config: the experiment.
-        client: the client, with the shared part merged in.
-        device: where it runs; `auto` was decided by `choose_device`.
-        message_bytes: bytes that one of its messages may have.
-        agreed: folder for the pruned blocks that come down, shared by the clients of this process; None: one each.
-    """
-    train = dataclasses.asdict(client.train_configs) | {
-        "client_id": client.client_id,
-        "device": device,
-        "model": dataclasses.asdict(config.model),
-        "data": {**dataclasses.asdict(client.data), "pool": _pool(config)},
-        "comm": {**dataclasses.asdict(client.comm_configs), "max_message_bytes": message_bytes},
-        "seed": config.seed,
-        "algorithm": config.algorithm,
-        "gram": dataclasses.asdict(config.gram),
-        "rounds": config.server_configs.num_global_epochs,
-        "agreed": str(agreed) if agreed else None,
-        "logging_output_dirname": "",
-        "logging_output_filename": "",
-    }
-    made: Any = OmegaConf.create({"client_id": client.client_id, "optimize_memory": False, "train_configs": train})
+def client_agent_config(settings: ClientSettings) -> ClientAgentConfig:
+    """What `ClientAgent` takes."""
+    train = plain(settings) | NO_LOG_FILES
+    made: Any = OmegaConf.create({"client_id": settings.client_id, "optimize_memory": False, "train_configs": train})
     return made
 
 
@@ -102,8 +43,6 @@ def server_agent(config: Config, state_dir: Path) -> ServerAgent:
     return ServerAgent(server_agent_config(config, state_dir))
 
 
-def client_agent(
-    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
-) -> ClientAgent:
+def client_agent(settings: ClientSettings) -> ClientAgent:
     """A client agent with the trainer of this package."""
-    return ClientAgent(client_agent_config(config, client, device, message_bytes, agreed))
+    return ClientAgent(client_agent_config(settings))

@@ -9,15 +9,16 @@ from appfl.algorithm.aggregator import BaseAggregator
 from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, to_text
-from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.rounds.folds import Aggregation
-from fedspallm_appfl.rounds.gathering import shared_inputs
+from fedspallm_appfl.models.inputs import shared_inputs
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
-from fedspallm_appfl.wire.packed import block_nbytes
+from fedspallm_appfl.settings.reading import build
+from fedspallm_appfl.settings.schema import ServerSettings
+from fedspallm_appfl.wire.update import block_nbytes
 
 
 class FedSpaLLMAggregator(BaseAggregator):
@@ -37,29 +38,27 @@ class FedSpaLLMAggregator(BaseAggregator):
 
         Args:
             model: not used; APPFL passes its own model or None.
-            aggregator_configs: as `agents.server_agent_config` makes them.
+            aggregator_configs: the keys of `ServerSettings`.
             logger: APPFL's logger, not used.
             **kwargs: `aggregator_config`, the name that APPFL gives to the argument in another place.
         """
         configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
-        self.settings: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
+        self.settings: ServerSettings = build(ServerSettings, OmegaConf.to_container(configs, resolve=True))
         self.on_event: OnEvent = ignore
-        model_settings = self.settings["model"]
-        self.skeleton = Skeleton(model_settings["path"], model_settings["blocks"])
-        self._own_folder = None if self.settings.get("state_dir") else tempfile.TemporaryDirectory(prefix="fedspallm-")
-        folder = self._own_folder.name if self._own_folder else self.settings["state_dir"]
-        aggregation = aggregation_of(self.settings)
-        with_groups = aggregation.algorithm == "gram"
-        self.global_model = GlobalModel(
+        model, state_dir = self.settings.model, self.settings.state_dir
+        self.skeleton = Skeleton(model.path, model.blocks)
+        self._own_folder = None if state_dir else tempfile.TemporaryDirectory(prefix="fedspallm-")
+        gathers = registry.find(self.settings.algorithm).gathers
+        context = Context(
             self.skeleton.layout,
             self.skeleton.stored_dtype,
-            aggregation,
-            Path(folder),
+            self.settings,
+            Path(self._own_folder.name if self._own_folder else state_dir or ""),
+            choose_device(self.settings.device, 0),
             self.skeleton.dense_matrix,
-            choose_device(self.settings["device"], 0),
-            lambda event: self.on_event(event),
-            shared_inputs(LazyModel(**model_settings)) if with_groups else (),
+            shared_inputs(self.skeleton.folder, self.skeleton.layout) if gathers else (),
         )
+        self.global_model = GlobalModel(context, lambda event: self.on_event(event))
         self.round = 0
         self._ended: set[str] = set()
         self._pieces: list[Piece] = []
@@ -69,7 +68,7 @@ class FedSpaLLMAggregator(BaseAggregator):
     @property
     def finished(self) -> bool:
         """Whether all rounds are done."""
-        return self.round >= self.settings["rounds"]
+        return self.round >= self.settings.rounds
 
     def get_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a client gets outside the exchange of messages.
@@ -80,8 +79,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         if "piece" in kwargs:
             return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
         asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
-        known = [client for client in map(str, asked) if client in self.settings["roster"]]
-        return {}, self.instructions(known or list(self.settings["roster"]))
+        known = [client for client in map(str, asked) if client in self.settings.roster]
+        return {}, self.instructions(known or list(self.settings.roster))
 
     def instructions(self, clients: list[str]) -> dict[str, Any]:
         """What some clients have to do next, in plain types; nothing once all rounds are done.
@@ -144,7 +143,7 @@ class FedSpaLLMAggregator(BaseAggregator):
 
     def all_ended(self) -> bool:
         """Whether every client that was not given up has sent its last message of the exchange."""
-        return self._ended | self.given_up() == set(self.settings["roster"])
+        return self._ended | self.given_up() == set(self.settings.roster)
 
     def end_exchange(self) -> dict[str, Any]:
         """Close the exchange and begin the next one, maybe of the next round.
@@ -153,9 +152,9 @@ class FedSpaLLMAggregator(BaseAggregator):
             The first piece of what goes down; `{}` if nobody needs it, as after the last exchange of all.
         """
         model, self._ended = self.global_model, set()
-        last_round = self.round + 1 == self.settings["rounds"]
+        last_round = self.round + 1 == self.settings.rounds
         last = last_round and model.round.exchange + 1 == len(model.exchanges)
-        self._pieces = [] if last else model.changes(self.settings["max_message_bytes"])
+        self._pieces = [] if last else model.changes(self.settings.max_message_bytes)
         first = model.load_piece(self._pieces[0]) if self._pieces else {}
         self._bytes_down += sum(piece.nbytes for piece in self._pieces)
         if not model.next_exchange():
@@ -180,21 +179,5 @@ class FedSpaLLMAggregator(BaseAggregator):
     def _begin(self) -> None:
         s = self.settings
         blocks = len(self.skeleton.layout.blocks)
-        assigned = draw(s["layer_sampling"], s["seed"], self.round, s["rounds"], s["roster"], blocks)
+        assigned = draw(s.layer_sampling, s.seed, self.round, s.rounds, s.roster, blocks)
         self.global_model.begin_round(self.round, assigned)
-
-
-def aggregation_of(settings: dict[str, Any]) -> Aggregation:
-    """Read how uploads are combined from APPFL's `aggregator_kwargs`."""
-    return Aggregation(
-        pruning=Settings.of({"pruner": "sparsegpt", **settings}),
-        algorithm=settings.get("algorithm", "fedspallm"),
-        weights=settings["weights"],
-        fold=settings["fold"],
-        expansion=settings["expansion"],
-        comparisons=tuple(settings["comparisons"]),
-        mask_only=frozenset(settings.get("mask_only", ())),
-        gram=GramSettings(**settings.get("gram", {})),
-        threads=settings.get("threads"),
-        compression=settings.get("compression") == "zstd",
-    )

@@ -5,23 +5,60 @@
   out when all of them can go on.
 * APPFL's server sleeps a tenth of a second before each message, its clients spin while they wait. Here both look every
   millisecond, at first more often.
-* APPFL pickles a model several times over on its way. Here only what describes it is pickled; tensors go from memory to
-  memory (see `tensor_messages`).
+* APPFL pickles a model several times over on its way. Here a dict goes ahead as JSON, in which every tensor is replaced by
+  its dtype and shape; the tensors follow one by one, each straight from and into its own memory. MPI keeps messages between
+  two ranks in order, so nothing has to be numbered.
 """
 
+import itertools
+import math
 import time
 from typing import Any
 
+import torch
 import yaml
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator
 from appfl.comm.mpi.config import MPIServerStatus, MPITask, MPITaskRequest, MPITaskResponse
 from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, request_to_byte, response_to_byte
 from mpi4py import MPI
+from torch import Tensor
 
-from fedspallm_appfl.adaptors import tensor_messages
-from fedspallm_appfl.wire.as_bytes import take_apart
+from fedspallm_appfl.wire.as_bytes import fill, memory, read_description, take_apart
 
+ALIGNMENT = 64  # bytes, as torch allocates
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
+
+
+class Inbox:
+    """Takes messages in, one at a time.
+
+    The memory of a message is kept for the next one, as new memory is slow to fill: whoever gets a payload has to be done
+    with its tensors, or copy them, before the next message is taken in. Server and clients fold or store them at once.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, comm: Any, description: bytes, rank: int, tag: int) -> Any:
+        """The payload of a description, with its tensors received."""
+        payload, described = read_description(description)
+        tensors = [(getattr(torch, dtype), shape) for dtype, shape in described]
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
+        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        if starts[-1] > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8)
+        parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        for part in parts:
+            comm.Recv([part.numpy().data, MPI.BYTE], source=rank, tag=tag)
+        filled = [part.view(dtype).view(shape) for part, (dtype, shape) in zip(parts, tensors, strict=True)]
+        return fill(payload, filled)
+
+
+def send_tensors(comm: Any, tensors: list[Tensor], rank: int, tag: int) -> None:
+    """Send the tensors of a payload, each below 2^31 bytes."""
+    for tensor in tensors:
+        comm.Send([memory(tensor), MPI.BYTE], dest=rank, tag=tag)
 
 
 class BatchedMPIServer(MPIServerCommunicator):
@@ -30,7 +67,7 @@ class BatchedMPIServer(MPIServerCommunicator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clients_of_rank: dict[int, list[str]] = {}
-        self._inbox = tensor_messages.Inbox()
+        self._inbox = Inbox()
 
     def serve(self) -> None:
         """Take messages until all clients have closed their connection."""
@@ -75,7 +112,7 @@ class BatchedMPIServer(MPIServerCommunicator):
         description, tensors = take_apart(payload)
         response = MPITaskResponse(status.value, description, yaml.dump(metadata))
         self.comm.Send(response_to_byte(response), dest=rank, tag=rank)
-        tensor_messages.send(self.comm, tensors, rank, _data_tag(self.comm))
+        send_tensors(self.comm, tensors, rank, _data_tag(self.comm))
 
 
 class PoliteMPIClient(MPIClientCommunicator):
@@ -83,7 +120,7 @@ class PoliteMPIClient(MPIClientCommunicator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._inbox = tensor_messages.Inbox()
+        self._inbox = Inbox()
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
@@ -113,7 +150,7 @@ class PoliteMPIClient(MPIClientCommunicator):
         request = MPITaskRequest(description, yaml.dump({**metadata, "_client_ids": self.client_ids}))
         tag = self.comm_rank + self.comm_size * task.value
         self.comm.Send(request_to_byte(request), dest=self.server_rank, tag=tag)
-        tensor_messages.send(self.comm, tensors, self.server_rank, _data_tag(self.comm))
+        send_tensors(self.comm, tensors, self.server_rank, _data_tag(self.comm))
 
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()

@@ -7,17 +7,16 @@ stands in `train_configs`.
 """
 
 import socket
-from pathlib import Path
 from typing import Any
 
 from appfl.algorithm.trainer import BaseTrainer
 from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
-from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.rounds.client import ClientSettings, LocalClient, Message
+from fedspallm_appfl.rounds.client import LocalClient, Message
+from fedspallm_appfl.settings.reading import build
+from fedspallm_appfl.settings.schema import ClientSettings
 
 
 class FedSpaLLMTrainer(BaseTrainer):
@@ -31,7 +30,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         """Keep the settings; nothing is loaded yet.
 
         Args:
-            train_configs: as `agents.client_agent_config` makes them.
+            train_configs: the keys of `ClientSettings`; others are APPFL's.
             client_id: APPFL gives it to classes in its namespace, not to those from a `trainer_path`; then it is taken
                 from `train_configs.client_id`, or from `train_configs.wandb_logging_id`, which APPFL always sets.
             **kwargs: what else APPFL passes; model, loss and data sets are not used.
@@ -40,10 +39,11 @@ class FedSpaLLMTrainer(BaseTrainer):
             ConfigError: the client has no id.
         """
         super().__init__(train_configs=train_configs, client_id=client_id, **kwargs)
-        self.settings: dict[str, Any] = OmegaConf.to_container(train_configs, resolve=True)  # type: ignore[assignment]
-        name = client_id or self.settings.get("client_id") or self.settings.get("wandb_logging_id")
+        raw: Any = OmegaConf.to_container(train_configs, resolve=True)
+        name = client_id or raw.get("client_id") or raw.get("wandb_logging_id")
         if not name:
             raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
+        self.settings: ClientSettings = build(ClientSettings, {**raw, "client_id": str(name)})
         self.client_id: str = str(name)
         self.round: int = 0
         self._client: LocalClient | None = None
@@ -56,7 +56,7 @@ class FedSpaLLMTrainer(BaseTrainer):
     def client(self) -> LocalClient:
         """The client's side of a round."""
         if self._client is None:
-            self._client = LocalClient(client_settings(self.client_id, self.settings))
+            self._client = LocalClient(self.settings)
         return self._client
 
     def train(self, **instructions: Any) -> None:
@@ -118,41 +118,11 @@ class FedSpaLLMTrainer(BaseTrainer):
             )
 
     def _own_draw(self, index: int) -> list[int]:
-        roster, blocks = self.settings.get("roster"), len(self.client.model.layout.blocks)
-        if not roster:
+        settings, blocks = self.settings, len(self.client.model.layout.blocks)
+        if not settings.roster:
             raise ConfigError(
                 f"client {self.client_id}: the server sent no assignment, and train_configs.roster (client id -> share) "
                 "is not there to draw it from; pass the metadata on to load_parameters, or give the roster"
             )
-        settings = self.settings
-        return draw(settings["layer_sampling"], settings["seed"], index, settings["rounds"], roster, blocks)[
-            self.client_id
-        ]
-
-
-def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSettings:
-    """Read what a client needs from APPFL's `train_configs`."""
-    model, data, comm = train_configs["model"], train_configs["data"], train_configs["comm"]
-    return ClientSettings(
-        client_id=client_id,
-        model=model["path"],
-        dtype=model["dtype"],
-        blocks=model["blocks"],
-        device=train_configs["device"],
-        threads=train_configs["threads"],
-        seed=train_configs["seed"],
-        text=data["text"],
-        windows=data["windows"],
-        length=data["length"],
-        batch=data["batch"],
-        pruning=Settings.of(train_configs),
-        algorithm=train_configs.get("algorithm", "fedspallm"),
-        gram=GramSettings(**train_configs.get("gram", {})),
-        pool=tuple((one["client_id"], one["text"], one["windows"]) for one in data.get("pool") or ()),
-        blocks_per_message=comm["blocks_per_message"],
-        max_message_bytes=comm["max_message_bytes"],
-        compression=comm.get("compression") == "zstd",
-        agreed=Path(train_configs["agreed"]) if train_configs.get("agreed") else None,
-        activations=data.get("activations", "memory"),
-        model_hash=model.get("hash", ""),
-    )
+        drawn = draw(settings.layer_sampling, settings.seed, index, settings.rounds, settings.roster, blocks)
+        return drawn[self.client_id]

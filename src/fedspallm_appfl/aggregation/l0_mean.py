@@ -80,6 +80,12 @@ class L0Sums:
             torch.zeros(shape, dtype=torch.int32, device=device) if weighted else None,
         )
 
+    @staticmethod
+    def entry_bytes(weighted: bool, clients: int) -> int:
+        """Bytes an entry: sum, votes, and with client weights the weight of those that kept it."""
+        kept = torch.int32.itemsize if weighted else 0
+        return torch.int64.itemsize + vote_dtype(clients).itemsize + kept
+
     def add(self, weight: Tensor, mask: Tensor, client_weight: int = 1) -> None:
         """Fold one client.
 

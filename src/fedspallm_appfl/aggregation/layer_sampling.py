@@ -19,8 +19,6 @@ import random
 from collections.abc import Mapping
 from fractions import Fraction
 
-STRATEGIES = ("balanced", "uniform", "sweep")
-
 
 def blocks_per_round(share: float, blocks: int) -> int:
     """`max(1, round(share * blocks))`, half rounded up; a decimal is read as a fraction, 0.29 is 29/100."""
@@ -57,7 +55,7 @@ def draw(
         step = round_index % rounds
         run = list(range(step * blocks // rounds, (step + 1) * blocks // rounds))
         return _deal(run, shares, _generator(seed, round_index))
-    raise ValueError(f"layer sampling is one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    raise ValueError(f"layer sampling is one of balanced, uniform, sweep, got {strategy!r}")
 
 
 def _generator(seed: int, round_index: int, client: str = "") -> random.Random:

@@ -11,15 +11,20 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
-from fedspallm_appfl.aggregation.mask_expansion import expand
-from fedspallm_appfl.aggregation.votes import Votes
-from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.tensors.sparsity import Target
-
-LABEL = "consensus"
-EXCHANGES = (Exchange("masks", "masks"), Exchange("values", "weights"))
+from fedspallm_appfl.aggregation.mask_expansion import Votes, expand
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Matrix
 
 
-def agree(votes: Votes, dense: Tensor, target: Target, group: str = "matrix") -> Tensor:
+def agree(votes: Votes, matrix: Matrix) -> Tensor:
     """The mask of all clients, (O, I) bool with True = kept: the most voted entries go, ties by smallest dense weight."""
-    return expand(votes.pruned, votes.clients, dense, target, group)
+    return expand(votes.pruned, votes.clients, matrix.dense(), matrix.target, matrix.group)
+
+
+ALGORITHM = Algorithm(
+    "consensus",
+    [Exchange("masks", "masks", agree), Exchange("values", "weights")],
+    averages=True,
+    expands=True,
+    accumulates=False,  # the values of a round belong to its masks
+    changes_weights=True,
+)

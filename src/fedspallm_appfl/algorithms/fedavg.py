@@ -9,14 +9,16 @@ Legend: O out features, I in features.
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, plain_mean
-from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.tensors.sparsity import Target, select
-
-LABEL = "FedAvg"
-EXCHANGES = (Exchange("weights", "weights"),)
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Matrix
+from fedspallm_appfl.tensors.sparsity import select
 
 
-def combine(sums: L0Sums, target: Target) -> tuple[Tensor, Tensor]:
+def combine(sums: L0Sums, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """The global matrix: (weight (O, I) float32, mask (O, I) bool with True = kept)."""
     mean = plain_mean(sums)
-    return mean, ~select(mean.abs(), target, per_row=False)
+    return mean, ~select(mean.abs(), matrix.target, per_row=False)
+
+
+ALGORITHM = Algorithm(
+    "fedavg", [Exchange("weights", "weights", combine)], label="FedAvg", averages=True, closing_bytes=18
+)

@@ -8,25 +8,24 @@ Legend: O out features, I in features.
 
 from torch import Tensor
 
-from fedspallm_appfl.aggregation.mask_expansion import expand
-from fedspallm_appfl.aggregation.votes import Votes
-from fedspallm_appfl.algorithms.exchange import Exchange
-from fedspallm_appfl.tensors.sparsity import Target
-
-LABEL = "FedPrLLM"
-EXCHANGES = (Exchange("masks", "weights"),)
+from fedspallm_appfl.aggregation.mask_expansion import Votes, expand
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Matrix
 
 
-def combine(votes: Votes, dense: Tensor, target: Target, group: str = "matrix") -> tuple[Tensor, Tensor]:
+def combine(votes: Votes, matrix: Matrix) -> tuple[Tensor, Tensor]:
     """The global matrix.
 
     Args:
         votes: how many clients pruned each entry.
-        dense: (O, I) float32, the dense weights; they break ties, smallest first.
-        target: ratio or n:m.
-        group: `matrix` or `row`.
+        matrix: target, group of comparison, and the dense weights; these break ties, smallest first.
 
     Returns:
         (weight (O, I) float32, the dense one; mask (O, I) bool with True = kept).
     """
-    return dense, expand(votes.pruned, votes.clients, dense, target, group)
+    dense = matrix.dense()
+    return dense, expand(votes.pruned, votes.clients, dense, matrix.target, matrix.group)
+
+
+ALGORITHM = Algorithm(
+    "fedprllm", [Exchange("masks", "weights", combine)], label="FedPrLLM", expands=True, drops_values=True
+)

@@ -1,38 +1,55 @@
-"""The algorithms: what travels in a round, and what the server makes of it (docs/algorithms.md).
+"""The algorithms by name: the built-in ones, and those that plugins add."""
 
-Each is one file with `exchanges`, the uploads of a round in order and what goes down after each, and the arithmetic of the
-server. What surrounds them - who sends what when, checks, messages, files - is the same for all of them.
-"""
+from fedspallm_appfl.algorithms import consensus, fedavg, fedprllm, fedspallm, gram, references
+from fedspallm_appfl.algorithms.algorithm import Algorithm
+from fedspallm_appfl.errors import ConfigError
 
-from types import ModuleType
-
-from fedspallm_appfl.algorithms import centralized, consensus, fedavg, fedprllm, fedspallm, gram, standalone
-from fedspallm_appfl.algorithms.exchange import Exchange, Groups
-
-_MODULES: dict[str, ModuleType] = {
-    "fedspallm": fedspallm,
-    "fedprllm": fedprllm,
-    "fedavg": fedavg,
-    "consensus": consensus,
-    "gram": gram,
-    "standalone": standalone,
-    "centralized": centralized,
+_ALGORITHMS: dict[str, Algorithm] = {
+    one.name: one
+    for one in (
+        fedspallm.ALGORITHM,
+        fedprllm.ALGORITHM,
+        fedavg.ALGORITHM,
+        consensus.ALGORITHM,
+        gram.ALGORITHM,
+        references.STANDALONE,
+        references.CENTRALIZED,
+    )
 }
-ALGORITHMS = tuple(_MODULES)
-COMPARISONS = ("standalone", "fedavg")  # can be made from the uploads of fedspallm, beside its own model
-VOTING = ("fedspallm", "fedprllm", "fedavg", "consensus")  # masks of several clients are combined
-LABELS = {name: module.LABEL for name, module in _MODULES.items()}
+BUILT_IN = tuple(_ALGORITHMS)
+COMPARISONS = (references.STANDALONE.name, fedavg.ALGORITHM.name)  # can be made of uploads that serve for comparison
 
 
-def exchanges(algorithm: str, groups: Groups, propagate: str = "dense") -> tuple[Exchange, ...]:
-    """The exchanges of one round.
+def names() -> tuple[str, ...]:
+    """All algorithms, the built-in ones first."""
+    return tuple(_ALGORITHMS)
 
-    Args:
-        algorithm: one of `ALGORITHMS`.
-        groups: for each block the linears that share an input; only `gram` looks at them.
-        propagate: for `gram`, whether statistics are of the dense model or of the one that is being pruned.
+
+def find(name: str) -> Algorithm:
+    """The algorithm of a name.
+
+    Raises:
+        ConfigError: there is none; lists those that there are.
     """
-    if algorithm == "gram":
-        return gram.exchanges(groups, propagate)
-    made: tuple[Exchange, ...] = _MODULES[algorithm].EXCHANGES
-    return made
+    if name not in _ALGORITHMS:
+        raise ConfigError(
+            f"an algorithm is one of {', '.join(_ALGORITHMS)}, or of a plugin that `plugins` names; got {name!r}"
+        )
+    return _ALGORITHMS[name]
+
+
+def register(algorithm: Algorithm) -> Algorithm:
+    """Add an algorithm, in place of an earlier one of that name unless that is built in.
+
+    Raises:
+        ConfigError: the name is that of a built-in algorithm, or not made of letters, digits, '-' and '_'; or it has no
+            exchange, or gathers statistics in one of several.
+    """
+    if algorithm.name in BUILT_IN:
+        raise ConfigError(f"an algorithm {algorithm.name} is built in; give your own another name")
+    if not algorithm.name.replace("-", "_").isidentifier():
+        raise ConfigError(f"an algorithm's name has letters, digits, '-' and '_', got {algorithm.name!r}")
+    if not algorithm.round or (algorithm.gathers and len(algorithm.round) > 1):
+        raise ConfigError(f"algorithm {algorithm.name}: name its exchanges; one with Gram matrices stands alone")
+    _ALGORITHMS[algorithm.name] = algorithm
+    return algorithm

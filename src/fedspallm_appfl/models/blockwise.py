@@ -1,34 +1,24 @@
-"""Run a causal LM block by block, and prune some of its blocks on the way (docs/method.md section 1).
+"""Run a causal LM block by block.
 
 First the model itself is called with every block replaced by a recorder: it makes masks, positions and whatever else its
 blocks want, and the recorder keeps the arguments of each call. Then the blocks are run one after the other over all
 batches, with exactly those arguments and the hidden states that the block before produced. Nothing is known here about
 attention masks or rotary embeddings, so a new release of transformers has little to break.
 
-For a sampled block: one pass collects the statistic of each distinct linear input (query, key and value share one, gate
-and up share one) and, from the second batch on, stops as soon as the last of them was seen; the linears are pruned; a
-second pass with the pruned weights gives the next block's inputs. Other blocks run once. Nothing runs after the last
-sampled block.
-
-Legend: B windows in a batch, T tokens in a window, H hidden size, I in features.
+Legend: B windows in a batch, T tokens in a window, H hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.errors import ModelError, PruningError
-from fedspallm_appfl.heap import give_back
+from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.activations import HiddenStates, hidden_states
-from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
-from fedspallm_appfl.pruning.statistics import Statistic
-from fedspallm_appfl.wire.packed import Packed, unpack_mask
+from fedspallm_appfl.models.lazy_model import HollowModel, LazyModel
 
 
 @dataclass
@@ -71,7 +61,7 @@ class Stop(Exception):  # noqa: N818 - nothing went wrong
 
 @torch.no_grad()
 def embed(
-    model: LazyModel, windows: Tensor, batch: int, activations: str = "memory", client: str = "local"
+    model: LazyModel | HollowModel, windows: Tensor, batch: int, activations: str = "memory", client: str = "local"
 ) -> Activations:
     """Record the inputs of the first block and the arguments of all blocks.
 
@@ -185,225 +175,3 @@ def _return_always(out: Any) -> Callable[..., Any]:
         return out
 
     return forward
-
-
-class Agreed(Protocol):
-    """Pruned matrices by block, such as a dict or `AgreedBlocks`."""
-
-    def get(self, block: int, /) -> Mapping[str, Packed] | None:
-        """The matrices of a block, or None if it is dense."""
-
-
-@dataclass
-class PrunedLinear:
-    """One pruned matrix.
-
-    Attributes:
-        weight: (O, I) in the dtype of the checkpoint, zero where pruned.
-        mask: (O, I) bool, True = kept.
-        notes: what the report should say about it.
-    """
-
-    weight: Tensor
-    mask: Tensor
-    notes: dict[str, float]
-
-
-def prune_blocks(
-    model: LazyModel,
-    windows: Tensor,
-    assigned: set[int],
-    settings: Settings,
-    *,
-    batch: int = 1,
-    pruned: Agreed | None = None,
-    masks: Agreed | None = None,
-    client: str = "local",
-    activations: str = "memory",
-) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
-    """Sweep over the blocks and prune the assigned ones from their dense weights.
-
-    Args:
-        model: the dense model.
-        windows: (n, T) int64 calibration tokens.
-        assigned: blocks to prune.
-        settings: how to prune a matrix.
-        batch: windows in a batch.
-        pruned: matrices that the federation already agreed on, used in the forward pass of blocks not assigned.
-        masks: packed masks of the assigned blocks that the federation agreed on; None to choose them here.
-        client: whom to name in errors.
-        activations: where hidden states between the blocks are kept, `memory` or `file`; the results are the same bits.
-
-    Yields:
-        (block, linear name -> pruned matrix), as soon as each assigned block is done.
-
-    Raises:
-        PruningError: activations that are not finite, an input that was never seen, a factorization that keeps failing;
-            names client, block and linear.
-        ConfigError: there is no room for a file of hidden states.
-    """
-    state = embed(model, windows, batch, activations, client)
-    last = max(assigned, default=-1)
-    for index in range(last + 1):
-        agreed = None if index in assigned or pruned is None else pruned.get(index)
-        with model.block(index, agreed) as block:
-            if index in assigned:
-                given = None if masks is None else masks.get(index)
-                done = [_prune_block(model, block, index, state, settings, given, client)]
-            give_back()
-            if index < last:
-                advance(block, index, state)
-        if index in assigned:
-            yield index, done.pop()  # a client that stands still here holds no finished block
-
-
-@torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
-def _prune_block(
-    model: LazyModel,
-    block: nn.Module,
-    index: int,
-    state: Activations,
-    settings: Settings,
-    given: Mapping[str, Packed] | None,
-    client: str,
-) -> dict[str, PrunedLinear]:
-    linears = {linear.name: linear for linear in model.layout.blocks[index]}
-    where = f"client {client}, block {index}"
-    done: dict[str, PrunedLinear] = {}
-    statistics = _statistics(model, block, index, state, settings)
-    give_back()  # what the forward pass used; the solve allocates other sizes
-    for names, statistic in statistics:
-        if statistic is not None:
-            check_statistic(statistic, f"{where}, {names[0]}")
-    while statistics:
-        names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
-        group = [linears[name] for name in names]
-        done |= _prune_group(model, block, index, group, statistic, settings, given, where)
-    return {name: done[name] for name in linears}
-
-
-def _prune_group(
-    model: LazyModel,
-    block: nn.Module,
-    index: int,
-    linears: list[Linear],
-    statistic: Statistic | None,
-    settings: Settings,
-    given: Mapping[str, Packed] | None,
-    where: str,
-) -> dict[str, PrunedLinear]:
-    """Prune linears that share an input, in place."""
-    try:
-        prepared = prepare(settings, statistic)
-    except PruningError as error:
-        raise PruningError(f"{where}, {linears[0].name}: {error}") from error
-    done = {}
-    for linear in linears:
-        dense = model.skeleton.dense_weight(index, linear).to(model.device, torch.float32)
-        if given is None:
-            weight, mask = prepared.prune(dense)
-        else:
-            mask = unpack_mask(given[linear.name]).to(model.device)
-            weight = prepared.compensate(dense, mask)
-        if not bool(weight.isfinite().all()):
-            what = "pruning gave NaN or infinity; lower `damping`"
-            if not bool(dense.isfinite().all()):
-                what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
-            raise PruningError(f"{where}, {linear.name}: {what}")
-        done[linear.name] = PrunedLinear(model.put(block, linear, weight), mask, prepared.notes)
-        del dense, weight
-        model.skeleton.files.release()
-    return done
-
-
-def check_statistic(statistic: Statistic, where: str) -> None:
-    """Refuse statistics that no pruner can use.
-
-    Raises:
-        PruningError: no token reached the input, or it holds NaN or infinity; says `where`.
-    """
-    if statistic.tokens == 0:
-        raise PruningError(
-            f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs"
-        )
-    if not bool(statistic.diagonal().isfinite().all()):
-        raise PruningError(
-            f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
-            "(float16 overflows at 65504, bfloat16 and float32 do not)"
-        )
-
-
-def _statistics(
-    model: LazyModel, block: nn.Module, index: int, state: Activations, settings: Settings
-) -> list[tuple[list[str], Statistic | None]]:
-    """Statistics of the distinct inputs of a block's linears: (linears that share an input, statistic)."""
-    linears = model.layout.blocks[index]
-    if new_statistic(settings, 1, model.device) is None:
-        return [([linear.name for linear in linears], None)]
-    inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], model.device))
-    with inputs.watched(block):
-        for number, hidden in enumerate(state.hidden):
-            with suppress(Stop):
-                state.calls[number][index](block, hidden)
-            inputs.end_of_batch()
-    return inputs.groups()
-
-
-class SharedInputs:
-    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
-
-    def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
-        self._linears = linears
-        self._new = new
-        self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
-        self._statistics: dict[str, Any] = {}
-        self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
-        self._called: set[str] = set()  # in this batch
-        self._last: str | None = None
-
-    @contextmanager
-    def watched(self, block: nn.Module) -> Iterator[None]:
-        """Fold what goes into the linears of a block while it runs."""
-        with ExitStack() as hooks:
-            for linear in self._linears:
-                hook = self._hook(linear)
-                hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
-            yield
-
-    def _hook(self, linear: Linear) -> Callable[..., None]:
-        """A forward pre-hook that folds the linear's inputs, unless another linear folds them already."""
-        name = linear.name
-
-        def fold(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._called.add(name)
-            if name not in self._leader:
-                self._leader[name] = next((other for tensor, other in self._seen if tensor is args[0]), name)
-                if self._leader[name] == name:
-                    self._statistics[name] = self._new(linear)
-            if self._leader[name] == name:
-                self._seen.append((args[0], name))
-                self._statistics[name].add(args[0])
-            if name == self._last:
-                raise Stop
-
-        return fold
-
-    def end_of_batch(self, stop: bool = True) -> None:
-        """After a batch in which every linear was called, later ones may stop at the last new input."""
-        if stop and len(self._called) == len(self._linears):
-            self._last = self._seen[-1][1]
-        self._called.clear()
-        self._seen.clear()
-
-    def groups(self) -> list[tuple[list[str], Any]]:
-        """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
-
-        In the order of the forward pass; linears that were never called come last.
-        """
-        members: dict[str, list[str]] = {leader: [] for leader in self._statistics}
-        for linear in self._linears:
-            members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
-        by_name = {linear.name: linear for linear in self._linears}
-        return [
-            (names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()
-        ]

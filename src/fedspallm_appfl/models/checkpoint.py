@@ -2,8 +2,11 @@
 
 Safetensors shards are mapped, never loaded whole. A pickled checkpoint (`pytorch_model*.bin`) works too; it is opened with
 `weights_only=True` and, where its format allows, mapped.
+
+Hashes tell whether two sites hold the same dense model; they read a few pages of each weight, not the whole checkpoint.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError, first_line
+from fedspallm_appfl.settings import schema
 
+DTYPES = {name: getattr(torch, name) for name in schema.DTYPES}
+BY_SITE = ("_name_or_path", "transformers_version")  # keys of config.json that say where and how a copy was written
+SAMPLE = 64  # values from the beginning of each tensor
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, and not used
@@ -142,3 +149,40 @@ def _weight_files(folder: Path) -> list[str]:
             raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")
         return shards
     raise ModelError(f"{folder} holds no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")
+
+
+def config_hash(folder: Path) -> str:
+    """A hash of what `config.json` means, whatever its formatting.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        meant = {key: value for key, value in config.items() if key not in BY_SITE}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return _short(hashlib.sha256(json.dumps(meant, sort_keys=True).encode()))
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of names, shapes and dtypes of all tensors, and of the first values of each.
+
+    Raises:
+        ModelError: the checkpoint cannot be read.
+    """
+    files, digest = CheckpointFiles(folder), hashlib.sha256()
+    for key in sorted(files.keys()):
+        tensor = files.read(key)
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten()[:SAMPLE].contiguous().view(torch.uint8).numpy().tobytes())
+    return _short(digest)
+
+
+def model_hash(folder: Path) -> str:
+    """Both hashes, as they travel: `config/weights`."""
+    return f"{config_hash(folder)}/{weights_hash(folder)}"
+
+
+def _short(digest: "hashlib._Hash") -> str:
+    return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.checkpoint import CheckpointFiles
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.wire.packed import Packed, unpack_mask, unpack_weight
+from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
@@ -123,13 +123,13 @@ def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
         for block in pruned.blocks():
             here = {skeleton.key(block, linear.name): linear for linear in skeleton.layout.blocks[block]}
             here = {key: linear for key, linear in here.items() if key in header}
-            packed = (pruned.load(block) or {}) if here else {}
+            packed = (pruned.get(block) or {}) if here else {}
             for key, linear in here.items():
                 _overwrite(stream, data, key, header[key], linear, packed[linear.name])
 
 
 def _overwrite(stream: IO[bytes], data: int, key: str, entry: dict[str, Any], linear: Linear, packed: Packed) -> None:
-    weight = unpack_weight(packed)
+    weight = packed.unpack_weight()
     weight = weight.T if linear.transposed else weight
     got = {"dtype": DTYPE_NAMES[weight.dtype], "shape": list(weight.shape)}
     expected = {name: entry[name] for name in got}
@@ -179,7 +179,7 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
     written = CheckpointFiles(folder)
     manifest = []
     for block, linears in enumerate(skeleton.layout.blocks):
-        packed = pruned.load(block) or {}
+        packed = pruned.get(block) or {}
         for linear in linears:
             key = skeleton.key(block, linear.name)
             manifest.append(_check_matrix(written, key, block, linear, packed.get(linear.name)))
@@ -193,7 +193,7 @@ def _check_matrix(
     zero = (weight.T if linear.transposed else weight) == 0
     entries, zeros, zeros_on_disk = zero.numel(), 0, int(zero.count_nonzero())
     if packed is not None:
-        kept = unpack_mask(packed)
+        kept = packed.unpack_mask()
         zeros = entries - int(kept.count_nonzero())
         if not bool(zero.logical_or_(kept).all()):
             raise ModelError(

@@ -29,6 +29,11 @@ class Linear:
     shape: tuple[int, int]
     transposed: bool
 
+    @property
+    def entries(self) -> int:
+        """O * I."""
+        return self.shape[0] * self.shape[1]
+
 
 @dataclass(frozen=True)
 class Layout:

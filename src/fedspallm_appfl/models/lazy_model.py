@@ -16,10 +16,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.checkpoint import CheckpointFiles, resolve_model
-from fedspallm_appfl.models.dtypes import DTYPES
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
-from fedspallm_appfl.wire.packed import Packed, unpack_weight
+from fedspallm_appfl.wire.packed import Packed
 
 
 class Skeleton:
@@ -76,6 +75,11 @@ class Skeleton:
     def vocabulary(self) -> int:
         """Number of token ids that the model has an embedding for."""
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+    @property
+    def longest_window(self) -> int | None:
+        """Tokens that the model takes at most; None if it has no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     def key_of(self, parameter: str) -> str:
         """Name in the checkpoint of a parameter of the model."""
@@ -146,6 +150,11 @@ class LazyModel:
         self._fill_buffers()
 
     @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        return self.skeleton.vocabulary
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks; their parameters are on the meta device but inside `block`."""
         return self.model.get_submodule(self.layout.path)  # type: ignore[return-value]
@@ -183,10 +192,11 @@ class LazyModel:
 
     def _put_packed(self, block: nn.Module, linear: Linear, packed: Packed) -> None:
         weight: Tensor = block.get_submodule(linear.name).weight.data  # type: ignore[assignment]
-        if weight.dtype == packed["values"].dtype and not linear.transposed:
-            unpack_weight(packed, self.device, out=weight)
+        assert packed.values is not None, "a block runs with weights"
+        if weight.dtype == packed.values.dtype and not linear.transposed:
+            packed.unpack_weight(self.device, out=weight)
         else:
-            self.put(block, linear, unpack_weight(packed, self.device))
+            self.put(block, linear, packed.unpack_weight(self.device))
 
     def _fill(self, module: nn.Module, wanted: Callable[[str], bool], prefix: str) -> None:
         """Read the wanted parameters and persistent buffers of a module from the checkpoint."""
@@ -204,6 +214,44 @@ class LazyModel:
             key = self.skeleton.find_key(name)
             stored = buffer if key is None else self.skeleton.files.read(key).to(buffer.dtype)
             self.model.get_submodule(owner)._buffers[leaf] = stored.to(self.device, copy=True)
+
+
+class HollowModel:
+    """A causal LM whose weights are all zero and take no memory: enough to see which tensors go where.
+
+    Attributes:
+        model: the model; its parameters are views of single zeros.
+        layout: its blocks and their prunable linears.
+        device: the CPU.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        """Build the model.
+
+        Args:
+            folder: the model folder; it need not hold weights.
+            layout: as `find_layout` finds it.
+
+        Raises:
+            ModelError: `config.json` is not one of a model that this transformers knows.
+        """
+        self.model, self.layout, self.device = without_weights(folder, "float32"), layout, torch.device("cpu")
+        self.model.eval()
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                    module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        return self.model.get_submodule(self.layout.path)  # type: ignore[return-value]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has an embedding for."""
+        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
 
 def without_weights(folder: Path, dtype: str) -> PreTrainedModel:

@@ -5,8 +5,7 @@ evaluated with the same settings, so that numbers stand beside their reference.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,45 +14,9 @@ from torch.nn.functional import cross_entropy
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.blockwise import advance, embed, finish
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.models.text import check_vocabulary, cut_windows, read_text
 from fedspallm_appfl.wire.packed import Packed
 
 PrunedBlock = Callable[[int], Mapping[str, Packed] | None]
-
-
-def held_out_windows(
-    name: str, text: str | Sequence[str], length: int, tokenizer: Any = None, vocabulary: int = 0
-) -> Tensor:
-    """The windows of one text of a configuration's `evaluation`.
-
-    Args:
-        name: its name there.
-        text: file, folder or a list of these.
-        length: tokens in a window.
-        tokenizer: the model's; None to see only whether the text can be read.
-        vocabulary: token ids that the model has an embedding for.
-
-    Returns:
-        (n, length) int64; n is at least 1 where there is a tokenizer.
-
-    Raises:
-        DataError: names the key and the file that cannot be read, is too short, or does not go with the model.
-    """
-    where = f"evaluation.texts.{name}"
-    try:
-        words = read_text(text)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    if tokenizer is None:
-        return torch.empty(0, length, dtype=torch.int64)
-    windows = cut_windows(tokenizer, words, length)
-    if not len(windows):
-        files = text if isinstance(text, str) else ", ".join(text)
-        raise DataError(
-            f"{where}: {files} has no whole window of {length} tokens; give more text, or lower evaluation.length"
-        )
-    check_vocabulary(windows, vocabulary, where)
-    return windows
 
 
 def perplexities(

@@ -118,3 +118,38 @@ def check_vocabulary(windows: Tensor, vocabulary: int, where: str) -> None:
             f"{where}: the tokenizer gives token {int(windows.max())}, the model has {vocabulary}; "
             "tokenizer and model in this folder do not belong together"
         )
+
+
+def held_out_windows(
+    name: str, text: str | Sequence[str], length: int, tokenizer: Any = None, vocabulary: int = 0
+) -> Tensor:
+    """The windows of one text of a configuration's `evaluation`.
+
+    Args:
+        name: its name there.
+        text: file, folder or a list of these.
+        length: tokens in a window.
+        tokenizer: the model's; None to see only whether the text can be read.
+        vocabulary: token ids that the model has an embedding for.
+
+    Returns:
+        (n, length) int64; n is at least 1 where there is a tokenizer.
+
+    Raises:
+        DataError: names the key and the file that cannot be read, is too short, or does not go with the model.
+    """
+    where = f"evaluation.texts.{name}"
+    try:
+        words = read_text(text)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    if tokenizer is None:
+        return torch.empty(0, length, dtype=torch.int64)
+    windows = cut_windows(tokenizer, words, length)
+    if not len(windows):
+        files = text if isinstance(text, str) else ", ".join(text)
+        raise DataError(
+            f"{where}: {files} has no whole window of {length} tokens; give more text, or lower evaluation.length"
+        )
+    check_vocabulary(windows, vocabulary, where)
+    return windows

@@ -1,7 +1,7 @@
 """ADMM pruning: search mask and weights together, then fit the weights that are left.
 
 Source: Meng, Behdin, Wang & Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `correlation`) and scaled weights W, the error
+Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `least_squares`) and scaled weights W, the error
 `tr (X - W) C (X - W)^T` is minimized over X = Q with Q sparse; with the scaled multiplier U and the penalty rho a step is
 
     X = W + (Q - U - W) rho (C + rho)^-1,    Q = the largest entries of X + U,    U = X + U - Q.
@@ -24,8 +24,12 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.pruning import least_squares
-from fedspallm_appfl.pruning.correlation import Correlation
-from fedspallm_appfl.tensors.sparsity import Target, select
+from fedspallm_appfl.pruning.least_squares import Correlation
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner, raised_damping
+from fedspallm_appfl.pruning.statistics import InputGram, mirror
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import select
+from fedspallm_appfl.tensors.target import Target
 
 STEPS = 60
 PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last
@@ -86,3 +90,21 @@ def _step(state: Tensor, weight: Tensor, mask: Tensor, shrinkage: Tensor) -> Non
 def _largest(state: Tensor, target: Target) -> Tensor:
     """(O, I) bool, True at the entries to keep."""
     return ~select(state.abs(), target, per_row=False)
+
+
+def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
+    correlation = Correlation(mirror(gram.upper), settings.damping)
+    return Prepared(
+        lambda weight: prune(weight, settings.sparsity, correlation, settings.iterations),
+        lambda weight, mask: least_squares.refit(weight, mask, weight * mask, correlation),
+        raised_damping(settings, correlation),
+    )
+
+
+def _working_bytes(rows: int, features: int) -> int:
+    """Measured: the search with the step of one penalty, or the fit after it."""
+    search = 20 * rows * features + 4 * features * features
+    return max(search, least_squares.fitting_bytes(rows, features, 5))
+
+
+PRUNER = Pruner("admm", needs=InputGram, prepare=_prepare, fits=True, working_bytes=_working_bytes)

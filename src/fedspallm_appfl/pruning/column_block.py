@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedspallm_appfl.pruning import triton_block
 from fedspallm_appfl.tensors import native
-from fedspallm_appfl.tensors.sparsity import NM, Ratio, Target, select
+from fedspallm_appfl.tensors.sparsity import select
+from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
 GIVEN = Ratio(Fraction(0))  # any ratio will do as the target of a mask that is there already
 

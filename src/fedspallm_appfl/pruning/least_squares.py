@@ -5,18 +5,70 @@ Row by row, `min |(q - w) X|^2` over q that are zero where the mask is False. Th
 1952) solve those of many rows at once, with one product `direction @ H` an iteration whose entries outside the support are
 dropped. Meng et al., "ALPS", NeurIPS 2024, section 3.3, does the same.
 
-Source of the scaling: `correlation`. Legend: O out features, I in features.
+Columns are scaled to inputs of norm 1: with D = diag G, the error of a pruned weight Q is
+`tr (Q - W) G (Q - W)^T = tr E C E^T` for `C = D^-1/2 G D^-1/2` and `E = (Q - W) D^1/2`. C has a diagonal of 1, so weights
+compare across columns, one damping and one penalty suit all layers, and conjugate gradients need no further preconditioner.
+Damping draws what is kept towards the dense weight.
+
+Legend: O out features, I in features.
 """
 
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.pruning.correlation import Correlation
+from fedspallm_appfl.pruning.statistics import damp, inverse_norms
 
 ROWS = 1024  # solved together: enough for a GEMM at full speed, and few enough to need little memory
+STRIPS = 5  # float32 copies of the rows that are solved together
 MOST_ITERATIONS = 50
 TOLERANCE = 1e-4  # an iteration that lowers the error by a smaller share of it is the last
 ROUNDING = 1e-6  # a row whose residual fell to this share of the first one is solved: the rest is rounding
+
+
+class Correlation:
+    """A damped correlation matrix, for all linears that have the same input.
+
+    Attributes:
+        matrix: (I, I) float32, symmetric and positive definite; its diagonal is 1 + damping.
+        scale: (I,) float32, norms of the inputs, the largest made 1; 0 for dead features, whose scaled weights are 0.
+        damping: what was added to the diagonal in the end.
+    """
+
+    def __init__(self, gram: Tensor, damping: float) -> None:
+        """Scale and damp a Gram matrix.
+
+        Args:
+            gram: (I, I) float32, symmetric; its memory is taken over.
+            damping: added to the diagonal of 1; doubled until the matrix is positive definite.
+
+        Raises:
+            PruningError: the matrix holds NaN or infinity.
+        """
+        squares = gram.diagonal().clone()
+        inverse = inverse_norms(squares)
+        self.scale = (squares / (squares.max() or 1.0)).sqrt()
+        self.matrix = gram.mul_(inverse).mul_(inverse.unsqueeze(1))
+        self.damping = damp(self.matrix, damping)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """(O, I) float -> (O, I) float32, a new tensor."""
+        return weight * self.scale
+
+    def unscaled(self, solution: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Undo `scaled`, in place; weights of dead features are those of `weight` where `mask` is True."""
+        dead = self.scale == 0
+        solution /= self.scale
+        solution[:, dead] = (weight[:, dead] * mask[:, dead]).to(solution.dtype)
+        return solution
+
+    def shrinkage(self, penalty: float) -> Tensor:
+        """(I, I) float32, `rho (C + rho)^-1`, the step of ADMM."""
+        damped = self.matrix.clone()
+        damped.diagonal().add_(penalty)
+        by_column = damped.mT  # as LAPACK wants it, so that no copies are made
+        torch.linalg.cholesky(by_column, out=by_column)
+        torch.cholesky_inverse(by_column, out=by_column)
+        return damped.mul_(penalty)
 
 
 def refit(weight: Tensor, mask: Tensor, start: Tensor, correlation: Correlation) -> Tensor:
@@ -77,3 +129,8 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 def slices(rows: int) -> list[slice]:
     """Strips of rows."""
     return [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
+
+
+def fitting_bytes(rows: int, features: int, start: int) -> int:
+    """Bytes that fitting a matrix takes beside its dense weight: `start` an entry, and float32 copies of a strip of rows."""
+    return start * rows * features + STRIPS * 4 * min(ROWS, rows) * features

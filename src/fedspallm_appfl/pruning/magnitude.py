@@ -6,9 +6,13 @@ whole matrix, as the baselines of SparseGPT and Wanda do.
 Legend: O out features, I in features.
 """
 
+import torch
 from torch import Tensor
 
-from fedspallm_appfl.tensors.sparsity import Target, select
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import select
+from fedspallm_appfl.tensors.target import Target
 
 
 def prune(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
@@ -23,3 +27,16 @@ def prune(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """
     mask = ~select(weight.abs(), target, per_row=False)
     return weight * mask, mask
+
+
+def _prepare(settings: Pruning, statistic: object) -> Prepared:
+    return Prepared(lambda weight: prune(weight, settings.sparsity), torch.mul)
+
+
+PRUNER = Pruner(
+    "magnitude",
+    needs=None,
+    prepare=_prepare,
+    keeps_weights=True,
+    working_bytes=lambda rows, features: 11 * rows * features,  # measured
+)

@@ -1,68 +1,29 @@
-"""Local pruners, one matrix at a time: `sparsegpt`, `admm`, `wanda`, `magnitude` (docs/method.md section 1).
+"""What a pruner is: the facts that others ask of it, and how it is made ready for the linears that share an input.
 
-A pruner is chosen by name. It says what it needs to know of a linear's inputs, prepares that once for all linears that
-share an input, and prunes each of them, or makes up for a mask that others chose.
+A pruner says what it needs to know of a linear's inputs, prepares that once for all linears that share an input, and prunes
+each of them, or makes up for a mask that others chose. Nobody compares its name: what follows from the choice of a pruner
+is a fact here. The built-in ones are in `magnitude`, `wanda`, `sparsegpt` and `admm`, each with its facts; `registry` finds
+them by name.
+
+Legend: O out features, I in features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.pruning import admm, least_squares, magnitude, sparsegpt, wanda
-from fedspallm_appfl.pruning.correlation import Correlation
+from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.pruning import least_squares
+from fedspallm_appfl.pruning.least_squares import Correlation
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic, mirror
-from fedspallm_appfl.tensors.sparsity import Target, parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import NM, Target
 
-PRUNERS = ("sparsegpt", "wanda", "magnitude", "admm")
-KEEP_WEIGHTS = frozenset({"wanda", "magnitude"})  # they choose a mask and, not refitted, leave kept weights as they are
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to prune a matrix.
-
-    Attributes:
-        pruner: one of `PRUNERS`.
-        target: ratio or n:m.
-        damping: added to the Hessian's diagonal, as a share of its mean (SparseGPT's `percdamp`) or, for ADMM and least
-            squares, of each of its entries.
-        damping_retries: how often a failed factorization of SparseGPT is tried again with ten times the damping.
-        column_block: SparseGPT's column block.
-        iterations: ADMM's steps at most.
-        refit: least squares on the support after SparseGPT or Wanda; ADMM always does so, magnitude knows no inputs.
-    """
-
-    pruner: str
-    target: Target
-    damping: float = 0.01
-    damping_retries: int = 3
-    column_block: int = sparsegpt.COLUMN_BLOCK
-    iterations: int = admm.STEPS
-    refit: bool = False
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "Settings":
-        """Read them from plain values by the names of the configuration, the target from `sparsity`."""
-        names = ("damping", "damping_retries", "iterations", "refit")
-        given = {name: plain[name] for name in names if name in plain}
-        return cls(plain["pruner"], parse_target(plain["sparsity"]), **given)
-
-    @property
-    def keeps_weights(self) -> bool:
-        """Whether a mask says all that the pruner did."""
-        return keeps_weights(self.pruner, self.refit)
-
-
-def keeps_weights(pruner: str, refit: bool) -> bool:
-    """Whether a pruner leaves the weights that it keeps as they were, so that a mask says all that it did."""
-    return pruner in KEEP_WEIGHTS and not (refit and pruner == "wanda")
-
-
-Prune = Callable[[Tensor], tuple[Tensor, Tensor]]
-Compensate = Callable[[Tensor, Tensor], Tensor]
+Pruned = tuple[Tensor, Tensor]  # weight (O, I) float32, zero where pruned; mask (O, I) bool, True = kept
+Rule = Callable[..., Tensor | Pruned]  # a pruner as one function, see `of_function`
 
 
 @dataclass(frozen=True)
@@ -75,76 +36,191 @@ class Prepared:
         notes: what the report should say, e.g. the damping if it had to be raised.
     """
 
-    prune: Prune
-    compensate: Compensate
+    prune: Callable[[Tensor], Pruned]
+    compensate: Callable[[Tensor, Tensor], Tensor]
     notes: dict[str, float] = field(default_factory=dict)
 
 
-def new_statistic(settings: Settings, in_features: int, device: torch.device) -> Statistic | None:
-    """An empty accumulator of what the pruner needs to know of the inputs; None if it needs nothing."""
-    if settings.pruner == "magnitude":
-        return None
-    return InputNorms(in_features, device) if settings.keeps_weights else InputGram(in_features, device)
+@dataclass(frozen=True)
+class Pruner:
+    """One way to prune a matrix, with what follows from choosing it.
 
-
-def prepare(settings: Settings, statistic: Statistic | None) -> Prepared:
-    """Do once what linears with the same input share.
-
-    Args:
-        settings: how to prune.
-        statistic: like what `new_statistic` returned, filled with inputs; used up, as its memory is worked in.
-
-    Raises:
-        PruningError: SparseGPT's factorization keeps failing, or the Gram matrix for ADMM or least squares holds NaN.
+    Attributes:
+        name: as it stands in a configuration.
+        needs: what it needs to know of the inputs: `InputNorms`, `InputGram`, or None for nothing at all.
+        prepare: (settings, statistic) -> `Prepared`; uses the statistic up, as its memory is worked in.
+        keeps_weights: kept weights stay as they were, so that a mask says all that it did.
+        fits: least squares on the kept weights are a part of it, and `refit` has nothing to add.
+        factors: it factors the Gram matrix without damping it until that succeeds, so a rounded sum has to be lifted first.
+        working_bytes: (O, I) -> bytes that pruning a matrix takes beside its dense weight and what was prepared.
+        prepared_bytes: I -> bytes that are made of the statistic beside it, for all linears that take the input.
     """
-    if settings.pruner == "magnitude" or statistic is None:
-        return Prepared(lambda w: magnitude.prune(w, settings.target), torch.mul)
-    if settings.keeps_weights:
-        return Prepared(lambda w: wanda.prune(w, settings.target, statistic), torch.mul)
-    if not isinstance(statistic, InputGram):
-        raise TypeError(f"{settings.pruner} needs the Gram matrix of the inputs")
-    return {"sparsegpt": _sparsegpt, "wanda": _refitted_wanda, "admm": _admm}[settings.pruner](settings, statistic)
+
+    name: str
+    needs: type[InputNorms] | type[InputGram] | None
+    prepare: Callable[[Pruning, Any], Prepared]
+    keeps_weights: bool = False
+    fits: bool = False
+    factors: bool = False
+    working_bytes: Callable[[int, int], int] = lambda rows, features: 14 * rows * features
+    prepared_bytes: Callable[[int], int] = lambda features: 0
+
+    def statistic(self, refit: bool) -> type[InputNorms] | type[InputGram] | None:
+        """What it needs to know of the inputs, if least squares follow."""
+        return InputGram if refit else self.needs
+
+    def statistic_bytes(self, features: int, refit: bool) -> int:
+        """Bytes of what it needs to know of an input of so many features."""
+        kind = self.statistic(refit)
+        return 0 if kind is None else kind.nbytes(features)
+
+    def ready_bytes(self, features: int, refit: bool) -> int:
+        """Bytes that are made of the statistic beside it; a Gram matrix that is used up is copied to refit with."""
+        copied = refit and self.needs is InputGram
+        return self.prepared_bytes(features) + (InputGram.nbytes(features) if copied else 0)
+
+    def solving_bytes(self, rows: int, features: int, refit: bool) -> int:
+        """Bytes that pruning a matrix (O, I) takes beside its dense weight and what is ready."""
+        fitting = (
+            least_squares.fitting_bytes(rows, features, 9) if refit else 0
+        )  # solution, mask, where it started from
+        return max(self.working_bytes(rows, features), fitting)
+
+    def why_no_refit(self) -> str | None:
+        """Why least squares cannot follow, or None."""
+        if self.needs is None:
+            return f"{self.name} knows no inputs"
+        return f"{self.name} always fits what it keeps" if self.fits else None
+
+    def ready(self, settings: Pruning, statistic: Statistic | None) -> Prepared:
+        """Do once what linears with the same input share; `refit` puts least squares after it.
+
+        Args:
+            settings: how to prune.
+            statistic: of the inputs, of the kind that `statistic` says or one that knows more; used up.
+
+        Raises:
+            PruningError: a factorization keeps failing, or the Gram matrix holds NaN.
+            TypeError: the statistic knows too little.
+        """
+        wanted = self.statistic(settings.refit)
+        if wanted is InputGram and not isinstance(statistic, InputGram):
+            raise TypeError(f"{self.name} needs the Gram matrix of the inputs")
+        if not settings.refit:
+            return self.prepare(settings, statistic)
+        assert isinstance(statistic, InputGram)
+        if self.needs is InputNorms:
+            norms = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
+            return _refitted(self.prepare(settings, norms), settings, mirror(statistic.upper))
+        return _refitted(self.prepare(settings, statistic), settings, statistic.matrix())
 
 
-def _sparsegpt(settings: Settings, gram: InputGram) -> Prepared:
-    width = sparsegpt.block_width(settings.target, settings.column_block)
-    factor = sparsegpt.Factor(gram, settings.damping, settings.damping_retries, width)
-    prepared = Prepared(
-        lambda w: sparsegpt.prune(w, settings.target, factor),
-        lambda w, mask: sparsegpt.compensate(w, mask, factor),
-        {"damping": factor.damping} if factor.attempts > 1 else {},
-    )
-    return _refitted(prepared, settings, gram.matrix()) if settings.refit else prepared
-
-
-def _refitted_wanda(settings: Settings, gram: InputGram) -> Prepared:
-    norms = InputNorms.of(gram.diagonal().clone(), gram.tokens)
-    prepared = Prepared(lambda w: wanda.prune(w, settings.target, norms), torch.mul)
-    return _refitted(prepared, settings, mirror(gram.upper))
-
-
-def _refitted(prepared: Prepared, settings: Settings, gram: Tensor) -> Prepared:
+def _refitted(prepared: Prepared, settings: Pruning, gram: Tensor) -> Prepared:
     """A pruner with least squares after it. `gram` (I, I) is symmetric, and used up."""
     correlation = Correlation(gram, settings.damping)
 
-    def prune(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def prune(weight: Tensor) -> Pruned:
         start, mask = prepared.prune(weight)
         return least_squares.refit(weight, mask, start, correlation), mask
 
     def compensate(weight: Tensor, mask: Tensor) -> Tensor:
         return least_squares.refit(weight, mask, prepared.compensate(weight, mask), correlation)
 
-    return Prepared(prune, compensate, prepared.notes or _notes(settings, correlation))
+    return Prepared(prune, compensate, prepared.notes or raised_damping(settings, correlation))
 
 
-def _admm(settings: Settings, gram: InputGram) -> Prepared:
-    correlation = Correlation(mirror(gram.upper), settings.damping)
-    return Prepared(
-        lambda w: admm.prune(w, settings.target, correlation, settings.iterations),
-        lambda w, mask: least_squares.refit(w, mask, w * mask, correlation),
-        _notes(settings, correlation),
-    )
-
-
-def _notes(settings: Settings, correlation: Correlation) -> dict[str, float]:
+def raised_damping(settings: Pruning, correlation: Correlation) -> dict[str, float]:
+    """What the report should say of a correlation matrix: the damping, where it had to be raised."""
     return {"damping": correlation.damping} if correlation.damping > settings.damping else {}
+
+
+def of_function(
+    name: str,
+    function: Rule,
+    needs: type[InputNorms] | type[InputGram] | None = None,
+    keeps_weights: bool = False,
+    **facts: Any,
+) -> Pruner:
+    """A pruner of one function of a matrix.
+
+    Args:
+        name: as it stands in a configuration.
+        function: (weight (O, I) float32, target, statistic) -> the mask (O, I) bool with True = kept, or (pruned weight,
+            mask). The statistic is of the kind that `needs` says and must not be changed; a pruner that needs nothing gets
+            none.
+        needs: `InputNorms`, `InputGram` or None.
+        keeps_weights: it leaves kept weights as they are.
+        **facts: the others of `Pruner`.
+    """
+
+    def prepare(settings: Pruning, statistic: Statistic | None) -> Prepared:
+        known = () if statistic is None else (statistic,)
+        fitted = _solver(settings, statistic)
+
+        def prune(weight: Tensor) -> Pruned:
+            made = function(weight, settings.sparsity, *known)
+            return checked(name, made, weight, settings.sparsity, keeps_weights)
+
+        return Prepared(prune, torch.mul if keeps_weights else fitted)
+
+    facts = {"factors": needs is InputGram, **facts}
+    return Pruner(name, needs, prepare, keeps_weights, **facts)
+
+
+def _solver(settings: Pruning, statistic: Statistic | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes up for a mask that others chose: least squares where the Gram matrix is known, else nothing."""
+    if not isinstance(statistic, InputGram):
+        return torch.mul
+
+    def fit(weight: Tensor, mask: Tensor) -> Tensor:
+        correlation = Correlation(statistic.matrix(), settings.damping)
+        return least_squares.refit(weight, mask, weight * mask, correlation)
+
+    return fit
+
+
+def checked(name: str, made: Any, weight: Tensor, target: Target, keeps_weights: bool) -> Pruned:
+    """What somebody's own pruner made of a matrix, if it is what it has to be.
+
+    Args:
+        name: of the pruner.
+        made: a mask, or (pruned weight, mask).
+        weight: (O, I) float32, the dense weight.
+        target: how many entries to prune.
+        keeps_weights: whether kept weights have to be as they were.
+
+    Returns:
+        (weight (O, I) float32, zero where pruned; mask (O, I) bool).
+
+    Raises:
+        PruningError: shape, dtype or number of zeros is wrong, or kept weights are not what was promised.
+    """
+    pruned, mask = made if isinstance(made, tuple) and len(made) == 2 else (weight, made)
+    check_mask(f"pruner {name}", mask, tuple(weight.shape), target)
+    if not isinstance(pruned, Tensor) or pruned.shape != weight.shape:
+        raise PruningError(f"pruner {name}: the weight has shape {list(weight.shape)}, got {_described(pruned)}")
+    pruned = pruned.float() * mask
+    if keeps_weights and not torch.equal(pruned, weight.float() * mask):
+        raise PruningError(f"pruner {name}: it changed kept weights; return the mask alone, or set keeps_weights=False")
+    return pruned, mask
+
+
+def check_mask(who: str, mask: Any, shape: tuple[int, ...], target: Target) -> None:
+    """Refuse a mask of a wrong shape, dtype or number of zeros.
+
+    Raises:
+        PruningError: says who made it, what it has to be and what it is.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise PruningError(f"{who}: the mask is bool of shape {list(shape)}, True = kept; got {_described(mask)}")
+    zeros, expected = mask.numel() - int(mask.count_nonzero()), target.zeros(mask.numel())
+    if zeros != expected:
+        raise PruningError(f"{who}: sparsity {target} prunes {expected} of {mask.numel()} entries, the mask {zeros}")
+    if isinstance(target, NM) and bool((mask.reshape(-1, target.group).sum(1) != target.kept).any()):
+        raise PruningError(f"{who}: the mask does not keep {target} in every group of a row")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
+    return type(value).__name__

@@ -25,8 +25,11 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import column_block
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner
 from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.tensors.sparsity import NM, Ratio, Target, kth_smallest
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import kth_smallest
+from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
 COLUMN_BLOCK = 128
 
@@ -164,3 +167,22 @@ def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:
 def block_width(target: Target, width: int = COLUMN_BLOCK) -> int:
     """Columns of a block: `width`, or for n:m the nearest multiple of m below it."""
     return max(target.group, width - width % target.group) if isinstance(target, NM) else width
+
+
+def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
+    factor = Factor(gram, settings.damping, settings.damping_retries, block_width(settings.sparsity))
+    return Prepared(
+        lambda weight: prune(weight, settings.sparsity, factor),
+        lambda weight, mask: compensate(weight, mask, factor),
+        {"damping": factor.damping} if factor.attempts > 1 else {},
+    )
+
+
+PRUNER = Pruner(
+    "sparsegpt",
+    needs=InputGram,
+    prepare=_prepare,
+    factors=True,
+    working_bytes=lambda rows, features: 11 * rows * features,  # measured
+    prepared_bytes=lambda features: 2 * 4 * min(COLUMN_BLOCK, features) * features,  # the corners
+)

@@ -45,6 +45,11 @@ class InputNorms:
         """(I,) float32, the diagonal of the Gram matrix."""
         return self.squares
 
+    @staticmethod
+    def nbytes(features: int) -> int:
+        """Bytes of the norms of so many features."""
+        return 4 * features
+
 
 class InputGram:
     """Gram matrix of the inputs, `G = sum x x^T`.
@@ -83,6 +88,11 @@ class InputGram:
     def diagonal(self) -> Tensor:
         """(I,) float32, `sum x_j^2`."""
         return self.upper.diagonal()
+
+    @staticmethod
+    def nbytes(features: int) -> int:
+        """Bytes of the Gram matrix of so many features."""
+        return 4 * features * features
 
     def matrix(self) -> Tensor:
         """(I, I) float32, the whole symmetric matrix, a new tensor."""

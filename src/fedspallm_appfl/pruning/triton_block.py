@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.tensors.sparsity import NM, Target
+from fedspallm_appfl.tensors.target import NM, Target
 
 if TYPE_CHECKING:
     import triton.language as tl

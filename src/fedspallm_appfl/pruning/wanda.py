@@ -7,10 +7,14 @@ exactly `floor(s * O * I)` zeros.
 Legend: O out features, I in features.
 """
 
+import torch
 from torch import Tensor
 
-from fedspallm_appfl.pruning.statistics import Statistic
-from fedspallm_appfl.tensors.sparsity import Target, select
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner
+from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import select
+from fedspallm_appfl.tensors.target import Target
 
 
 def prune(weight: Tensor, target: Target, statistic: Statistic) -> tuple[Tensor, Tensor]:
@@ -26,3 +30,16 @@ def prune(weight: Tensor, target: Target, statistic: Statistic) -> tuple[Tensor,
     """
     mask = ~select(weight.abs() * statistic.diagonal().sqrt(), target, per_row=True)
     return weight * mask, mask
+
+
+def _prepare(settings: Pruning, statistic: Statistic) -> Prepared:
+    return Prepared(lambda weight: prune(weight, settings.sparsity, statistic), torch.mul)
+
+
+PRUNER = Pruner(
+    "wanda",
+    needs=InputNorms,
+    prepare=_prepare,
+    keeps_weights=True,
+    working_bytes=lambda rows, features: 14 * rows * features,  # measured
+)

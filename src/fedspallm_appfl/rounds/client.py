@@ -14,67 +14,17 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.algorithms.gram import GramSettings
-from fedspallm_appfl.algorithms.registry import exchanges
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.rounds.gathering import shared_inputs
-from fedspallm_appfl.rounds.uploads import Source, Sweep, sizes, sweep
-from fedspallm_appfl.wire.agreed_blocks import AgreedBlocks
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
+from fedspallm_appfl.settings.schema import ClientSettings, Pooled
 from fedspallm_appfl.wire.messages import Unit, plan
-from fedspallm_appfl.wire.packed import Packed, compress, make_update
-
-
-@dataclass(frozen=True)
-class ClientSettings:
-    """What one client needs to know.
-
-    Attributes:
-        client_id: its id.
-        model: folder or hub name of the dense model.
-        dtype: arithmetic of forward passes.
-        blocks: dotted name of the list of decoder blocks, or None.
-        device: where it runs.
-        threads: CPU threads, or None for torch's own choice.
-        seed: the experiment's seed.
-        text: private text: a file, a folder or a list of these; None if the pruner needs no data.
-        windows: calibration windows.
-        length: tokens in a window.
-        batch: windows in a forward pass.
-        pruning: how to prune a matrix.
-        blocks_per_message: blocks in a message.
-        max_message_bytes: bytes in a message.
-        algorithm: one of `ALGORITHMS`.
-        gram: which statistics to send, where the algorithm is `gram`.
-        pool: (client, text, windows) of the clients whose text this one has, for comparison; empty for its own `text`.
-        compression: whether to compress messages.
-        activations: where hidden states between two blocks are kept, `memory` or `file`.
-        agreed: a folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
-        model_hash: tells models apart that lay in the same folder one after the other; for processes that outlive a run.
-    """
-
-    client_id: str
-    model: str
-    dtype: str
-    blocks: str | None
-    device: str
-    threads: int | None
-    seed: int
-    text: Any
-    windows: int
-    length: int
-    batch: int
-    pruning: Settings
-    blocks_per_message: int
-    max_message_bytes: int
-    algorithm: str = "fedspallm"
-    gram: GramSettings = GramSettings()
-    pool: tuple[tuple[str, Any, int], ...] = ()
-    compression: bool = False
-    activations: str = "memory"
-    agreed: Path | None = None
-    model_hash: str = ""
+from fedspallm_appfl.wire.store import AgreedBlocks
+from fedspallm_appfl.wire.update import compress, make_update
 
 
 @dataclass
@@ -108,7 +58,7 @@ class _Progress:
     sweep: Sweep
     messages: list[list[Unit]]
     next_message: int = 0
-    waiting: dict[Unit, tuple[Packed, dict[str, float]]] = field(default_factory=dict)
+    waiting: dict[Unit, Noted] = field(default_factory=dict)
 
 
 class LocalClient:
@@ -131,27 +81,17 @@ class LocalClient:
         """
         self.settings = settings
         self._use_threads()
-        self.model = _dense_model(settings.model, settings.blocks, settings.dtype, settings.device, settings.model_hash)
+        model = settings.model
+        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash)
         windows = self._private_windows()
         self.samples = len(windows)
-        dtype, shared = self.model.skeleton.stored_dtype, settings.agreed
+        dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
         self.agreed = AgreedBlocks(dtype, shared)
         self.masks = AgreedBlocks(dtype, shared and shared / "masks")
-        groups = shared_inputs(self.model) if settings.algorithm == "gram" else ()
-        self.exchanges = exchanges(settings.algorithm, groups, settings.gram.propagate)
-        options = {"batch": settings.batch, "activations": settings.activations}
-        self._source = Source(
-            settings.client_id,
-            self.model,
-            windows,
-            settings.pruning,
-            settings.gram,
-            groups,
-            self.agreed,
-            self.masks,
-            options,
-            settings.seed,
-        )
+        algorithm = registry.find(settings.algorithm)
+        groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
+        self.exchanges = algorithm.exchanges(groups, settings.gram)
+        self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
 
@@ -160,17 +100,11 @@ class LocalClient:
 
         With values whatever the pruner, as all clients must send equally many messages.
         """
-        layout, source = self.model.layout, self._source
+        layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
         shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
-        bytes_of = sizes(
-            self.exchanges[exchange],
-            shapes,
-            source.pruning.target,
-            self.model.skeleton.stored_dtype,
-            source.groups,
-            source.gram,
-        )
-        return plan(bytes_of, self.settings.blocks_per_message, self.settings.max_message_bytes)
+        groups = self._source.groups
+        bytes_of = sizes(self.exchanges[exchange], shapes, settings.sparsity, dtype, groups, settings.gram)
+        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes)
 
     def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
         """Begin to make what an exchange of a round sends of the assigned blocks."""
@@ -203,7 +137,7 @@ class LocalClient:
         started, progress = time.monotonic(), self._progress
         number = progress.next_message
         mine = [unit for unit in progress.messages[number] if unit[0] in progress.assigned]
-        blocks: dict[int, dict[str, Packed]] = {}
+        blocks: dict[int, dict[str, Any]] = {}
         notes: dict[str, dict[str, float]] = {}
         for block, name in mine:
             while (block, name) not in progress.waiting:
@@ -220,7 +154,7 @@ class LocalClient:
             if self.exchanges[progress.exchange].only is None:
                 self._sweep = None
         update = make_update(progress.round_index, blocks, progress.exchange) if blocks else {}
-        if update and self.settings.compression:
+        if update and self.settings.comm.compression == "zstd":
             update = compress(update)
         seconds = time.monotonic() - started
         total, said_all = len(progress.messages), json.dumps(notes) if notes else ""
@@ -237,18 +171,18 @@ class LocalClient:
             torch.set_num_threads(self.settings.threads)
 
     def _private_windows(self) -> torch.Tensor:
-        settings = self.settings
-        if settings.text is None and not settings.pool and settings.pruning.pruner == "magnitude":
+        data, pruner = self.settings.data, pruners.find(self.settings.pruner)
+        if data.text is None and not data.pool and pruner.needs is None:
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
             return torch.zeros(1, 2, dtype=torch.int64)
-        own = ((settings.client_id, settings.text, settings.windows),)
-        return torch.cat([self._drawn(*of) for of in settings.pool or own])
+        own = Pooled(self.settings.client_id, data.text, data.windows)
+        return torch.cat([self._drawn(one) for one in data.pool or [own]])
 
-    def _drawn(self, client: str, text: Any, count: int) -> torch.Tensor:
-        tokenizer = _tokenizer(self.model.skeleton.folder, self.settings.model_hash)
-        windows = cut_windows(tokenizer, read_text(text), self.settings.length)
-        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {client}")
-        return draw_windows(windows, count, self.settings.seed, client)
+    def _drawn(self, of: Pooled) -> torch.Tensor:
+        tokenizer = _tokenizer(self.model.skeleton.folder, self.settings.model.hash)
+        windows = cut_windows(tokenizer, read_text(of.text or []), self.settings.data.length)
+        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {of.client_id}")
+        return draw_windows(windows, of.windows, self.settings.seed, of.client_id)
 
 
 @lru_cache(maxsize=4)

@@ -1,13 +1,13 @@
 """What the server makes of each kind of upload: it checks a unit, folds it into sums, and closes the sums.
 
 A unit is what clients send under one name: a matrix, or the statistics of an input that several matrices take. A fold is
-one exchange's; each algorithm has one for each of its exchanges (`folds`).
+one exchange's. Which fold it is follows from what goes up; what is made of complete sums says the exchange.
 
 Legend: O out features, I in features.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,57 +15,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean, largest_magnitude
-from fedspallm_appfl.aggregation.mask_expansion import unexpanded_zeros
-from fedspallm_appfl.aggregation.votes import Votes
-from fedspallm_appfl.algorithms import consensus, fedavg, fedprllm, fedspallm, gram
-from fedspallm_appfl.algorithms.exchange import Groups
-from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
-from fedspallm_appfl.pruning.pruner import Settings
+from fedspallm_appfl.pruning import from_sums
+from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.pruning.pruner import Pruned
+from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.wire.gram_store import GramStore
-from fedspallm_appfl.wire.grams import GramSum, check_gram
-from fedspallm_appfl.wire.packed import Check, Packed, check_matrix, check_values, pack, pack_mask, with_values
-from fedspallm_appfl.wire.store import PackedStore
-from fedspallm_appfl.wire.sums_file import SumsT, load_sums, save_sums
+from fedspallm_appfl.wire.grams import PackedGram, parts_of
+from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
+from fedspallm_appfl.wire.store import GramStore, PackedStore, SumsT, load_sums, save_sums
+from fedspallm_appfl.wire.update import Check, check_gram, check_matrix, check_values
 
 GLOBAL, MASKS, STATISTICS = "global", "masks", "statistics"  # folders of the server's state
+DOWN = {None: GLOBAL, "weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
 Stores = dict[str, dict[str, Packed]]  # store -> linear -> what was made of it
 
 
 @dataclass(frozen=True)
-class Aggregation:
-    """How the server combines uploads.
-
-    Attributes:
-        pruning: target, and for `gram` how to prune.
-        algorithm: one of `ALGORITHMS`.
-        weights: `equal`, or `sample_size` (calibration windows of each client).
-        fold: with `latest` a new round's aggregate of a block replaces the earlier one, `cumulative` adds sums and votes.
-        expansion: `matrix` or `row`, the group in which entries compete in mask expansion.
-        comparisons: which of `standalone` and `fedavg` to make beside the global model of `fedspallm`.
-        mask_only: clients whose pruner leaves kept weights as they are; they send masks without values.
-        gram: which statistics clients send, for `gram`.
-        threads: CPU threads of what the server solves; None leaves it to torch.
-        compression: whether to compress what goes down.
-    """
-
-    pruning: Settings
-    algorithm: str = "fedspallm"
-    weights: str = "equal"
-    fold: str = "latest"
-    expansion: str = "matrix"
-    comparisons: tuple[str, ...] = ()
-    mask_only: frozenset[str] = frozenset()
-    gram: GramSettings = field(default_factory=GramSettings)
-    threads: int | None = None
-    compression: bool = False
-
-
-@dataclass(frozen=True)
-class Server:
+class Context:
     """What folds share.
 
     Attributes:
@@ -75,12 +48,12 @@ class Server:
         folder: a folder of its own.
         device: where sums are kept and combined.
         dense: (block, linear) -> its dense weight (O, I) in `dtype`.
-        groups: linears that share an input, for `gram`.
+        groups: linears that share an input, for algorithms that gather statistics.
     """
 
     layout: Layout
     dtype: torch.dtype
-    settings: Aggregation
+    settings: ServerSettings
     folder: Path
     device: str
     dense: Callable[[int, str], Tensor]
@@ -90,9 +63,40 @@ class Server:
         """A dense weight, (O, I) float32, where sums are."""
         return self.dense(block, name).to(self.device, torch.float32)
 
+    def matrix(self, block: int, name: str) -> Matrix:
+        """What the arithmetic of an exchange may ask of a matrix."""
+        return Matrix(self.settings.sparsity, self.settings.expansion, partial(self.dense_float, block, name))
+
+    def shape(self, block: int, name: str) -> tuple[int, int]:
+        """(O, I) of a linear."""
+        return self.layout.shapes(block)[name]
+
+    @property
+    def cumulative(self) -> bool:
+        """Whether sums of earlier rounds are added."""
+        return self.settings.fold == "cumulative"
+
+
+@dataclass(frozen=True)
+class UnitBytes:
+    """Memory that the server takes for one unit.
+
+    Attributes:
+        sums: bytes of its sums.
+        closing: bytes at most, beside them, when it is closed.
+        made: bytes of what is made of it, packed.
+    """
+
+    sums: int
+    closing: int
+    made: int
+
 
 class Fold(Protocol):
     """The server's side of one exchange."""
+
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """What a unit takes that so many clients send."""
 
     def units(self, block: int) -> tuple[str, ...]:
         """What clients send of a block."""
@@ -103,10 +107,10 @@ class Fold(Protocol):
     def open(self, block: int, unit: str, clients: int) -> Any:
         """Empty sums of a unit that so many clients will send."""
 
-    def guard(self, sums: Any, packed: Packed, weight: int) -> None:
+    def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
-    def add(self, sums: Any, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
+    def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""
 
     def close(self, block: int, unit: str, sums: Any) -> tuple[Stores, dict[str, int]]:
@@ -116,145 +120,205 @@ class Fold(Protocol):
 class _MatrixFold:
     """What folds of single matrices share."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        self._context = context
+        self._exchange = exchange
 
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
-        return tuple(linear.name for linear in self._server.layout.blocks[block])
+        return tuple(linear.name for linear in self._context.layout.blocks[block])
+
+    def _entries(self, block: int, unit: str) -> int:
+        rows, columns = self._context.shape(block, unit)
+        return rows * columns
+
+    def _packed_bytes(self, block: int, unit: str) -> int:
+        """Bytes of a matrix with values once packed."""
+        context, entries = self._context, self._entries(block, unit)
+        return packed_size(context.shape(block, unit), context.settings.sparsity.zeros(entries), context.dtype)
+
+    @property
+    def _algorithm(self) -> Algorithm:
+        return registry.find(self._context.settings.algorithm)
+
+    def _made(self, make: Make, sums: L0Sums | Votes, block: int, unit: str) -> tuple[Tensor, Tensor] | Tensor:
+        """What an exchange makes of sums, if it is what it has to be.
+
+        Raises:
+            PruningError: shape, dtype or number of zeros is wrong.
+        """
+        context = self._context
+        made = make(sums, context.matrix(block, unit))
+        weight, mask = made if isinstance(made, tuple) else (made, made)
+        where = f"algorithm {context.settings.algorithm}, block {block}, {unit}"
+        shape = context.shape(block, unit)
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape or weight.shape != mask.shape:
+            raise PruningError(
+                f"{where}: the server makes a weight of shape {list(shape)} and a mask, bool, True = kept; got "
+                f"{list(weight.shape)} and {mask.dtype} {list(mask.shape)}"
+            )
+        zeros, expected = mask.numel() - int(mask.count_nonzero()), context.settings.sparsity.zeros(mask.numel())
+        if zeros != expected and not expected < zeros <= self._unanimous(sums):
+            raise PruningError(
+                f"{where}: sparsity {context.settings.sparsity} prunes {expected} of {mask.numel()} entries, the mask "
+                f"{zeros}"
+            )
+        return made
+
+    @staticmethod
+    def _unanimous(sums: L0Sums | Votes) -> int:
+        """Entries that every client pruned: no mask brings them back."""
+        return unexpanded_zeros(sums.votes if isinstance(sums, L0Sums) else sums.pruned, sums.clients)
 
 
 class _MeanFold(_MatrixFold):
     """What folds share that add values up."""
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
-        self._weighted = server.settings.weights == "sample_size"
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        super().__init__(context, exchange)
+        self._weighted = context.settings.weights == "sample_size"
         self._no_sums = L0Sums.empty((0, 0), self._weighted)
 
     def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
         """Ranges of the fixed-point sums."""
-        (sums or self._no_sums).check_range(largest_magnitude(packed["values"]), weight)
+        assert packed.values is not None
+        (sums or self._no_sums).check_range(largest_magnitude(packed.values), weight)
 
 
 class WeightFold(_MeanFold):
-    """Masks and weights into l0 sums, from which one model or several are made."""
+    """Masks and weights into l0 sums, from which the global model is made, and others to compare it with."""
 
-    def __init__(self, server: Server, combine: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]) -> None:
-        """Make a model for each store, with what `combine` has for it; those that use the sums up come last."""
-        super().__init__(server)
-        self._combine = combine
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        super().__init__(context, exchange)
+        others = [registry.find(name) for name in context.settings.comparisons]
+        self._apart = [algorithm for algorithm in others if algorithm.apart]
+        self._makes = {one.name: one.round[0].make for one in others if not one.apart}
+        self._makes[DOWN[exchange.down]] = exchange.make  # the last: it may use the sums up
+        self._closing = max(one.closing_bytes for one in (*others, self._algorithm))
+
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Sums of all entries; a packed matrix for each store."""
+        entries, made = self._entries(block, unit), len(self._makes) * self._packed_bytes(block, unit)
+        return UnitBytes(L0Sums.entry_bytes(self._weighted, clients) * entries, self._closing * entries, made)
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
-        server, alone = self._server, client in self._server.settings.mask_only
+        context, alone = self._context, client in self._context.settings.mask_only
 
         def check(packed: Any, where: str) -> Packed:
-            shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
-            checked = check_matrix(packed, where, shape, server.dtype, target, alone)
-            return with_values(checked, server.dense(block, unit)) if alone else checked
+            shape, target = context.shape(block, unit), context.settings.sparsity
+            checked = check_matrix(packed, where, shape, context.dtype, target, alone)
+            return checked.with_values(context.dense(block, unit)) if alone else checked
 
         return check
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
-        return L0Sums.empty(self._server.layout.shapes(block)[unit], self._weighted, clients, self._server.device)
+        return L0Sums.empty(self._context.shape(block, unit), self._weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold weights and mask."""
-        device = self._server.device
-        sums.add_packed(packed["values"].to(device), packed["mask"].to(device), weight)
-        if "standalone" in self._server.settings.comparisons:
-            PackedStore(self._server.folder / "standalone" / client).add(block, {unit: packed})
+        device = self._context.device
+        assert packed.values is not None
+        sums.add_packed(packed.values.to(device), packed.bits.to(device), weight)
+        for algorithm in self._apart:
+            keep(self._context, algorithm, client, block, {unit: packed})
 
     def close(self, block: int, unit: str, sums: L0Sums) -> tuple[Stores, dict[str, int]]:
         """Combine for each store."""
-        if self._server.settings.fold == "cumulative":
-            sums = with_earlier_rounds(sums, self._server.folder, block, unit, self._server.device)
+        if self._context.cumulative:
+            sums = with_earlier_rounds(self._context, sums, block, unit)
         facts = {"zeros_before_expansion": unexpanded_zeros(sums.votes, sums.clients)}
         stores = {}
-        for store, combine in self._combine.items():
+        for store, make in self._makes.items():
+            assert make is not None, "weights that are kept as they come have a fold of their own"
             # No name for what is packed: it would be kept while the next is made.
-            stores[store] = {unit: pack(*combine(sums), self._server.dtype)}
+            stores[store] = {unit: pack(*self._made(make, sums, block, unit), self._context.dtype)}
         return stores, facts
 
 
 class VoteFold(_MatrixFold):
-    """Masks into votes, from which `decide` makes the mask of all."""
+    """Masks into votes, from which the mask of all is made, with or without weights."""
 
-    def __init__(self, server: Server, store: str, decide: Callable[..., tuple[Tensor, Tensor] | Tensor]) -> None:
-        """Put into a store what `decide` makes of votes and dense weights: a matrix with its mask, or a mask alone."""
-        super().__init__(server)
-        self._store = store
-        self._decide = decide
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Votes of all entries; what is made is a mask, or a matrix."""
+        entries, shape = self._entries(block, unit), self._context.shape(block, unit)
+        mask = packed_size(shape, entries, self._context.dtype)
+        made = mask if self._exchange.down == "masks" else self._packed_bytes(block, unit)
+        return UnitBytes(Votes.entry_bytes(clients) * entries, self._algorithm.closing_bytes * entries, made)
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """A mask of the right shape and sparsity."""
-        server = self._server
-
-        def check(packed: Any, where: str) -> Packed:
-            shape, target = server.layout.shapes(block)[unit], server.settings.pruning.target
-            return check_matrix(packed, where, shape, server.dtype, target, mask_only=True)
-
-        return check
+        context = self._context
+        return lambda packed, where: check_matrix(
+            packed, where, context.shape(block, unit), context.dtype, context.settings.sparsity, mask_only=True
+        )
 
     def open(self, block: int, unit: str, clients: int) -> Votes:
         """No votes."""
-        return Votes.empty(self._server.layout.shapes(block)[unit], clients, self._server.device)
+        return Votes.empty(self._context.shape(block, unit), clients, self._context.device)
 
     def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
         """Votes have room for all clients from the start."""
 
     def add(self, sums: Votes, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Count a mask."""
-        sums.add(packed["mask"].to(self._server.device))
+        sums.add(packed.bits.to(self._context.device))
 
     def close(self, block: int, unit: str, sums: Votes) -> tuple[Stores, dict[str, int]]:
         """Decide."""
-        server = self._server
-        if server.settings.fold == "cumulative":
-            sums = with_earlier_rounds(sums, server.folder, block, unit, server.device)
-        made = self._decide(sums, server.dense_float(block, unit))
-        packed = pack_mask(made) if isinstance(made, Tensor) else pack(*made, server.dtype)
-        return {self._store: {unit: packed}}, {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
+        if self._context.cumulative:
+            sums = with_earlier_rounds(self._context, sums, block, unit)
+        assert self._exchange.make is not None, "`Algorithm` refuses masks of which nothing is made"
+        made = self._made(self._exchange.make, sums, block, unit)
+        packed = pack_mask(made) if isinstance(made, Tensor) else pack(*made, self._context.dtype)
+        facts = {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
+        return {DOWN[self._exchange.down]: {unit: packed}}, facts
 
 
 class ValueFold(_MeanFold):
     """Values under masks that were agreed on into their mean."""
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
-        self._masks = PackedStore(server.folder / MASKS)
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        super().__init__(context, exchange)
+        self._masks = PackedStore(context.folder / MASKS)
+
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Sums of kept entries alone."""
+        entries = self._entries(block, unit)
+        kept = entries - self._context.settings.sparsity.zeros(entries)
+        sums = L0Sums.entry_bytes(self._weighted, clients) * kept
+        return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """As many values as the mask keeps."""
-        return lambda packed, where: check_values(packed, where, self._agreed(block, unit), self._server.dtype)
+        return lambda packed, where: check_values(packed, where, self._agreed(block, unit), self._context.dtype)
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
-        kept = bitmask.count(self._agreed(block, unit)["mask"])
-        return L0Sums.empty((1, kept), self._weighted, clients, self._server.device)
+        return L0Sums.empty((1, self._agreed(block, unit).kept), self._weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
-        values = packed["values"].to(self._server.device)
+        assert packed.values is not None
+        values = packed.values.to(self._context.device)
         sums.add_packed(values, bitmask.to_bits(torch.ones_like(values, dtype=torch.bool)), weight)
 
     def close(self, block: int, unit: str, sums: L0Sums) -> tuple[Stores, dict[str, int]]:
         """The mean of the values."""
-        values = l0_mean(sums).view(-1).to(self._server.dtype).cpu()
-        return {GLOBAL: {unit: {**self._agreed(block, unit), "values": values}}}, {}
+        values = l0_mean(sums).view(-1).to(self._context.dtype).cpu()
+        return {GLOBAL: {unit: replace(self._agreed(block, unit), values=values)}}, {}
 
     def _agreed(self, block: int, unit: str) -> Packed:
-        return (self._masks.load(block, unit) or {})[unit]
+        return (self._masks.get(block, unit) or {})[unit]
 
 
 class KeepFold(WeightFold):
-    """Matrices kept as they come, each client's in its own store."""
+    """Matrices kept as they come: each client's in its own store, or the one participant's as the global model."""
 
-    def __init__(self, server: Server, store_of: Callable[[str], str]) -> None:
-        super().__init__(server, {})
-        self._store_of = store_of
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Nothing is summed."""
+        return UnitBytes(0, 0, self._packed_bytes(block, unit))
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Nothing is summed."""
@@ -262,72 +326,93 @@ class KeepFold(WeightFold):
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Store a matrix."""
-        PackedStore(self._server.folder / self._store_of(client)).add(block, {unit: packed})
+        keep(self._context, self._algorithm, client, block, {unit: packed})
 
     def close(self, block: int, unit: str, sums: L0Sums) -> tuple[Stores, dict[str, int]]:
         """Nothing is left to do."""
         return {}, {}
 
 
+def keep(context: Context, algorithm: Algorithm, client: str, block: int, linears: Mapping[str, Packed]) -> None:
+    """Store matrices of one client."""
+    PackedStore(context.folder / (algorithm.store_of(client) or GLOBAL)).add(block, linears)
+
+
 class GramFold:
     """Statistics into their sum, with which all matrices that take the input are pruned."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._rounded = server.settings.gram.precision != "fp32"
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        self._context = context
+        self._rounded = context.settings.gram.precision != "fp32"
         self._features = {
-            (block, names[0]): server.layout.shapes(block)[names[0]][1]
-            for block, inputs in enumerate(server.groups)
+            (block, names[0]): context.shape(block, names[0])[1]
+            for block, inputs in enumerate(context.groups)
             for names in inputs
         }
 
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Sums are first made a square, which is then pruned with; the sums are gone by then."""
+        settings, features = self._context.settings, self._features[block, unit]
+        shapes = [self._context.shape(block, name) for name in self._linears(block, unit)]
+        sums = GramSum.nbytes(features, settings.gram.drift)
+        pruning = from_sums.working_bytes(shapes, settings, settings.gram.drift) - sums
+        zeros = [settings.sparsity.zeros(rows * columns) for rows, columns in shapes]
+        made = sum(packed_size(shape, count, self._context.dtype) for shape, count in zip(shapes, zeros, strict=True))
+        return UnitBytes(sums, max(GramSum.closing_bytes(features, settings.gram.drift), pruning), made)
+
+    def _linears(self, block: int, unit: str) -> tuple[str, ...]:
+        """The linears that take an input."""
+        return next(names for names in self._context.groups[block] if names[0] == unit)
+
     def units(self, block: int) -> tuple[str, ...]:
         """One for each input, by its first linear."""
-        return tuple(names[0] for names in self._server.groups[block])
+        return tuple(names[0] for names in self._context.groups[block])
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """Statistics of the right size and precision."""
-        settings, features = self._server.settings.gram, self._features[block, unit]
-        return partial(check_gram, features=features, precision=settings.precision, drift=settings.drift)
+        gram = self._context.settings.gram
+        return partial(check_gram, parts=parts_of(self._features[block, unit], gram.precision, gram.drift))
 
     def open(self, block: int, unit: str, clients: int) -> GramSum:
         """Empty sums."""
-        return GramSum(self._features[block, unit], self._server.settings.gram.drift, self._server.device)
+        return GramSum(self._features[block, unit], self._context.settings.gram.drift, self._context.device)
 
-    def guard(self, sums: GramSum | None, packed: Packed, weight: int) -> None:
+    def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def add(self, sums: GramSum, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
+    def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""
-        sums.add(packed)
+        packed.add_to(sums)
 
     def close(self, block: int, unit: str, sums: GramSum) -> tuple[Stores, dict[str, int]]:
         """Prune the matrices that take the input, and keep the sums for further targets where they hold for any."""
-        server, total = self._server, sums.result()
-        linears = next(names for names in server.groups[block] if names[0] == unit)
-        if server.settings.gram.propagate == "dense":
-            store, cumulative = GramStore(server.folder / STATISTICS), server.settings.fold == "cumulative"
-            if cumulative:
+        context, total = self._context, sums.result()
+        linears = self._linears(block, unit)
+        if context.settings.gram.propagate == "dense":
+            store = GramStore(context.folder / STATISTICS)
+            if context.cumulative:
                 total = store.add(block, linears, total, self._rounded)
             else:
                 store.save(block, linears, total, self._rounded)
-        weights = {name: server.dense_float(block, name) for name in linears}
-        pruned = prune_input(weights, total, server.settings, self._rounded, f"block {block}, {unit}")
-        return {GLOBAL: {name: pack(*made, server.dtype) for name, made in pruned.items()}}, {}
+        weights = {name: context.dense_float(block, name) for name in linears}
+        pruned = prune_input(
+            weights, total, context.settings, self._rounded, context.settings.threads, f"block {block}, {unit}"
+        )
+        return {GLOBAL: {name: pack(*made, context.dtype) for name, made in pruned.items()}}, {}
 
 
 def prune_input(
-    weights: Mapping[str, Tensor], sums: gram.Sums, settings: Aggregation, rounded: bool, where: str
-) -> dict[str, gram.Pruned]:
-    """Prune all matrices that take one input with the server's threads (see `algorithms.gram.prune`).
+    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, threads: int | None, where: str
+) -> dict[str, Pruned]:
+    """Prune all matrices that take one input with the server's threads (see `pruning.from_sums.prune`).
 
     Raises:
         PruningError: a matrix cannot be pruned; names block and input.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
-        pruned = gram.prune(weights, sums, settings.pruning, rounded)
+        pruned = from_sums.prune(weights, sums, settings, rounded)
     except PruningError as error:
         raise PruningError(f"server, {where}: {error}") from error
     for name, (weight, _) in pruned.items():
@@ -336,39 +421,30 @@ def prune_input(
     return pruned
 
 
-def with_earlier_rounds(sums: SumsT, folder: Path, block: int, unit: str, device: str) -> SumsT:
+def with_earlier_rounds(context: Context, sums: SumsT, block: int, unit: str) -> SumsT:
     """Sums of a matrix with those of earlier rounds added, which are kept in a file.
 
     Raises:
         UpdateError: the sums leave their range.
     """
-    file = folder / "sums" / f"{block:04d}-{unit}.safetensors"
+    file = context.folder / "sums" / f"{block:04d}-{unit}.safetensors"
     if file.is_file():
         try:
-            sums.merge(load_sums(type(sums), file, device))
+            sums.merge(load_sums(type(sums), file, context.device))
         except ValueError as error:
             raise UpdateError(f"block {block}, {unit}: the sums of all rounds: {error}") from error
     save_sums(sums, file)
     return sums
 
 
-def folds(server: Server) -> tuple[Fold, ...]:
-    """The folds of an algorithm's exchanges; the one of `gram` serves all exchanges of a sweep."""
-    settings = server.settings
-    target, group = settings.pruning.target, settings.expansion
-    average = partial(fedavg.combine, target=target)
-    spallm: dict[str, Any] = {"fedavg": average} if "fedavg" in settings.comparisons else {}
-    spallm[GLOBAL] = partial(fedspallm.combine, target=target, group=group)
-    made: dict[str, Callable[[], tuple[Fold, ...]]] = {
-        "fedspallm": lambda: (WeightFold(server, spallm),),
-        "fedavg": lambda: (WeightFold(server, {GLOBAL: average}),),
-        "fedprllm": lambda: (VoteFold(server, GLOBAL, partial(fedprllm.combine, target=target, group=group)),),
-        "consensus": lambda: (
-            VoteFold(server, MASKS, partial(consensus.agree, target=target, group=group)),
-            ValueFold(server),
-        ),
-        "gram": lambda: (GramFold(server),),
-        "standalone": lambda: (KeepFold(server, lambda client: f"standalone/{client}"),),
-        "centralized": lambda: (KeepFold(server, lambda client: GLOBAL),),
-    }
-    return made[settings.algorithm]()
+_FOLDS: dict[str, Callable[[Context, Exchange], Fold]] = {
+    "weights": lambda context, exchange: (WeightFold if exchange.make else KeepFold)(context, exchange),
+    "masks": VoteFold,
+    "values": ValueFold,
+    "grams": GramFold,
+}
+
+
+def folds(context: Context) -> tuple[Fold, ...]:
+    """The folds of an algorithm's exchanges; a single one serves all exchanges of a sweep."""
+    return tuple(_FOLDS[exchange.up](context, exchange) for exchange in registry.find(context.settings.algorithm).round)

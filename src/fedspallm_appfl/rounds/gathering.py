@@ -1,12 +1,12 @@
-"""The sweep of a client that sends statistics and prunes nothing: Gram matrices of the inputs of linears.
+"""A client's sweep that sends statistics and prunes nothing: Gram matrices of the inputs of linears.
 
 Either of the dense model in one forward pass, or of the model as it is pruned block by block and input by input, where the
 server's matrices are awaited between two inputs. See `algorithms.gram`.
 
-Before any attention an input is a function of single tokens: its Gram matrix is a sum over the vocabulary, of which a
-linear system gives back how often each token occurs in the text. That is so for the very first input, and where the MLP
-stands beside the attention for those of the first MLP. A client may send Gram matrices of random tokens in their place
-(`public_first`).
+Before any attention an input is a function of single tokens: its Gram matrix is a sum over the vocabulary, and a linear
+system gives back how often each token occurs in the text. That is so for the very first input, and where the MLP stands
+beside the attention for those of the first MLP. With `gram.first_input: public` a client sends Gram matrices of random
+tokens for these.
 
 Legend: T tokens, I in features.
 """
@@ -14,90 +14,71 @@ Legend: T tokens, I in features.
 import copy
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedspallm_appfl.algorithms.exchange import Groups
-from fedspallm_appfl.algorithms.gram import Sums
-from fedspallm_appfl.heap import give_back
-from fedspallm_appfl.models.blockwise import Activations, Agreed, SharedInputs, Stop, advance, check_statistic, embed
+from fedspallm_appfl.devices import give_back
+from fedspallm_appfl.models.blockwise import Activations, Stop, advance, embed
+from fedspallm_appfl.models.inputs import PROBE, SharedInputs, check_statistic, inputs_of
 from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
+from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.pruning.statistics import InputGram
+from fedspallm_appfl.rounds.source import Source
 
-PROBE = 8  # tokens of the pass that finds out which linears share an input
+Gathered = Iterator[tuple[int, dict[str, Sums]]]
 
 
-@torch.no_grad()
-def shared_inputs(model: LazyModel) -> Groups:
-    """Which linears of each block get the same input, from a pass of a few tokens through one block of each kind.
+@dataclass(frozen=True)
+class _States:
+    """Hidden states in front of a block.
 
-    Server and clients come to the same answer without a word, as they hold the same model.
-
-    Returns:
-        For each block the inputs in the order of the forward pass, each as the names of its linears.
+    Attributes:
+        pruned: in the model that is pruned so far.
+        dense: in the dense model, where its output is the target; else None.
     """
-    windows = torch.arange(PROBE).unsqueeze(0) % model.skeleton.vocabulary
-    state, found, kinds = embed(model, windows, 1), [], {}
-    for index, linears in enumerate(model.layout.blocks):
-        kind = type(model.blocks[index]), linears
-        if kind not in kinds:
-            inputs = SharedInputs(linears, lambda linear: InputNorms(linear.shape[1], model.device))
-            with model.block(index) as block, inputs.watched(block), suppress(Stop):
-                state.calls[0][index](block, state.hidden[0])
-            kinds[kind] = tuple(tuple(names) for names, _ in inputs.groups())
-        found.append(kinds[kind])
-    return tuple(found)
+
+    pruned: Activations
+    dense: Activations | None = None
 
 
-def dense_grams(
-    model: LazyModel,
-    windows: Tensor,
-    assigned: set[int],
-    groups: Groups,
-    *,
-    public_first: int | None = None,
-    batch: int = 1,
-    client: str = "local",
-    activations: str = "memory",
-) -> Iterator[tuple[int, dict[str, Sums]]]:
-    """Gram matrices of the dense model, in one forward pass.
+def gathered(source: Source, assigned: set[int], start: tuple[int, str] | None = None) -> Gathered:
+    """Gram matrices of the inputs of some blocks.
 
     Args:
-        model: the dense model.
-        windows: (n, T) int64 calibration tokens.
+        source: the client; its `gram` settings say which model they are of.
         assigned: blocks whose inputs are wanted.
-        groups: as `shared_inputs` finds them.
-        public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
-            client's own.
-        batch: windows in a batch.
-        client: whom to name in errors.
-        activations: where hidden states between blocks are kept.
+        start: (block, first linear) of the input that a sweep begins with, where those of all earlier ones are agreed on.
 
     Yields:
-        (block, first linear of each input -> its Gram matrix).
+        (block, first linear of an input -> its sums); of the dense model all inputs of a block at once, in a sweep one by one.
+        When a sweep goes on after a yield, the matrices of the input that it gave are agreed on.
 
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
     """
-    public = _public_sums(
-        model, windows, groups, public_first if 0 in assigned else None, False, batch, activations, client
-    )
-    state = embed(model, windows, batch, activations, client)
+    if source.settings.gram.propagate == "dense":
+        return _dense(source, assigned)
+    return _swept(source, assigned, start)
+
+
+def _dense(source: Source, assigned: set[int]) -> Gathered:
+    """In one forward pass of the dense model."""
+    public, state = _public_sums(source, 0 in assigned), source.embedded()
     last = max(assigned, default=-1)
     for index in range(last + 1):
-        with model.block(index) as block:
+        with source.model.block(index) as block:
             if index in assigned:
-                done = [_grams_and_advance(model, block, index, state, go_on=index < last)]
+                done = [_grams_and_advance(source, block, index, state, go_on=index < last)]
             else:
                 advance(block, index, state)
         give_back()
         if index in assigned:
             grams = done.pop()
-            leaders = [names[0] for names in groups[index]]
+            leaders = [names[0] for names in source.groups[index]]
             for name in leaders:
-                check_statistic(grams[name], f"client {client}, block {index}, {name}")
+                check_statistic(grams[name], source.where(index, name))
             found = {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
             if index == 0:
                 found |= public
@@ -108,9 +89,10 @@ def dense_grams(
 
 @torch.no_grad()
 def _grams_and_advance(
-    model: LazyModel, block: nn.Module, index: int, state: Activations, go_on: bool
+    source: Source, block: nn.Module, index: int, state: Activations, go_on: bool
 ) -> dict[str, InputGram]:
     """Gram matrix of every linear's input; the block's outputs take the place of its inputs."""
+    model = source.model
     inputs = SharedInputs(model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device))
     with inputs.watched(block):
         for number, hidden in enumerate(state.hidden):
@@ -120,98 +102,55 @@ def _grams_and_advance(
     return {name: gram for names, gram in inputs.groups() for name in names}
 
 
-def swept_grams(
-    model: LazyModel,
-    windows: Tensor,
-    assigned: set[int],
-    groups: Groups,
-    agreed: Agreed,
-    *,
-    start: tuple[int, str] | None = None,
-    dense_target: bool = False,
-    public_first: int | None = None,
-    batch: int = 1,
-    client: str = "local",
-    activations: str = "memory",
-) -> Iterator[tuple[int, dict[str, Sums]]]:
-    """Gram matrices of the model that is being pruned, input by input.
-
-    Args:
-        model: the dense model.
-        windows: (n, T) int64 calibration tokens.
-        assigned: blocks whose inputs are wanted.
-        groups: as `shared_inputs` finds them.
-        public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
-            client's own.
-        agreed: the matrices pruned so far; when this goes on after a yield, those of the input that it gave are there.
-        start: (block, first linear) of the input to begin with, where those of all earlier ones are agreed on.
-        dense_target: keep the dense model's hidden states too, and give the drift from them.
-        batch: windows in a batch.
-        client: whom to name in errors.
-        activations: where hidden states between blocks are kept.
-
-    Yields:
-        (block, {first linear of one input: its sums}).
-
-    Raises:
-        PruningError: an input holds NaN or infinity, or was never seen.
-    """
+def _swept(source: Source, assigned: set[int], start: tuple[int, str] | None) -> Gathered:
+    """Input by input of the model that is being pruned."""
     last = max(assigned, default=-1)
-    order = [(index, names[0]) for index, inputs in enumerate(groups) for names in inputs]
+    order = [(index, names[0]) for index, inputs in enumerate(source.groups) for names in inputs]
     done = set(order[: order.index(start)]) if start else set()
-    seed = public_first if 0 in assigned and (start is None or start[0] == 0) else None
-    public = _public_sums(model, windows, groups, seed, dense_target, batch, activations, client)
-    state = embed(model, windows, batch, activations, client)
-    dense = embed(model, windows, batch, activations, client) if dense_target else None
+    public = _public_sums(source, 0 in assigned and (start is None or start[0] == 0))
+    states = _States(source.embedded(), source.embedded() if source.settings.gram.drift else None)
     for index in range(last + 1):
-        linears = {linear.name: linear for linear in model.layout.blocks[index]}
-        for names in groups[index] if index in assigned else ():
+        linears = {linear.name: linear for linear in source.model.layout.blocks[index]}
+        for names in source.groups[index] if index in assigned else ():
             if (index, names[0]) in done:
                 continue
             if index == 0 and names[0] in public:
                 found = [public.pop(names[0])]
             else:
-                found = [_sums(model, index, linears[names[0]], state, dense, agreed, client)]
+                found = [_sums(source, index, linears[names[0]], states)]
             give_back()
             yield index, {names[0]: found.pop()}
         if index < last:
-            _go_on(model, index, state, dense, agreed)
+            _go_on(source, index, states)
 
 
-def _public_sums(
-    model: LazyModel,
-    windows: Tensor,
-    groups: Groups,
-    seed: int | None,
-    drift: bool,
-    batch: int,
-    activations: str,
-    client: str,
-) -> dict[str, Sums]:
+def _public_sums(source: Source, wanted: bool) -> dict[str, Sums]:
     """Sums of random tokens, the same for all clients, for the inputs that single tokens decide.
 
-    No earlier matrix changes these, so they can be made first, and the hidden states need not be kept beside the client's.
+    As many tokens as the client's. No earlier matrix changes these, so they are made first, and the hidden states need not
+    be kept beside the client's.
     """
-    if seed is None:
+    if not wanted or source.settings.gram.first_input == "private":
         return {}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(model.skeleton.vocabulary, windows.shape, generator=generator)
-    state = embed(model, drawn, batch, activations, client)
-    linears = {linear.name: linear for linear in model.layout.blocks[0]}
-    names = _decided_by_single_tokens(model, groups)
-    return {name: _sums(model, 0, linears[name], state, state if drift else None, {}, client) for name in names}
+    generator = torch.Generator().manual_seed(source.settings.seed)
+    drawn = torch.randint(source.model.vocabulary, source.windows.shape, generator=generator)
+    state = source.embedded(drawn)
+    states = _States(state, state if source.settings.gram.drift else None)
+    linears = {linear.name: linear for linear in source.model.layout.blocks[0]}
+    return {name: _sums(source, 0, linears[name], states, fresh=True) for name in _decided_by_single_tokens(source)}
 
 
 @torch.no_grad()
-def _decided_by_single_tokens(model: LazyModel, groups: Groups) -> list[str]:
+def _decided_by_single_tokens(source: Source) -> list[str]:
     """First linears of the inputs of the first block that no earlier token changes."""
-    windows = torch.arange(2 * PROBE).view(2, PROBE) % model.skeleton.vocabulary
+    model = source.model
+    windows = torch.arange(2 * PROBE).view(2, PROBE) % model.vocabulary
     windows[:, -1] = 0  # the same last token after others
     state, found = embed(model, windows, 2), []
-    for names in groups[0]:
+    for names in source.groups[0]:
         linear = next(linear for linear in model.layout.blocks[0] if linear.name == names[0])
         with model.block(0) as block:
-            inputs = _input(block, linear, state, 0, 0, state.hidden[0])
+            inputs = inputs_of(block, linear, state, 0, 0, state.hidden[0])
         if len(inputs) == windows.numel():  # an expert sees some tokens only, and comes after the attention
             first, second = inputs.view(2, PROBE, -1)[:, -1]
             if torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(inputs.abs().max())):
@@ -219,51 +158,33 @@ def _decided_by_single_tokens(model: LazyModel, groups: Groups) -> list[str]:
     return found
 
 
-def _go_on(model: LazyModel, index: int, state: Activations, dense: Activations | None, agreed: Agreed) -> None:
-    with model.block(index, agreed.get(index)) as block:
-        advance(block, index, state)
-    if dense is not None:
-        with model.block(index) as block:
-            advance(block, index, dense)
+def _go_on(source: Source, index: int, states: _States) -> None:
+    with source.model.block(index, source.agreed.get(index)) as block:
+        advance(block, index, states.pruned)
+    if states.dense is not None:
+        with source.model.block(index) as block:
+            advance(block, index, states.dense)
 
 
 @torch.no_grad()
-def _sums(
-    model: LazyModel,
-    index: int,
-    linear: Linear,
-    state: Activations,
-    dense: Activations | None,
-    agreed: Agreed,
-    client: str,
-) -> Sums:
-    gram, features = InputGram(linear.shape[1], model.device), linear.shape[1]
-    drift = None if dense is None else torch.zeros(features, features, device=model.device)
-    twin = None
-    if dense is not None:
-        with model.block(index) as block:
-            twin = copy.deepcopy(block)
-    with model.block(index, agreed.get(index)) as block:
-        for number, hidden in enumerate(state.hidden):
-            inputs = _input(block, linear, state, number, index, hidden)
+def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bool = False) -> Sums:
+    """Sums of one input; `fresh` of a model in which nothing is pruned."""
+    model, features = source.model, linear.shape[1]
+    gram = InputGram(features, model.device)
+    drift = None if states.dense is None else torch.zeros(features, features, device=model.device)
+    twin = _copy_of(source, index) if states.dense is not None else None
+    with model.block(index, None if fresh else source.agreed.get(index)) as block:
+        for number, hidden in enumerate(states.pruned.hidden):
+            inputs = inputs_of(block, linear, states.pruned, number, index, hidden)
             gram.add(inputs)
-            if drift is not None and dense is not None and twin is not None:
-                before = _input(twin, linear, dense, number, index, dense.hidden[number])
+            if drift is not None and states.dense is not None and twin is not None:
+                before = inputs_of(twin, linear, states.dense, number, index, states.dense.hidden[number])
                 drift.addmm_((before - inputs).T, inputs)
-    check_statistic(gram, f"client {client}, block {index}, {linear.name}")
+    check_statistic(gram, source.where(index, linear.name))
     return Sums(gram.upper, gram.tokens, drift)
 
 
-def _input(block: nn.Module, linear: Linear, state: Activations, number: int, index: int, hidden: Tensor) -> Tensor:
-    """What goes into a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
-    seen: list[Tensor] = []
-
-    def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].reshape(-1, args[0].shape[-1]).float())
-        raise Stop
-
-    hook = block.get_submodule(linear.name).register_forward_pre_hook(take)
-    with suppress(Stop):
-        state.calls[number][index](block, hidden)
-    hook.remove()
-    return seen[0] if seen else hidden.new_zeros(0, linear.shape[1], dtype=torch.float32)
+def _copy_of(source: Source, index: int) -> nn.Module:
+    """The dense block, to be run beside the pruned one."""
+    with source.model.block(index) as block:
+        return copy.deepcopy(block)

@@ -8,38 +8,24 @@ number of clients and rounds, and never the model.
 Aggregated weights are rounded to the dtype of the checkpoint, which is also what clients send and receive.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedspallm_appfl.algorithms.exchange import Exchange, Groups
-from fedspallm_appfl.algorithms.registry import exchanges
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.heap import give_back
-from fedspallm_appfl.models.layout import Layout
-from fedspallm_appfl.rounds.folds import GLOBAL, MASKS, Aggregation, Fold, Server, Stores, folds
+from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, folds
 from fedspallm_appfl.rounds.uploads import sizes
-from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.wire.messages import Unit, plan
-from fedspallm_appfl.wire.packed import (
-    Blocks,
-    Packed,
-    check_update,
-    compress,
-    make_update,
-    matrices,
-    nbytes,
-    update_nbytes,
-)
+from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
-
-FOLDS = ("latest", "cumulative")
-WEIGHTS = ("equal", "sample_size")
-DOWN = {"weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
+from fedspallm_appfl.wire.update import check_update, compress, make_update, update_nbytes
 
 
 @dataclass
@@ -105,38 +91,21 @@ class GlobalModel:
         exchanges: what travels in a round.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        dtype: torch.dtype,
-        settings: Aggregation,
-        folder: Path,
-        dense: Callable[[int, str], Tensor],
-        device: str = "cpu",
-        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-        groups: Groups = (),
-    ) -> None:
+    def __init__(self, context: Context, on_event: OnEvent = ignore) -> None:
         """Start with nothing pruned.
 
         Args:
-            layout: blocks and linears of the model.
-            dtype: dtype of the checkpoint.
-            settings: how to combine uploads.
-            folder: a folder of its own for packed blocks, and sums where they are kept.
-            dense: (block, linear) -> its dense weight (O, I) in `dtype`.
-            device: where sums are kept and combined.
+            context: model, settings and folder.
             on_event: called with a dict for each block that is done.
-            groups: linears that share an input, for `gram`.
         """
-        self.layout = layout
-        self.settings = settings
-        self.folder = folder
+        self.context = context
+        self.settings = context.settings
+        self.folder = context.folder
         self.on_event = on_event
-        self.done = PackedStore(folder / GLOBAL)
+        self.done = PackedStore(self.folder / GLOBAL)
         self.round = Round(-1, {})
-        self.exchanges = exchanges(settings.algorithm, groups, settings.gram.propagate)
-        self._server = Server(layout, dtype, settings, folder, device, dense, groups)
-        self._folds = folds(self._server)
+        self.exchanges = registry.find(self.settings.algorithm).exchanges(context.groups, self.settings.gram)
+        self._folds = folds(context)
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -155,12 +124,10 @@ class GlobalModel:
             blocks_per_message: blocks in a message, fewer where they exceed the limit.
             limit: bytes of a message.
         """
-        server, settings = self._server, self.settings
-        shapes = {block: server.layout.shapes(block) for block in range(len(server.layout.blocks))}
-        target, dtype = settings.pruning.target, server.dtype
-        return plan(
-            sizes(self.exchange, shapes, target, dtype, server.groups, settings.gram), blocks_per_message, limit
-        )
+        context, settings = self.context, self.settings
+        shapes = {block: context.layout.shapes(block) for block in range(len(context.layout.blocks))}
+        bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
+        return plan(bytes_of, blocks_per_message, limit)
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
         """Expect from each client its assigned blocks.
@@ -218,13 +185,13 @@ class GlobalModel:
             if self.exchange.concerns(block)
         }
         checked = check_update(update, f"client {client}", self.round.index, self.round.exchange, expected)
-        for block, name, _ in matrices(checked):
+        for block, name, _ in checked:
             if (client, block, name) in self._received:
                 raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
         weight = self._client_weight(client, samples)
-        for block, name, packed in matrices(checked):
+        for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
-        for block, name, packed in matrices(checked):
+        for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
         return update_nbytes(update)
@@ -290,7 +257,7 @@ class GlobalModel:
         if self.exchange.down is None:
             return []
         sizes = {
-            block: {name: nbytes(packed) for name, packed in self._stored(block).items() if name in names}
+            block: {name: packed.nbytes for name, packed in self._stored(block).items() if name in names}
             for block, names in sorted(self.round.closed.items())
         }
         parts = plan(sizes, len(sizes), limit)
@@ -305,7 +272,11 @@ class GlobalModel:
             )
             for number, units in enumerate(parts)
         ]
-        return [self._compressed(piece) for piece in pieces] if self.settings.compression else pieces
+        return [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+
+    @property
+    def _compresses(self) -> bool:
+        return self.settings.compression == "zstd"
 
     def _compressed(self, piece: Piece) -> Piece:
         """Compress a piece once and keep it on disk: it goes down to every client."""
@@ -319,13 +290,13 @@ class GlobalModel:
 
     def load_piece(self, piece: Piece) -> dict[str, Any]:
         """One piece of the update to send down, ready for the wire."""
-        if self.settings.compression:
+        if self._compresses:
             return torch.load(self._file_of(piece), weights_only=True)
         return self._made(piece)
 
     def _made(self, piece: Piece) -> dict[str, Any]:
         stored = {block: self._stored(block, piece.exchange) for block in {block for block, _ in piece.units}}
-        blocks: Blocks = {}
+        blocks: dict[int, dict[str, Packed]] = {}
         for block, name in piece.units:
             blocks.setdefault(block, {})[name] = stored[block][name]
         update = make_update(piece.round_index, blocks, piece.exchange)
@@ -334,7 +305,7 @@ class GlobalModel:
     def _stored(self, block: int, exchange: int | None = None) -> dict[str, Packed]:
         """What an exchange, or the one that is on, made of a block."""
         down = self.exchanges[self.round.exchange if exchange is None else exchange].down
-        return self.store(DOWN[down or "weights"]).load(block) or {}
+        return self.store(DOWN[down]).get(block) or {}
 
     def store(self, name: str) -> PackedStore:
         """The packed blocks of a store: the global model, masks, or a comparison: `fedavg` or `standalone/CLIENT`."""
@@ -347,14 +318,14 @@ class GlobalModel:
             )
         return samples if self.settings.weights == "sample_size" else 1
 
-    def _guard(self, client: str, block: int, name: str, packed: Packed, weight: int) -> None:
+    def _guard(self, client: str, block: int, name: str, packed: Any, weight: int) -> None:
         sums = self._open[block, name].sums if (block, name) in self._open else None
         try:
             self._fold.guard(sums, packed, weight)
         except ValueError as error:
             raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
 
-    def _add(self, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
+    def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         if (block, unit) not in self._open:
             clients = self.round.clients_of(block) - self.round.given_up
             self._open[block, unit] = _Open(self._fold.open(block, unit, len(clients)), clients)
@@ -384,10 +355,9 @@ class GlobalModel:
         for name, count in facts.items():
             noted[name] += count
         for packed in linears.values():
-            entries = packed["shape"][0] * packed["shape"][1]
-            zeros = entries - bitmask.count(packed["mask"])
+            zeros = packed.entries - packed.kept
             noted["zeros"] += zeros
-            noted["over_target"] += max(0, zeros - self.settings.pruning.target.zeros(entries))
+            noted["over_target"] += max(0, zeros - self.settings.sparsity.zeros(packed.entries))
 
     def _finish_block(self, block: int) -> None:
         """Store what this exchange made of a block."""

@@ -1,58 +1,28 @@
-"""What a client sends: the sweep over its private text that each kind of upload takes.
+"""What a client sends: the sweep over its private text that each kind of upload takes, and the bytes of it.
 
 Legend: O out features, I in features.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedspallm_appfl.algorithms.exchange import Exchange, Groups
-from fedspallm_appfl.algorithms.gram import GramSettings, Sums
+from fedspallm_appfl.algorithms.algorithm import Exchange, Groups
 from fedspallm_appfl.errors import DataError
-from fedspallm_appfl.models.blockwise import prune_blocks
-from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.pruning.pruner import Settings
-from fedspallm_appfl.rounds.gathering import dense_grams, swept_grams
-from fedspallm_appfl.tensors.sparsity import Target
-from fedspallm_appfl.wire.agreed_blocks import AgreedBlocks
+from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.pruning.registry import keeps_weights
+from fedspallm_appfl.rounds.gathering import gathered
+from fedspallm_appfl.rounds.pruning import prune_blocks
+from fedspallm_appfl.rounds.source import Agreed, Source
+from fedspallm_appfl.settings.schema import Gram
+from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
-from fedspallm_appfl.wire.packed import Packed, Shapes, pack, pack_mask, pack_values, packed_sizes
+from fedspallm_appfl.wire.packed import Shapes, pack, pack_mask, pack_values, packed_sizes
+from fedspallm_appfl.wire.update import Unit
 
-Unit = tuple[Packed, dict[str, float]]  # what travels, and what the report should say about it
-Sweep = Iterator[tuple[int, dict[str, Unit]]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """All that a sweep needs of a client.
-
-    Attributes:
-        client: its id, for errors.
-        model: the dense model.
-        windows: (n, T) int64 calibration tokens.
-        pruning: how to prune a matrix.
-        gram: which statistics to send.
-        groups: linears that share an input; empty where only matrices travel.
-        agreed: pruned blocks that came down.
-        masks: masks that came down.
-        options: batch, activations: how to run the model.
-        seed: the experiment's.
-    """
-
-    client: str
-    model: LazyModel
-    windows: Tensor
-    pruning: Settings
-    gram: GramSettings
-    groups: Groups
-    agreed: AgreedBlocks
-    masks: AgreedBlocks
-    options: Mapping[str, Any]
-    seed: int = 0
+Noted = tuple[Unit, dict[str, float]]  # what travels, and what the report should say about it
+Sweep = Iterator[tuple[int, dict[str, Noted]]]
 
 
 def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
@@ -67,18 +37,12 @@ def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
 
 def _weights(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     """Masks and kept weights; no weights where the pruner left them alone, as the server has them too."""
+    if keeps_weights(source.settings):
+        yield from _masks(source, exchange, blocks)
+        return
     dtype = source.model.skeleton.stored_dtype
     for block, linears in _pruned(source, blocks):
-        yield (
-            block,
-            {
-                name: (
-                    pack_mask(one.mask) if source.pruning.keeps_weights else pack(one.weight, one.mask, dtype),
-                    one.notes,
-                )
-                for name, one in linears
-            },
-        )
+        yield block, {name: (pack(one.weight, one.mask, dtype), one.notes) for name, one in linears}
 
 
 def _masks(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
@@ -91,49 +55,38 @@ def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     dtype = source.model.skeleton.stored_dtype
     for block, linears in _pruned(source, blocks, source.masks):
         masks = source.masks.get(block) or {}
-        yield block, {name: (pack_values(one.weight, masks[name]["mask"], dtype), one.notes) for name, one in linears}
+        yield block, {name: (pack_values(one.weight, masks[name].bits, dtype), one.notes) for name, one in linears}
 
 
-def _pruned(source: Source, blocks: set[int], masks: AgreedBlocks | None = None) -> Iterator[tuple[int, Any]]:
+def _pruned(source: Source, blocks: set[int], masks: Agreed | None = None) -> Iterator[tuple[int, Any]]:
     """(block, iterator of (linear, pruned matrix) that keeps none that it has given)."""
-    swept = prune_blocks(
-        source.model,
-        source.windows,
-        blocks,
-        source.pruning,
-        pruned=source.agreed,
-        masks=masks,
-        client=source.client,
-        **source.options,
-    )
-    for block, linears in swept:
+    for block, linears in prune_blocks(source, blocks, masks):
         yield block, ((name, linears.pop(name)) for name in list(linears))
 
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    public_first = source.seed if source.gram.first_input == "public" else None
-    where: dict[str, Any] = {"client": source.client, "public_first": public_first, **source.options}
-    if source.gram.propagate == "dense":
-        found = dense_grams(source.model, source.windows, blocks, source.groups, **where)
-    else:
-        where |= {"start": exchange.only, "dense_target": source.gram.drift}
-        found = swept_grams(source.model, source.windows, blocks, source.groups, source.agreed, **where)
-    for block, sums in found:
+    for block, sums in gathered(source, blocks, exchange.only):
         for name in sums:
             _require_tokens(source, block, name, sums[name])
-        yield block, {name: (pack_gram(sums.pop(name), source.gram.precision), {}) for name in list(sums)}
+        precision = source.settings.gram.precision
+        yield block, {name: (pack_gram(sums.pop(name), precision), {}) for name in list(sums)}
 
 
 def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
-    least = source.gram.least(len(sums.upper))
+    least = source.settings.gram.fewest_tokens(len(sums.upper))
     if sums.tokens < least:
         raise DataError(
-            f"client {source.client}, block {block}, {name}: statistics of {sums.tokens} tokens are not sent: text might "
-            f"be read back from fewer than {least}; give more calibration windows, or lower gram.min_tokens"
+            f"{source.where(block, name)}: statistics of {sums.tokens} tokens are not sent: text might be read back from "
+            f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
         )
 
 
-_SWEEPS = {"weights": _weights, "masks": _masks, "values": _values, "grams": _grams}
+_SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
+    "weights": _weights,
+    "masks": _masks,
+    "values": _values,
+    "grams": _grams,
+}
 
 
 def sizes(
@@ -142,7 +95,7 @@ def sizes(
     target: Target,
     dtype: torch.dtype,
     groups: Groups = (),
-    gram: GramSettings | None = None,
+    gram: Gram | None = None,
 ) -> dict[int, dict[str, int]]:
     """Bytes of each unit of an exchange, uncompressed: block -> linear, or first linear of an input -> bytes.
 
@@ -155,7 +108,7 @@ def sizes(
         gram: which statistics, for `grams`.
     """
     if exchange.up == "grams":
-        gram = gram or GramSettings()
+        gram = gram or Gram()
         return {
             block: {
                 names[0]: gram_size(shapes[block][names[0]][1], gram.precision, gram.drift)

@@ -1,40 +1,34 @@
 """One experiment from its configuration to its run directory (see `run_dir`)."""
 
 import json
-import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from torch import Tensor
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, DataError, ModelError
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.models.export import MatrixSparsity, check_model, write_model
-from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.models.perplexity import PrunedBlock, held_out_windows, perplexities
-from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.perplexity import PrunedBlock
 from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
+from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import Results, absence_line, closing, write_report
 from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.validation.rules import too_long
 from fedspallm_appfl.wire.store import PackedStore
 
 Launch = Callable[[Config, Path, OnEvent], Any]
-DEFAULT_LENGTH = 2048
-DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # what every perplexity stands beside
 
 
 def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Results:
@@ -49,7 +43,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     Returns:
         What it has shown.
     """
-    with RunProgress(console, config.server_configs.num_global_epochs, len(config.participants())) as progress:
+    with RunProgress(console, config.server_configs.num_global_epochs, len(participants(config))) as progress:
         results, log = conduct(config, launch, overwrite, progress)
     console.print(closing(config, results, log))
     if absent := absence_line(log):
@@ -83,46 +77,55 @@ def conduct(
     with run_dir.claimed(config, overwrite) as folder:
         log = EventLog(folder / run_dir.MARK, *listeners)
         rounds = config.server_configs.num_global_epochs
-        log({"event": "start", "clients": list(config.roster()), "rounds": rounds})
+        log({"event": "start", "clients": list(roster(config)), "rounds": rounds})
         aggregator = launch(config, folder / "state", log)
         statistics_folder = folder / "state" / STATISTICS
         if statistics_folder.is_dir():
             statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
-        results = _finish(config, folder, aggregator.skeleton, aggregator.global_model, texts, log, dense)
+        matrices, place = _write(config, folder, aggregator.skeleton, aggregator.global_model, log)
+        log({"event": "written"})
+        methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
+        perplexity = evaluate(config, texts, methods, log) if texts else {}
+        dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
+        results = Results(_with_means(perplexity), matrices, dense_bytes, place)
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
     return results, log
 
 
-def _finish(
-    config: Config,
-    folder: Path,
-    skeleton: Skeleton,
-    model: GlobalModel,
-    texts: Mapping[str, Tensor],
-    log: EventLog,
-    dense: bool,
-) -> Results:
-    methods: dict[str, PrunedBlock] = dict(DENSE) if dense else {}
-    left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
-    alone = {f"standalone/{c}": model.store(f"standalone/{c}") for c in config.roster() if c not in left_out}
-    if config.algorithm == "standalone":
-        for name, store in alone.items():
-            matrices = write_pruned(config, skeleton, store, folder / "models" / name.removeprefix("standalone/"))
-        place = folder / "models"
-    else:
-        matrices, place = write_pruned(config, skeleton, model.done, folder), folder / "model"
-    log({"event": "written"})
-    if "standalone" in (config.algorithm, *config.comparisons()):
-        methods |= {name: store.load for name, store in alone.items()}
-    if "fedavg" in config.comparisons():
-        methods["fedavg"] = model.store("fedavg").load
-    if config.algorithm != "standalone":
-        methods[config.algorithm] = model.done.load
-    perplexity = evaluate(config, texts, methods, log) if texts else {}
-    dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
-    return Results(_with_mean_of_standalone(perplexity), matrices, dense_bytes, place)
+def _write(
+    config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog
+) -> tuple[list[MatrixSparsity], Path]:
+    """Write the pruned model, or one for each client; returns the sparsity of the matrices of the last, and where it is."""
+    algorithm = algorithm_of(config)
+    if not algorithm.apart:
+        return write_pruned(config, skeleton, model.done, folder), folder / "model"
+    matrices: list[MatrixSparsity] = []
+    for client in _whole(config, log):
+        store = model.store(algorithm.store_of(client) or "")
+        matrices = write_pruned(config, skeleton, store, folder / "models" / client)
+    return matrices, folder / "models"
+
+
+def _whole(config: Config, log: EventLog) -> list[str]:
+    """Clients that took part to the end: a part of a model is none to compare with."""
+    left_out = {event["client"] for event in log.of("absent")}
+    return [client for client in roster(config) if client not in left_out]
+
+
+def _methods(config: Config, model: GlobalModel, log: EventLog) -> dict[str, PrunedBlock]:
+    """What is measured: name, or name/client, -> the pruned blocks of a model; the global one comes last."""
+    methods: dict[str, PrunedBlock] = {}
+    for algorithm in map(registry.find, (*comparisons(config), config.algorithm)):
+        if algorithm.apart:
+            stores = [algorithm.store_of(client) or "" for client in _whole(config, log)]
+            methods |= {store: model.store(store).get for store in stores}
+        else:
+            methods[algorithm.name] = (
+                model.done if algorithm.name == config.algorithm else model.store(algorithm.name)
+            ).get
+    return methods
 
 
 def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder: Path) -> list[MatrixSparsity]:
@@ -145,7 +148,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
-        "target": config.client_configs.train_configs.sparsity,
+        "target": str(config.client_configs.train_configs.sparsity),
         "pruner": config.pruners(),
         "prunable": entries,
         "zeros": zeros,
@@ -156,110 +159,12 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     return matrices
 
 
-def held_out(config: Config) -> dict[str, Tensor]:
-    """The windows of each text of `evaluation`: name -> (n, length) int64 token ids.
-
-    Cut before a run begins, so that hours of pruning do not end at a text that is not there.
-
-    Raises:
-        ConfigError: the model takes no windows so long, or the device is not there.
-        DataError: a text cannot be read, is too short or does not go with the model.
-    """
-    settings = config.evaluation
-    if not settings.texts:
-        return {}
-    skeleton = Skeleton(config.model.path, config.model.blocks)
-    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
-    for problem in too_long("evaluation.length", settings.length, longest):
-        raise ConfigError(problem)
-    try:
-        choose_device(settings.device, 0)
-    except ConfigError as error:
-        raise ConfigError(f"evaluation.device: {error}") from error
-    known = load_tokenizer(skeleton.folder), skeleton.vocabulary
-    return {
-        name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
-        for name, text in settings.texts.items()
-    }
-
-
-def evaluate(
-    config: Config, texts: Mapping[str, Tensor], methods: Mapping[str, PrunedBlock], log: OnEvent
-) -> dict[str, dict[str, float]]:
-    """Perplexity of each model on each text, all with the same settings: method -> text -> perplexity.
-
-    Args:
-        config: the experiment.
-        texts: as `held_out` has cut them.
-        methods: name -> the pruned blocks of a model.
-        log: gets an event for each model.
-    """
-    device = choose_device(config.evaluation.device, 0)
-    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
-    rows = {}
-    for number, (method, pruned) in enumerate(methods.items(), 1):
-        rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
-        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
-    return rows
-
-
-def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """One row, the geometric mean over the clients alone, in the place of one for each of them."""
-    alone = [row for method, row in rows.items() if method.startswith("standalone/")]
-    together: dict[str, dict[str, float]] = {}
+def _with_means(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """One row, the geometric mean over the clients' own models (name/client), in the place of one for each of them."""
+    together: dict[str, list[dict[str, float]]] = {}
     for method, row in rows.items():
-        if not method.startswith("standalone/"):
-            together[method] = row
-        elif "standalone" not in together:
-            together["standalone"] = {text: statistics.geometric_mean(one[text] for one in alone) for text in row}
-    return together
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Perplexities and how they were measured.
-
-    Attributes:
-        perplexity: text -> perplexity.
-        length: tokens in a window.
-        windows: windows of all texts together.
-        dtype: arithmetic.
-    """
-
-    perplexity: dict[str, float]
-    length: int
-    windows: int
-    dtype: str
-
-
-def evaluate_folder(
-    folder: str, texts: list[str], length: int | None, windows: int | None, batch: int, dtype: str, device: str
-) -> Measured:
-    """Perplexity of a model folder on text files, for `fedspallm evaluate`.
-
-    Args:
-        folder: model folder or hub name.
-        texts: text files or folders.
-        length: tokens in a window; None for 2048, or what the model takes if that is less.
-        windows: at most so many of each text; None for all.
-        batch: windows in a forward pass.
-        dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        DataError: a text cannot be read or is too short, or the length is not one for this model.
-    """
-    where = choose_device(device, 0)
-    if dtype == "auto" and where == "cpu" and Skeleton(folder).stored_dtype == torch.float16:
-        dtype = "float32"
-    lazy = LazyModel(folder, None, dtype, where)
-    longest = getattr(lazy.model.config, "max_position_embeddings", None) or math.inf
-    length = length or int(min(longest, DEFAULT_LENGTH))
-    if length > longest:
-        raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
-    if length < 2:
-        raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
-    tokenizer = load_tokenizer(lazy.skeleton.folder)
-    cut = {text: cut_windows(tokenizer, read_text(text), length)[:windows] for text in texts}
-    rows = perplexities(lazy, cut, batch=batch)
-    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))
+        together.setdefault(method.partition("/")[0], []).append(row)
+    return {
+        method: {text: statistics.geometric_mean(one[text] for one in of) for text in of[0]} if len(of) > 1 else of[0]
+        for method, of in together.items()
+    }

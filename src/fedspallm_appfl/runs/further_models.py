@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 from rich.console import Console
@@ -15,17 +14,19 @@ from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.pruning.pruner import PRUNERS, Settings
-from fedspallm_appfl.rounds.folds import STATISTICS, Aggregation, prune_input
-from fedspallm_appfl.runs import experiment, run_dir
+from fedspallm_appfl.pruning import registry
+from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
+from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import model_table
-from fedspallm_appfl.settings.schema import Config, load_config
-from fedspallm_appfl.tensors.sparsity import NM, Target, parse_target
-from fedspallm_appfl.validation.rules import check, indivisible
-from fedspallm_appfl.wire.gram_store import GramStore
+from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.tensors.target import Target, parse_target
+from fedspallm_appfl.validation.files import indivisible
+from fedspallm_appfl.validation.rules import check
 from fedspallm_appfl.wire.packed import pack
-from fedspallm_appfl.wire.store import PackedStore
+from fedspallm_appfl.wire.store import GramStore, PackedStore
 
 FURTHER = "further"
 
@@ -35,14 +36,17 @@ class Model:
     """A model to be made.
 
     Attributes:
-        text: its target, always spelt alike.
         target: the target.
         folder: where it goes.
     """
 
-    text: str
     target: Target
     folder: Path
+
+    @property
+    def text(self) -> str:
+        """Its target."""
+        return str(self.target)
 
     def is_there(self) -> bool:
         """Whether it has been made; what was interrupted has no manifest."""
@@ -71,18 +75,18 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     models = _models(run, config, targets, skeleton.layout)
     with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
         _require_absent(models, overwrite)
-        texts = experiment.held_out(config)
-        methods, matrices = dict(experiment.DENSE), {}
+        texts = evaluation.held_out(config)
+        methods, matrices = dict(evaluation.DENSE), {}
         for model in models:
             console.print(f"pruning to {model.text} with {config.pruners()}", highlight=False)
             packed = pruned(config, model.target, skeleton, store, work / model.folder.name)
             _require_all(run, skeleton, packed)
             matrices[model.text] = _written(config, model, skeleton, packed)
-            methods[model.text] = packed.load
+            methods[model.text] = packed.get
             if not texts:  # nobody reads it again; there is none of it where nothing was pruned
                 shutil.rmtree(packed.folder, ignore_errors=True)
         with RunProgress(console, 1, 1) as progress:
-            rows = experiment.evaluate(config, texts, methods, progress) if texts else {}
+            rows = evaluation.evaluate(config, texts, methods, progress) if texts else {}
     title = f"Perplexity, {config.pruners()} with the statistics of {run}"
     console.print(model_table(title, rows, matrices))
     for model in models:
@@ -91,9 +95,8 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 
 def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
     """What is to be made, each once."""
-    aims = {spelt(target): target for target in (_target(text, layout) for text in targets)}
-    folders = {text: run / FURTHER / f"{config.pruners()}-{folder_name(text)}" for text in aims}
-    return [Model(text, target, folders[text]) for text, target in aims.items()]
+    aims = dict.fromkeys(_target(text, layout) for text in targets)
+    return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target))}") for target in aims]
 
 
 def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
@@ -134,8 +137,9 @@ def _config(run: Path, pruner: str | None) -> Config:
         for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
             train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it
             train.pruner = pruner
-        if pruner not in PRUNERS:
-            problems.append(f"--pruner: one of {', '.join(PRUNERS)}; got {pruner!r}")
+        plugins.load(config.plugins)
+        if pruner not in registry.names():
+            problems.append(f"--pruner: one of {', '.join(registry.names())}; got {pruner!r}")
     problems = problems or check(config)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -150,14 +154,6 @@ def _target(text: str, layout: Layout) -> Target:
     for problem in indivisible(layout.blocks, target):
         raise ConfigError(problem)
     return target
-
-
-def spelt(target: Target) -> str:
-    """A target as it is always spelt: 0.50 and 1/2 are 0.5; what no decimal says exactly stays a fraction."""
-    if isinstance(target, NM):
-        return str(target)
-    decimal = f"{float(target.share):.15g}"
-    return decimal if Fraction(decimal) == target.share else str(target.share)
 
 
 def folder_name(text: str) -> str:
@@ -176,10 +172,8 @@ def _prune_input(
     moved = replace(sums, upper=sums.upper.to(device))
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
-    settings = replace(Settings.of(vars(train)), target=target)
-    made = prune_input(
-        weights, moved, Aggregation(settings, threads=train.threads), rounded, f"block {block}, {leader}"
-    )
+    settings = replace(train, sparsity=target)
+    made = prune_input(weights, moved, settings, rounded, train.threads, f"block {block}, {leader}")
     packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
 
 
@@ -188,7 +182,7 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))["matrices"]
     before = {matrix["name"] for matrix in manifest if matrix["zeros"]}
     for block, linears in enumerate(skeleton.layout.blocks):
-        done = packed.load(block) or {}
+        done = packed.get(block) or {}
         for linear in linears:
             if linear.name not in done and (done or skeleton.key(block, linear.name) in before):
                 raise ModelError(
@@ -199,7 +193,7 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
 def _written(config: Config, model: Model, skeleton: Skeleton, packed: PackedStore) -> list[MatrixSparsity]:
     """Write a model in the place of what is there."""
     mine = copy.deepcopy(config)
-    mine.client_configs.train_configs.sparsity = model.text
+    mine.client_configs.train_configs.sparsity = model.target
     try:
         if model.folder.exists():
             shutil.rmtree(model.folder)

@@ -1,6 +1,6 @@
 """Run under mpiexec: rank 0 is the server, the other ranks hold one client or several each.
 
-APPFL's MPI communicators carry the messages, slightly changed (`appfl_adaptors.mpi_communicators`).
+APPFL's MPI communicators carry the messages, slightly changed (`adaptors.mpi_communicators`).
 
 A rank that fails prints its traceback and aborts the whole job.
 """
@@ -17,7 +17,9 @@ from typing import Any
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.rounds.participants import client_settings
 from fedspallm_appfl.runs.placement import batches, describe
+from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Client, Config
 
 TERMINATED = 128 + signal.SIGTERM  # exit code
@@ -81,13 +83,15 @@ def is_server(comm: Any) -> bool:
 
 def send_config(comm: Any, config: Config) -> None:
     """Give the configuration that the server checked to all ranks."""
-    batches(list(config.roster()), comm.Get_size() - 1)
+    batches([client.client_id for client in config.clients], comm.Get_size() - 1)
     comm.bcast(config, root=0)
 
 
 def receive_config(comm: Any) -> Config:
     """The configuration that the server checked."""
-    return comm.bcast(None, root=0)
+    config: Config = comm.bcast(None, root=0)
+    plugins.load(config.plugins)
+    return config
 
 
 def run_server(config: Config, comm: Any, state_dir: Path, on_event: OnEvent) -> Any:
@@ -122,9 +126,8 @@ def run_clients(config: Config, comm: Any) -> None:
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
     comm.gather(describe(comm.Get_rank(), placed), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
-        agents = {
-            client.client_id: client_agent(config, client, device, limit, Path(agreed)) for client, device in placed
-        }
+        told = [client_settings(config, client, device, limit, Path(agreed)) for client, device in placed]
+        agents = {settings.client_id: client_agent(settings) for settings in told}
         _all_rounds(comm, agents)
 
 

@@ -68,11 +68,11 @@ class RunProgress(_Shown):
             self._waits(f"{self._round(event)}  waiting for {', '.join(event['clients'])}")
         elif event["event"] == "waiting":
             self._waits(
-                f"{self._round(event)}  still waiting for {', '.join(event['clients'])} after {_duration(event['seconds'])}"
+                f"{self._round(event)}  still waiting for {', '.join(event['clients'])} after {duration(event['seconds'])}"
             )
         elif event["event"] == "answer":
             self._waits(
-                f"{self._round(event)}  client {event['client']} has answered after {_duration(event['seconds'])}"
+                f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
@@ -110,7 +110,7 @@ class RunProgress(_Shown):
             self._first = time.monotonic()
             return ""
         seconds = (time.monotonic() - self._first) / (self._uploads - self._clients) * (total - self._uploads)
-        return f"  {_duration(seconds)} of pruning left"
+        return f"  {duration(seconds)} of pruning left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
         """Move the bar; where there is none, print a line unless it would say nothing new."""
@@ -162,7 +162,7 @@ def _absence(event: Event) -> str:
     return f"round {event['round'] + 1} goes on without client {event['client']}{where}: {event['why']}{stack}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds for people: 7500 -> "2 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -17,12 +17,13 @@ from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
-from fedspallm_appfl.algorithms.registry import LABELS, VOTING
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.rounds.participants import algorithm_of, participants, roster
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.tensors import native
-from fedspallm_appfl.validation.rules import headline
+from fedspallm_appfl.validation.words import headline, how
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,15 @@ def model_table(
 def _title(config: Config) -> str:
     train = config.client_configs.train_configs
     what = "Perplexity" if config.evaluation.texts else "Pruned"
-    how = f"{LABELS[config.algorithm]} with {config.pruners()}"
-    return f"{what}, {_count(len(config.clients), 'client')}, {how}, sparsity {train.sparsity}"
+    return f"{what}, {_count(len(config.clients), 'client')}, {how(config)}, sparsity {train.sparsity}"
 
 
 def _label(method: str) -> str:
-    return {**LABELS, "standalone": "standalone (mean)"}.get(method, method)
+    """What a table calls a method: an algorithm's title, or the name of what is none."""
+    if method not in registry.names():
+        return method
+    algorithm = registry.find(method)
+    return f"{algorithm.title} (mean)" if algorithm.apart else algorithm.title
 
 
 def _mean(row: Mapping[str, float]) -> float:
@@ -173,7 +177,7 @@ def _perplexity(config: Config, results: Results) -> list[str]:
 def _how_measured(config: Config) -> str:
     settings = config.evaluation
     some = "All windows" if settings.windows is None else f"At most {_count(settings.windows, 'window')}"
-    again = " The last row again:" if config.algorithm != "standalone" else ""
+    again = "" if algorithm_of(config).apart else " The last row again:"
     return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
 
 
@@ -202,7 +206,7 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
     words = (
         "`before expansion` is the share that every client pruned; `kept but zero` counts kept weights that are zero."
     )
-    if config.algorithm not in VOTING:
+    if not algorithm_of(config).votes:
         head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
         words = "`kept but zero` counts kept weights that are zero."
     table = markdown(head, rows)
@@ -253,7 +257,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
     where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
     where = where if places else []  # over Globus Compute the sites know
-    for client in config.participants():
+    for client in participants(config):
         mine = [event for event in log.of("upload") if event["client"] == client.client_id]
         blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
         seconds = sum(event["seconds"] for event in mine)
@@ -269,7 +273,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     if missed:
         notes.append(f"Drawn by nobody, and left dense: block {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform":
-        expected = expected_uncovered(config.roster(), len(every))
+        expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
     return "\n\n".join(notes)
 
@@ -290,7 +294,7 @@ def _absences(config: Config, log: EventLog) -> list[str]:
         return []
     rounds = range(config.server_configs.num_global_epochs)
     took_part = [
-        [str(index + 1), ", ".join(client for client in config.roster() if (index, client) not in absent)]
+        [str(index + 1), ", ".join(client for client in roster(config) if (index, client) not in absent)]
         for index in rounds
     ]
     rows = [

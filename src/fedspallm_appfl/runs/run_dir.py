@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 
 MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
@@ -66,6 +67,7 @@ def _with_whole_paths(config: Config) -> Config:
         whole.model.path = _whole(config.model.path)
     for client in whole.clients:
         client.data.text = client.data.text and _whole(client.data.text)
+    whole.plugins = [_whole(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins]
     whole.evaluation.texts = {name: _whole(text) for name, text in config.evaluation.texts.items()}
     return whole
 
@@ -95,7 +97,7 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
         for name in OWN:
             _remove(folder / name)
         (folder / MARK).touch()
-        (folder / "config.yaml").write_text(_with_whole_paths(config).to_yaml(), "utf-8")
+        (folder / "config.yaml").write_text(to_yaml(_with_whole_paths(config)), "utf-8")
         yield folder
 
 

@@ -3,13 +3,13 @@
 Clients take turns message by message, so that a block is open on the server only while all of them pass it.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.placement import describe
 from fedspallm_appfl.settings.schema import Config
 
@@ -25,15 +25,16 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     Returns:
         The aggregator, with the global model in it.
     """
-    client_agent, server_agent = load()
-    server = server_agent(config, state_dir)
+    agents_of = load()
+    server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     limit = config.client_configs.comm_configs.max_message_bytes
-    placed = [(client, choose_device(client.train_configs.device, 0)) for client in config.participants()]
+    placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
     for place in describe(0, placed):
         on_event({"event": "place", **vars(place)})
     agreed = state_dir / "agreed"
-    agents = {client.client_id: client_agent(config, client, device, limit, agreed) for client, device in placed}
+    told = [client_settings(config, client, device, limit, agreed) for client, device in placed]
+    agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
         agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
     on_event({"event": "ready"})
@@ -45,15 +46,15 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     return server.aggregator
 
 
-def load() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What makes the agents of a client and of the server; the first call imports APPFL, which takes a while."""
+def load() -> Any:
+    """The module that makes the agents of clients and server; the first call imports APPFL, which takes a while."""
     from fedspallm_appfl.adaptors import registration
 
     registration.register()
-    from fedspallm_appfl.adaptors.agents import client_agent, server_agent
+    from fedspallm_appfl.adaptors import agents
 
     registration.freeze()
-    return client_agent, server_agent
+    return agents
 
 
 def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:

@@ -1,201 +1,376 @@
-"""One experiment, one YAML: the schema, its defaults, and a reader that reports every problem at once.
+"""The keys of a configuration: name, type, default, choices, range and meaning of each, in one place.
 
-The top-level keys `server_configs`, `client_configs` and `clients` are APPFL's. Each entry of `clients` is merged over
-`client_configs`. The same file runs in one process and under mpiexec; `key=value` arguments override single values,
-`clients.0.data.text=...` reaches into the list. `${here:path}` is a path relative to the folder of the file itself; other
-relative paths start from the working directory.
+One experiment is one YAML. Its top-level keys `server_configs`, `client_configs` and `clients` are APPFL's. These classes
+are also what server and clients are handed: `ServerSettings` and `ClientSettings` are groups of the same keys, as APPFL's
+`aggregator_kwargs` and `train_configs` carry them.
 
-An unknown key is an error that names the nearest valid one: a setting that is misspelt must not silently be the default.
-Such errors are there at once: reading a file imports no torch (the rule of imports is in `cli`).
+Nothing here imports torch: a wrong key or value is refused at once. `reading` makes these objects, `rules` checks them, and
+`page` writes docs/configuration.md from them.
 """
 
 import dataclasses
-import difflib
-import re
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from fedspallm_appfl.errors import ConfigError, first_line
-from fedspallm_appfl.settings import yaml_text as yaml_io
+from fedspallm_appfl.tensors.target import Target, parse_target
 
 Paths = str | list[str]
+
+ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized")
+PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
+DTYPES = ("float32", "float16", "bfloat16")
+MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
+MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
+MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
+REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
+DEVICE = (r"auto|cpu|cuda|cuda:[0-9]+", "auto, cpu, cuda or cuda:N")
+UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+NAME = (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", "one or more letters, digits, '-', '_', '.'")  # it names a folder too
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must fulfil by itself, and what it means.
+
+    Attributes:
+        says: one sentence for the page of all keys, in Markdown.
+        choices: the values that are allowed; empty for any.
+        extensible: plugins may add to the choices.
+        least: the smallest number allowed.
+        most: the largest number allowed.
+        form: (regular expression that a text must match as a whole, what to say it is).
+        range: what to say of a number outside the range, where it is not the usual "at least" or "at most".
+    """
+
+    says: str
+    choices: tuple[str, ...] = ()
+    extensible: bool = False
+    least: float | None = None
+    most: float | None = None
+    form: tuple[str, str] | None = None
+    range: str = ""
+
+
+def key(default: Any, says: str, **rule: Any) -> Any:
+    """A key with its default, its meaning and its rule; a class, or `list` or `dict`, as default is called for a new one."""
+    metadata = {"rule": Rule(says, **rule)}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(kind: type) -> Any:
+    """A group of keys."""
+    return field(default_factory=kind)
 
 
 @dataclass
 class Model:
-    """The dense model that every client and the server hold themselves."""
+    """The dense model, of which every client and the server hold a copy."""
 
-    path: str = ""  # folder saved by save_pretrained, or hub name
-    dtype: str = "auto"  # arithmetic of forward passes: auto (as stored), float32, float16, bfloat16
-    blocks: str | None = None  # dotted name of the list of decoder blocks, where the search does not find it
-
-
-@dataclass
-class Gram:
-    """What clients send with `algorithm: gram`."""
-
-    precision: str = "int8"  # fp32 | bf16 | int8
-    propagate: str = "dense"  # dense (one pass) | pruned (a sweep, an exchange for each input of each block)
-    target: str = "own"  # own | dense: in a sweep, whether outputs should be those of the dense model
-    first_input: str = (
-        "public"  # public (random tokens) | private: the first block's first input, which tells token counts
+    path: str = key("", "folder saved by `save_pretrained`, or hub name")
+    dtype: str = key(
+        "auto",
+        "arithmetic of forward passes: `auto` (as stored), `float32`, `float16`, `bfloat16`; sums and Gram matrices are wider",
+        choices=("auto", *DTYPES),
     )
-    min_tokens: int | None = None  # statistics of fewer tokens are not sent; null is the width of the input
+    blocks: str | None = key(None, "dotted name of the list of decoder blocks, if the search does not find it")
+
+
+@dataclass(frozen=True)
+class Gram:
+    """What clients send with an algorithm that gathers Gram matrices."""
+
+    precision: str = key(
+        "int8",
+        "precision of the entries above the diagonal of a Gram matrix: `int8`, `bf16`, `fp32`",
+        choices=("fp32", "bf16", "int8"),
+    )
+    propagate: str = key(
+        "dense",
+        "`dense`: one forward pass of the dense model; `pruned`: a sweep, with an exchange for each input of each block",
+        choices=("dense", "pruned"),
+    )
+    target: str = key(
+        "own",
+        "in a sweep, the outputs to match: `own`, those of the dense weights on the inputs there; `dense`, those of the dense "
+        "model",
+        choices=("own", "dense"),
+    )
+    first_input: str = key(
+        "public",
+        "inputs that single tokens decide: `public` sends Gram matrices of random tokens, `private` those of the text, "
+        "which reveal token counts",
+        choices=("public", "private"),
+    )
+    min_tokens: int | None = key(
+        None,
+        "statistics of fewer tokens are not sent; empty means the width of the input",
+        least=1,
+        most=MOST,
+    )
+
+    @property
+    def drift(self) -> bool:
+        """Whether the drift from the dense model's inputs travels too."""
+        return self.propagate == "pruned" and self.target == "dense"
+
+    def fewest_tokens(self, features: int) -> int:
+        """The fewest tokens of which a Gram matrix of so many features may be sent."""
+        return features if self.min_tokens is None else self.min_tokens
 
 
 @dataclass
 class AggregatorKwargs:
     """How uploads are combined."""
 
-    weights: str = "equal"  # equal | sample_size (calibration windows of each client)
-    fold: str = "latest"  # latest | cumulative: what a later round does with the sums of earlier ones
-    expansion: str = "matrix"  # matrix | row: group in which entries compete in mask expansion
+    weights: str = key(
+        "equal",
+        "`equal`, or `sample_size`: clients count by their calibration windows",
+        choices=("equal", "sample_size"),
+    )
+    fold: str = key(
+        "latest",
+        "what a later round does with the sums of earlier ones: `latest` replaces them, `cumulative` adds to them",
+        choices=("latest", "cumulative"),
+    )
+    expansion: str = key(
+        "matrix", "`matrix` or `row`: the group in which entries compete in mask expansion", choices=("matrix", "row")
+    )
 
 
 @dataclass
 class SchedulerKwargs:
     """How uploads are let in."""
 
-    max_open_blocks: int = 2  # blocks whose sums are in memory before clients that run ahead have to wait
+    max_open_blocks: int = key(
+        2, "blocks with sums in memory before clients that run ahead have to wait", least=1, most=MOST
+    )
 
 
 @dataclass
 class Functions:
     """Ids of this package's functions at Globus Compute, as `fedspallm functions` has registered them."""
 
-    look_around: str | None = None
-    prune: str | None = None
+    look_around: str | None = key(
+        None,
+        "over Globus Compute: a UUID that `fedspallm functions` shows, if sites allow its functions alone; empty registers "
+        "the function in each run",
+    )
+    prune: str | None = key(None, "the other one")
 
 
 @dataclass
 class ServerConfigs:
     """The server and the rounds."""
 
-    num_clients: int | None = None  # must equal the length of `clients` where it is given
-    num_global_epochs: int = 1  # rounds
-    min_clients: int | None = None  # over Globus Compute: a round ends once so many have answered; null waits for all
-    round_deadline: float | None = None  # over Globus Compute: seconds an exchange may take; null waits without end
-    preflight_deadline: float = 600.0  # over Globus Compute: seconds an endpoint has to answer the preflight
-    functions: Functions = field(
-        default_factory=Functions
-    )  # where sites allow these alone; else registered by each run
-    device: str = "auto"  # where sums are kept and combined: auto (a GPU if the server sees one), cpu, cuda, cuda:1
-    aggregator: str = "FedSpaLLMAggregator"
-    aggregator_kwargs: AggregatorKwargs = field(default_factory=AggregatorKwargs)
-    scheduler: str = "FedSpaLLMScheduler"
-    scheduler_kwargs: SchedulerKwargs = field(default_factory=SchedulerKwargs)
+    num_clients: int | None = key(None, "number of clients; if given, it must equal the length of `clients`")
+    num_global_epochs: int = key(1, "rounds", least=1, most=MOST)
+    min_clients: int | None = key(
+        None,
+        "over Globus Compute: a round ends once so many clients have answered, and the run ends if fewer do; empty waits "
+        "for all that have not failed",
+        least=1,
+        most=MOST,
+    )
+    round_deadline: float | None = key(
+        None,
+        "over Globus Compute: seconds that an exchange may take (FedSpaLLM has one a round, `consensus` two, a sweep of "
+        "`gram` one for each input); clients that have not answered by then are left out of the round; empty waits without "
+        "limit",
+        least=0,
+        most=MOST,
+        range=f"seconds, greater than 0 and at most {MOST}, got {{value:g}}",
+    )
+    preflight_deadline: float = key(
+        600.0,
+        "over Globus Compute: seconds that an endpoint has to answer the preflight",
+        least=0,
+        most=MOST,
+        range=f"seconds, greater than 0 and at most {MOST}, got {{value:g}}",
+    )
+    functions: Functions = group(Functions)
+    device: str = key(
+        "auto",
+        "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",
+        form=DEVICE,
+    )
+    aggregator: str = key("FedSpaLLMAggregator", "")
+    aggregator_kwargs: AggregatorKwargs = group(AggregatorKwargs)
+    scheduler: str = key("FedSpaLLMScheduler", "")
+    scheduler_kwargs: SchedulerKwargs = group(SchedulerKwargs)
 
 
 @dataclass
-class TrainConfigs:
+class Pruning:
+    """How a matrix is pruned."""
+
+    pruner: str = key(
+        "sparsegpt", "`sparsegpt`, `admm`, `wanda`, `magnitude`, or one of a plugin", choices=PRUNERS, extensible=True
+    )
+    sparsity: Target = key(parse_target("0.5"), "share in [0, 1), or n:m; the same for every client")
+    damping: float = key(
+        0.01,
+        "added to the diagonal of the Gram matrix, as a share of its mean (SparseGPT) or of each entry (ADMM, `refit`)",
+        least=0,
+        most=100,
+        range="greater than 0, at most 100, got {value}",
+    )
+    damping_retries: int = key(
+        3, "how often a failed factorization is tried again with ten times the damping", least=0, most=100
+    )
+    iterations: int = key(60, "ADMM: steps at most; fewer are faster, more a little better", least=1, most=MOST)
+    refit: bool = key(False, "least squares on the kept weights after SparseGPT or Wanda")
+
+
+@dataclass
+class TrainConfigs(Pruning):
     """Local pruning."""
 
-    trainer: str = "FedSpaLLMTrainer"
-    pruner: str = "sparsegpt"  # sparsegpt | admm | wanda | magnitude
-    sparsity: str = "0.5"  # share in [0, 1), or n:m; the same for every client
-    damping: float = 0.01  # added to the diagonal of G, as a share of its mean (SparseGPT) or of each entry (ADMM)
-    damping_retries: int = 3  # failed factorizations are tried again with ten times the damping, so often
-    iterations: int = 60  # ADMM: steps
-    refit: bool = False  # least squares on the support after SparseGPT or Wanda
-    layer_sampling: str = "balanced"  # balanced | uniform | sweep
-    resource_share: float = 1.0  # share of the blocks that a client prunes in a round, in (0, 1]
-    device: str = "auto"  # auto (a GPU of this node if there is one), cpu, cuda, cuda:1
-    threads: int | None = None  # CPU threads of a client; null leaves it to torch
+    trainer: str = key("FedSpaLLMTrainer", "")
+    layer_sampling: str = key(
+        "balanced",
+        "`balanced`, `uniform`, `sweep`; the same for every client",
+        choices=("balanced", "uniform", "sweep"),
+    )
+    resource_share: float = key(
+        1.0,
+        "share of the blocks that a client prunes in a round, in (0, 1]",
+        least=0,
+        most=1,
+        range="a share in (0, 1], got {value}",
+    )
+    device: str = key("auto", "`auto` (a GPU of the node if there is one), `cpu`, `cuda`, `cuda:N`", form=DEVICE)
+    threads: int | None = key(
+        None,
+        "CPU threads of a client; equal numbers give equal bits; empty leaves it to torch",
+        least=1,
+        range="at least 1, or null to leave it to torch; got {value}",
+    )
 
 
 @dataclass
 class Data:
     """Private text of a client and what is taken from it."""
 
-    text: Paths | None = None  # a UTF-8 file, a folder of .txt files, or a list of these
-    windows: int = 128  # calibration windows drawn from it
-    length: int = 2048  # tokens in a window
-    batch: int = 1  # windows in a forward pass; more is faster on a GPU and takes more memory
-    activations: str = "memory"  # memory | file: where hidden states between two blocks are kept
+    text: Paths | None = key(
+        None, "private text: a UTF-8 file, a folder of .txt files, or a list of these; usually set for each client"
+    )
+    windows: int = key(128, "calibration windows drawn from it", least=1, most=MOST)
+    length: int = key(2048, "tokens in a window", least=2, most=MOST)
+    batch: int = key(1, "windows in a forward pass; more is faster on a GPU and takes more memory", least=1, most=MOST)
+    activations: str = key(
+        "memory",
+        "`memory`, or `file`: hidden states between two blocks (windows x length x hidden size) lie in a temporary file of "
+        "the client in `TMPDIR`, which should be a disk and not memory; the bits are the same",
+        choices=("memory", "file"),
+    )
 
 
 @dataclass
 class Store:
     """Where payloads lie that are too large for a task of Globus Compute."""
 
-    connector: str = "none"  # none (everything travels with the tasks) | file | redis | s3 | endpoint
-    folder: str | None = None  # file: a folder that server and clients mount
-    host: str = "127.0.0.1"  # redis; its password is in FEDSPALLM_REDIS_PASSWORD
-    port: int = 6379  # redis
-    tls: bool = False  # redis
-    bucket: str | None = None  # s3; credentials as boto3 takes them, of the server alone
-    url: str | None = None  # s3: address of the service where it is not that of AWS
-    endpoints: list[str] = field(
-        default_factory=list
-    )  # endpoint: UUIDs of all ProxyStore endpoints, the server's first
+    connector: str = key(
+        "none",
+        "over Globus Compute: where payloads lie that are too large for a task: `none`, `file`, `redis`, `s3`, `endpoint` "
+        "([docs](globus.md#the-data-store))",
+        choices=("none", "file", "redis", "s3", "endpoint"),
+    )
+    folder: str | None = key(None, "`file`: a folder that server and sites mount")
+    host: str = key("127.0.0.1", "`redis`")
+    port: int = key(6379, "`redis`", least=1, most=65535)
+    tls: bool = key(False, "`redis`; its password is in `FEDSPALLM_REDIS_PASSWORD`")
+    bucket: str | None = key(None, "`s3`; only the server has credentials, as boto3 takes them")
+    url: str | None = key(None, "`s3`: address of the service, if it is not that of AWS")
+    endpoints: list[str] = key(list, "`endpoint`: UUIDs of all ProxyStore endpoints, the server's first")
 
 
 @dataclass
 class CommConfigs:
     """Messages."""
 
-    blocks_per_message: int = 1
-    max_message_bytes: int = 2**29  # of one rank; a block that is larger is split; MPI ends at 2^31 - 1
-    compression: str = (
-        "auto"  # auto (zstd over Globus Compute, none under serial and MPI, with fast links) | none | zstd
+    blocks_per_message: int = key(1, "blocks in a message", least=1, most=MOST)
+    max_message_bytes: int = key(
+        2**29,
+        "bytes of a rank's message, shared by its clients; a larger block is split",
+        least=1024,
+        most=MESSAGE_LIMIT,
+        range=f"at least 1024 and at most {MESSAGE_LIMIT}, a little below where MPI ends, got {{value}}",
     )
-    store: Store = field(default_factory=Store)
+    compression: str = key(
+        "auto",
+        "`zstd`: masks and values travel as zstandard frames if that is smaller; `none`; `auto`: `zstd` over Globus Compute, "
+        "`none` in one process and under MPI, where links are faster than the coder",
+        choices=("auto", "none", "zstd"),
+    )
+    store: Store = group(Store)
 
 
 @dataclass
 class ClientConfigs:
     """What all clients share."""
 
-    train_configs: TrainConfigs = field(default_factory=TrainConfigs)
-    data: Data = field(default_factory=Data)
-    comm_configs: CommConfigs = field(default_factory=CommConfigs)
+    train_configs: TrainConfigs = group(TrainConfigs)
+    data: Data = group(Data)
+    comm_configs: CommConfigs = group(CommConfigs)
 
 
 @dataclass
 class Client(ClientConfigs):
     """One client, `client_configs` with its own entry merged over it."""
 
-    client_id: str = ""
-    endpoint_id: str | None = None  # over Globus Compute: the UUID of its endpoint
+    client_id: str = key("", "letters, digits, `-`, `_` and `.`; different for every client", form=NAME)
+    endpoint_id: str | None = key(
+        None,
+        "over Globus Compute: the UUID of the client's endpoint; such a client needs no `data.text` here, its site names it",
+        form=(UUID, "the UUID that globus-compute-endpoint list shows"),
+    )
 
 
 @dataclass
 class Evaluation:
     """Held-out text on which the server measures perplexity."""
 
-    texts: dict[str, Paths] = field(default_factory=dict)  # name -> file, folder or list
-    length: int = 2048
-    windows: int | None = None  # at most so many of each text; null takes all
-    batch: int = 1
-    device: str = "auto"  # auto (a GPU if the server sees one), cpu, cuda, cuda:1
-    compare: list[str] = field(default_factory=list)  # standalone, fedavg; dense is always there
+    texts: dict[str, Paths] = key(dict, "name -> held-out text: file, folder or list")
+    length: int = key(2048, "tokens in a window", least=2, most=MOST)
+    windows: int | None = key(None, "at most so many windows of each text; empty takes all", least=1, most=MOST)
+    batch: int = key(1, "windows in a forward pass", least=1, most=MOST)
+    device: str = key("auto", "`auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`", form=DEVICE)
+    compare: list[str] = key(
+        list,
+        "`standalone` (needs one round and every resource share at 1), `fedavg`; dense is always there; left out with "
+        "algorithms whose uploads do not serve for it",
+    )
 
 
 @dataclass
 class Config:
     """One experiment."""
 
-    run_dir: str = ""
-    seed: int = 0
-    algorithm: str = "fedspallm"  # fedspallm | fedprllm | fedavg | consensus | gram | standalone | centralized
-    gram: Gram = field(default_factory=Gram)
-    model: Model = field(default_factory=Model)
-    server_configs: ServerConfigs = field(default_factory=ServerConfigs)
-    client_configs: ClientConfigs = field(default_factory=ClientConfigs)
+    run_dir: str = key("", "folder for the results; one that is not empty needs `--overwrite`")
+    seed: int = key(
+        0,
+        "seed of calibration windows, layer sampling, and the random tokens of `gram.first_input: public`",
+        least=0,
+        most=MOST,
+    )
+    plugins: list[str] = key(
+        list, "Python files or modules that add pruners or algorithms: [python.md](python.md#your-own-pruner)"
+    )
+    algorithm: str = key(
+        "fedspallm",
+        "`fedspallm`, `fedprllm`, `fedavg`, `consensus`, `gram`, `standalone`, `centralized`, or one of a plugin: "
+        "[algorithms.md](algorithms.md)",
+        choices=ALGORITHMS,
+        extensible=True,
+    )
+    gram: Gram = group(Gram)
+    model: Model = group(Model)
+    server_configs: ServerConfigs = group(ServerConfigs)
+    client_configs: ClientConfigs = group(ClientConfigs)
     clients: list[Client] = field(default_factory=list)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
-    def to_yaml(self) -> str:
-        """The whole configuration, defaults and merged clients spelt out."""
-        return yaml_io.dump(dataclasses.asdict(self))
+    evaluation: Evaluation = group(Evaluation)
 
     def pruners(self) -> str:
         """The pruners that clients use, in the order of the file."""
@@ -205,165 +380,110 @@ class Config:
         """Whether every client has an endpoint, so that the file is meant for Globus Compute."""
         return bool(self.clients) and all(client.endpoint_id for client in self.clients)
 
-    def participants(self) -> list[Client]:
-        """The clients of the experiment; with `centralized` one that has the text of all."""
-        if self.algorithm != "centralized":
-            return self.clients
-        from fedspallm_appfl.algorithms.centralized import POOLED
 
-        shared = self.client_configs
-        return [Client(shared.train_configs, shared.data, shared.comm_configs, client_id=POOLED)]
+@dataclass
+class HashedModel(Model):
+    """A model that two sites can tell apart from others.
 
-    def comparisons(self) -> list[str]:
-        """What is made beside the global model; of the uploads of `fedspallm` only."""
-        return self.evaluation.compare if self.algorithm == "fedspallm" else []
-
-    def roster(self) -> dict[str, float]:
-        """Participant's id -> resource share, in the order of the file."""
-        return {client.client_id: client.train_configs.resource_share for client in self.participants()}
-
-
-def keeps_weights(train: TrainConfigs) -> bool:
-    """Whether a client's pruner leaves the weights that it keeps as they were."""
-    from fedspallm_appfl.pruning import pruner as pruning
-
-    return pruning.keeps_weights(train.pruner, train.refit)
-
-
-def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """Read a YAML file.
-
-    Args:
-        file: the file.
-        overrides: `key=value` with dotted keys; values are read as YAML.
-
-    Returns:
-        The configuration, and every problem of its form: unknown keys, values of the wrong type. What the values mean
-        together is checked by `config_rules.check`.
-
-    Raises:
-        ConfigError: the file cannot be read as YAML, or an override has no `=`.
+    Attributes:
+        hash: of its configuration and weights; empty within one process or job.
     """
-    raw = _merge(_read(Path(file)), overrides)
-    problems: list[str] = []
-    raw["clients"] = _merged_clients(raw, problems)
-    config = _build(Config, raw, "", problems)
-    return config, _without_echoes(problems)
+
+    hash: str = ""
 
 
-def _read(file: Path) -> DictConfig:
-    resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    resolver("here", lambda path: str((file.resolve().parent / path).resolve()), replace=True)
-    try:
-        loaded = yaml_io.load(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
-    try:
-        return OmegaConf.create(loaded)
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read as a configuration: {first_line(error)}") from error
+@dataclass
+class Pooled:
+    """The text of one client that a participant has beside others', for comparison."""
+
+    client_id: str = ""
+    text: Paths | None = None
+    windows: int = 0
 
 
-def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(
-                f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
-            )
-        try:
-            OmegaConf.update(loaded, key, yaml_io.load(value), merge=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error
-    try:
-        return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{where} refers to something that is not there: {first_line(error)}") from error
+@dataclass
+class OwnData(Data):
+    """The data of a participant.
+
+    Attributes:
+        pool: the clients whose text it has; empty for its own `text`.
+    """
+
+    pool: list[Pooled] = field(default_factory=list)
 
 
-def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
-    shared, clients = raw.get("client_configs") or {}, raw.get("clients")
-    if not isinstance(clients, list) or not isinstance(shared, dict):
-        return clients
-    merged = []
-    for index, client in enumerate(clients):
-        if not isinstance(client, dict):
-            problems.append(f"clients.{index}: a client is a group of keys such as client_id and data, got {client!r}")
-            client = {}
-        merged.append(_over(shared, client))
-    return merged
+@dataclass
+class ClientSettings(TrainConfigs):
+    """All that one client is told, as APPFL's `train_configs` carry it.
+
+    Attributes:
+        client_id: its id.
+        model: the dense model.
+        data: its text.
+        comm: its messages.
+        seed: the experiment's.
+        algorithm: name of the algorithm.
+        gram: which statistics to send, for algorithms that gather them.
+        rounds: number of rounds.
+        roster: id -> resource share of all participants, for scripts that do not pass assignments on.
+        agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
+    """
+
+    client_id: str = ""
+    model: HashedModel = group(HashedModel)
+    data: OwnData = group(OwnData)
+    comm: CommConfigs = group(CommConfigs)
+    seed: int = 0
+    algorithm: str = "fedspallm"
+    gram: Gram = group(Gram)
+    rounds: int = 1
+    roster: dict[str, float] = field(default_factory=dict)
+    agreed: str | None = None
 
 
-def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A client's own values over the shared ones; a group that is named but empty changes nothing."""
-    made = dict(shared)
-    for key, value in own.items():
-        group = isinstance(made.get(key), dict) and (value is None or isinstance(value, dict))
-        made[key] = _over(made[key], value or {}) if group else value
-    return made
+@dataclass
+class ServerSettings(AggregatorKwargs, Pruning):
+    """All that the server's aggregator is told, as APPFL's `aggregator_kwargs` carry it.
+
+    Attributes:
+        model: the dense model.
+        algorithm: name of the algorithm.
+        gram: which statistics clients send, for algorithms that gather them.
+        comparisons: algorithms whose models are made of the same uploads, beside the global one.
+        mask_only: clients whose pruner leaves kept weights as they are; they send masks without values.
+        layer_sampling: how blocks are assigned.
+        seed: the experiment's.
+        rounds: number of rounds.
+        roster: id -> resource share of all participants.
+        device: where sums are kept and combined.
+        threads: CPU threads of what the server solves; None leaves it to torch.
+        max_message_bytes: bytes of a message that goes down.
+        compression: `zstd` compresses what goes down.
+        state_dir: folder for packed blocks and sums; None for a temporary one.
+    """
+
+    model: Model = group(Model)
+    algorithm: str = "fedspallm"
+    gram: Gram = group(Gram)
+    comparisons: list[str] = field(default_factory=list)
+    mask_only: list[str] = field(default_factory=list)
+    layer_sampling: str = "balanced"
+    seed: int = 0
+    rounds: int = 1
+    roster: dict[str, float] = field(default_factory=dict)
+    device: str = "auto"
+    threads: int | None = None
+    max_message_bytes: int = 2**29
+    compression: str = "none"
+    state_dir: str | None = None
 
 
-def _without_echoes(problems: list[str]) -> list[str]:
-    """What is wrong in `client_configs` shows in every client again; say it once."""
-    shared = {problem.removeprefix("client_configs.") for problem in problems if problem.startswith("client_configs.")}
-    return [problem for problem in problems if re.sub(r"^clients\.\d+\.", "", problem) not in shared]
-
-
-def _build(kind: Any, raw: Any, path: str, problems: list[str]) -> Any:
-    """Make a dataclass of a dict, collecting what is wrong instead of stopping."""
-    made = kind()
-    if raw is None:
-        return made
-    if not isinstance(raw, dict):
-        problems.append(f"{path or 'the file'}: expected keys and values, got {raw!r}")
-        return made
-    hints = typing.get_type_hints(kind)
-    for key, value in raw.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            problems.append(f"{where}: unknown key{_nearest(str(key), list(hints))}")
-        else:
-            setattr(made, key, _value(hints[key], value, where, problems, getattr(made, key)))
-    return made
-
-
-def _value(hint: Any, value: Any, where: str, problems: list[str], default: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, problems)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None and types.NoneType in arguments:
-            return None
-        fits = [a for a in arguments if isinstance(value, list) == (typing.get_origin(a) is list)]
-        return _value(fits[0] if fits else arguments[0], value, where, problems, default)
-    if origin in (list, dict) and value is None:
-        return default
-    if origin is list and isinstance(value, list):
-        return [_value(arguments[0], v, f"{where}.{i}", problems, "") for i, v in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {str(k): _value(arguments[1], v, f"{where}.{k}", problems, "") for k, v in value.items()}
-    if hint is Any:
-        return value
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    name = {list: "a list", dict: "keys and values", bool: "true or false"}.get(origin or hint) or getattr(
-        hint, "__name__", str(hint)
-    )
-    problems.append(f"{where}: expected {name}, got {value!r}")
-    return default
-
-
-def _nearest(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; valid here are {', '.join(sorted(valid))}"
+def plain(settings: Any) -> Any:
+    """Settings as dicts, lists and values that YAML and JSON know; `reading.build` makes them again."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, Target):
+        return {one.name: plain(getattr(settings, one.name)) for one in dataclasses.fields(settings)}
+    if isinstance(settings, dict):
+        return {name: plain(value) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [plain(value) for value in settings]
+    return str(settings) if isinstance(settings, Target) else settings

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs.report import bytes_text
 from fedspallm_appfl.study.report import Study, spread
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.tensors.target import parse_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,8 @@ KINDS = ("png", "svg")
 FILES = tuple(f"{name}.{kind}" for name in (SPARSITY, BYTES) for kind in KINDS)
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-GREY, DASHES = "#555555", {"standalone": (0, (1, 1.5)), "centralized": (0, (5, 2))}  # what is no federation
+GREY = "#555555"  # what is no federation
+ALONE, POOLED = (0, (1, 1.5)), (0, (5, 2))  # dashes
 COLUMNS = 3
 STYLE: Any = {
     "font.size": 12,
@@ -69,8 +70,9 @@ def _save(figure: "Figure", stem: Path) -> None:
 
 def _look(study: Study, method: str) -> dict[str, Any]:
     """Colour, marker and line of a method, the same in both plots; what is no federation is grey."""
-    dashes = DASHES.get(study.algorithms[method])
-    if dashes:
+    algorithm = study.algorithms[method]
+    if not algorithm.federates:
+        dashes = ALONE if algorithm.apart else POOLED
         marker = MARKERS[study.methods.index(method) % len(MARKERS)]
         return {"color": GREY, "linestyle": dashes, "linewidth": 1.6, "marker": marker, "markersize": 5}
     number = [one for one in study.methods if study.sends(one)].index(method)
@@ -106,8 +108,7 @@ def _against_sparsity(study: Study) -> "Figure":
 
 def _place(target: str) -> float:
     """Where a target stands on the axis: its share of zeros."""
-    aim = parse_target(target)
-    return 1 - aim.kept / aim.group if isinstance(aim, NM) else float(aim.share)
+    return float(parse_target(target).share)
 
 
 def _points(axes: "Axes", study: Study, method: str, targets: list[str], look: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl import __version__
+from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.runs.report import bytes_text, markdown
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell
 from fedspallm_appfl.tensors import native
 
-ALONE = ("standalone", "centralized")  # between them lies what a federation can gain; neither sends what others do
+# Between clients that are each alone and one pruner that sees all text lies what a federation can gain.
+ENDS: tuple[Callable[[Algorithm], bool], ...] = (lambda one: one.apart, lambda one: one.pools_text)
 NONE = "-"
 
 
@@ -48,21 +50,21 @@ class Study:
     seeds: Sequence[int]
     config: Config
     command: str
-    algorithms: Mapping[str, str]
+    algorithms: Mapping[str, Algorithm]
 
     def of(self, method: str, target: str) -> list[Cell]:
         """The cells of a method and target, in the order of the seeds."""
         found = {cell.seed: cell for cell in self.cells if (cell.method, cell.target) == (method, target)}
         return [found[seed] for seed in self.seeds if seed in found]
 
-    def reference(self, algorithm: str) -> str | None:
-        """The first method of an algorithm, preferably without a pruner of its own; None if there is none."""
-        found = [method for method in self.methods if self.algorithms[method] == algorithm]
+    def reference(self, end: Callable[[Algorithm], bool]) -> str | None:
+        """The first method at one of the ends, preferably without a pruner of its own; None if there is none."""
+        found = [method for method in self.methods if end(self.algorithms[method])]
         return min(found, key=lambda method: "+" in method, default=None)
 
     def sends(self, method: str) -> bool:
         """Whether what its clients send is what a federation would send."""
-        return self.algorithms[method] not in ALONE
+        return self.algorithms[method].federates
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def way_closed(study: Study, method: str, target: str) -> Spread | None:
         Mean and spread of `(standalone - x) / (standalone - centralized)`; None where one of them is not there, or
         centralized is no better in some seed, so that there is no way to go.
     """
-    ends = [study.reference(algorithm) for algorithm in ALONE]
+    ends = [study.reference(end) for end in ENDS]
     if None in ends or not study.of(method, target):
         return None
     alone, pooled, mine = ([c.mean for c in study.of(name, target)] for name in (*ends, method) if name is not None)
@@ -143,7 +145,7 @@ def _legend(study: Study) -> list[str]:
     seeds = len(study.seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so without a spread"
     words = [f"Perplexity, lower is better, {over}. `standalone` is the geometric mean over the clients' own models."]
-    ends = [study.reference(algorithm) for algorithm in ALONE]
+    ends = [study.reference(end) for end in ENDS]
     if None not in ends:
         words.append(
             f"Way closed is (a - x) / (a - c) of the geometric means, with a of `{ends[0]}` and c of `{ends[1]}`: 0 % "
@@ -172,7 +174,7 @@ def _way(study: Study, method: str, target: str) -> str:
     way = way_closed(study, method, target)
     if way is None:
         return NONE
-    if method in map(study.reference, ALONE):  # the ends themselves, whatever the seed
+    if method in map(study.reference, ENDS):  # the ends themselves, whatever the seed
         return f"{100 * way.mean:.0f} %"
     return f"{way.text(0, 100)} %"
 

@@ -1,93 +1,18 @@
-"""A sparsity target, the exact number of zeros it means, and the exact choice of entries with ties.
+"""The exact choice of the entries to prune: as many as the target says, ties broken by index.
 
-Two kinds of target (docs/method.md section 1): a ratio `s` asks for exactly `floor(s * O * I)` zeros in a matrix of shape
-(O, I); a pattern `n:m` asks for exactly n non-zero entries in every m consecutive entries of a row (2:4, 4:8).
-
-A decimal such as 0.7 is read as the fraction 7/10, not as the nearest binary number, so that 70 % of ten entries is
-seven. The authors' SparseGPT code thresholds with `<=` and removes one entry too many in each column block; here the
-count is met exactly and ties are broken by index.
+The authors' SparseGPT code thresholds with `<=` and removes one entry too many in each column block; here the count is met
+exactly.
 
 Legend: O out features, I in features.
 """
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """Unstructured sparsity: a share of all entries of a matrix.
-
-    Attributes:
-        share: fraction of entries that are zero, in [0, 1).
-    """
-
-    share: Fraction
-
-    def zeros(self, entries: int) -> int:
-        """Zeros in the first `entries` entries: `floor(share * entries)`; differences of it distribute a count exactly."""
-        return self.share.numerator * entries // self.share.denominator
-
-    def __str__(self) -> str:
-        return f"{float(self.share):g}"
-
-
-@dataclass(frozen=True)
-class NM:
-    """Semi-structured sparsity: `kept` non-zero entries in every `group` consecutive entries of a row."""
-
-    kept: int
-    group: int
-
-    def zeros(self, entries: int) -> int:
-        """Zeros in `entries` entries, a whole number of groups."""
-        return entries // self.group * (self.group - self.kept)
-
-    def __str__(self) -> str:
-        return f"{self.kept}:{self.group}"
-
-
-Target = Ratio | NM
-
-
-def parse_target(text: str | float | int) -> Target:
-    """Read a target as it stands in a configuration.
-
-    Args:
-        text: a share such as `0.5`, or a pattern such as `2:4`.
-
-    Returns:
-        A `Ratio` or an `NM`.
-
-    Raises:
-        ValueError: the text is neither, the share is outside [0, 1), or the pattern is not 0 < n < m.
-    """
-    words = str(text).strip()
-    if pattern := re.fullmatch(r"([0-9]+):([0-9]+)", words):
-        kept, group = int(pattern[1]), int(pattern[2])
-        if not 0 < kept < group:
-            raise ValueError(f"a pattern n:m needs 0 < n < m (n non-zero in every m), got {words}; 2:4 is one")
-        return NM(kept, group)
-    try:
-        share = Fraction(words.encode("ascii").decode())  # digits of other scripts are hardly meant
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {words!r}") from None
-    if not 0 <= share < 1:
-        raise ValueError(f"sparsity is a share in [0, 1), got {words}; 50 % is written 0.5")
-    return Ratio(share)
-
-
-def check_divides(target: Target, in_features: int) -> str | None:
-    """What is wrong with pruning rows of `in_features` entries to `target`, or None."""
-    if isinstance(target, NM) and in_features % target.group:
-        return f"{target} needs rows that are a multiple of {target.group} long, got {in_features}"
-    return None
+from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
 
 def kth_smallest(scores: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256  # of a strip: few enough that what is made for one does not matter
+COPIES = 4  # of a strip, that packing or summing makes
 
 
 def size(side: int) -> int:
@@ -46,3 +47,8 @@ def unflatten(flat: Tensor, diagonal: Tensor) -> Tensor:
     for rows, part, above in strips(len(diagonal), flat.device):
         matrix[rows][above] = flat[part]
     return matrix
+
+
+def strips_bytes(side: int) -> int:
+    """Bytes of what is made of a strip of rows of a float32 matrix: some copies of it."""
+    return COPIES * 4 * min(ROWS, side) * side

@@ -5,6 +5,7 @@ all first bytes of its elements, then all second ones: exponents repeat, mantiss
 stays as it is. Whoever inflates one says what it must hold, so that nothing larger is ever allocated.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import UpdateError
 
-COMPRESSIONS = ("auto", "none", "zstd")
 ZSTD_LEVEL = 1  # higher levels find nothing more in masks and mantissas
 
-Packed = dict[str, Any]
+Packed = Mapping[str, Any]  # as it travels
 Parts = dict[str, tuple[int, torch.dtype]]  # name -> entries and dtype
 
 
-def deflated(packed: Packed) -> Packed:
+def deflated(packed: Packed) -> dict[str, Any]:
     """The same with every tensor as a frame that is smaller so."""
     made, frames = dict(packed), []
     for part, tensor in packed.items():

@@ -5,21 +5,22 @@
 
 With `int8` an entry is the correlation `G_ij / sqrt(G_ii G_jj)` in units of `scale`, one for the matrix: errors then are
 small beside the features that they belong to, whatever the features' magnitudes. `scale` is there only with `int8`, the
-drift (see `algorithms.gram`) only where the dense output is the target; it is normalized by the same diagonal.
+drift (see `pruning.from_sums`) only where the dense output is the target; it is normalized by the same diagonal.
 
 Legend: I in features, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.algorithms.gram import Sums
+from fedspallm_appfl.aggregation.gram_sum import GramSum
+from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.tensors import triangle
-from fedspallm_appfl.tensors.exact_sum import ExactSum
-from fedspallm_appfl.wire.compression import Packed, Parts, inflated, is_plain, require
+from fedspallm_appfl.wire.compression import Parts
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 LEVELS = 127  # of int8 on either side of 0
@@ -28,7 +29,78 @@ SCALE_OF = {"upper": "scale", "drift": "drift_scale"}
 MOST_TOKENS = 2**40
 
 
-def pack_gram(sums: Sums, precision: str) -> Packed:
+@dataclass(frozen=True, eq=False)
+class PackedGram:
+    """The packed statistics of one input.
+
+    Attributes:
+        tokens: T.
+        diagonal: (I,) float32.
+        upper: (I * (I - 1) / 2,) what is above the diagonal, in one of `PRECISIONS`.
+        scale: (1,) float32, the unit of `upper`; with int8 only.
+        drift: (I * I,) in the same precision, where the dense output is the target.
+        drift_scale: (1,) float32, its unit; with int8 only.
+    """
+
+    tokens: int
+    diagonal: Tensor
+    upper: Tensor
+    scale: Tensor | None = None
+    drift: Tensor | None = None
+    drift_scale: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels."""
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(part.nbytes for part in self.to_dict().values() if isinstance(part, Tensor))
+
+    def problem(self) -> str | None:
+        """Why it cannot be of a Gram matrix, or None; its dtypes and shapes are right."""
+        if type(self.tokens) is not int or not 1 <= self.tokens <= MOST_TOKENS:
+            return f"they must be of 1 to {MOST_TOKENS} tokens, got {self.tokens!r}"
+        tensors = {name: part for name, part in self.to_dict().items() if isinstance(part, Tensor)}
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.int8 and not bool(tensor.isfinite().all()):
+                return f"{name} holds NaN or infinity"
+        if not bool((self.diagonal >= 0).all()):
+            return "the diagonal of a Gram matrix is nowhere negative"
+        scales = [scale for scale in (self.scale, self.drift_scale) if scale is not None]
+        return None if all(float(scale) >= 0 for scale in scales) else "a scale is not negative"
+
+    def strips(self, name: str, roots: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Entries as they were before they were rounded, a strip of rows at a time.
+
+        Args:
+            name: `upper` or `drift`.
+            roots: (I,) float32, square roots of the diagonal, where the entries are wanted.
+        """
+        packed, scale = (self.upper, self.scale) if name == "upper" else (self.drift, self.drift_scale)
+        assert packed is not None
+        for rows, part, inside in triangle.strips(len(roots), roots.device, whole=name == "drift"):
+            values = packed[part].to(roots.device).float()
+            if scale is not None:
+                values *= scale.to(roots.device)
+                values *= (roots[rows].unsqueeze(1) * roots)[inside]
+            yield part, values
+
+    def add_to(self, total: GramSum) -> None:
+        """Fold it into a sum."""
+        diagonal = self.diagonal.to(total.device)
+        roots = diagonal.sqrt()
+        total.add(
+            self.tokens,
+            diagonal,
+            self.strips("upper", roots),
+            self.strips("drift", roots) if self.drift is not None else (),
+        )
+
+
+def pack_gram(sums: Sums, precision: str) -> PackedGram:
     """Pack one client's statistics of one input, on the CPU.
 
     Args:
@@ -36,14 +108,12 @@ def pack_gram(sums: Sums, precision: str) -> Packed:
         precision: one of `PRECISIONS`.
     """
     diagonal = sums.upper.diagonal().clone(memory_format=torch.contiguous_format)
-    packed: Packed = {"tokens": sums.tokens, "diagonal": diagonal.cpu()}
-    packed |= _rounded("upper", sums.upper, diagonal, precision)
-    if sums.drift is not None:
-        packed |= _rounded("drift", sums.drift, diagonal, precision)
-    return packed
+    upper = _rounded("upper", sums.upper, diagonal, precision)
+    drift = {} if sums.drift is None else _rounded("drift", sums.drift, diagonal, precision)
+    return PackedGram(sums.tokens, diagonal.cpu(), **upper, **drift)
 
 
-def _rounded(name: str, matrix: Tensor, diagonal: Tensor, precision: str) -> Packed:
+def _rounded(name: str, matrix: Tensor, diagonal: Tensor, precision: str) -> dict[str, Tensor]:
     """What travels of the entries above the diagonal, or of all of them, a strip of rows at a time."""
     side, whole, kind = len(matrix), name == "drift", PRECISIONS[precision]
     flat = torch.empty(side * side if whole else triangle.size(side), dtype=kind)
@@ -75,6 +145,11 @@ def gram_size(features: int, precision: str, drift: bool = False) -> int:
     return 4 * features + entries * PRECISIONS[precision].itemsize + 4 * scales
 
 
+def packing_bytes(features: int) -> int:
+    """Bytes that packing statistics of an input takes beside them: which entries each strip of rows has, and strips."""
+    return features * features + triangle.strips_bytes(features)
+
+
 def parts_of(features: int, precision: str, drift: bool) -> Parts:
     """The tensors of packed statistics: name -> (entries, dtype)."""
     kind = PRECISIONS[precision]
@@ -86,66 +161,3 @@ def parts_of(features: int, precision: str, drift: bool) -> Parts:
         if precision == "int8":
             parts["drift_scale"] = (1, torch.float32)
     return parts
-
-
-def check_gram(packed: Any, where: str, features: int, precision: str, drift: bool) -> Packed:
-    """Refuse statistics that are not what was asked for; returns them with nothing compressed.
-
-    Raises:
-        UpdateError: the first thing that is wrong.
-    """
-    parts = parts_of(features, precision, drift)
-    expected = {"tokens", *parts}
-    complete = isinstance(packed, Mapping) and set(packed) - {"zstd"} == expected
-    require(complete, where, f"statistics have the keys {', '.join(sorted(expected))}, and `zstd` if compressed")
-    tokens = packed["tokens"]
-    right = type(tokens) is int and 1 <= tokens <= MOST_TOKENS
-    require(right, where, f"they must be of 1 to {MOST_TOKENS} tokens, got {tokens!r}")
-    require(all(is_plain(packed[part]) for part in parts), where, f"{', '.join(parts)} must be tensors in memory")
-    plain = {part: inflated(packed, part, where, *shape) for part, shape in parts.items()}
-    for name, tensor in plain.items():
-        finite = tensor.dtype == torch.int8 or bool(tensor.isfinite().all())
-        require(finite, where, f"{name} holds NaN or infinity")
-    require(bool((plain["diagonal"] >= 0).all()), where, "the diagonal of a Gram matrix is nowhere negative")
-    scales = [plain[name] for name in ("scale", "drift_scale") if name in plain]
-    require(all(float(scale) >= 0 for scale in scales), where, "a scale is not negative")
-    return {"tokens": tokens, **plain}
-
-
-class GramSum:
-    """The sum of packed statistics of one input.
-
-    Attributes:
-        features: I.
-        tokens: T so far.
-    """
-
-    def __init__(self, features: int, drift: bool = False, device: str = "cpu") -> None:
-        self.features, self.tokens = features, 0
-        self._diagonal = ExactSum(features, device=device)
-        self._upper = ExactSum(triangle.size(features), device=device)
-        self._drift = ExactSum(features * features, device=device) if drift else None
-
-    def add(self, packed: Packed) -> None:
-        """Fold one client's checked statistics."""
-        diagonal = packed["diagonal"].to(self._diagonal.high.device)
-        self._diagonal.add(diagonal)
-        self._fold(self._upper, "upper", packed, diagonal.sqrt())
-        if self._drift is not None:
-            self._fold(self._drift, "drift", packed, diagonal.sqrt())
-        self.tokens += packed["tokens"]
-
-    def _fold(self, into: ExactSum, name: str, packed: Packed, roots: Tensor) -> None:
-        for rows, part, inside in triangle.strips(self.features, roots.device, whole=name == "drift"):
-            values = packed[name][part].to(roots.device).float()
-            if SCALE_OF[name] in packed:
-                values *= packed[SCALE_OF[name]].to(roots.device)
-                values *= (roots[rows].unsqueeze(1) * roots)[inside]
-            into.add(values, part)
-
-    def result(self) -> Sums:
-        """The sums in float32; what they were made of is dropped."""
-        upper = triangle.unflatten(self._upper.value(), self._diagonal.value())
-        drift = None if self._drift is None else self._drift.value().view(self.features, self.features)
-        del self._upper, self._drift
-        return Sums(upper, self.tokens, drift)

@@ -11,9 +11,6 @@ from fedspallm_appfl.errors import ConfigError
 
 Unit = tuple[int, str]
 
-MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
-MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
-
 
 def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit: int) -> list[list[Unit]]:
     """Group the linears of some blocks into messages.

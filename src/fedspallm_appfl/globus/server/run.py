@@ -21,7 +21,8 @@ from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.globus.server.turn import Turn
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import placed
-from fedspallm_appfl.models.identity import model_hash
+from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.rounds.participants import client_settings
 from fedspallm_appfl.settings.schema import Client, Config
 
 Unit = tuple[int, str, str]
@@ -32,7 +33,7 @@ class Connection:
     """What a run and its preflight share.
 
     Attributes:
-        config: the experiment, as `globus_rules.prepared` makes it.
+        config: the experiment, as `rules.prepared_for_globus` makes it.
         run: the run's name in the data store.
         wire: sends tasks and takes results.
         store: the data store; None if everything travels with the tasks.
@@ -61,9 +62,9 @@ class Connection:
         from fedspallm_appfl.adaptors.agents import client_agent_config
 
         limit = self.config.client_configs.comm_configs.max_message_bytes
-        made = client_agent_config(self.config, client, client.train_configs.device, limit)
-        agent: Any = OmegaConf.to_container(made, resolve=True)
-        agent["train_configs"]["model"]["hash"] = self._dense
+        settings = client_settings(self.config, client, client.train_configs.device, limit)
+        settings.model.hash = self._dense
+        agent: Any = OmegaConf.to_container(client_agent_config(settings), resolve=True)
         del agent["train_configs"]["comm"]["store"]  # the worker opens it
         store = self.store.lend(reads, writes, seconds) if self.store else {"connector": "none"}
         return {"client": client.client_id, "config": agent, "store": store, "run": self.run, "names": writes}

@@ -7,10 +7,12 @@ import torch
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import Site, load_site
-from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store
+from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store, told
 from fedspallm_appfl.globus.store.data_store import GREETING
-from fedspallm_appfl.models.identity import config_hash
+from fedspallm_appfl.models.checkpoint import config_hash
 from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text, too_few
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.settings.schema import ClientSettings
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
@@ -22,44 +24,45 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
     checks: dict[str, dict[str, Any]] = {}
     try:
         site = load_site(request["client"])
-        require_consent(request, site)
+        settings = told(request)
+        require_consent(settings, site)
     except FedSpaLLMError as error:
         return {"checks": {"text": {"ok": False, "says": str(error)}}}
     looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}
     for name, look in looks.items():
         try:
-            checks[name] = {"ok": True, "says": look(request, site)}
+            checks[name] = {"ok": True, "says": look(request, settings, site)}
         except Exception as error:  # noqa: BLE001 - shown in the table
             checks[name] = {"ok": False, "says": in_words(error, site)}
     return {"checks": checks}
 
 
-def _look_at_gpu(request: dict[str, Any], site: Site) -> str:
-    choose_device(request["config"]["train_configs"]["device"], 0)
+def _look_at_gpu(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
+    choose_device(settings.device, 0)
     if not torch.cuda.is_available():
         return "none, CPU"
     free, total = torch.cuda.mem_get_info()
     return f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
-def _look_at_model(request: dict[str, Any], site: Site) -> str:
-    folder = same_model(request["config"]["train_configs"]["model"], site, request["client"])
+def _look_at_model(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
+    folder = same_model(settings.model, site, settings.client_id)
     return f"same as the server's, config {config_hash(folder)}"
 
 
-def _look_at_text(request: dict[str, Any], site: Site) -> str:
-    train, client = request["config"]["train_configs"], request["client"]
-    site.require_text(client, train["pruner"])
+def _look_at_text(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
+    client, data = settings.client_id, settings.data
+    site.require_text(client, pruners.find(settings.pruner))
     if site.text is None:
         return "not needed"
-    tokenizer = load_tokenizer(site.model_folder(train["model"]["path"]))
-    found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
-    if found < train["data"]["windows"]:
-        raise ConfigError(too_few(client, train["data"]["windows"], train["data"]["length"], found))
-    return f"{train['data']['windows']} windows wanted, enough"
+    tokenizer = load_tokenizer(site.model_folder(settings.model.path))
+    found = len(cut_windows(tokenizer, read_text(site.text), data.length))
+    if found < data.windows:
+        raise ConfigError(too_few(client, data.windows, data.length, found))
+    return f"{data.windows} windows wanted, enough"
 
 
-def _look_at_store(request: dict[str, Any], site: Site) -> str:
+def _look_at_store(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
     """Read what the server has placed, place something for it to read."""
     store = site_store(request, site)
     if store is None:

@@ -9,6 +9,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     store: {folder: /mnt/exchange}     # where the data store is reached in another way from here
     may_send: [weights, masks, values] # which uploads may leave this site, whatever the server asks for
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
+    plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
 
 Relative paths start from the folder of the file.
 """
@@ -23,14 +24,15 @@ from typing import Any
 
 import yaml
 
-from fedspallm_appfl.algorithms.exchange import UPLOADS
+from fedspallm_appfl.algorithms.algorithm import UPLOADS
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.models.checkpoint import resolve_model
+from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send", "min_tokens"}
+KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
@@ -48,6 +50,7 @@ class Site:
         store: keys of the data store that differ here.
         may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
+        plugins: files or modules that add pruners or algorithms here.
     """
 
     model: str | None = None
@@ -55,6 +58,7 @@ class Site:
     store: Mapping[str, Any] = field(default_factory=dict)
     may_send: frozenset[str] = frozenset(UPLOADS)
     min_tokens: int | None = None
+    plugins: tuple[str, ...] = ()
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what this site keeps.
@@ -77,7 +81,7 @@ class Site:
                 f"{asked if TOKEN_COUNTS in kept else ''}, or name them under may_send in the site file"
             )
 
-    def require_text(self, client: str, pruner: str) -> None:
+    def require_text(self, client: str, pruner: Pruner) -> None:
         """Refuse to prune without text where the pruner needs some.
 
         Args:
@@ -87,7 +91,7 @@ class Site:
         Raises:
             ConfigError: the site file names no text.
         """
-        if not self.text and pruner != "magnitude":
+        if not self.text and pruner.needs is not None:
             raise ConfigError(
                 f"client {client}: the site file names no private text; give `text` under clients: {client}:"
             )
@@ -202,6 +206,7 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         store=_store(content.get("store") or {}, file, who),
         may_send=_sendings(content, who),
         min_tokens=_min_tokens(content.get("min_tokens"), who),
+        plugins=_plugins(content.get("plugins"), file, who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -222,6 +227,12 @@ def _store(named: Mapping[str, Any], file: Path, who: str) -> dict[str, Any]:
             "is text"
         )
     return dict(named) | ({"folder": _whole(file, named["folder"], who)} if named.get("folder") else {})
+
+
+def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise ConfigError(f"{who}plugins in the site file is a list of Python files or modules")
+    return tuple(_whole(file, one, who) if one.endswith(".py") else one for one in named or ())
 
 
 def _min_tokens(named: Any, who: str) -> int | None:

@@ -12,25 +12,26 @@ import hashlib
 import json
 import socket
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.aggregation.layer_sampling import to_text
-from fedspallm_appfl.algorithms.registry import exchanges
+from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import FederationError, FedSpaLLMError, ModelError
 from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
-from fedspallm_appfl.models.identity import model_hash
-from fedspallm_appfl.pruning import pruner as pruning
+from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings.reading import build
+from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
 
@@ -50,10 +51,11 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
-        require_consent(request, site)
+        settings = told(request)
+        require_consent(settings, site)
         store = site_store(request, site)
         exchange = int(request["instructions"]["exchange"])
-        amid = _amid_sweep(request) or _Amid(request["run"], _agent(request, site))
+        amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site))
         client = amid.agent.trainer.client  # opens model and text
         for message in _messages(amid, request, store):
             messages.append(message)
@@ -87,38 +89,50 @@ _sweeping: dict[str, _Amid] = {}  # client -> where its sweep stands still
 
 def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
     """The client if it stands where the task goes on; what stands anywhere else is let go of."""
-    told = request["instructions"]
+    now = request["instructions"]
     amid = _sweeping.pop(request["client"], None)
     for client in [client for client, other in _sweeping.items() if other.run != request["run"]]:
         del _sweeping[client]
     if amid is None or amid.run != request["run"]:
         return None
     trainer = amid.agent.trainer
-    return amid if (trainer.round, trainer.exchange) == (told["round"], told["exchange"]) else None
+    return amid if (trainer.round, trainer.exchange) == (now["round"], now["exchange"]) else None
 
 
-def sendings(request: dict[str, Any]) -> set[str]:
-    """What a task would send, as the site file names it."""
-    train = request["config"]["train_configs"]
-    gram = train["gram"]
-    if train["algorithm"] == "gram":
-        harmless = gram["first_input"] == "public" and gram["propagate"] == "dense"
-        return {"grams"} if harmless else {"grams", TOKEN_COUNTS}
-    sent = {exchange.up for exchange in exchanges(train["algorithm"], ())}
-    alone = pruning.keeps_weights(train["pruner"], train["refit"])
-    return {"masks" if up == "weights" and alone else up for up in sent}
-
-
-def require_consent(request: dict[str, Any], site: Site) -> None:
-    """Refuse a task that wants what this site does not send.
+def told(request: dict[str, Any]) -> ClientSettings:
+    """What the server tells the client; paths in it are the server's, and mean nothing here.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: a value is of a wrong type.
     """
-    train, client = request["config"]["train_configs"], request["client"]
-    site.require_consent(client, sendings(request))
-    if train["algorithm"] == "gram":
-        site.require_tokens(client, train["gram"]["min_tokens"])
+    settings: ClientSettings = build(ClientSettings, request["config"]["train_configs"])
+    return settings
+
+
+def sendings(settings: ClientSettings) -> set[str]:
+    """What a task would send, as the site file names it.
+
+    Raises:
+        ConfigError: the algorithm or the pruner is neither built in nor of a plugin of this site.
+    """
+    algorithm, gram = algorithms.find(settings.algorithm), settings.gram
+    if algorithm.gathers:
+        harmless = gram.first_input == "public" and gram.propagate == "dense"
+        return {"grams"} if harmless else {"grams", TOKEN_COUNTS}
+    alone = pruners.keeps_weights(settings)
+    return {"masks" if one.up == "weights" and alone else one.up for one in algorithm.round}
+
+
+def require_consent(settings: ClientSettings, site: Site) -> None:
+    """Refuse a task that wants what this site does not send; the site's own plugins are loaded.
+
+    Raises:
+        ConfigError: it does, or names a pruner or an algorithm that is not known here.
+    """
+    plugins.load(site.plugins)
+    site.require_consent(settings.client_id, sendings(settings))
+    if algorithms.find(settings.algorithm).gathers:
+        site.require_tokens(settings.client_id, settings.gram.min_tokens)
 
 
 def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
@@ -126,19 +140,19 @@ def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
     return open_store({**request["store"], **site.store}, request["run"])
 
 
-def _agent(request: dict[str, Any], site: Site) -> Any:
+def _agent(settings: ClientSettings, site: Site) -> Any:
     _load_appfl()
-    from appfl.agent import ClientAgent
+    from fedspallm_appfl.adaptors.agents import client_agent
 
-    config = request["config"]
-    train, client = config["train_configs"], request["client"]
-    train["data"] |= {"text": site.text, "pool": []}  # the server names no path of a text
-    train["agreed"] = None  # nor one that is written to
-    train["gram"]["min_tokens"] = train["gram"]["min_tokens"] or site.min_tokens
-    site.require_text(client, train["pruner"])
-    train["model"]["path"] = str(same_model(train["model"], site, client))
-    train["device"] = choose_device(train["device"], 0)
-    return ClientAgent(OmegaConf.create(config))
+    client = settings.client_id
+    site.require_text(client, pruners.find(settings.pruner))
+    settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
+    settings.agreed = None  # nor one that is written to
+    settings.trainer = ClientSettings.trainer  # nor code that runs here
+    settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
+    settings.model.path = str(same_model(settings.model, site, client))
+    settings.device = choose_device(settings.device, 0)
+    return client_agent(settings)
 
 
 @lru_cache(maxsize=1)
@@ -147,20 +161,20 @@ def _load_appfl() -> None:
     registration.freeze()
 
 
-def same_model(model: Mapping[str, Any], site: Site, client: str) -> Path:
+def same_model(model: HashedModel, site: Site, client: str) -> Path:
     """The folder of the model at this site.
 
     Raises:
         ModelError: there is none, or it is not the server's.
     """
-    folder = site.model_folder(model["path"])
+    folder = site.model_folder(model.path)
     here = model_hash(folder)
-    if here != model["hash"]:
-        config, weights = (a == b for a, b in zip(here.split("/"), model["hash"].split("/"), strict=True))
+    if here != model.hash:
+        config, weights = (a == b for a, b in zip(here.split("/"), model.hash.split("/"), strict=True))
         what = "weights" if config and not weights else "config.json"
         raise ModelError(
             f"client {client}: the model in {folder} is not the server's, {what} differ ({here}, expected "
-            f"{model['hash']}); name a copy of the server's model in the site file: model: FOLDER"
+            f"{model.hash}); name a copy of the server's model in the site file: model: FOLDER"
         )
     return folder
 

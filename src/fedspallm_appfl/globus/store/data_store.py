@@ -12,7 +12,6 @@ from fedspallm_appfl.errors import DataStoreError, first_line
 from fedspallm_appfl.globus.store.objects import EndpointObjects, FolderObjects, Objects, RedisObjects
 from fedspallm_appfl.globus.store.s3 import Bucket, Links
 
-CONNECTORS = ("none", "file", "redis", "s3", "endpoint")
 MARK = "run"  # name of the object that is there as long as its run is
 GREETING = "greeting"  # of the one that clients read to see that they reach the store
 

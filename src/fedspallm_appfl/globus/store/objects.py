@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
 REDIS_PASSWORD = "FEDSPALLM_REDIS_PASSWORD"  # environment variable
 CONNECT, ANSWER = 30, 300  # seconds that a Redis server has
 PREFIX = "fedspallm"  # of every object's name where others keep theirs too

@@ -1,30 +1,22 @@
-"""What a run over Globus Compute will send and take at the sites, before anything runs.
+"""What a run over Globus Compute will send and take at the sites.
 
-A task makes the messages of one exchange. It is told of all that went down so far (`launch.globus.Downlink`), and loads
-what its worker has not kept, which is all but in a sweep. Its messages wait in the data store, or in its result, until the
-server folds them.
-Bytes are those of tensors; the text around them is less than a kilobyte a matrix, and some kilobytes a task.
+A task makes the messages of one exchange. It is told of all that went down so far (`globus.server.run.Downlink`), and loads
+what its worker has not kept, which is everything except in a sweep. Its messages wait in the data store, or in its result,
+until the server folds them. Bytes are those of tensors; the text around them is less than a kilobyte a matrix, and some
+kilobytes a task.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fedspallm_appfl.algorithms.exchange import Exchange
+from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
-from fedspallm_appfl.estimate import traffic as estimate
-from fedspallm_appfl.estimate.memory import Memory, Parts, client_memory, server_memory, with_heap, worst
-from fedspallm_appfl.estimate.traffic import (
-    ModelSizes,
-    RoundTraffic,
-    Transport,
-    down_sizes,
-    exchange_share,
-    exchanges_of,
-    up_sizes,
-)
-from fedspallm_appfl.settings.schema import Client, Config, keeps_weights
-from fedspallm_appfl.validation.rules import draws
+from fedspallm_appfl.estimates import traffic as messages
+from fedspallm_appfl.estimates.job import Job, mask_only
+from fedspallm_appfl.estimates.memory import Memory, Parts, client_memory, server_memory, with_heap, worst
+from fedspallm_appfl.estimates.traffic import RoundTraffic, Transport, exchange_share, zstd_share
+from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.wire.messages import plan
 
 INLINE_LIMIT = 7_000_000  # bytes of tensors in a task or a result: 10 MB by the service, less what base64 adds
@@ -37,6 +29,7 @@ RESULT = 3  # copies of a whole result: its messages as text, the text that is m
 ON_GPU = ("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices")
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
+Payload = dict[tuple[int, int, str], float]  # (exchange, block, linear) -> bytes
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,13 @@ class Turn:
     stored: int
 
 
-def turns(config: Config, model: ModelSizes, compressed: bool = False) -> list[Turn]:
-    """All exchanges of a run.
-
-    Args:
-        config: the experiment.
-        model: its model.
-        compressed: give about what compression leaves, instead of what it starts from.
-    """
-    made, rounds = exchanges_of(config, model), draws(config, len(model.blocks))
-    up_share, down_share = (_up_share(config, model), _down_share(config, model)) if compressed else (_whole, _whole)
-    uploads = [_uploads(config, model, exchange, up_share) for exchange in made]
-    placed: list[dict[tuple, float]] = []  # what each payload that lies there holds: matrix -> bytes
-    fresh: list[dict[tuple, float]] = []  # of the last exchange
+def turns(job: Job, compressed: bool = False) -> list[Turn]:
+    """All exchanges of a run; `compressed` gives about what compression leaves, instead of what it starts from."""
+    made, rounds = job.exchanges, job.draws
+    up_share, down_share = (_up_share(job), _down_share(job)) if compressed else (_whole, _whole)
+    uploads = [_uploads(job, exchange, up_share) for exchange in made]
+    placed: list[Payload] = []  # what each payload that lies there holds
+    fresh: list[Payload] = []  # of the last exchange
     waiting: dict[str, float] = {}  # the most that a client has sent so far; where it is late, that may still lie there
     found = []
     for number, assigned in enumerate(rounds):
@@ -82,7 +69,7 @@ def turns(config: Config, model: ModelSizes, compressed: bool = False) -> list[T
             waiting = {client: max(size, waiting.get(client, 0)) for client, size in up.items()}
             ended = (number + 1, index + 1) == (len(rounds), len(made))
             down, new = _bytes(placed), _bytes(fresh)
-            fresh = [] if ended else _payloads(config, model, index, exchange, changed, down_share(exchange, False))
+            fresh = [] if ended else _payloads(job, index, changed, down_share(exchange, False))
             more, sent = _bytes(fresh), {client: round(size) for client, size in up.items()}
             stored, loaded = down + max(sum(waiting.values()), more), new if exchange.only and index else down
             found.append(Turn(number, round(down), round(loaded), sent, round(more), round(stored)))
@@ -91,7 +78,7 @@ def turns(config: Config, model: ModelSizes, compressed: bool = False) -> list[T
     return found
 
 
-def _bytes(payloads: list[dict[tuple, float]]) -> float:
+def _bytes(payloads: list[Payload]) -> float:
     return sum(sum(payload.values()) for payload in payloads)
 
 
@@ -99,42 +86,44 @@ def _whole(exchange: Exchange, masks: bool) -> float:
     return 1.0
 
 
-def _up_share(config: Config, model: ModelSizes) -> Share:
-    return lambda exchange, masks: exchange_share(config, model, exchange, masks)
+def _up_share(job: Job) -> Share:
+    return lambda exchange, masks: exchange_share(job, exchange, masks)
 
 
-def _down_share(config: Config, model: ModelSizes) -> Share:
-    target = estimate.target_of(config)
-    return lambda exchange, _: estimate.zstd_share(target, model.stored, exchange.down or "weights")
+def _down_share(job: Job) -> Share:
+    return lambda exchange, _: zstd_share(job.target, job.model.stored, exchange.down or "weights")
 
 
-def _uploads(config: Config, model: ModelSizes, exchange: Exchange, share: Share) -> dict[str, dict[int, float]]:
+def _uploads(job: Job, exchange: Exchange, share: Share) -> dict[str, dict[int, float]]:
     """Client -> block -> bytes that go up."""
     tables = {}
     for masks in (False, True):
-        sizes = up_sizes(config, model, exchange, masks)
-        tables[masks] = {block: share(exchange, masks) * sum(sizes.get(block, {}).values()) for block in model.shapes}
-    return {client.client_id: tables[keeps_weights(client.train_configs)] for client in config.clients}
+        sizes = job.up(exchange, masks)
+        tables[masks] = {
+            block: share(exchange, masks) * sum(sizes.get(block, {}).values()) for block in job.model.shapes
+        }
+    return {client.client_id: tables[mask_only(client)] for client in job.config.clients}
 
 
-def _payloads(
-    config: Config, model: ModelSizes, index: int, exchange: Exchange, changed: list[int], share: float
-) -> list[dict[tuple, float]]:
+def _payloads(job: Job, index: int, changed: list[int], share: float) -> list[Payload]:
     """The payloads in which an exchange goes down, as `GlobalModel.changes` cuts them."""
-    table = down_sizes(config, model, exchange)
+    table = job.down(job.exchanges[index])
     sizes = {block: table[block] for block in changed if block in table}
-    parts = plan(sizes, max(1, len(sizes)), config.client_configs.comm_configs.max_message_bytes)
+    parts = plan(sizes, max(1, len(sizes)), job.config.client_configs.comm_configs.max_message_bytes)
     return [{(index, block, name): share * sizes[block][name] for block, name in part} for part in parts]
 
 
-def traffic(config: Config, model: ModelSizes) -> list[RoundTraffic]:
+def _inline(job: Job) -> bool:
+    """Whether everything travels with the tasks."""
+    return job.config.client_configs.comm_configs.store.connector == "none"
+
+
+def traffic(job: Job) -> list[RoundTraffic]:
     """What travels in each round; down goes what all tasks of a client load."""
-    down = [0] * config.server_configs.num_global_epochs
-    inline = config.client_configs.comm_configs.store.connector == "none"
-    for turn in turns(config, model):
-        down[turn.round] += turn.down if inline else turn.loaded
-    made = estimate.traffic(config, model)
-    return [dataclasses.replace(one, down=size) for one, size in zip(made, down, strict=True)]
+    down = [0] * job.rounds
+    for turn in turns(job):
+        down[turn.round] += turn.down if _inline(job) else turn.loaded
+    return [dataclasses.replace(one, down=size) for one, size in zip(messages.traffic(job), down, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -163,13 +152,13 @@ class Tasks:
         return max(self.up, self.down)
 
 
-def tasks(config: Config, model: ModelSizes) -> Tasks:
+def tasks(job: Job) -> Tasks:
     """The tasks of a run, if no client is left out of a round."""
-    clients, made = len(config.clients), turns(config, model)
-    rounds, late = config.server_configs.num_global_epochs, max(0, clients - AT_ONCE)
+    clients, made = len(job.config.clients), turns(job)
+    late = max(0, clients - AT_ONCE)
     delay = PAUSE[0] * late, PAUSE[1] * late
     up, down = max(max(turn.up.values()) for turn in made), max(turn.down for turn in made)
-    return Tasks(clients, clients * len(made) // rounds, clients * len(made), delay, up, down)
+    return Tasks(clients, clients * len(made) // job.rounds, clients * len(made), delay, up, down)
 
 
 def check_sizes(config: Config) -> Iterator[str]:
@@ -177,8 +166,7 @@ def check_sizes(config: Config) -> Iterator[str]:
     if config.client_configs.comm_configs.store.connector != "none":
         return
     try:
-        model = estimate.open_outline(config.model).sizes
-        made = tasks(config, model)
+        made = tasks(Job.of(config))
     except (FedSpaLLMError, ValueError):  # `check_with_files` says so
         return
     for what, size in (("what a client sends in an exchange", made.up), ("what is sent to a client", made.down)):
@@ -189,17 +177,17 @@ def check_sizes(config: Config) -> Iterator[str]:
             )
 
 
-def transport(config: Config, model: ModelSizes) -> Transport:
+def transport(job: Job) -> Transport:
     """Whether tasks and results can carry the messages, with the setting to change when not."""
-    name, store = "Globus Compute", config.client_configs.comm_configs.store.connector
-    if config.algorithm == "centralized":
-        return Transport(name, False, "centralized pools the text of all clients in one process")
+    name, store = "Globus Compute", job.config.client_configs.comm_configs.store.connector
+    if job.algorithm.pools_text:
+        return Transport(name, False, f"{job.algorithm.name} pools the text of all clients in one process")
     try:
-        largest = tasks(config, model).largest
+        largest = tasks(job).largest
     except ConfigError as error:
         return Transport(name, False, str(error))
     holds, limit = f"a task or its result holds up to {largest / 1e6:.1f} MB", f"{INLINE_LIMIT / 1e6:.1f} MB"
-    if store != "none":
+    if not _inline(job):
         return Transport(name, True, f"{holds}, in the data store {store}")
     if largest <= INLINE_LIMIT:
         return Transport(name, True, f"{holds} of {limit}")
@@ -221,16 +209,16 @@ class Worker:
     gpu: Parts
 
 
-def worker_memory(config: Config, model: ModelSizes, client: Client) -> Worker:
+def worker_memory(job: Job, client: Client) -> Worker:
     """Memory of the worker of a client; that on a GPU is computed as on a CPU, and was not measured.
 
     Amid a sweep it keeps the hidden states of all clients of its endpoint, whatever it does.
     """
-    alone, kept = _at_site(config, model, client), _kept_in_sweep(config, model, client)
+    alone, kept = _at_site(job, client), _kept_in_sweep(job, client)
     alone = dataclasses.replace(alone, parts={**alone.parts, **kept})
-    largest, down, up = estimate.messages(config, model).largest, _largest_payload(config, model), 0
-    if config.client_configs.comm_configs.store.connector == "none":
-        up = max(turn.up[client.client_id] for turn in turns(config, model))
+    largest, down, up = messages.messages(job).largest, _largest_payload(job), 0
+    if _inline(job):
+        up = max(turn.up[client.client_id] for turn in turns(job))
     collected = {"result of a task": round(BASE64 * up)}
     sending = {"message on its way": SENDING * largest, "earlier blocks of a message": 0} | collected
     loading = {"what came down": READING * down}
@@ -245,39 +233,38 @@ def worker_memory(config: Config, model: ModelSizes, client: Client) -> Worker:
     return Worker(with_heap(on_cpu, alone.mapped), with_heap(on_gpu, alone.mapped), device)
 
 
-def _at_site(config: Config, model: ModelSizes, client: Client) -> Memory:
-    data = dataclasses.replace(client.data, text=client.data.text or "of the site")  # magnitude does without, or not
-    return client_memory(config, model, dataclasses.replace(client, data=data))
+def _at_site(job: Job, client: Client) -> Memory:
+    data = dataclasses.replace(client.data, text=client.data.text or "of the site")  # some pruners do without, or not
+    return client_memory(job, dataclasses.replace(client, data=data))
 
 
-def _kept_in_sweep(config: Config, model: ModelSizes, client: Client) -> Parts:
+def _kept_in_sweep(job: Job, client: Client) -> Parts:
     """Hidden states, and token ids, of all clients whose tasks the worker of a client runs; nothing without a sweep."""
-    if not any(exchange.only for exchange in exchanges_of(config, model)):
+    if not any(exchange.only for exchange in job.exchanges):
         return {}
     endpoint = str(client.endpoint_id).lower()
-    beside = [one for one in config.clients if one.client_id != client.client_id]
+    beside = [one for one in job.config.clients if one.client_id != client.client_id]
     sharing = [one for one in beside if one.endpoint_id and one.endpoint_id.lower() == endpoint]
-    return {"activations": sum(_at_site(config, model, one).parts["activations"] for one in (client, *sharing))}
+    return {"activations": sum(_at_site(job, one).parts["activations"] for one in (client, *sharing))}
 
 
-def _largest_payload(config: Config, model: ModelSizes) -> int:
+def _largest_payload(job: Job) -> int:
     """The most bytes that go down in one piece."""
-    made, most = exchanges_of(config, model), 0
-    answered = len(made) - (config.server_configs.num_global_epochs == 1)
-    for index, exchange in enumerate(made[:answered]):
-        for payload in _payloads(config, model, index, exchange, list(model.shapes), 1.0):
+    answered, most = len(job.exchanges) - (job.rounds == 1), 0
+    for index in range(answered):
+        for payload in _payloads(job, index, list(job.model.shapes), 1.0):
             most = max(most, round(sum(payload.values())))
     return most
 
 
-def receiving_memory(config: Config, model: ModelSizes) -> Memory:
+def receiving_memory(job: Job) -> Memory:
     """Memory of the server: it reads messages as bytes, has results wait, and places what goes down all together."""
-    alone = server_memory(config, model, together=READING)
+    alone = server_memory(job, together=READING)
     serving = {part: size for part, size in alone.parts.items() if part != "heap"}
-    made, waiting, told, asking = turns(config, model), 0, 0, 0
-    if config.client_configs.comm_configs.store.connector == "none":
+    made, waiting, told, asking = turns(job), 0, 0, 0
+    if _inline(job):
         waiting = round(BASE64 * max(sum(turn.up.values()) for turn in made))
         told = round(BASE64 * max(turn.down for turn in made))
-        asking = told * len(config.clients)
-    placing = {"what goes down": SENDING * _largest_payload(config, model) + told + asking}
+        asking = told * len(job.config.clients)
+    placing = {"what goes down": SENDING * _largest_payload(job) + told + asking}
     return with_heap(worst([serving | {"results that wait": waiting}, placing]), alone.mapped)

@@ -11,78 +11,76 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
+from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.estimate import memory as estimate_memory
-from fedspallm_appfl.estimate import over_globus as estimate_globus
-from fedspallm_appfl.estimate import traffic as estimate
-from fedspallm_appfl.estimate.memory import Memory, Parts
-from fedspallm_appfl.estimate.over_globus import INLINE_LIMIT, Worker
-from fedspallm_appfl.estimate.traffic import ModelSizes, Outline, RoundTraffic
+from fedspallm_appfl.estimates import memory, over_globus, traffic
+from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
+from fedspallm_appfl.estimates.job import Job
+from fedspallm_appfl.estimates.memory import Memory, Parts
+from fedspallm_appfl.estimates.over_globus import INLINE_LIMIT, Worker
+from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
+from fedspallm_appfl.runs.progress import duration
 from fedspallm_appfl.runs.report import bytes_text
-from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.validation.rules import headline, rounds_text, uncovered
+from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {"weights": "pruned weights", "masks": "masks", "values": "values", "grams": "Gram matrices"}
 
 
-def tables(config: Config) -> Group:
+def tables(job: Job) -> Group:
     """Everything that can be said before a run.
 
     Raises:
-        ModelError: the model cannot be opened.
-        ConfigError: the sparsity does not fit its matrices; or a message cannot be carried over Globus Compute.
+        ConfigError: a message cannot be carried over Globus Compute.
     """
-    outline = estimate.open_outline(config.model)
-    model = outline.sizes
-    estimate.check_pattern(model, estimate.target_of(config))
-    windows = estimate.evaluation_windows(config, outline.folder)
+    windows = traffic.evaluation_windows(job)
     return Group(
-        Text("\n".join([*_who_prunes_what(config, len(model.blocks)), *_what_travels(config, outline)])),
-        _traffic(config, model),
-        _globus(config, model) if config.over_globus() else _transports(config, model),
-        _disk(config, model),
-        *_memory(config, model, windows),
+        Text("\n".join([*_who_prunes_what(job), *_what_travels(job), *_time(job, durations(job))])),
+        _traffic(job),
+        _globus(job) if job.config.over_globus() else _transports(job),
+        _disk(job),
+        *_memory(job, windows),
     )
 
 
-def _who_prunes_what(config: Config, blocks: int) -> Iterator[str]:
-    missed = uncovered(config, blocks)
-    yield f"{headline(config)}, {blocks} blocks"
-    if missed:
-        yield (
-            f"blocks that nobody draws in {rounds_text(config)}: {to_text(missed)}; raise "
-            "train_configs.resource_share or server_configs.num_global_epochs"
-        )
-    else:
-        yield "every block is pruned by some client"
-    if config.client_configs.train_configs.layer_sampling == "uniform":
-        expected = expected_uncovered(config.roster(), blocks)
-        yield f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation"
+def _who_prunes_what(job: Job) -> Iterator[str]:
+    yield f"{headline(job.config)}, {len(job.model.blocks)} blocks"
+    yield from list(left_out(job.config, len(job.model.blocks))) or ["every block is pruned by some client"]
 
 
-def _what_travels(config: Config, outline: Outline) -> Iterator[str]:
+def _what_travels(job: Job) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
-    yield f"each round: {_exchanges([(one.up, one.down) for one in estimate.exchanges_of(config, outline.sizes)], config)}"
+    yield f"each round: {_exchanges([(one.up, one.down) for one in job.exchanges], job)}"
     try:
-        made = estimate.messages(config, outline.sizes)
+        made = traffic.messages(job)
         yield f"a client sends {made.count} messages a round, the largest of {bytes_text(made.largest)}"
     except ConfigError:
         pass  # the table of transports says so
-    if config.algorithm == "gram":
-        inputs = "; ".join(", ".join(names) for names in outline.sizes.groups[0])
-        yield f"taken to share an input, by their names: {inputs}"
-    if outline.assumed:
-        dtype = str(outline.sizes.stored).removeprefix("torch.")
-        yield f"there are no weights in {outline.folder}: taken to be {dtype}, as config.json says"
+    if job.algorithm.gathers:
+        inputs = "; ".join(", ".join(names) for names in job.model.groups[0])
+        yield f"linears that share an input: {inputs}"
+    if job.model.assumed:
+        dtype = str(job.model.stored).removeprefix("torch.")
+        yield f"there are no weights in {job.model.folder}: taken to be {dtype}, as config.json says"
 
 
-def _exchanges(kinds: Sequence[tuple[str, str | None]], config: Config) -> str:
+def _time(job: Job, found: Durations) -> Iterator[str]:
+    """How long it takes here, with the spread of that."""
+    least, most = min(found.clients.values()), max(found.clients.values())
+    each = duration(most) if duration(least) == duration(most) else f"{duration(least)} to {duration(most)}"
+    together = f", {duration(sum(found.clients.values()))} for all in one process" if len(found.clients) > 1 else ""
+    server = f"; the server prunes for {duration(found.server)}" if found.server else ""
+    yield (
+        f"time: about {each} a client on this machine's CPU{together}{server}; measured times lie between a "
+        f"{1 / SPREAD:.2g}th and {SPREAD:g} times that".replace("a 0.5th", "half")
+    )
+
+
+def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
     """What goes up and down in the exchanges of a round; what is answered in no round is left out."""
     distinct = list(dict.fromkeys(kinds))
     repeated = len(kinds) > len(distinct)
-    never = config.server_configs.num_global_epochs == 1 and not repeated
+    never = job.rounds == 1 and not repeated
     last = distinct[-1]
     ways = [
         f"{WORDS[up]} up" + (f", {WORDS[down]} down" if down and not (never and (up, down) == last) else "")
@@ -92,9 +90,9 @@ def _exchanges(kinds: Sequence[tuple[str, str | None]], config: Config) -> str:
     return (f"{len(kinds)} times " if repeated else "") + "; ".join(ways) + at_last
 
 
-def _traffic(config: Config, model: ModelSizes) -> Table:
+def _traffic(job: Job) -> Table:
     """Bytes a round; rounds with the same numbers share a line."""
-    compressed = config.client_configs.comm_configs.compression == "zstd"
+    compressed = job.config.client_configs.comm_configs.compression == "zstd"
     most = " at most" if compressed else ""
     up = [Column(f"up, a client{most}", justify="right")]
     up += [Column("about, compressed", justify="right")] * compressed
@@ -103,22 +101,22 @@ def _traffic(config: Config, model: ModelSizes) -> Table:
         "round", Column("blocks", justify="right"), *up, *rest, title="Bytes that travel", title_justify="left"
     )
     rows: dict[tuple[str, ...], list[int]] = {}
-    made = estimate_globus.traffic(config, model) if config.over_globus() else estimate.traffic(config, model)
-    for number, traffic in enumerate(made, 1):
-        rows.setdefault(_row(traffic, compressed), []).append(number)
+    made = (over_globus if job.config.over_globus() else traffic).traffic(job)
+    for number, one in enumerate(made, 1):
+        rows.setdefault(_row(one, compressed), []).append(number)
     for row, numbers in rows.items():
         table.add_row(to_text(numbers), *row)
     return table
 
 
-def _row(traffic: RoundTraffic, compressed: bool) -> tuple[str, ...]:
+def _row(made: RoundTraffic, compressed: bool) -> tuple[str, ...]:
     return (
-        str(traffic.blocks),
-        _range(traffic.up),
-        *[_range(traffic.zstd)] * compressed,
-        _range(traffic.dense),
-        bytes_text(sum(traffic.up.values())),
-        bytes_text(traffic.down),
+        str(made.blocks),
+        _range(made.up),
+        *[_range(made.zstd)] * compressed,
+        _range(made.dense),
+        bytes_text(sum(made.up.values())),
+        bytes_text(made.down),
     )
 
 
@@ -127,43 +125,41 @@ def _range(of_clients: Mapping[str, int]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _transports(config: Config, model: ModelSizes) -> Table:
+def _transports(job: Job) -> Table:
     table = Table(
         "transport", "carries it", Column("what to know", overflow="fold"), title="Transports", title_justify="left"
     )
-    for transport in (*estimate.transports(config, model), estimate_globus.transport(config, model)):
+    for transport in (*traffic.transports(job), over_globus.transport(job)):
         table.add_row(transport.name, "yes" if transport.carries else "no", escape(transport.why))
     return table
 
 
-def _globus(config: Config, model: ModelSizes) -> Table:
+def _globus(job: Job) -> Table:
     """Tasks, submissions, and where the bytes lie."""
-    tasks, store = estimate_globus.tasks(config, model), config.client_configs.comm_configs.store
+    tasks, store = over_globus.tasks(job), job.config.client_configs.comm_configs.store
     table = Table("", "", show_header=False, title="Over Globus Compute", title_justify="left")
     table.add_row("tasks", f"{_tasks(tasks)}; before them {tasks.exchange} more ask the sites")
     table.add_row("submissions", _submissions(tasks))
     table.add_row("a task or its result", f"up to {bytes_text(tasks.largest)}{_fits(tasks.largest, store.connector)}")
     if store.connector != "none":
-        stored, about = (
-            max(turn.stored for turn in estimate_globus.turns(config, model, small)) for small in (False, True)
-        )
-        compressed = config.client_configs.comm_configs.compression == "zstd"
+        stored, about = (max(turn.stored for turn in over_globus.turns(job, small)) for small in (False, True))
+        compressed = job.config.client_configs.comm_configs.compression == "zstd"
         less = f", about {bytes_text(about)} compressed" if compressed else ""
         table.add_row("data store", escape(f"holds at most {bytes_text(stored)}{less}, in {place(vars(store))}"))
     return table
 
 
-def _tasks(tasks: estimate_globus.Tasks) -> str:
+def _tasks(tasks: over_globus.Tasks) -> str:
     of_round = f"{tasks.round} a round, " if tasks.round < tasks.all else ""
     return f"{of_round}{tasks.all} in all, one for each client and exchange"
 
 
-def _submissions(tasks: estimate_globus.Tasks) -> str:
+def _submissions(tasks: over_globus.Tasks) -> str:
     least, most = tasks.delay
     if not most:
         return f"one a task; the {tasks.exchange} of an exchange leave at once"
     return (
-        f"one a task; {estimate_globus.AT_ONCE} leave at once, each later one 4 to 5 s after the one before, so the last "
+        f"one a task; {over_globus.AT_ONCE} leave at once, each later one 4 to 5 s after the one before, so the last "
         f"of {tasks.exchange} after {least} to {most} s"
     )
 
@@ -176,15 +172,15 @@ def _fits(largest: int, connector: str) -> str:
     return f" of tensors, but {bytes_text(INLINE_LIMIT)} fit; set client_configs.comm_configs.store.connector"
 
 
-def _disk(config: Config, model: ModelSizes) -> Table:
+def _disk(job: Job) -> Table:
     table = Table("written", Column("bytes", justify="right"), "kept", title="Disk", title_justify="left")
-    for one in estimate.disk(config, model):
+    for one in traffic.disk(job):
         table.add_row(one.what, bytes_text(one.nbytes), "yes" if one.stays else "while it runs")
     return table
 
 
-def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None) -> Iterator[RenderableType]:
-    globus = config.over_globus()
+def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableType]:
+    globus = job.config.over_globus()
     columns = [Column(name, justify="right") for name in ("needs", "resident", *["on the GPU"] * globus)]
     table = Table(
         "process",
@@ -194,22 +190,22 @@ def _memory(config: Config, model: ModelSizes, windows: Mapping[str, int] | None
         title="Memory, at most",
         title_justify="left",
     )
-    for name, memory, gpu in _processes(config, model, windows):
-        part, size = max((gpu or memory.parts).items(), key=lambda item: item[1])
-        numbers = bytes_text(memory.needed), bytes_text(memory.resident)
+    for name, needs, gpu in _processes(job, windows):
+        part, size = max((gpu or needs.parts).items(), key=lambda item: item[1])
+        numbers = bytes_text(needs.needed), bytes_text(needs.resident)
         on_gpu = [bytes_text(sum(gpu.values())) if gpu else "-"] * globus
         table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", LOWER[part])
     yield table
-    here = estimate_memory.resident_now()
+    here = memory.resident_now()
     if here:
-        fixed = bytes_text(here + estimate_memory.APPFL)
+        fixed = bytes_text(here + memory.APPFL)
         yield Text(f"add Python and its packages to each process: {fixed}, this one and what APPFL adds")
     yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
-    if config.evaluation.texts and windows is None:
+    if job.config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")
-    if globus and any(client.train_configs.device != "cpu" for client in config.clients):
+    if globus and any(client.train_configs.device != "cpu" for client in job.config.clients):
         yield Text("on a GPU: computed from what was measured on CPUs; CUDA's own memory comes on top")
-    elif any(client.train_configs.device != "cpu" for client in config.clients):
+    elif any(client.train_configs.device != "cpu" for client in job.config.clients):
         yield Text("on a GPU, what a client needs lies there; measured on CPUs only")
 
 
@@ -241,31 +237,31 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
 Process = tuple[str, Memory, Parts | None]  # name, main memory, what lies on its GPU
 
 
-def _processes(config: Config, model: ModelSizes, windows: Mapping[str, int] | None) -> Iterator[Process]:
+def _processes(job: Job, windows: Mapping[str, int] | None) -> Iterator[Process]:
     """Each process with its memory; clients with the same numbers share a line."""
-    if config.over_globus():
-        yield from _workers(config, model)
-        yield "server", estimate_globus.receiving_memory(config, model), None
+    if job.config.over_globus():
+        yield from _workers(job)
+        yield "server", over_globus.receiving_memory(job), None
     else:
-        yield "serial, all in one", estimate_memory.serial_memory(config, model), None
-        if config.algorithm != "centralized":
-            yield from _ranks(config, model)
+        yield "serial, all in one", memory.serial_memory(job), None
+        if not job.algorithm.pools_text:
+            yield from _ranks(job)
     if windows:
-        yield "evaluation", estimate_memory.evaluation_memory(config, model, windows), None
+        yield "evaluation", memory.evaluation_memory(job, windows), None
 
 
-def _ranks(config: Config, model: ModelSizes) -> Iterator[Process]:
-    memory_of = {client.client_id: estimate_memory.client_memory(config, model, client) for client in config.clients}
-    for clients, memory in _alike(memory_of):
-        yield f"MPI, {clients or 'each client'}", memory, None
-    yield "MPI, server", estimate_memory.server_memory(config, model), None
+def _ranks(job: Job) -> Iterator[Process]:
+    of_client = {client.client_id: memory.client_memory(job, client) for client in job.config.clients}
+    for clients, needs in _alike(of_client):
+        yield f"MPI, {clients or 'each client'}", needs, None
+    yield "MPI, server", memory.server_memory(job), None
 
 
-def _workers(config: Config, model: ModelSizes) -> Iterator[Process]:
+def _workers(job: Job) -> Iterator[Process]:
     """The worker at each site, with and without a GPU where the configuration leaves it open."""
     workers = {
-        client.client_id: (client.train_configs.device, estimate_globus.worker_memory(config, model, client))
-        for client in config.clients
+        client.client_id: (client.train_configs.device, over_globus.worker_memory(job, client))
+        for client in job.config.clients
     }
     for clients, (device, worker) in _alike(workers):
         yield from _worker(f"worker of {clients}" if clients else "each worker", device, worker)

@@ -1,0 +1,50 @@
+"""`fedspallm study`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.cli.arguments import add_config, command
+from fedspallm_appfl.cli.checked import console, refuse, well_formed
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = command(
+        verbs,
+        "study",
+        "Compare algorithms and targets on the same clients with several seeds: tables and plots (docs/study.md).",
+        "fedspallm study configs/demo.yaml --sparsity 0.5 0.7 --seeds 0 1",
+        "fedspallm study configs/demo.yaml --algorithms standalone fedspallm gram gram+admm --out runs/four",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--algorithms",
+        nargs="+",
+        metavar="NAME",
+        help="NAME or NAME+PRUNER: the algorithms, gram-sweep, gram-dense, magnitude (default: nine of them)",
+    )
+    parser.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN_DIR-study)")
+    parser.add_argument("--keep-models", action="store_true", help="leave the pruned models in DIR/runs")
+    parser.add_argument("--overwrite", action="store_true", help="start over instead of continuing an earlier study")
+    parser.set_defaults(work=work)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Do it."""
+    lists = {name: getattr(args, name) or [] for name in ("algorithms", "sparsity", "seeds")}
+    late = [word for words in lists.values() for word in words if "=" in word]  # overrides after a list of names
+    names, targets, seeds = ([word for word in words if "=" not in word] for words in lists.values())
+    overrides = [*args.overrides, *late]
+    well_formed(args.config, overrides)
+
+    from fedspallm_appfl.study import measure, plan
+
+    found, problems = plan.planned(
+        Path(args.config), overrides, names or plan.DEFAULT, targets, seeds, args.out, args.keep_models
+    )
+    refuse(args.config, problems)
+    measure.study(found, console(), args.overwrite)
+    return 0

@@ -1,0 +1,241 @@
+"""What is known of an experiment before it runs: its configuration, the shapes of its model, and what follows from both.
+
+Linears that share an input are found as a run finds them, by a pass without weights. All sizes are bytes unless they are
+called entries.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
+from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.inputs import shared_inputs
+from fedspallm_appfl.models.layout import Layout, find_layout
+from fedspallm_appfl.models.lazy_model import Skeleton, without_weights
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.pruning.pruner import Pruner
+from fedspallm_appfl.rounds.folds import Context, Fold, folds
+from fedspallm_appfl.rounds.participants import (
+    Draws,
+    algorithm_of,
+    comparisons,
+    draws,
+    needs_text,
+    participants,
+    server_settings,
+)
+from fedspallm_appfl.rounds.uploads import sizes
+from fedspallm_appfl.settings.schema import Client, Config, Model, ServerSettings, TrainConfigs
+from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.validation.files import indivisible
+from fedspallm_appfl.wire.packed import Shapes, packed_sizes
+
+Sizes = dict[int, dict[str, int]]  # block -> unit -> bytes
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What there is to know of a model without its weights.
+
+    Attributes:
+        layout: its blocks.
+        groups: for each block which linears share an input.
+        outer: entries outside the blocks; what is tied counts once.
+        blocks: entries of all parameters of each block.
+        vocabulary: token ids.
+        stored: dtype of the checkpoint.
+        arithmetic: dtype of forward passes.
+        folder: its folder, maybe without weights.
+        assumed: there are no weights to see the dtype of, so that it is the one in `config.json`.
+    """
+
+    layout: Layout
+    groups: Groups
+    outer: int
+    blocks: tuple[int, ...]
+    vocabulary: int
+    stored: torch.dtype
+    arithmetic: torch.dtype
+    folder: Path = Path()
+    assumed: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """H: what the first linear of a block takes."""
+        return self.layout.blocks[0][0].shape[1]
+
+    @cached_property
+    def shapes(self) -> dict[int, Shapes]:
+        """For each block (O, I) of each linear."""
+        return {block: self.layout.shapes(block) for block in range(len(self.layout.blocks))}
+
+    def entries(self, block: int) -> int:
+        """Prunable entries of a block."""
+        return sum(linear.entries for linear in self.layout.blocks[block])
+
+
+def open_outline(settings: Model) -> Outline:
+    """Look at a model; of one on the hub that is not here, only the small files are fetched.
+
+    Raises:
+        ModelError: the model cannot be opened.
+    """
+    folder = resolve_model(settings.path, weights=False)
+    try:
+        CheckpointFiles(folder)
+    except ModelError:
+        model = without_weights(folder, "auto")
+        return _outline(
+            folder, model, find_layout(model, settings.blocks), next(model.parameters()).dtype, settings, True
+        )
+    skeleton = Skeleton(str(folder), settings.blocks, settings.dtype)
+    return _outline(folder, skeleton.model, skeleton.layout, skeleton.stored_dtype, settings, False)
+
+
+def _outline(
+    folder: Path, model: nn.Module, layout: Layout, stored: torch.dtype, settings: Model, assumed: bool
+) -> Outline:
+    outer, blocks = 0, [0] * len(layout.blocks)
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{layout.path}."):
+            blocks[int(name.removeprefix(f"{layout.path}.").split(".")[0])] += parameter.numel()
+        else:
+            outer += parameter.numel()
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    arithmetic = stored if settings.dtype == "auto" else DTYPES[settings.dtype]
+    groups = shared_inputs(folder, layout)
+    return Outline(layout, groups, outer, tuple(blocks), vocabulary, stored, arithmetic, folder, assumed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An experiment on a model.
+
+    Attributes:
+        config: the experiment, without problems.
+        model: its model.
+    """
+
+    config: Config
+    model: Outline
+
+    @classmethod
+    def of(cls, config: Config) -> "Job":
+        """Open the model of an experiment.
+
+        Raises:
+            ModelError: the model cannot be opened.
+            ConfigError: a pattern n:m does not fit the rows of some matrix.
+        """
+        made = cls(config, open_outline(config.model))
+        for problem in indivisible(made.model.layout.blocks, made.target):
+            raise ConfigError(problem)
+        return made
+
+    @property
+    def target(self) -> Target:
+        """The sparsity of all clients."""
+        return self.config.client_configs.train_configs.sparsity
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The algorithm."""
+        return algorithm_of(self.config)
+
+    @property
+    def comparisons(self) -> list[str]:
+        """What is made beside the global model."""
+        return comparisons(self.config)
+
+    @cached_property
+    def clients(self) -> list[Client]:
+        """Those who take part."""
+        return participants(self.config)
+
+    @cached_property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The exchanges of a round."""
+        return self.algorithm.exchanges(self.model.groups, self.config.gram)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """The blocks of each participant in each round."""
+        return draws(self.config, len(self.model.blocks))
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds."""
+        return self.config.server_configs.num_global_epochs
+
+    @property
+    def hidden_copies(self) -> int:
+        """Hidden states that a client keeps: its own, and for the dense target those of the dense model."""
+        return 1 + (self.algorithm.gathers and self.config.gram.drift)
+
+    @cached_property
+    def told(self) -> ServerSettings:
+        """What the server is told."""
+        return server_settings(self.config, Path())
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """What the server makes of each exchange; asked for its memory, it needs no weights."""
+        layout, groups = self.model.layout, self.model.groups
+        return folds(Context(layout, self.model.stored, self.told, Path(), "cpu", _no_weights, groups))
+
+    def fold(self, number: int) -> Fold:
+        """The fold of an exchange; a single one serves all exchanges of a sweep."""
+        return self.folds[min(number, len(self.folds) - 1)]
+
+    def up(self, exchange: Exchange, mask_only: bool = False) -> Sizes:
+        """Bytes of each unit that goes up in an exchange, by block.
+
+        Args:
+            exchange: the exchange.
+            mask_only: of a client whose pruner leaves kept weights as they are, so that they need not travel.
+        """
+        if mask_only and exchange.up == "weights":
+            exchange = dataclasses.replace(exchange, up="masks")
+        model = self.model
+        return sizes(exchange, model.shapes, self.target, model.stored, model.groups, self.config.gram)
+
+    def down(self, exchange: Exchange) -> Sizes:
+        """Bytes of each matrix that an exchange sends down, by block."""
+        if exchange.down is None:
+            return {}
+        packed = {block: self.packed(block, exchange.down) for block in self.model.shapes if exchange.concerns(block)}
+        if exchange.only is None:
+            return packed
+        block, leader = exchange.only
+        names = next(names for names in self.model.groups[block] if names[0] == leader)
+        return {block: {name: packed[block][name] for name in names}}
+
+    def packed(self, block: int, parts: str = "weights") -> dict[str, int]:
+        """Bytes of each matrix of a block once packed: `weights` with masks, `masks`, or `values`."""
+        return packed_sizes(self.model.shapes[block], self.target, self.model.stored, parts)
+
+
+def _no_weights(block: int, name: str) -> Any:
+    raise AssertionError("nothing is folded here")
+
+
+def pruner_of(train: TrainConfigs) -> Pruner:
+    """The pruner of a client."""
+    return pruners.find(train.pruner)
+
+
+def mask_only(client: Client) -> bool:
+    """Whether a client sends masks without values."""
+    return pruners.keeps_weights(client.train_configs)
+
+
+def takes_no_text(client: Client) -> bool:
+    """Whether a client has no text and needs none: it runs one short window (see `rounds.client`)."""
+    return client.data.text is None and not needs_text(client)

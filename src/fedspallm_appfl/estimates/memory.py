@@ -1,0 +1,303 @@
+"""How much memory a run will take: that of the tensors alive at the worst moment of each side.
+
+* A client at rest holds its outer parts, its token ids and its activations. On top of them it collects statistics of a
+  block (the statistics, and what a forward pass makes on its way), prunes it matrix by matrix, or runs it again (and holds
+  what it pruned). Where statistics are sent it packs them instead. The worst of these counts;
+* the server holds sums of the open blocks, one upload, and what closing a unit takes beside them;
+* afterwards it evaluates, which is a forward pass over all windows of all texts, and logits.
+
+What pruners and folds take they say themselves. Not counted is what a process holds before it does anything (Python and its
+packages, see `resident_now`) and what a tokenizer makes of a text.
+
+Legend: O out features, I in features, H hidden size, F widest input or output of a linear, B windows in a batch, T tokens
+in a window, L decoder blocks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, takes_no_text
+from fedspallm_appfl.pruning.statistics import InputGram
+from fedspallm_appfl.rounds.folds import UnitBytes
+from fedspallm_appfl.settings.schema import Client, TrainConfigs
+from fedspallm_appfl.wire.grams import packing_bytes
+
+FLOAT = 4  # bytes of what statistics and pruners calculate in
+APPFL = 80_000_000  # measured: what APPFL 1.12 adds to a process that has torch and transformers
+HEAP_SHARE, HEAP_MOST = 0.2, 2**26  # measured: freed matrices below 32 MiB may stay with the C library's allocator
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of a process at its worst moment.
+
+    Attributes:
+        parts: what for -> bytes; they are alive at the same time.
+        mapped: bytes of mapped files that count as resident while they are read; the kernel takes them back when it must.
+    """
+
+    parts: Mapping[str, int]
+    mapped: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes without mapped files."""
+        return sum(self.parts.values())
+
+    @property
+    def resident(self) -> int:
+        """Bytes with mapped files: what the system reports as resident, less what was there before."""
+        return self.needed + self.mapped
+
+
+Parts = dict[str, int]
+
+
+def with_heap(parts: Parts, mapped: int = 0) -> Memory:
+    """Parts that are alive together, with what the C library's allocator keeps."""
+    return Memory({**parts, "heap": min(int(HEAP_SHARE * sum(parts.values())), HEAP_MOST)}, mapped)
+
+
+def worst(moments: Iterable[Parts]) -> Parts:
+    """The moment at which the most is alive."""
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def client_memory(job: Job, client: Client) -> Memory:
+    """Memory of one client that is alone in its process."""
+    model, (windows, length) = job.model, _windows(job, client)
+    states, on_disk = _activations(model, windows, length, job.hidden_copies), client.data.activations == "file"
+    parts = {
+        "outer parts": model.outer * model.arithmetic.itemsize,
+        "activations": 0 if on_disk else states,
+        "earlier blocks of a message": _earlier(job, client),
+    }
+    work = (moment for block in range(len(model.blocks)) for moment in _at_work(job, client, block))
+    return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
+
+
+def _earlier(job: Job, client: Client) -> int:
+    """Blocks that are packed and wait for the last one of their message."""
+    tables = (job.up(exchange, mask_only(client)) for exchange in job.exchanges)
+    packed = (sum(units.values()) for table in tables for units in table.values())
+    return min(client.comm_configs.blocks_per_message - 1, len(job.model.blocks) - 1) * max(packed)
+
+
+def _windows(job: Job, client: Client) -> tuple[int, int]:
+    """Calibration windows and their length; a client without text takes one short window."""
+    without = takes_no_text(client) and not job.algorithm.pools_text
+    return (1, 2) if without else (client.data.windows, client.data.length)
+
+
+def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:
+    """Hidden states of all windows, and their token ids."""
+    return windows * length * (copies * model.hidden * model.arithmetic.itemsize + torch.int64.itemsize)
+
+
+def _tokens(job: Job, client: Client) -> int:
+    """Tokens in a batch."""
+    windows, length = _windows(job, client)
+    return min(client.data.batch, windows) * length
+
+
+def _block(model: Outline, block: int) -> int:
+    return model.blocks[block] * model.arithmetic.itemsize
+
+
+def _at_work(job: Job, client: Client, block: int) -> Iterator[Parts]:
+    """What a client takes beside what it holds at rest while it works at a block."""
+    if not job.algorithm.gathers:
+        return _pruning(job, client, block)
+    return (_sweeping if job.config.gram.propagate == "pruned" else _running_dense)(job, client, block)
+
+
+def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
+    model, train, tokens = job.model, client.train_configs, _tokens(job, client)
+    # A mask; and the rounded weight, but where it is the block's own (see `LazyModel.put`).
+    held = 1 if model.arithmetic == model.stored else 1 + model.stored.itemsize
+    forward = model.entries(block) * held + tokens * forward_bytes(model, block)
+    pruner = pruner_of(train)
+    if pruner.needs is not None:
+        statistics = sum(_statistic_bytes(model, train, block))
+        norms = pruner.statistic(train.refit) is not InputGram
+        forward = max(forward, statistics + tokens * statistics_bytes(model, block, norms))
+    yield {"one block": _block(model, block), "forward passes": forward}
+    yield {"one block": _block(model, block), "pruning a block": pruning_bytes(model, train, block, held)}
+
+
+def _statistic_bytes(model: Outline, train: TrainConfigs, block: int) -> list[int]:
+    """Bytes of what is known of each input of a block."""
+    pruner, shapes = pruner_of(train), model.shapes[block]
+    return [pruner.statistic_bytes(shapes[names[0]][1], train.refit) for names in model.groups[block]]
+
+
+def forward_bytes(model: Outline, block: int) -> int:
+    """Bytes a token inside a block, at most: in its MLP, where all that widened is alive and one more is made of it."""
+    shapes = model.shapes[block].values()
+    widest = max(map(max, shapes))
+    widening = sum(rows == widest for rows, _ in shapes)
+    return model.arithmetic.itemsize * ((widening + 1) * widest + 2 * model.hidden)
+
+
+def statistics_bytes(model: Outline, block: int, norms: bool) -> int:
+    """Bytes a token inside a block while its inputs are looked at: they stay alive, and the widest is converted."""
+    size, hidden = model.arithmetic.itemsize, model.hidden
+    widest = max(features for _, features in model.shapes[block].values())
+    converted = (FLOAT if size != FLOAT else 0) + (FLOAT if norms else 0)  # float32, and its squares
+    return max(forward_bytes(model, block) + 2 * hidden * size, widest * (size + converted) + 4 * hidden * size)
+
+
+def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) -> int:
+    """The most that pruning a block takes beside the block itself; `held` is bytes an entry of a matrix that is done."""
+    pruner, shapes = pruner_of(train), model.shapes[block]
+    dense = 0 if model.stored.itemsize == FLOAT else FLOAT  # a float32 checkpoint is read in place
+    each = _statistic_bytes(model, train, block)
+    statistics, done, most = sum(each), 0, 0
+    for names, statistic in zip(model.groups[block], each, strict=True):
+        prepared = statistics + pruner.ready_bytes(shapes[names[0]][1], train.refit)
+        for rows, features in (shapes[name] for name in names):
+            solving = pruner.solving_bytes(rows, features, train.refit) + dense * rows * features
+            most = max(most, prepared + done + solving)
+            done += held * rows * features
+        statistics -= statistic
+    return most
+
+
+def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
+    """The statistics of a block's inputs are collected together, and then packed one after the other."""
+    model, [exchange] = job.model, job.exchanges
+    features = [model.shapes[block][names[0]][1] for names in model.groups[block]]
+    random = features[:1] if block == 0 and job.config.gram.first_input == "public" else []  # made before
+    grams = {"Gram matrices": sum(map(InputGram.nbytes, (*features, *random)))}
+    forward = _tokens(job, client) * statistics_bytes(model, block, norms=False)
+    yield {"one block": _block(model, block)} | grams | {"forward passes": forward}
+    packed = sum(job.up(exchange)[block].values())
+    yield grams | {"packed statistics": packed + packing_bytes(max(features))}
+
+
+def _sweeping(job: Job, client: Client, block: int) -> Iterator[Parts]:
+    """One input after the other; for the dense target with a dense twin of the block, and the inputs of both."""
+    model, copies, tokens = job.model, job.hidden_copies, _tokens(job, client)
+    size = model.arithmetic.itemsize
+    for exchange in job.exchanges:
+        if exchange.only is None or exchange.only[0] != block:
+            continue
+        name = exchange.only[1]
+        features = model.shapes[block][name][1]
+        converted = FLOAT * features * (copies - (size == FLOAT))
+        inputs = max(forward_bytes(model, block) + converted, (2 * copies - 1) * FLOAT * features)
+        grams = {"Gram matrices": copies * InputGram.nbytes(features)}
+        yield {"one block": copies * _block(model, block)} | grams | {"forward passes": tokens * inputs}
+        yield grams | {"packed statistics": job.up(exchange)[block][name] + packing_bytes(features)}
+    yield {"one block": _block(model, block), "forward passes": tokens * forward_bytes(model, block)}
+
+
+def closing_bytes(units: Sequence[UnitBytes], clients: int) -> int:
+    """The most that open units of a block take: when they are closed, one after the other; those of one client at once."""
+    rest, finished, most = sum(unit.sums for unit in units), 0, 0
+    for unit in units:
+        most = max(most, (unit.sums if clients == 1 else rest) + finished + unit.closing)
+        rest -= unit.sums
+        finished += unit.made
+    return max(most, finished)
+
+
+def server_memory(job: Job, together: int = 1) -> Memory:
+    """Memory of the server during the rounds; `together` clients' uploads arrive in one message."""
+    comm, scheduler = job.config.client_configs.comm_configs, job.config.server_configs.scheduler_kwargs
+    at_once = scheduler.max_open_blocks + comm.blocks_per_message  # what the scheduler allows, and what arrives then
+    return with_heap(worst(_serving(job, number, at_once, together) for number in range(len(job.exchanges))))
+
+
+def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:
+    """What the server holds at the worst moment of an exchange, with so many blocks open."""
+    comm, open_blocks = job.config.client_configs.comm_configs, _open_blocks(job, number)
+    upload = max(sum(units.values()) for units in job.up(job.exchanges[number]).values())
+    return {
+        "other open blocks": sum(_sums(open_blocks)[1:at_once]),
+        "block to close": max((closing_bytes(units, clients) for units, clients in open_blocks), default=0),
+        "uploads": together * min(comm.blocks_per_message * upload, comm.max_message_bytes),
+    }
+
+
+def _sums(open_blocks: Sequence[tuple[Sequence[UnitBytes], int]]) -> list[int]:
+    """Bytes of the sums of each block that stays open, the largest first; of one client alone none does."""
+    return sorted((sum(unit.sums for unit in units) for units, clients in open_blocks if clients > 1), reverse=True)
+
+
+def _open_blocks(job: Job, number: int) -> list[tuple[list[UnitBytes], int]]:
+    """The units of each block in an exchange, and how many clients send them."""
+    exchange, fold, found = job.exchanges[number], job.fold(number), []
+    for block, clients in _senders(job).items():
+        if exchange.concerns(block):
+            names = fold.units(block) if exchange.only is None else (exchange.only[1],)
+            found.append(([fold.bytes_of(block, name, clients) for name in names], clients))
+    return found
+
+
+def _senders(job: Job) -> dict[int, int]:
+    """Block -> the most clients that prune it in one round; blocks that nobody prunes are not there."""
+    senders: dict[int, int] = {}
+    for assigned in job.draws:
+        for block in range(len(job.model.blocks)):
+            clients = sum(block in mine for mine in assigned.values())
+            if clients:
+                senders[block] = max(senders.get(block, 0), clients)
+    return senders
+
+
+def evaluation_memory(job: Job, windows: Mapping[str, int]) -> Memory:
+    """Memory of the evaluation of so many windows of each text."""
+    model, settings = job.model, job.config.evaluation
+    size, batch = model.arithmetic.itemsize, min(settings.batch, max(windows.values()))
+    tokens = batch * settings.length
+    copied = FLOAT if size != FLOAT or batch > 1 else 0  # one row without its last token needs no copy
+    logits = tokens * model.vocabulary * (size + copied + FLOAT)
+    blocks = (entries * size + tokens * forward_bytes(model, block) for block, entries in enumerate(model.blocks))
+    parts = {
+        "outer parts": model.outer * size,
+        "windows of all texts": _activations(model, sum(windows.values()), settings.length),
+        "a block, or logits": max(logits, *blocks),
+    }
+    return with_heap(parts, _mapped(model))
+
+
+def serial_memory(job: Job) -> Memory:
+    """Memory of server and clients in one process, during the rounds.
+
+    Clients take turns and share the outer parts: one works while the others hold their activations and the server the sums
+    of the message that is on; or the server closes a unit while all of them rest.
+    """
+    clients = [client_memory(job, client) for client in job.clients]
+    at_once = job.config.client_configs.comm_configs.blocks_per_message
+    shared = {
+        "outer parts": clients[0].parts["outer parts"],
+        "activations": sum(client.parts["activations"] for client in clients),
+    }
+    work = max(client.needed - _resting(client) for client in clients)
+    moments = []
+    for number in range(len(job.exchanges)):
+        moments.append({"a client at work": work, "open blocks": sum(_sums(_open_blocks(job, number))[:at_once])})
+        moments.append(_serving(job, number, at_once))
+    files = _mapped(job.model)
+    return with_heap(shared | worst(moments), files + sum(client.mapped - files for client in clients))
+
+
+def _resting(client: Memory) -> int:
+    """What a client holds whether it works or not; the allocator's part is added once for all."""
+    return sum(client.parts[name] for name in ("outer parts", "activations", "heap"))
+
+
+def _mapped(model: Outline) -> int:
+    """Parts of the checkpoint that are mapped at the same time: the outer ones, then a block while it is read."""
+    return max(model.outer, *model.blocks) * model.stored.itemsize
+
+
+def resident_now() -> int | None:
+    """Bytes that this process has resident now; None where the system does not say so."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)

@@ -1,5 +1,0 @@
-"""Names of floating-point types as they stand in configurations and checkpoints."""
-
-import torch
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

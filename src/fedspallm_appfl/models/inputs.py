@@ -1,0 +1,143 @@
+"""What goes into the linears of a block: which of them share an input, and statistics of each distinct one.
+
+Query, key and value share an input, gate and up share one; nothing is known here of such names. An input is known by the
+identity of the tensor that goes in.
+
+Legend: T tokens, I in features.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.models.blockwise import Activations, Stop, embed
+from fedspallm_appfl.models.layout import Layout, Linear
+from fedspallm_appfl.models.lazy_model import HollowModel
+from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
+
+PROBE = 8  # tokens of the pass that finds out which linears share an input
+
+
+class SharedInputs:
+    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
+
+    def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
+        self._linears = linears
+        self._new = new
+        self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
+        self._statistics: dict[str, Any] = {}
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
+        self._called: set[str] = set()  # in this batch
+        self._last: str | None = None
+
+    @contextmanager
+    def watched(self, block: nn.Module) -> Iterator[None]:
+        """Fold what goes into the linears of a block while it runs."""
+        with ExitStack() as hooks:
+            for linear in self._linears:
+                hook = self._hook(linear)
+                hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
+            yield
+
+    def _hook(self, linear: Linear) -> Callable[..., None]:
+        """A forward pre-hook that folds the linear's inputs, unless another linear folds them already."""
+        name = linear.name
+
+        def fold(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._called.add(name)
+            if name not in self._leader:
+                self._leader[name] = next((other for tensor, other in self._seen if tensor is args[0]), name)
+                if self._leader[name] == name:
+                    self._statistics[name] = self._new(linear)
+            if self._leader[name] == name:
+                self._seen.append((args[0], name))
+                self._statistics[name].add(args[0])
+            if name == self._last:
+                raise Stop
+
+        return fold
+
+    def end_of_batch(self, stop: bool = True) -> None:
+        """After a batch in which every linear was called, later ones may stop at the last new input."""
+        if stop and len(self._called) == len(self._linears):
+            self._last = self._seen[-1][1]
+        self._called.clear()
+        self._seen.clear()
+
+    def groups(self) -> list[tuple[list[str], Any]]:
+        """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
+
+        In the order of the forward pass; linears that were never called come last.
+        """
+        members: dict[str, list[str]] = {leader: [] for leader in self._statistics}
+        for linear in self._linears:
+            members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
+        by_name = {linear.name: linear for linear in self._linears}
+        return [
+            (names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()
+        ]
+
+
+@torch.no_grad()
+def shared_inputs(folder: Path, layout: Layout) -> Groups:
+    """Which linears of each block get the same input, from a pass of a few tokens through one block of each kind.
+
+    It needs no weights. Server and clients come to the same answer without a word, as they hold the same model.
+
+    Args:
+        folder: the model folder.
+        layout: its blocks.
+
+    Returns:
+        For each block the inputs in the order of the forward pass, each as the names of its linears.
+    """
+    model = HollowModel(folder, layout)
+    windows = torch.arange(PROBE).unsqueeze(0) % model.vocabulary
+    state, found, kinds = embed(model, windows, 1), [], {}
+    for index, linears in enumerate(layout.blocks):
+        kind = type(model.blocks[index]), linears
+        if kind not in kinds:
+            inputs, block = SharedInputs(linears, lambda linear: InputNorms(linear.shape[1])), model.blocks[index]
+            with inputs.watched(block), suppress(Stop):
+                state.calls[0][index](block, state.hidden[0])
+            kinds[kind] = tuple(tuple(names) for names, _ in inputs.groups())
+        found.append(kinds[kind])
+    return tuple(found)
+
+
+def check_statistic(statistic: Statistic, where: str) -> None:
+    """Refuse statistics that no pruner can use.
+
+    Raises:
+        PruningError: no token reached the input, or it holds NaN or infinity; says `where`.
+    """
+    if statistic.tokens == 0:
+        raise PruningError(
+            f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs"
+        )
+    if not bool(statistic.diagonal().isfinite().all()):
+        raise PruningError(
+            f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
+            "(float16 overflows at 65504, bfloat16 and float32 do not)"
+        )
+
+
+def inputs_of(block: nn.Module, linear: Linear, state: Activations, number: int, index: int, hidden: Tensor) -> Tensor:
+    """What goes into a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
+    seen: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].reshape(-1, args[0].shape[-1]).float())
+        raise Stop
+
+    hook = block.get_submodule(linear.name).register_forward_pre_hook(take)
+    with suppress(Stop):
+        state.calls[number][index](block, hidden)
+    hook.remove()
+    return seen[0] if seen else hidden.new_zeros(0, linear.shape[1], dtype=torch.float32)

@@ -1,0 +1,89 @@
+"""The pruners by name: the built-in ones, and those that plugins add."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.pruning import admm, magnitude, sparsegpt, wanda
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, of_function
+from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic
+from fedspallm_appfl.settings.schema import Pruning
+
+_PRUNERS: dict[str, Pruner] = {one.name: one for one in (sparsegpt.PRUNER, admm.PRUNER, wanda.PRUNER, magnitude.PRUNER)}
+BUILT_IN = tuple(_PRUNERS)
+
+
+def names() -> tuple[str, ...]:
+    """All pruners, the built-in ones first."""
+    return tuple(_PRUNERS)
+
+
+def find(name: str) -> Pruner:
+    """The pruner of a name.
+
+    Raises:
+        ConfigError: there is none; lists those that there are.
+    """
+    if name not in _PRUNERS:
+        raise ConfigError(
+            f"a pruner is one of {', '.join(_PRUNERS)}, or of a plugin that `plugins` names; got {name!r}"
+        )
+    return _PRUNERS[name]
+
+
+def register(pruner: Pruner) -> Pruner:
+    """Add a pruner, in place of an earlier one of that name unless that is built in.
+
+    Raises:
+        ConfigError: the name is that of a built-in pruner, or not made of letters, digits, '-' and '_'.
+    """
+    if pruner.name in BUILT_IN:
+        raise ConfigError(f"a pruner {pruner.name} is built in; give your own another name")
+    if not pruner.name.replace("-", "_").isidentifier():
+        raise ConfigError(f"a pruner's name has letters, digits, '-' and '_', got {pruner.name!r}")
+    _PRUNERS[pruner.name] = pruner
+    return pruner
+
+
+def pruner(
+    name: str, needs: type[InputNorms] | type[InputGram] | None = None, keeps_weights: bool = False
+) -> Callable[[Rule], Rule]:
+    """Make a function a pruner that a configuration can name (see `pruner.of_function`).
+
+    Args:
+        name: its name.
+        needs: what it is told of the inputs: `InputNorms`, `InputGram`, or None for nothing.
+        keeps_weights: it chooses a mask and leaves kept weights as they are; then masks alone travel.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def decorate(function: Rule) -> Rule:
+        register(of_function(name, function, needs, keeps_weights))
+        return function
+
+    return decorate
+
+
+def new_statistic(settings: Pruning, in_features: int, device: torch.device) -> Statistic | None:
+    """An empty accumulator of what the pruner needs to know of the inputs; None if it needs nothing."""
+    kind = find(settings.pruner).statistic(settings.refit)
+    return None if kind is None else kind(in_features, device)
+
+
+def prepare(settings: Pruning, statistic: Statistic | None) -> Prepared:
+    """Do once what linears with the same input share (see `Pruner.ready`)."""
+    return find(settings.pruner).ready(settings, statistic)
+
+
+def keeps_weights(settings: Pruning) -> bool:
+    """Whether the pruner leaves the weights that it keeps as they were, so that a mask says all that it did."""
+    return find(settings.pruner).keeps_weights and not settings.refit
+
+
+def prune(weight: Tensor, settings: Pruning, statistic: Statistic | None = None) -> tuple[Tensor, Tensor]:
+    """Prune one matrix: (weight (O, I) float32, zero where pruned; mask (O, I) bool, True = kept)."""
+    return prepare(settings, statistic).prune(weight)

@@ -1,0 +1,123 @@
+"""Who takes part in an experiment, what server and clients are told, and which blocks each client prunes in which round."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedspallm_appfl.aggregation.layer_sampling import draw
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import Algorithm
+from fedspallm_appfl.algorithms.references import POOLED
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.settings.reading import build
+from fedspallm_appfl.settings.schema import Client, ClientSettings, Config, Pooled, ServerSettings, plain
+
+Draws = Sequence[Mapping[str, list[int]]]
+
+
+def algorithm_of(config: Config) -> Algorithm:
+    """The algorithm of an experiment."""
+    return registry.find(config.algorithm)
+
+
+def participants(config: Config) -> list[Client]:
+    """The clients of the experiment; where the text is pooled one that has all of it, with the windows of all."""
+    if not algorithm_of(config).pools_text:
+        return config.clients
+    shared, windows = config.client_configs, sum(client.data.windows for client in config.clients)
+    data = dataclasses.replace(shared.data, windows=windows)
+    return [Client(shared.train_configs, data, shared.comm_configs, client_id=POOLED)]
+
+
+def pool(config: Config) -> list[Pooled]:
+    """Whose text the one participant has, where the text is pooled."""
+    clients = config.clients if algorithm_of(config).pools_text else []
+    return [Pooled(client.client_id, client.data.text, client.data.windows) for client in clients]
+
+
+def comparisons(config: Config) -> list[str]:
+    """What is made beside the global model, of the same uploads."""
+    return config.evaluation.compare if algorithm_of(config).compares else []
+
+
+def roster(config: Config) -> dict[str, float]:
+    """Participant's id -> resource share, in the order of the file."""
+    return {client.client_id: client.train_configs.resource_share for client in participants(config)}
+
+
+def partial_clients(config: Config) -> list[str]:
+    """Clients that prune some of the blocks only."""
+    return [client.client_id for client in config.clients if client.train_configs.resource_share < 1]
+
+
+def needs_text(client: Client) -> bool:
+    """Whether a client's pruner has to see its text."""
+    return pruners.find(client.train_configs.pruner).needs is not None
+
+
+def draws(config: Config, blocks: int) -> Draws:
+    """The blocks of each participant in each round."""
+    rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
+    return [draw(strategy, config.seed, index, rounds, roster(config), blocks) for index in range(rounds)]
+
+
+def uncovered(config: Config, blocks: int) -> list[int]:
+    """Blocks that no client prunes in any round, with the layers that the run will draw."""
+    drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
+    return sorted(set(range(blocks)) - drawn)
+
+
+def server_settings(config: Config, state_dir: Path) -> ServerSettings:
+    """What the aggregator is told.
+
+    Args:
+        config: the experiment.
+        state_dir: folder for packed blocks and sums.
+    """
+    server, train, comm = config.server_configs, config.client_configs.train_configs, config.client_configs.comm_configs
+    own = {
+        "model": config.model,
+        "algorithm": config.algorithm,
+        "gram": config.gram,
+        "comparisons": comparisons(config),
+        "mask_only": [
+            client.client_id for client in participants(config) if pruners.keeps_weights(client.train_configs)
+        ],
+        "seed": config.seed,
+        "rounds": server.num_global_epochs,
+        "roster": roster(config),
+        "device": server.device,
+        "max_message_bytes": comm.max_message_bytes,
+        "compression": comm.compression,
+        "state_dir": str(state_dir),
+    }
+    made: ServerSettings = build(ServerSettings, plain(train) | plain(server.aggregator_kwargs) | plain(own))
+    return made
+
+
+def client_settings(
+    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
+) -> ClientSettings:
+    """What a trainer is told.
+
+    Args:
+        config: the experiment.
+        client: the client, with the shared part merged in.
+        device: where it runs; `auto` was decided by `choose_device`.
+        message_bytes: bytes that one of its messages may have.
+        agreed: folder for the pruned blocks that come down, shared by the clients of this process; None: one each.
+    """
+    own = {
+        "client_id": client.client_id,
+        "device": device,
+        "model": config.model,
+        "data": {**plain(client.data), "pool": plain(pool(config))},
+        "comm": {**plain(client.comm_configs), "max_message_bytes": message_bytes},
+        "seed": config.seed,
+        "algorithm": config.algorithm,
+        "gram": config.gram,
+        "rounds": config.server_configs.num_global_epochs,
+        "agreed": str(agreed) if agreed else None,
+    }
+    made: ClientSettings = build(ClientSettings, plain(client.train_configs) | plain(own))
+    return made

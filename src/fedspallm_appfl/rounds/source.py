@@ -1,0 +1,51 @@
+"""All that a client's sweep over its private text needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.models.blockwise import Activations, embed
+from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.settings.schema import ClientSettings
+from fedspallm_appfl.wire.packed import Packed
+
+
+class Agreed(Protocol):
+    """Pruned matrices by block, such as a dict or `AgreedBlocks`."""
+
+    def get(self, block: int, /) -> Mapping[str, Packed] | None:
+        """The matrices of a block, or None if it is dense."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A client's model, text and settings, and what it was sent.
+
+    Attributes:
+        model: the dense model.
+        windows: (n, T) int64 calibration tokens.
+        settings: what the client was told.
+        groups: linears that share an input; empty where only matrices travel.
+        agreed: pruned blocks that came down.
+        masks: masks that came down, of blocks whose values are still to come.
+    """
+
+    model: LazyModel
+    windows: Tensor
+    settings: ClientSettings
+    groups: Groups = ()
+    agreed: Agreed = field(default_factory=dict)
+    masks: Agreed = field(default_factory=dict)
+
+    def embedded(self, windows: Tensor | None = None) -> Activations:
+        """Activations in front of the first block, of its own windows or of others."""
+        data = self.settings.data
+        mine = self.windows if windows is None else windows
+        return embed(self.model, mine, data.batch, data.activations, self.settings.client_id)
+
+    def where(self, block: int, linear: str) -> str:
+        """What errors name."""
+        return f"client {self.settings.client_id}, block {block}, {linear}"

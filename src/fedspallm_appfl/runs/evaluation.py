@@ -1,0 +1,126 @@
+"""Perplexity of the models of a run, and of any model folder, on held-out text."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError, DataError
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
+from fedspallm_appfl.models.text import cut_windows, held_out_windows, load_tokenizer, read_text
+from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.validation.files import too_long
+
+DEFAULT_LENGTH = 2048
+DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # what every perplexity stands beside
+
+
+def held_out(config: Config) -> dict[str, Tensor]:
+    """The windows of each text of `evaluation`: name -> (n, length) int64 token ids.
+
+    Cut before a run begins, so that hours of pruning do not end at a text that is not there.
+
+    Raises:
+        ConfigError: the model takes no windows so long, or the device is not there.
+        DataError: a text cannot be read, is too short or does not go with the model.
+    """
+    settings = config.evaluation
+    if not settings.texts:
+        return {}
+    skeleton = Skeleton(config.model.path, config.model.blocks)
+    for problem in too_long("evaluation.length", settings.length, skeleton.longest_window):
+        raise ConfigError(problem)
+    try:
+        choose_device(settings.device, 0)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.device: {error}") from error
+    known = load_tokenizer(skeleton.folder), skeleton.vocabulary
+    return {
+        name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
+        for name, text in settings.texts.items()
+    }
+
+
+def evaluate(
+    config: Config, texts: Mapping[str, Tensor], methods: Mapping[str, PrunedBlock], log: OnEvent
+) -> dict[str, dict[str, float]]:
+    """Perplexity of each model on each text, all with the same settings: method -> text -> perplexity.
+
+    Args:
+        config: the experiment.
+        texts: as `held_out` has cut them.
+        methods: name -> the pruned blocks of a model.
+        log: gets an event for each model.
+    """
+    device = choose_device(config.evaluation.device, 0)
+    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
+    rows = {}
+    for number, (method, pruned) in enumerate(methods.items(), 1):
+        rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
+        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
+    return rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Perplexities and how they were measured.
+
+    Attributes:
+        perplexity: text -> perplexity.
+        length: tokens in a window.
+        windows: windows of all texts together.
+        dtype: arithmetic.
+    """
+
+    perplexity: dict[str, float]
+    length: int
+    windows: int
+    dtype: str
+
+    def how(self) -> str:
+        """How it was measured, in words."""
+        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic"
+
+
+def evaluate_folder(
+    folder: str,
+    texts: Mapping[str, Paths],
+    length: int | None = None,
+    windows: int | None = None,
+    batch: int = 8,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Measured:
+    """Perplexity of a model folder on text files, for `fedspallm evaluate`.
+
+    Args:
+        folder: model folder or hub name.
+        texts: name -> file, folder or list of these.
+        length: tokens in a window; None for 2048, or what the model takes if that is less.
+        windows: at most so many of each text; None for all.
+        batch: windows in a forward pass.
+        dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        DataError: a text cannot be read or is too short, or the length is not one for this model.
+    """
+    where = choose_device(device, 0)
+    if dtype == "auto" and where == "cpu" and Skeleton(folder).stored_dtype == torch.float16:
+        dtype = "float32"
+    lazy = LazyModel(folder, None, dtype, where)
+    longest = lazy.skeleton.longest_window or math.inf
+    length = length or int(min(longest, DEFAULT_LENGTH))
+    if length > longest:
+        raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
+    if length < 2:
+        raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
+    tokenizer = load_tokenizer(lazy.skeleton.folder)
+    cut = {name: cut_windows(tokenizer, read_text(text), length)[:windows] for name, text in texts.items()}
+    rows = perplexities(lazy, cut, batch=batch)
+    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))

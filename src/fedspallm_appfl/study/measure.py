@@ -1,0 +1,212 @@
+"""Measure every cell of a study, then write tables and plots.
+
+Every cell is an experiment of its own, run in one process, except where statistics of the dense model are gathered: such
+uploads depend on neither target nor pruner, so one run a seed gathers them, and the other cells are made of the sums.
+"""
+
+import dataclasses
+import gc
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.devices import give_back
+from fedspallm_appfl.events import Event, EventLog, ignore
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs.progress import StudyProgress
+from fedspallm_appfl.runs.report import traffic
+from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.study import plots, report
+from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened
+from fedspallm_appfl.study.plan import RUNS, Method, Plan, cells_of
+from fedspallm_appfl.wire.store import GramStore
+
+OWN = (FILE, "study.md", "study.json", RUNS, *plots.FILES)
+
+
+def study(plan: Plan, console: Console, overwrite: bool = False) -> None:
+    """Measure every cell that is not measured yet, then write tables and plots.
+
+    Args:
+        plan: what to measure; without problems.
+        console: where progress and the closing table go.
+        overwrite: forget what an earlier study in the folder has measured.
+
+    Raises:
+        ConfigError: the folder holds something else or a study with other settings, or matplotlib is missing.
+        FedSpaLLMError: an experiment fails; the cells that are done are kept.
+    """
+    plots.require()
+    with opened(plan.out, plan.settings(), overwrite) as file:
+        if not file.cells:
+            _clear(plan.out)
+        _measure(plan, file, console)
+        asked = [file.cells[method.name, str(target), seed] for method, target, seed in cells_of(plan)]
+        _write(plan, file.cells[DENSE, "", 0], asked, console)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier study has left; not the file of cells, which is locked."""
+    for name in set(OWN) - {FILE}:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _measure(plan: Plan, file: CellFile, console: Console) -> None:
+    todo = [one for one in cells_of(plan) if (one[0].name, str(one[1]), one[2]) not in file.cells]
+    texts = evaluation.held_out(plan.config)
+    with StudyProgress(console, len(todo)) as progress:
+        if (DENSE, "", 0) not in file.cells:
+            file.add(Cell(DENSE, "", 0, evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore)[DENSE]))
+        serial.load()  # not in the seconds and memory of the first cell
+        gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
+        for method, target, seed in todo:
+            progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
+            config = plan.experiment(method, target, seed)
+            if seed in gathered and method.shares_uploads:
+                cell = _from_sums(config, method, texts, *gathered[seed])
+            else:
+                _forget(plan, gathered)
+                cell = _run(config, method)
+                if method.shares_uploads:
+                    gathered[seed] = Path(config.run_dir) / STATISTICS, cell
+            file.add(cell)
+            progress.ends(f"perplexity {cell.mean:.2f}")
+            if not plan.keep_models:
+                _drop(config, "model", "models")
+        _forget(plan, gathered)
+
+
+def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:
+    """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
+    for folder in (plan.out / RUNS).glob(f"*/{STATISTICS}"):
+        shutil.rmtree(folder)
+    gathered.clear()
+
+
+def _drop(config: Config, *names: str) -> None:
+    for name in names:
+        shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
+
+
+def _run(config: Config, method: Method) -> Cell:
+    """Run one experiment."""
+    memory = Memory()
+    results, log = experiment.conduct(config, serial.run, True, memory, dense=False)
+    up, down = traffic(log)
+    client_seconds = sum(event["seconds"] for event in log.of("upload"))
+    zeros, entries = _from_manifests(Path(config.run_dir))
+    return Cell(
+        method.name,
+        str(config.client_configs.train_configs.sparsity),
+        config.seed,
+        results.perplexity[config.algorithm],
+        zeros,
+        entries,
+        up,
+        down,
+        sum(matrix.entries for matrix in results.matrices),
+        client_seconds,
+        round(_seconds(log) - client_seconds, 4),
+        memory.bytes,
+    )
+
+
+def _seconds(log: EventLog) -> float:
+    """Wall seconds from when the clients were ready until the model was written and read back."""
+    return log.of("written")[0]["time"] - log.of("ready")[0]["time"]
+
+
+def _from_manifests(run: Path) -> tuple[int, int]:
+    """(zeros, entries) of the model of a run, or of all models of its clients."""
+    files = [run / "manifest.json"] if (run / "manifest.json").is_file() else sorted(run.glob("models/*/manifest.json"))
+    found = [json.loads(file.read_text("utf-8")) for file in files]
+    return sum(one["zeros"] for one in found), sum(one["prunable"] for one in found)
+
+
+def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums: Path, gathering: Cell) -> Cell:
+    """Make a model from stored sums, and check and measure it as a run would."""
+    skeleton, sparsity = Skeleton(config.model.path, config.model.blocks), config.client_configs.train_configs.sparsity
+    with run_dir.claimed(config, overwrite=True) as run:
+        memory, started = Memory(), time.monotonic()
+        packed = further_models.pruned(config, sparsity, skeleton, GramStore(sums), run / "state")
+        experiment.write_pruned(config, skeleton, packed, run)
+        seconds = time.monotonic() - started
+        memory.read()
+        zeros, entries = _from_manifests(run)
+        perplexity = evaluation.evaluate(config, texts, {method.algorithm: packed.get}, ignore)[method.algorithm]
+        _drop(config, "state")
+    return dataclasses.replace(
+        gathering,
+        method=method.name,
+        target=str(sparsity),
+        perplexity=perplexity,
+        zeros=zeros,
+        entries=entries,
+        server_seconds=round(seconds, 4),
+        memory_bytes=memory.bytes,
+        stored=True,
+    )
+
+
+class Memory:
+    """The most memory that the process has had above what it held when this was made.
+
+    As a listener of events it reads that when the pruned models are written.
+
+    Attributes:
+        bytes: resident; None where the system does not say.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._start: int | None = None
+        gc.collect()
+        give_back()
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            self._start = _resident("VmRSS")
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        if event["event"] == "written":
+            self.read()
+
+    def read(self) -> None:
+        """Note the most so far."""
+        self.bytes = None if self._start is None else _resident("VmHWM") - self._start
+
+
+def _resident(name: str) -> int:
+    """Resident memory of this process in bytes: `VmRSS` now, `VmHWM` at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _write(plan: Plan, dense: Cell, cells: list[Cell], console: Console) -> None:
+    measured = report.Study(
+        dense,
+        cells,
+        tuple(method.name for method in plan.methods),
+        tuple(map(str, plan.targets)),
+        plan.seeds,
+        plan.config,
+        plan.command(),
+        {method.name: registry.find(method.algorithm) for method in plan.methods},
+    )
+    plots.write(measured, plan.out)
+    report.write(measured, plan.out)
+    console.print(report.table(measured))
+    console.print(f"study   {plan.out / 'study.md'}", highlight=False, markup=False)

@@ -1,0 +1,146 @@
+"""What of a configuration cannot be run, once its model and its texts are opened; the model is built without weights."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fedspallm_appfl.algorithms import registry as algorithms
+from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
+from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.text import (
+    check_vocabulary,
+    cut_windows,
+    held_out_windows,
+    load_tokenizer,
+    read_text,
+    too_few,
+)
+from fedspallm_appfl.rounds.participants import algorithm_of
+from fedspallm_appfl.rounds.uploads import sizes
+from fedspallm_appfl.settings import schema
+from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.tensors.target import Target, check_divides
+from fedspallm_appfl.wire.messages import plan
+from fedspallm_appfl.wire.packed import Shapes, packed_sizes
+
+
+def check_with_files(config: Config) -> list[str]:
+    """Every problem that shows once model and text are opened; says what it can where values are wrong too."""
+    problems: list[str] = []
+    skeleton = tokenizer = None
+    try:
+        if config.model.path and config.model.dtype in ("auto", *schema.DTYPES):
+            skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+            tokenizer = load_tokenizer(skeleton.folder)
+    except FedSpaLLMError as error:
+        problems.append(f"model: {error}")
+    if skeleton is not None:
+        problems += _sizes(config, skeleton)
+    longest = skeleton.longest_window if skeleton else None
+    for client in config.clients:
+        where, data, text = f"client {client.client_id}", client.data, client.data.text
+        if not text:
+            continue
+        found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
+        if found is not None and found < data.windows:
+            problems.append(too_few(client.client_id, data.windows, data.length, found))
+        problems += too_long(f"{where}: data.length", data.length, longest)
+    length = config.evaluation.length
+    for name, text in config.evaluation.texts.items():
+        try:
+            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 0 else ()
+            held_out_windows(name, text, length, *known)
+        except DataError as error:
+            problems.append(str(error))
+    if config.evaluation.texts:
+        problems += too_long("evaluation.length", length, longest)
+    return problems
+
+
+def _count_windows(
+    where: str, text: Paths, length: int, tokenizer: Any, skeleton: Skeleton | None, problems: list[str]
+) -> int | None:
+    """Windows in a text; None if it cannot be read or counted."""
+    try:
+        words = read_text(text)
+        if tokenizer is None or skeleton is None or length < 1:
+            return None
+        windows = cut_windows(tokenizer, words, length)
+        check_vocabulary(windows, skeleton.vocabulary, where)
+    except DataError as error:
+        problems.append(f"{where}: {error}")
+        return None
+    return len(windows)
+
+
+def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
+    """What does not go with the shapes of the model."""
+    layout, comm = skeleton.layout, config.client_configs.comm_configs
+    if config.algorithm not in algorithms.names():  # `rules.check` says so
+        return
+    if algorithm_of(config).gathers:
+        yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
+    yield from indivisible(layout.blocks, config.client_configs.train_configs.sparsity)
+    if config.gram.precision not in ("fp32", "bf16", "int8"):  # the same
+        return
+    shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
+    alone = tuple(tuple((linear.name,) for linear in linears) for linears in layout.blocks)
+    try:  # that some share an input does not change which statistics are the largest
+        for table in travelling(config, shapes, skeleton.stored_dtype, alone):
+            plan(table, max(1, comm.blocks_per_message), comm.max_message_bytes)
+    except ConfigError as error:
+        yield f"client_configs.comm_configs.max_message_bytes: {error}"
+
+
+def travelling(
+    config: Config, shapes: Mapping[int, Shapes], dtype: torch.dtype, groups: Groups
+) -> Iterator[dict[int, dict[str, int]]]:
+    """Bytes of what travels in a round, by block and linear or input: up and then down, an exchange after the other.
+
+    With values whatever the pruner, as messages are planned so, and nothing after the last exchange of all.
+
+    Args:
+        config: the experiment.
+        shapes: for each block (O, I) of each linear.
+        dtype: dtype of the checkpoint.
+        groups: linears that share an input.
+    """
+    target = config.client_configs.train_configs.sparsity
+    made = algorithm_of(config).exchanges(groups, config.gram)
+    answered = len(made) - (config.server_configs.num_global_epochs == 1)
+    for number, exchange in enumerate(made):
+        yield sizes(exchange, shapes, target, dtype, groups, config.gram)
+        if exchange.down is not None and number < answered:
+            yield {
+                block: packed_sizes(shapes[block], target, dtype, exchange.down)
+                for block in shapes
+                if exchange.concerns(block)
+            }
+
+
+def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:
+    """Clients that will refuse to send statistics."""
+    least = config.gram.fewest_tokens(widest)
+    for client in config.clients:
+        tokens = client.data.windows * client.data.length
+        if tokens < least:
+            yield (
+                f"client {client.client_id}: {client.data.windows} windows of {client.data.length} are {tokens} tokens, "
+                f"but statistics of fewer than {least} are not sent; give more windows, or lower gram.min_tokens"
+            )
+
+
+def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:
+    """The linears whose rows a pattern n:m does not fit."""
+    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
+    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
+
+
+def too_long(what: str, length: int, longest: int | None) -> list[str]:
+    """What is wrong with windows of a length for a model that takes `longest` tokens, if it has a limit."""
+    if longest is None or length <= longest:
+        return []
+    return [f"{what}: the model takes at most {longest} tokens (max_position_embeddings), got {length}"]
