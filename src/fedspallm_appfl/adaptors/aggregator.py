@@ -1,5 +1,6 @@
 """APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -11,13 +12,25 @@ from omegaconf import DictConfig, OmegaConf
 from fedspallm_appfl.aggregation.layer_sampling import draw, to_text
 from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.pruning.pruner import Settings
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.gathering import shared_inputs
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
+from fedspallm_appfl.settings.schema import AggregatorKwargs, CommConfigs, Model, ServerConfigs, TrainConfigs
 from fedspallm_appfl.wire.packed import block_nbytes
+
+DEFAULTS = dataclasses.asdict(
+    AggregatorKwargs()
+) | {  # for APPFL's own YAML; agents.server_agent_config gives everything
+    "layer_sampling": TrainConfigs().layer_sampling,
+    "device": ServerConfigs().device,
+    "comparisons": [],
+    "max_message_bytes": CommConfigs().max_message_bytes,
+}
 
 
 class FedSpaLLMAggregator(BaseAggregator):
@@ -37,12 +50,13 @@ class FedSpaLLMAggregator(BaseAggregator):
 
         Args:
             model: not used; APPFL passes its own model or None.
-            aggregator_configs: as `agents.server_agent_config` makes them.
+            aggregator_configs: as `agents.server_agent_config` makes them; what is left out is as in `DEFAULTS`.
             logger: APPFL's logger, not used.
             **kwargs: `aggregator_config`, the name that APPFL gives to the argument in another place.
         """
         configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
-        self.settings: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
+        given: dict[str, Any] = OmegaConf.to_container(configs, resolve=True)  # type: ignore[assignment]
+        self.settings = DEFAULTS | given | {"model": dataclasses.asdict(Model()) | given["model"]}
         self.on_event: OnEvent = ignore
         model_settings = self.settings["model"]
         self.skeleton = Skeleton(model_settings["path"], model_settings["blocks"])
@@ -176,6 +190,28 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.receive(str(client), update, {key: of[client] for key, of in kwargs.items() if client in of})
         changes = self.end_exchange() if self.all_ended() else {}
         return {client: (changes, self.instructions([str(client)])) for client in local_models}
+
+    def save_model(self, folder: str | Path) -> list[MatrixSparsity]:
+        """Write the global model as a Hugging Face folder, and read it back.
+
+        Blocks that no client has pruned stay dense.
+
+        Args:
+            folder: where to write; made if need be. Files of the same names are replaced.
+
+        Returns:
+            The sparsity of each prunable matrix, as it is on disk.
+
+        Raises:
+            ConfigError: the algorithm makes no global model.
+            ModelError: there is no room, or what was written is not what was meant.
+        """
+        if self.global_model.settings.algorithm == "standalone":
+            raise ConfigError(
+                "save_model: algorithm standalone makes a model for each client and no global one; "
+                "take fedspallm run, which writes them all, or another algorithm"
+            )
+        return save_model(self.skeleton, self.global_model.done, Path(folder))
 
     def _begin(self) -> None:
         s = self.settings

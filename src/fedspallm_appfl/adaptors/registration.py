@@ -5,14 +5,24 @@ APPFL has no plug-in registry: names in YAML are looked up as attributes of `app
 needs a torchvision that fits the installed torch, and leaves half a million objects for every `gc.collect()` that APPFL
 calls several times per client and round; the first is undone, the second guarded, the third frozen out of the way. Its
 communicator for Globus Compute imports a module that the SDK has dropped in 4.9.
+
+A subclass that a configuration names by its file is put there too, under the value of the key (`mine.py:MyTrainer`), so
+that it never stands in the place of another class.
 """
 
 import gc
 import importlib
+import importlib.machinery
 import logging
 import sys
+import traceback
 import types
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedspallm_appfl.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def register() -> None:
@@ -34,6 +44,68 @@ def register() -> None:
     appfl.algorithm.trainer.FedSpaLLMTrainer = FedSpaLLMTrainer
     appfl.algorithm.aggregator.FedSpaLLMAggregator = FedSpaLLMAggregator
     appfl.algorithm.scheduler.FedSpaLLMScheduler = FedSpaLLMScheduler
+
+
+def register_named(kind: str, value: str, base: type, key: str) -> None:
+    """Make the class that a configuration names known to APPFL, under just that name.
+
+    Args:
+        kind: `trainer`, `aggregator` or `scheduler`.
+        value: the name of `base`, or `path/to/file.py:ClassName`, see `class_of`.
+        base: what the class has to be or to derive from.
+        key: the key of the configuration, for messages.
+
+    Raises:
+        ConfigError: the value names no such class.
+    """
+    setattr(importlib.import_module(f"appfl.algorithm.{kind}"), value, class_of(value, base, key))
+
+
+def class_of(value: str, base: type[T], key: str) -> type[T]:
+    """The class that a configuration names: one of this package by its name, or a subclass of it in a file.
+
+    A file is imported once in a process. Its folder is not put on the path, so that it can import installed modules only.
+
+    Args:
+        value: the name of `base`, or `path/to/file.py:ClassName`; a relative path starts from the working directory.
+        base: what the class has to be or to derive from.
+        key: the key of the configuration, for messages.
+
+    Raises:
+        ConfigError: there is no such file or class, the file cannot be imported, or the class does not derive from `base`.
+    """
+    if value == base.__name__:
+        return base
+    file, _, name = value.rpartition(":")
+    if not file.endswith(".py"):
+        raise ConfigError(f"{key}: expected {base.__name__}, or a subclass as path/to/file.py:ClassName; got {value!r}")
+    place = Path(file).expanduser().resolve()
+    if not place.is_file():
+        raise ConfigError(f"{key}: there is no file {place}; a relative path starts from the working directory")
+    classes = {name: one for name, one in vars(_imported(place, key)).items() if isinstance(one, type)}
+    if name not in classes:
+        raise ConfigError(f"{key}: {place} has no class {name!r}, only {', '.join(classes) or 'none at all'}")
+    if not issubclass(classes[name], base):
+        raise ConfigError(f"{key}: {name} of {place} is no subclass of {base.__module__}.{base.__name__}; derive it")
+    return classes[name]
+
+
+def _imported(place: Path, key: str) -> types.ModuleType:
+    name = str(place)  # no installed module is named so
+    if name in sys.modules:
+        return sys.modules[name]
+    loader = importlib.machinery.SourceFileLoader(name, name)
+    module = types.ModuleType(name)
+    module.__file__ = name
+    sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
+    try:
+        loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever the code of the file raises
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}{where}") from error
+    return module
 
 
 def freeze() -> None:

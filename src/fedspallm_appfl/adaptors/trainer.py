@@ -7,6 +7,7 @@ stands in `train_configs`.
 """
 
 import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
 from fedspallm_appfl.algorithms.gram import GramSettings
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.pruning.pruner import Settings
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient, Message
+from fedspallm_appfl.settings.schema import CommConfigs, Data, Model
 
 
 class FedSpaLLMTrainer(BaseTrainer):
@@ -131,15 +134,17 @@ class FedSpaLLMTrainer(BaseTrainer):
 
 
 def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSettings:
-    """Read what a client needs from APPFL's `train_configs`."""
-    model, data, comm = train_configs["model"], train_configs["data"], train_configs["comm"]
+    """Read what a client needs from APPFL's `train_configs`; of `model`, `data` and `comm` keys may be left out."""
+    model = asdict(Model()) | train_configs["model"]
+    data = asdict(Data()) | train_configs["data"]
+    comm = asdict(CommConfigs()) | train_configs.get("comm", {})
     return ClientSettings(
         client_id=client_id,
         model=model["path"],
         dtype=model["dtype"],
         blocks=model["blocks"],
-        device=train_configs["device"],
-        threads=train_configs["threads"],
+        device=choose_device(train_configs.get("device", "auto"), 0),
+        threads=train_configs.get("threads"),
         seed=train_configs["seed"],
         text=data["text"],
         windows=data["windows"],
@@ -151,8 +156,8 @@ def client_settings(client_id: str, train_configs: dict[str, Any]) -> ClientSett
         pool=tuple((one["client_id"], one["text"], one["windows"]) for one in data.get("pool") or ()),
         blocks_per_message=comm["blocks_per_message"],
         max_message_bytes=comm["max_message_bytes"],
-        compression=comm.get("compression") == "zstd",
+        compression=comm["compression"] == "zstd",
         agreed=Path(train_configs["agreed"]) if train_configs.get("agreed") else None,
-        activations=data.get("activations", "memory"),
+        activations=data["activations"],
         model_hash=model.get("hash", ""),
     )

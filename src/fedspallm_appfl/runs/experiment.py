@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, DataError, ModelError
+from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import EventLog, OnEvent
-from fedspallm_appfl.models.export import MatrixSparsity, check_model, write_model
+from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, held_out_windows, perplexities
 from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text
@@ -131,14 +130,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     Raises:
         ModelError: there is no room, or what was written is not what was meant.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_model(skeleton, store, folder / "model")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"the pruned model cannot be written to {folder / 'model'}: {error}; make room there"
-        ) from error
-    matrices = check_model(skeleton, store, folder / "model")
+    matrices = save_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
     manifest = {
         "model": config.model.path,

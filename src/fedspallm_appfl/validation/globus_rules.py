@@ -23,6 +23,12 @@ def check(config: Config) -> Iterator[str]:
     """Problems of the values for a run over Globus Compute."""
     if config.algorithm == "centralized":
         yield "algorithm: centralized has the text of all clients in one place, which Globus Compute is there to avoid"
+    trainer = config.client_configs.train_configs.trainer
+    if ":" in trainer:
+        yield (
+            f"client_configs.train_configs.trainer: a site runs no code of the server's, got {trainer!r}; "
+            "over Globus Compute take FedSpaLLMTrainer"
+        )
     for index, client in enumerate(config.clients):
         if not client.endpoint_id:
             yield (

@@ -42,6 +42,7 @@ MOST_DAMPING = 100.0
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
 URL = re.compile(r"https?://[\w.-]+(:\d{1,5})?/?")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+IN_A_FILE = re.compile(r".+\.py:[A-Za-z_]\w*")  # a class of the user's
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 
 
@@ -63,13 +64,14 @@ def _top(config: Config) -> Iterator[str]:
         yield "run_dir: name a folder for the results, e.g. runs/first"
     if not config.model.path:
         yield "model.path: name the dense model, a folder saved by save_pretrained or a hub name"
-    for name in ("aggregator", "scheduler"):
-        expected = f"FedSpaLLM{name.capitalize()}"
-        if getattr(config.server_configs, name) != expected:
-            yield f"server_configs.{name}: expected {expected}, got {getattr(config.server_configs, name)!r}"
-    trainer = config.client_configs.train_configs.trainer
-    if trainer != "FedSpaLLMTrainer":
-        yield f"client_configs.train_configs.trainer: expected FedSpaLLMTrainer, got {trainer!r}"
+    server = config.server_configs
+    for path, value, expected in (
+        ("server_configs.aggregator", server.aggregator, "FedSpaLLMAggregator"),
+        ("server_configs.scheduler", server.scheduler, "FedSpaLLMScheduler"),
+        ("client_configs.train_configs.trainer", config.client_configs.train_configs.trainer, "FedSpaLLMTrainer"),
+    ):
+        if value != expected and not IN_A_FILE.fullmatch(value):
+            yield f"{path}: expected {expected}, got {value!r}; a subclass is named as path/to/file.py:ClassName"
 
 
 def _clients(config: Config) -> Iterator[str]:
