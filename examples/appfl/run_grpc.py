@@ -28,7 +28,8 @@ def run_server() -> None:
     agent = ServerAgent(OmegaConf.load("examples/appfl/server.yaml"))
     settings = agent.server_agent_config.server_configs.comm_configs.grpc_configs
     serve(GRPCServerCommunicator(agent, logger=agent.logger, **settings), **settings)
-    agent.aggregator.save_model("runs/appfl/model")
+    for matrix in agent.aggregator.save_model("runs/appfl/model"):
+        print(f"{matrix.sparsity:.4f}  {matrix.name}")
 
 
 def run_client(number: int) -> None:

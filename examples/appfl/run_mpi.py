@@ -24,7 +24,8 @@ def serve(comm: MPI.Comm) -> None:
     """Rank 0: APPFL's server with our aggregator and scheduler."""
     agent = ServerAgent(OmegaConf.load("examples/appfl/server.yaml"))
     MPIServerCommunicator(comm, agent, logger=agent.logger).serve()
-    agent.aggregator.save_model("runs/appfl/model")
+    for matrix in agent.aggregator.save_model("runs/appfl/model"):
+        print(f"{matrix.sparsity:.4f}  {matrix.name}")
 
 
 def prune(comm: MPI.Comm) -> None:
