@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fedspallm_appfl.cli import main
 from helpers.experiments import whole_text
 from helpers.paths import DEMO, ROOT
-from helpers.processes import finish, mpiexec, needs_mpi, start
+from helpers.processes import finish, mpiexec, start, without_mpiexec
 
 SERVER = ROOT / "examples" / "appfl" / "server.yaml"
 
@@ -77,14 +77,12 @@ def check_model(folder, said, expected):
         assert f"0.5000  {name}" in said
 
 
-@pytest.mark.slow
-class TestOverMPI:
-    pytestmark = needs_mpi
-
-    def test_it_writes_the_model_of_a_run(self, checkout, expected):
-        code, out, err = finish(mpiexec(3, sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py", cwd=checkout))
-        assert code == 0, err
-        check_model(checkout / "runs" / "appfl" / "model", out, expected)
+@pytest.mark.mpi
+@without_mpiexec
+def test_over_mpi_it_writes_the_model_of_a_run(checkout, expected):
+    code, out, err = finish(mpiexec(3, sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py", cwd=checkout))
+    assert code == 0, err
+    check_model(checkout / "runs" / "appfl" / "model", out, expected)
 
 
 @pytest.mark.slow

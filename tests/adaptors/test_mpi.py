@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from fedspallm_appfl.cli import main
 from helpers.experiments import UNEVEN, small_config
 from helpers.paths import DEMO
-from helpers.processes import fedspallm, finish, needs_mpi
+from helpers.processes import fedspallm, finish, without_mpiexec
 from helpers.tiny import linears, save_tiny, tiny_config, weights
 
-pytestmark = needs_mpi
+pytestmark = [pytest.mark.mpi, without_mpiexec]
 
 
 @pytest.mark.parametrize("ranks", [4, 3], ids=["one client a rank", "batched"])

@@ -10,7 +10,7 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.schema import load_config
 from fedspallm_appfl.validation import globus_rules
 from fedspallm_appfl.validation.rules import check
-from helpers.processes import fedspallm, finish, needs_mpi
+from helpers.processes import fedspallm, finish, without_mpiexec
 from helpers.tiny import run, save_tiny, tiny_config
 
 MINE = """
@@ -74,13 +74,12 @@ def test_subclasses_of_a_file_take_part_in_the_runs_that_name_them(tmp_path, exp
     assert (tmp_path / "plain" / "model" / "model.safetensors").read_bytes() == model
 
 
-class TestOverMPI:
-    pytestmark = needs_mpi
-
-    def test_every_rank_finds_its_classes(self, tmp_path, experiment):
-        code, _, err = finish(fedspallm(3, experiment, *NAMED, cwd=tmp_path))
-        assert code == 0, err
-        assert set(notes(tmp_path)) == SAID
+@pytest.mark.mpi
+@without_mpiexec
+def test_every_rank_finds_its_classes(tmp_path, experiment):
+    code, _, err = finish(fedspallm(3, experiment, *NAMED, cwd=tmp_path))
+    assert code == 0, err
+    assert set(notes(tmp_path)) == SAID
 
 
 def test_a_class_that_is_not_there_ends_a_run_with_its_key(experiment, capsys):

@@ -18,10 +18,7 @@ ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMP_NUM_THREADS": "1",
 }
-needs_mpi = [
-    pytest.mark.mpi,
-    pytest.mark.skipif(not MPIEXEC.exists() and not shutil.which("mpiexec"), reason="no mpiexec"),
-]
+without_mpiexec = pytest.mark.skipif(not MPIEXEC.exists() and not shutil.which("mpiexec"), reason="no mpiexec")
 
 
 def start(*command, cwd=ROOT):
@@ -42,6 +39,10 @@ def fedspallm(ranks, config, *overrides, cwd=ROOT):
 
 
 def finish(process, seconds=240):
-    """Exit code, output and errors of a process."""
-    out, err = process.communicate(timeout=seconds)
+    """Exit code, output and errors of a process, which is ended if it takes longer."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
     return process.returncode, out, err

@@ -130,7 +130,7 @@ def _agent(request: dict[str, Any], site: Site) -> Any:
     _load_appfl()
     from appfl.agent import ClientAgent
 
-    config = request["config"]
+    config = _without_code(request["config"])
     train, client = config["train_configs"], request["client"]
     train["data"] |= {"text": site.text, "pool": []}  # the server names no path of a text
     train["agreed"] = None  # nor one that is written to
@@ -139,6 +139,13 @@ def _agent(request: dict[str, Any], site: Site) -> Any:
     train["model"]["path"] = str(same_model(train["model"], site, client))
     train["device"] = choose_device(train["device"], 0)
     return ClientAgent(OmegaConf.create(config))
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a server may say: APPFL would run what stands under further keys, and import any trainer that it is told."""
+    train = {name: value for name, value in config["train_configs"].items() if not name.endswith(("_path", "_source"))}
+    train |= {"trainer": "FedSpaLLMTrainer", "logging_output_dirname": "", "logging_output_filename": ""}
+    return {"client_id": config["client_id"], "optimize_memory": False, "train_configs": train}
 
 
 @lru_cache(maxsize=1)
