@@ -23,9 +23,8 @@ from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.schema import AggregatorKwargs, CommConfigs, Model, ServerConfigs, TrainConfigs
 from fedspallm_appfl.wire.packed import block_nbytes
 
-DEFAULTS = dataclasses.asdict(
-    AggregatorKwargs()
-) | {  # for APPFL's own YAML; agents.server_agent_config gives everything
+# For APPFL's own YAML; `agents.server_agent_config` leaves nothing out.
+DEFAULTS = dataclasses.asdict(AggregatorKwargs()) | {
     "layer_sampling": TrainConfigs().layer_sampling,
     "device": ServerConfigs().device,
     "comparisons": [],
