@@ -3,46 +3,35 @@
     mpiexec --oversubscribe -n 3 python -m mpi4py examples/appfl/run_mpi.py
 
 It uses APPFL's agents and communicators only. `fedspallm run --launcher mpi` does more: any number of clients a rank,
-checks, placement, report, the finished model.
+checks, placement, a report.
 """
 
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.adaptors.registration import guard_piq
+from fedspallm_appfl.adaptors.registration import freeze, guard_piq
 
 guard_piq()  # APPFL imports piq, which needs torchvision; without a working one this lets the import pass
 
-from appfl.agent import ClientAgent, ServerAgent  # noqa: E402
+from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator  # noqa: E402
+from client import TEXTS, configuration, take_part  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-TEXTS = ["austen", "bible"]
+freeze()  # APPFL collects garbage several times a message; what is imported need not be looked at each time
 
 
 def serve(comm: MPI.Comm) -> None:
     """Rank 0: APPFL's server with our aggregator and scheduler."""
     agent = ServerAgent(OmegaConf.load("examples/appfl/server.yaml"))
     MPIServerCommunicator(comm, agent, logger=agent.logger).serve()
-    print(f"blocks {agent.aggregator.global_model.done.blocks()} are in {agent.aggregator.global_model.folder}")
+    for matrix in agent.aggregator.save_model("runs/appfl/model"):
+        print(f"{matrix.sparsity:.4f}  {matrix.name}")
 
 
-def take_part(comm: MPI.Comm) -> None:
-    """Other ranks: APPFL's plain loop; each turn sends one message of the round."""
-    config = OmegaConf.load("examples/appfl/client.yaml")
-    config.client_id = f"Client{comm.Get_rank()}"
-    config.train_configs.data.text = f"examples/demo/text/{TEXTS[comm.Get_rank() - 1]}/calib.txt"
-    agent = ClientAgent(config)
-    wire = MPIClientCommunicator(comm, server_rank=0, client_id=config.client_id)
-    agent.load_config(wire.get_configuration())
-    agent.load_parameters(wire.get_global_model(init_model=True))
-    while True:
-        agent.train()
-        update, metadata = agent.get_parameters()
-        answer, status = wire.update_global_model(update, **metadata)
-        if status["status"] == "DONE":
-            break
-        agent.load_parameters(answer)
-    wire.invoke_custom_action(action="close_connection")
+def prune(comm: MPI.Comm) -> None:
+    """Any other rank: a client."""
+    config = configuration(comm.Get_rank())
+    take_part(config, MPIClientCommunicator(comm, server_rank=0, client_id=config.client_id))
 
 
 if __name__ == "__main__":
@@ -51,4 +40,4 @@ if __name__ == "__main__":
     if MPI.COMM_WORLD.Get_rank() == 0:
         serve(MPI.COMM_WORLD)
     else:
-        take_part(MPI.COMM_WORLD)
+        prune(MPI.COMM_WORLD)

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,38 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.cli import main
 from helpers.experiments import UNEVEN, small_config
-from helpers.paths import DEMO, ROOT
+from helpers.paths import DEMO
+from helpers.processes import fedspallm, finish, without_mpiexec
 from helpers.tiny import linears, save_tiny, tiny_config, weights
 
-MPIEXEC = Path(sys.executable).with_name("mpiexec")
-pytestmark = [
-    pytest.mark.mpi,
-    pytest.mark.skipif(not MPIEXEC.exists() and not shutil.which("mpiexec"), reason="no mpiexec"),
-]
-ENVIRONMENT = {
-    **os.environ,
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def mpiexec(ranks, *command, **options):
-    program = str(MPIEXEC) if MPIEXEC.exists() else "mpiexec"
-    line = [program, "-n", str(ranks), *map(str, command)]
-    return subprocess.Popen(
-        line, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def fedspallm(ranks, config, *overrides):
-    return mpiexec(ranks, sys.executable, "-m", "fedspallm_appfl", "run", config, "--launcher", "mpi", *overrides)
-
-
-def finish(process, seconds=240):
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+pytestmark = [pytest.mark.mpi, without_mpiexec]
 
 
 @pytest.mark.parametrize("ranks", [4, 3], ids=["one client a rank", "batched"])
@@ -119,14 +90,6 @@ def test_a_bad_configuration_is_reported_once(tmp_path):
     code, _, err = finish(fedspallm(3, small_config(tmp_path, 2), "client_configs.train_configs.sparsity=1.5"))
     assert code != 0
     assert err.count("sparsity is a share in [0, 1), got 1.5") == 1
-
-
-@pytest.mark.slow
-def test_a_stock_appfl_script_can_use_the_classes(tmp_path):
-    shutil.rmtree(ROOT / "runs" / "appfl", ignore_errors=True)
-    code, out, err = finish(mpiexec(3, sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py"))
-    assert code == 0, err
-    assert "blocks [0, 1, 2, 3, 4, 5, 6, 7] are in runs/appfl" in out
 
 
 @pytest.mark.parametrize(

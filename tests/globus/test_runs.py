@@ -293,6 +293,24 @@ def test_the_server_names_no_text(tmp_path, monkeypatch):
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.parametrize(
+    ("group", "key"), [("train_configs", "trainer"), ("train_configs", "loss_fn"), ("data_configs", "dataset")]
+)
+def test_a_server_sends_no_code_of_its_own(tmp_path, site, monkeypatch, group, key):
+    """APPFL would run what it finds under these keys."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # where APPFL writes such code
+    config = prepared(load_config(write_config(tmp_path))[0])
+    connection = globus.Connection(config, None, None, "run", globus.model_hash(DEMO / "model"))
+    names = [f"austen.0.{number}" for number in range(8)]
+    told = {"round": 0, "exchange": 0, "assign": {"austen": "0-7"}}
+    asked = connection.request(config.clients[0], [], names) | {"down": [], "instructions": told}
+    code = f"open({str(tmp_path / 'written')!r}, 'w').close()\n"
+    asked["config"].setdefault(group, {}).update({f"{key}_source": code, f"{key}_name": "Mine"})
+    answer = globus_worker.run_exchange(json.loads(json.dumps(asked)))
+    assert not (tmp_path / "written").exists()
+    assert "messages" in answer
+
+
 def test_a_task_asks_its_site_too(tmp_path, site, capsys, monkeypatch):
     """A server need not run the preflight."""
     write_site(site, DOMAINS[:3], may_send=["masks"])

@@ -7,6 +7,10 @@ from appfl.agent import ClientAgent, ServerAgent
 from appfl.config import ClientAgentConfig, ServerAgentConfig
 from omegaconf import OmegaConf
 
+from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
+from fedspallm_appfl.adaptors.registration import register_named
+from fedspallm_appfl.adaptors.scheduler import FedSpaLLMScheduler
+from fedspallm_appfl.adaptors.trainer import FedSpaLLMTrainer
 from fedspallm_appfl.rounds.participants import participants, server_settings
 from fedspallm_appfl.settings.schema import ClientSettings, Config, plain
 
@@ -39,10 +43,22 @@ def client_agent_config(settings: ClientSettings) -> ClientAgentConfig:
 
 
 def server_agent(config: Config, state_dir: Path) -> ServerAgent:
-    """A server agent with the aggregator and scheduler of this package."""
+    """A server agent with the aggregator and scheduler of this package, or subclasses that the configuration names.
+
+    Raises:
+        ConfigError: it names a class that cannot be had.
+    """
+    server = config.server_configs
+    register_named("aggregator", server.aggregator, FedSpaLLMAggregator, "server_configs.aggregator")
+    register_named("scheduler", server.scheduler, FedSpaLLMScheduler, "server_configs.scheduler")
     return ServerAgent(server_agent_config(config, state_dir))
 
 
 def client_agent(settings: ClientSettings) -> ClientAgent:
-    """A client agent with the trainer of this package."""
+    """A client agent with the trainer of this package, or a subclass that the configuration names.
+
+    Raises:
+        ConfigError: it names a class that cannot be had.
+    """
+    register_named("trainer", settings.trainer, FedSpaLLMTrainer, "client_configs.train_configs.trainer")
     return ClientAgent(client_agent_config(settings))

@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from fedspallm_appfl.aggregation.layer_sampling import draw, to_text
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import Context
@@ -38,7 +40,7 @@ class FedSpaLLMAggregator(BaseAggregator):
 
         Args:
             model: not used; APPFL passes its own model or None.
-            aggregator_configs: the keys of `ServerSettings`.
+            aggregator_configs: the keys of `ServerSettings`; those that are left out have its defaults.
             logger: APPFL's logger, not used.
             **kwargs: `aggregator_config`, the name that APPFL gives to the argument in another place.
         """
@@ -175,6 +177,28 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.receive(str(client), update, {key: of[client] for key, of in kwargs.items() if client in of})
         changes = self.end_exchange() if self.all_ended() else {}
         return {client: (changes, self.instructions([str(client)])) for client in local_models}
+
+    def save_model(self, folder: str | Path) -> list[MatrixSparsity]:
+        """Write the global model as a Hugging Face folder, and read it back.
+
+        Blocks that no client has pruned stay dense.
+
+        Args:
+            folder: where to write; made if need be. Files of the same names are replaced.
+
+        Returns:
+            The sparsity of each prunable matrix, as it is on disk.
+
+        Raises:
+            ConfigError: the algorithm makes no global model.
+            ModelError: there is no room, or what was written is not what was meant.
+        """
+        if registry.find(self.settings.algorithm).apart:
+            raise ConfigError(
+                f"save_model: algorithm {self.settings.algorithm} makes a model for each client and no global one; "
+                "use fedspallm run, which writes them all, or another algorithm"
+            )
+        return save_model(self.skeleton, self.global_model.done, Path(folder))
 
     def _begin(self) -> None:
         s = self.settings

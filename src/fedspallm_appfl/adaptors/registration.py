@@ -5,6 +5,9 @@ APPFL has no plug-in registry: names in YAML are looked up as attributes of `app
 needs a torchvision that fits the installed torch, and leaves half a million objects for every `gc.collect()` that APPFL
 calls several times per client and round; the first is undone, the second guarded, the third frozen out of the way. Its
 communicator for Globus Compute imports a module that the SDK has dropped in 4.9.
+
+A subclass that a configuration names by its file is put there too, under the value of the key (`mine.py:MyTrainer`), so
+that it never stands in the place of another class.
 """
 
 import gc
@@ -12,7 +15,12 @@ import importlib
 import logging
 import sys
 import types
-from typing import Any
+from typing import Any, TypeVar
+
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.plugins import import_file
+
+T = TypeVar("T")
 
 
 def register() -> None:
@@ -34,6 +42,46 @@ def register() -> None:
     appfl.algorithm.trainer.FedSpaLLMTrainer = FedSpaLLMTrainer
     appfl.algorithm.aggregator.FedSpaLLMAggregator = FedSpaLLMAggregator
     appfl.algorithm.scheduler.FedSpaLLMScheduler = FedSpaLLMScheduler
+
+
+def register_named(kind: str, value: str, base: type, key: str) -> None:
+    """Make the class that a configuration names known to APPFL, under just that name.
+
+    Args:
+        kind: `trainer`, `aggregator` or `scheduler`.
+        value: the name of `base`, or `path/to/file.py:ClassName`, see `class_of`.
+        base: what the class has to be or to derive from.
+        key: the key of the configuration, for messages.
+
+    Raises:
+        ConfigError: the value names no such class.
+    """
+    setattr(importlib.import_module(f"appfl.algorithm.{kind}"), value, class_of(value, base, key))
+
+
+def class_of(value: str, base: type[T], key: str) -> type[T]:
+    """The class that a configuration names: one of this package by its name, or a subclass of it in a file.
+
+    Args:
+        value: the name of `base`, or `path/to/file.py:ClassName`; a relative path starts from the working directory.
+        base: what the class has to be or to derive from.
+        key: the key of the configuration, for messages.
+
+    Raises:
+        ConfigError: there is no such file or class, the file cannot be imported, or the class does not derive from `base`.
+    """
+    if value == base.__name__:
+        return base
+    file, _, name = value.rpartition(":")
+    if not file.endswith(".py"):
+        raise ConfigError(f"{key}: expected {base.__name__}, or a subclass as path/to/file.py:ClassName; got {value!r}")
+    module = import_file(file, key)
+    classes = {name: one for name, one in vars(module).items() if isinstance(one, type)}
+    if name not in classes:
+        raise ConfigError(f"{key}: {file} has no class {name!r}, only {', '.join(classes) or 'none at all'}")
+    if not issubclass(classes[name], base):
+        raise ConfigError(f"{key}: {name} of {file} is no subclass of {base.__module__}.{base.__name__}; derive it")
+    return classes[name]
 
 
 def freeze() -> None:

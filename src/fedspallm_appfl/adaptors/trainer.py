@@ -13,6 +13,7 @@ from appfl.algorithm.trainer import BaseTrainer
 from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
+from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.rounds.client import LocalClient, Message
 from fedspallm_appfl.settings.reading import build
@@ -30,7 +31,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         """Keep the settings; nothing is loaded yet.
 
         Args:
-            train_configs: the keys of `ClientSettings`; others are APPFL's.
+            train_configs: the keys of `ClientSettings`; those that are left out have its defaults, others are APPFL's.
             client_id: APPFL gives it to classes in its namespace, not to those from a `trainer_path`; then it is taken
                 from `train_configs.client_id`, or from `train_configs.wandb_logging_id`, which APPFL always sets.
             **kwargs: what else APPFL passes; model, loss and data sets are not used.
@@ -44,6 +45,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         if not name:
             raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
         self.settings: ClientSettings = build(ClientSettings, {**raw, "client_id": str(name)})
+        self.settings.device = choose_device(self.settings.device, 0)
         self.client_id: str = str(name)
         self.round: int = 0
         self._client: LocalClient | None = None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError
@@ -160,6 +161,27 @@ def _convert(files: CheckpointFiles, file: Path) -> None:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The entries of a tensor in row-major order as they stand in a safetensors file."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def save_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[MatrixSparsity]:
+    """Write the pruned model and read it back.
+
+    Args:
+        skeleton: the dense model.
+        pruned: the pruned blocks; blocks that are not in it stay dense.
+        folder: where to write; made if need be.
+
+    Returns:
+        The sparsity of each prunable matrix, as it is on disk.
+
+    Raises:
+        ModelError: there is no room, or what was written is not what was meant.
+    """
+    try:
+        write_model(skeleton, pruned, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the pruned model cannot be written to {folder}: {error}; make room there") from error
+    return check_model(skeleton, pruned, folder)
 
 
 def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[MatrixSparsity]:

@@ -9,13 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.events import EventLog, OnEvent
-from fedspallm_appfl.models.export import MatrixSparsity, check_model, write_model
+from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock
 from fedspallm_appfl.rounds.folds import STATISTICS
@@ -134,14 +132,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     Raises:
         ModelError: there is no room, or what was written is not what was meant.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_model(skeleton, store, folder / "model")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"the pruned model cannot be written to {folder / 'model'}: {error}; make room there"
-        ) from error
-    matrices = check_model(skeleton, store, folder / "model")
+    matrices = save_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
     manifest = {
         "model": config.model.path,

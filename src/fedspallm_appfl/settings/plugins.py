@@ -1,12 +1,14 @@
-"""Plugins: Python files or modules that register pruners or algorithms when they are imported (docs/python.md)."""
+"""A user's own code: plugins that register pruners or algorithms when they are imported (docs/python.md), and classes in files."""
 
 import importlib
-import importlib.util
+import importlib.machinery
 import sys
+import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedspallm_appfl.errors import ConfigError, first_line
+from fedspallm_appfl.errors import ConfigError
 
 
 def load(plugins: Sequence[str]) -> None:
@@ -19,33 +21,42 @@ def load(plugins: Sequence[str]) -> None:
         ConfigError: a plugin cannot be imported; names it and says why.
     """
     for plugin in plugins:
+        if plugin.endswith(".py"):
+            import_file(plugin, "plugins")
+            continue
         try:
-            _import(plugin)
-        except ConfigError as error:  # of a plugin that registers what is there already
-            raise ConfigError(f"plugins: {plugin}: {error}") from error
-        except Exception as error:  # a plugin may do anything when it is imported
+            importlib.import_module(plugin)
+        except Exception as error:  # whatever the code of the module raises
             raise ConfigError(
-                f"plugins: {plugin} cannot be imported: {type(error).__name__}: {first_line(error)}; name a Python file, or "
-                "a module that can be imported here"
+                f"plugins: {plugin} cannot be imported: {type(error).__name__}: {error}; name a Python file, or a module that "
+                "is installed here"
             ) from error
 
 
-def _import(plugin: str) -> None:
-    if not plugin.endswith(".py"):
-        importlib.import_module(plugin)
-        return
-    file = Path(plugin).expanduser().resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file here")
-    name = f"fedspallm_plugin_{file.stem}_{abs(hash(str(file))):x}"
+def import_file(file: str, key: str) -> types.ModuleType:
+    """Import a Python file once a process. Its folder is not put on the path: it can import installed modules only.
+
+    Args:
+        file: its path; a relative one starts from the working directory.
+        key: the key of the configuration that names it, for messages.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be imported; says why and in which line.
+    """
+    place = Path(file).expanduser().resolve()
+    name = str(place)  # no installed module is named so
     if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, "it ends in .py"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+        return sys.modules[name]
+    if not place.is_file():
+        raise ConfigError(f"{key}: there is no file {place}; a relative path starts from the working directory")
+    module = types.ModuleType(name)
+    module.__file__ = name
+    sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]  # or the next attempt would find half of it
-        raise
+        importlib.machinery.SourceFileLoader(name, name).exec_module(module)
+    except Exception as error:  # whatever the code of the file raises
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{key}: {place} cannot be imported: {type(error).__name__}: {error}{where}") from error
+    return module

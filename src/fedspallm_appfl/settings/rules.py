@@ -91,7 +91,7 @@ def _top(config: Config) -> Iterator[str]:
         ("client_configs.train_configs.trainer", train.trainer, "FedSpaLLMTrainer"),
     ):
         if name != own and not OWN_CLASS.fullmatch(name):
-            yield f"{path}: expected {own}, or a subclass of it as path/to/file.py:Class; got {name!r}"
+            yield f"{path}: expected {own}, got {name!r}; a subclass is named as path/to/file.py:ClassName"
     if config.evaluation.compare and not config.evaluation.texts:
         yield "evaluation.compare: there is nothing to compare on; name some held-out text in evaluation.texts"
     if config.gram.target == "dense" and config.gram.propagate != "pruned":

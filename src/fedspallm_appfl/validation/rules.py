@@ -13,7 +13,7 @@ from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
-from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram
+from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, TrainConfigs
 
 ONE_PLACE = ("pruner", "damping", "damping_retries", "iterations", "refit", "threads")
 
@@ -158,6 +158,12 @@ def check_for_globus(config: Config) -> Iterator[str]:
     if config.algorithm in algorithms.names() and algorithm_of(config).pools_text:
         yield (
             f"algorithm: {config.algorithm} has the text of all clients in one place, which Globus Compute is there to avoid"
+        )
+    trainer = config.client_configs.train_configs.trainer
+    if trainer != TrainConfigs.trainer:
+        yield (
+            f"client_configs.train_configs.trainer: a site runs no code of the server's, got {trainer!r}; "
+            f"over Globus Compute use {TrainConfigs.trainer}"
         )
     for index, client in enumerate(config.clients):
         if not client.endpoint_id:

@@ -148,7 +148,7 @@ def _agent(settings: ClientSettings, site: Site) -> Any:
     site.require_text(client, pruners.find(settings.pruner))
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
     settings.agreed = None  # nor one that is written to
-    settings.trainer = ClientSettings.trainer  # nor code that runs here
+    settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
     settings.model.path = str(same_model(settings.model, site, client))
     settings.device = choose_device(settings.device, 0)
