@@ -1,6 +1,6 @@
 """The command line: `fedspallm run`, `validate`, `doctor`, `functions`, `site`, `estimate`, `study`, `prune`, `evaluate`.
 
-Rule of imports: what is imported at the top here, in `config` and in what they import is light. Help, a mistyped command
+Import rule: modules imported at the top of this file, and what they import, must be light. Help, a mistyped command
 and the form of a configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not
 APPFL.
 """
@@ -25,14 +25,14 @@ OVERRIDES = "key=value arguments replace single values: client_configs.train_con
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    """Run a command; returns the exit code: 0 success, 2 an error that the message explains."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in args
     late = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]
     if len(late) < len(rest):
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
-    if late:  # overrides may stand after options too
+    if late:  # overrides may follow options, too
         args.overrides = [*args.overrides, *late]
     if args.command == "run" and args.launcher == "mpi":
         return _run_mpi(args)
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _command(
         None,
         "fedspallm",
-        "Prune one large language model on text that stays where it is (FedSpaLLM on APPFL).",
+        "Prune a large language model with private text that stays at each client (FedSpaLLM on APPFL).",
         "fedspallm run configs/demo.yaml\n"
         "  fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=0.7 run_dir=runs/demo-70\n"
         "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(
         verbs,
         "run",
-        "Run an experiment and write model, report and metrics to its run_dir.",
+        "Run an experiment; writes model, report and metrics to its run_dir.",
         "fedspallm run configs/demo.yaml\n"
         "  fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=2:4 run_dir=runs/demo-2-4\n"
         "  mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite\n"
@@ -80,17 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     validate = _command(
         verbs,
         "validate",
-        "Report all problems of a configuration together; opens model and text, runs nothing.",
+        "Check a configuration and report all problems; opens model and text, runs nothing.",
         "fedspallm validate configs/demo.yaml\n  fedspallm validate configs/llama2_7b_4_clients.yaml --no-files",
     )
     _config_arguments(validate)
-    validate.add_argument("--no-files", action="store_true", help="look at the values only, not at model and text")
+    validate.add_argument("--no-files", action="store_true", help="check only the values, not model and text")
     validate.set_defaults(work=_validate)
 
     doctor = _command(
         verbs,
         "doctor",
-        "Ask every Globus Compute endpoint whether its client can take part; prints one table, sends nothing else.",
+        "Check that the client of every Globus Compute endpoint can take part; prints a table, runs nothing.",
         "fedspallm doctor configs/llama2_7b_globus.yaml",
     )
     _config_arguments(doctor)
@@ -99,11 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     site = _command(
         verbs,
         "site",
-        "Check a site file where it lies: texts, model, what may leave; sends nothing, and shows real paths.",
+        "Check a site file on its own machine: text, model, what may leave; sends nothing and shows real paths.",
         "fedspallm site examples/globus/site.yaml\n"
         "  fedspallm site examples/globus/site.yaml --model examples/demo/model --length 256",
     )
-    site.add_argument("site", metavar="SITE.yaml", type=Path, help="what FEDSPALLM_SITE names at the endpoint")
+    site.add_argument("site", metavar="SITE.yaml", type=Path, help="the file that FEDSPALLM_SITE names at the endpoint")
     site.add_argument(
         "--model",
         type=Path,
@@ -111,14 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         help="model whose tokenizer counts windows (default: the file's `model`)",
     )
     site.add_argument(
-        "--length", type=_positive, default=2048, help="tokens in a window, the server's data.length (default: 2048)"
+        "--length", type=_positive, default=2048, help="tokens per window, the server's data.length (default: 2048)"
     )
     site.set_defaults(work=_site)
 
     functions = _command(
         verbs,
         "functions",
-        "Register our functions with Globus Compute, so that sites can allow them alone; prints where to write their ids.",
+        "Register our functions with Globus Compute. Sites can then allow only these; prints where to write the ids.",
         "fedspallm functions",
     )
     functions.set_defaults(work=_functions)
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate = _command(
         verbs,
         "estimate",
-        "Say what a run would send and how much memory it would take; opens the model, needs no text.",
+        "Estimate bytes, disk and memory of a run; opens the model, needs no text.",
         "fedspallm estimate configs/demo.yaml\n"
         "  fedspallm estimate configs/demo.yaml client_configs.data.batch=1 server_configs.num_global_epochs=2",
     )
@@ -150,21 +150,21 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
     study.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")
     study.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN_DIR-study)")
-    study.add_argument("--keep-models", action="store_true", help="leave the pruned models in DIR/runs")
-    study.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    study.add_argument("--keep-models", action="store_true", help="keep the pruned models in DIR/runs")
+    study.add_argument("--overwrite", action="store_true", help="start over instead of resuming")
     study.set_defaults(work=_study)
 
     prune = _command(
         verbs,
         "prune",
-        "Make further models from the statistics that a run with algorithm gram has gathered.",
+        "Make more models from the statistics of a finished run with algorithm gram.",
         "fedspallm prune runs/demo-gram --sparsity 0.6 0.7 2:4\n"
         "  fedspallm prune runs/demo-gram --sparsity 0.7 --pruner admm",
     )
     prune.add_argument("run", metavar="RUN_DIR", type=Path, help="run_dir of the finished run")
     prune.add_argument("--sparsity", nargs="+", required=True, metavar="TARGET", help="ratios in [0, 1), or n:m")
     prune.add_argument("--pruner", default=None, help="sparsegpt, admm or wanda (default: that of the run)")
-    prune.add_argument("--overwrite", action="store_true", help="replace models that are there already")
+    prune.add_argument("--overwrite", action="store_true", help="replace existing models")
     prune.set_defaults(work=_prune)
 
     evaluate = _command(
@@ -174,14 +174,14 @@ def _parser() -> argparse.ArgumentParser:
         "fedspallm evaluate runs/demo/model --text examples/demo/text/austen/test.txt --length 256",
     )
     evaluate.add_argument("model", help="model folder, or hub name")
-    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text files, a row each")
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text files, one row each")
     evaluate.add_argument(
-        "--length", type=_positive, default=None, help="tokens in a window (default: 2048, or what the model takes)"
+        "--length", type=_positive, default=None, help="tokens per window (default: 2048, or the model's maximum)"
     )
     evaluate.add_argument(
-        "--windows", type=_positive, default=None, help="at most so many windows of each text (default: all)"
+        "--windows", type=_positive, default=None, help="maximum number of windows of each text (default: all)"
     )
-    evaluate.add_argument("--batch", type=_positive, default=8, help="windows in a forward pass (default: 8)")
+    evaluate.add_argument("--batch", type=_positive, default=8, help="windows per forward pass (default: 8)")
     evaluate.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -289,7 +289,7 @@ def _preflight(connection: "Connection", console: "Console") -> "Findings":
 
 
 def _introduce(config: "Config", console: "Console") -> None:
-    """Say what is going to happen."""
+    """Print what the run will do."""
     from fedspallm_appfl.validation.rules import forecast
 
     for line in forecast(config):
@@ -380,7 +380,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     table.add_column("perplexity", justify="right")
     for text, value in measured.perplexity.items():
         table.add_row(escape(text), f"{value:.3f}")
-    how = f"windows of {measured.length} tokens, {measured.windows} in all, {measured.dtype} arithmetic"
+    how = f"windows of {measured.length} tokens, {measured.windows} in total, {measured.dtype} arithmetic"
     console = _console()
     console.print(table)
     console.print(how, highlight=False)
@@ -413,7 +413,7 @@ def _checked(args: argparse.Namespace, files: bool, overwrite: bool) -> "Config"
 
 
 def _well_formed(file: str, overrides: Sequence[str]) -> "Config":
-    """A configuration with valid keys and types; until it has them, nobody knows what its values are.
+    """A configuration with valid keys and types, which the check of its values needs.
 
     Raises:
         ConfigError: lists every wrong key and value.
@@ -426,7 +426,7 @@ def _well_formed(file: str, overrides: Sequence[str]) -> "Config":
 
 
 def _refuse(config: str | Path, problems: list[str]) -> None:
-    """Say everything that is wrong.
+    """Report all problems.
 
     Raises:
         ConfigError: lists the problems, if there are any.
@@ -443,14 +443,14 @@ def _sizes(config: "Config") -> list[str]:
 
 
 def _means_globus(args: argparse.Namespace, config: "Config") -> bool:
-    """Whether a command is about a run over Globus Compute; where it does not say so, the endpoints of the clients do."""
+    """Whether a command is for a run over Globus Compute; some commands tell from the clients' endpoint ids."""
     if args.command == "run":
         return args.launcher == "globus"
     return args.command == "doctor" or config.over_globus()
 
 
 def _console(plain: bool = False) -> "Console":
-    """Where results go; `plain` under mpiexec, which may give its ranks a terminal although its own output is none."""
+    """The console for results; `plain` under mpiexec, whose ranks may see a terminal although its output is not one."""
     from fedspallm_appfl.runs.progress import console
 
     return console(force_terminal=False) if plain else console()
