@@ -248,7 +248,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     config, _ = run_folder(tmp_path)
     with (
         claimed(config, overwrite=True),
-        pytest.raises(ConfigError, match="another run is at work"),
+        pytest.raises(ConfigError, match="another run or fedspallm prune is using"),
         claimed(config, overwrite=True),
     ):
         pass

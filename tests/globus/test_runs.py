@@ -202,7 +202,7 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     monkeypatch.setattr(globus_preflight, "require", lambda findings, least: None)
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0
     out = capsys.readouterr().out
-    assert "round 1 goes on without client csource" in out and why in out
+    assert "round 1 continues without client csource" in out and why in out
     assert "Traceback (most recent call last)" in out and "calib.txt" not in out
     assert "clients left out, round 1: csource; why: report.md" in out
     assert main(["run", str(small_config(tmp_path, 2, first_pages))]) == 0
@@ -221,7 +221,7 @@ def test_an_endpoint_that_is_down_is_named_and_a_quorum_does_without_it(tmp_path
     assert len(site.sent) == 2  # an endpoint that is known to be down is not asked
     quorum = ["server_configs.min_clients=2", f"run_dir={tmp_path / 'globus'}"]
     assert over_globus(config, *quorum) == 0
-    assert "goes on without client bible: it had not answered when enough others had" in capsys.readouterr().out
+    assert "continues without client bible: it had not answered when enough others had" in capsys.readouterr().out
 
 
 def test_a_submission_that_fails_ends_neither_the_run_nor_the_tasks_behind_it(tmp_path, site, capsys, monkeypatch):
@@ -230,8 +230,8 @@ def test_a_submission_that_fails_ends_neither_the_run_nor_the_tasks_behind_it(tm
     site.refusals = [OSError("service is not well")]
     config = write_config(tmp_path, server_configs={"num_global_epochs": 2})
     assert over_globus(config) == 0, capsys.readouterr().err
-    lines = [line for line in capsys.readouterr().out.splitlines() if "goes on without" in line]
-    assert lines == ["round 1 goes on without client austen: OSError: service is not well"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "continues without" in line]
+    assert lines == ["round 1 continues without client austen: OSError: service is not well"]
 
 
 def test_what_is_sent_is_what_was_there_when_it_was_sent(site):

@@ -34,16 +34,16 @@ from fedspallm_appfl.wire.store import PackedStore
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 DEFAULT_LENGTH = 2048
-DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # what every perplexity stands beside
+DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # the reference for every perplexity
 
 
 def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Results:
-    """Run an experiment and write its results; on the server where there are several processes.
+    """Run an experiment and write its results; with several processes, only the server calls this.
 
     Args:
         config: a configuration without problems.
         launch: runs the rounds and returns the aggregator.
-        console: where progress and the closing table go.
+        console: for progress and the final table.
         overwrite: replace the results of an earlier run.
 
     Returns:
@@ -64,7 +64,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 def conduct(
     config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True
 ) -> tuple[Results, EventLog]:
-    """Run an experiment and write its results, without showing them.
+    """Run an experiment and write its results, without printing them.
 
     Args:
         config: a configuration without problems.
@@ -77,7 +77,7 @@ def conduct(
         What it has shown, and all events.
 
     Raises:
-        FedSpaLLMError: the experiment fails; what the evaluation needs is looked at before anything is sent.
+        FedSpaLLMError: the experiment fails; the inputs of the evaluation are checked before anything is sent.
     """
     texts = held_out(config)
     with run_dir.claimed(config, overwrite) as folder:
@@ -105,7 +105,7 @@ def _finish(
     dense: bool,
 ) -> Results:
     methods: dict[str, PrunedBlock] = dict(DENSE) if dense else {}
-    left_out = {event["client"] for event in log.of("absent")}  # a part of a model is none to compare with
+    left_out = {event["client"] for event in log.of("absent")}  # an incomplete model cannot be compared
     alone = {f"standalone/{c}": model.store(f"standalone/{c}") for c in config.roster() if c not in left_out}
     if config.algorithm == "standalone":
         for name, store in alone.items():
@@ -129,14 +129,14 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     """Write `model/` and `manifest.json` into a folder; returns the sparsity of every matrix, read back from disk.
 
     Raises:
-        ModelError: there is no room, or what was written is not what was meant.
+        ModelError: the disk is full, or the written files differ from what was meant.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_model(skeleton, store, folder / "model")
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"the pruned model cannot be written to {folder / 'model'}: {error}; make room there"
+            f"the pruned model cannot be written to {folder / 'model'}: {error}; free some disk space there"
         ) from error
     matrices = check_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
@@ -159,11 +159,11 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
 def held_out(config: Config) -> dict[str, Tensor]:
     """The windows of each text of `evaluation`: name -> (n, length) int64 token ids.
 
-    Cut before a run begins, so that hours of pruning do not end at a text that is not there.
+    This happens before a run begins, because a missing text should not be found after hours of pruning.
 
     Raises:
-        ConfigError: the model takes no windows so long, or the device is not there.
-        DataError: a text cannot be read, is too short or does not go with the model.
+        ConfigError: the windows are too long for the model, or the device does not exist.
+        DataError: a text cannot be read, is too short or does not match the model.
     """
     settings = config.evaluation
     if not settings.texts:
@@ -190,7 +190,7 @@ def evaluate(
 
     Args:
         config: the experiment.
-        texts: as `held_out` has cut them.
+        texts: as returned by `held_out`.
         methods: name -> the pruned blocks of a model.
         log: gets an event for each model.
     """
@@ -204,7 +204,7 @@ def evaluate(
 
 
 def _with_mean_of_standalone(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """One row, the geometric mean over the clients alone, in the place of one for each of them."""
+    """Replace the rows of single clients by one row, their geometric mean."""
     alone = [row for method, row in rows.items() if method.startswith("standalone/")]
     together: dict[str, dict[str, float]] = {}
     for method, row in rows.items():
@@ -240,14 +240,14 @@ def evaluate_folder(
     Args:
         folder: model folder or hub name.
         texts: text files or folders.
-        length: tokens in a window; None for 2048, or what the model takes if that is less.
-        windows: at most so many of each text; None for all.
-        batch: windows in a forward pass.
-        dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
+        length: tokens per window; None for 2048, or the model's maximum if that is less.
+        windows: maximum number of windows of each text; None for all.
+        batch: windows per forward pass.
+        dtype: arithmetic; `auto` is as stored, except float32 for float16 on a CPU, where float16 is slow.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        DataError: a text cannot be read or is too short, or the length is not one for this model.
+        DataError: a text cannot be read or is too short, or the length is not valid for this model.
     """
     where = choose_device(device, 0)
     if dtype == "auto" and where == "cpu" and Skeleton(folder).stored_dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""Further models from the statistics of a `gram` run, without asking a client again."""
+"""More models from the statistics of a `gram` run, without new uploads."""
 
 import copy
 import json
@@ -32,12 +32,12 @@ FURTHER = "further"
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be made.
+    """A model to make.
 
     Attributes:
-        text: its target, always spelt alike.
+        text: its target in normal form.
         target: the target.
-        folder: where it goes.
+        folder: where to write it.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Model:
     folder: Path
 
     def is_there(self) -> bool:
-        """Whether it has been made; what was interrupted has no manifest."""
+        """Whether it is complete; an interrupted one has no manifest."""
         return (self.folder / "manifest.json").is_file()
 
 
@@ -54,13 +54,13 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 
     Args:
         run: directory of a run with `algorithm: gram`.
-        targets: ratios or n:m; equal ones in two spellings are one.
-        pruner: another pruner than that of the run; it begins without the run's `refit`.
-        console: where the table goes.
-        overwrite: replace models that are there.
+        targets: ratios or n:m; equal targets in two spellings count once.
+        pruner: a pruner to use instead of that of the run; the run's `refit` does not apply to it.
+        console: for the table.
+        overwrite: replace existing models.
 
     Raises:
-        ConfigError: the run has no statistics, somebody else is at work in it, a target or pruner is none, or a model is
+        ConfigError: the run has no statistics or is in use, a target or pruner is not valid, or a model is
             there already.
         DataError: a text of the evaluation cannot be read.
         PruningError: a matrix cannot be pruned.
@@ -69,7 +69,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
     config = _config(run, pruner)
     skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
     models = _models(run, config, targets, skeleton.layout)
-    with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
+    with run_dir.locked(run, "wait until it finishes"), run_dir.scratch(run) as work:
         _require_absent(models, overwrite)
         texts = experiment.held_out(config)
         methods, matrices = dict(experiment.DENSE), {}
@@ -79,7 +79,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
             _require_all(run, skeleton, packed)
             matrices[model.text] = _written(config, model, skeleton, packed)
             methods[model.text] = packed.load
-            if not texts:  # nobody reads it again; there is none of it where nothing was pruned
+            if not texts:  # without evaluation it is not read again; it does not exist if nothing was pruned
                 shutil.rmtree(packed.folder, ignore_errors=True)
         with RunProgress(console, 1, 1) as progress:
             rows = experiment.evaluate(config, texts, methods, progress) if texts else {}
@@ -90,7 +90,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 
 
 def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
-    """What is to be made, each once."""
+    """The models to make, each once."""
     aims = {spelt(target): target for target in (_target(text, layout) for text in targets)}
     folders = {text: run / FURTHER / f"{config.pruners()}-{folder_name(text)}" for text in aims}
     return [Model(text, target, folders[text]) for text, target in aims.items()]
@@ -100,7 +100,7 @@ def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
     there = [str(model.folder) for model in models if model.is_there()]
     if there and not overwrite:
         raise ConfigError(
-            f"{', '.join(there)}: made before; give --overwrite to replace what is there, or other targets"
+            f"{', '.join(there)}: these models exist; give --overwrite to replace them, or other targets"
         )
 
 
@@ -112,11 +112,11 @@ def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore,
         target: ratio or n:m.
         skeleton: the dense model.
         store: sums of all clients.
-        folder: where the packed blocks go.
+        folder: for the packed blocks.
 
     Raises:
         PruningError: a matrix cannot be pruned.
-        ModelError: the sums are damaged, or there is no room.
+        ModelError: the sums are damaged, or the disk is full.
     """
     packed = PackedStore(folder)
     for block, leader in store.units():
@@ -132,10 +132,10 @@ def _config(run: Path, pruner: str | None) -> Config:
     config, problems = load_config(run / "config.yaml")
     if pruner is not None:
         for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
-            train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it
+            train.refit = train.refit and train.pruner == pruner  # set for that pruner; others may not support it
             train.pruner = pruner
         if pruner not in PRUNERS:
-            problems.append(f"--pruner: one of {', '.join(PRUNERS)}; got {pruner!r}")
+            problems.append(f"--pruner: must be one of {', '.join(PRUNERS)}; got {pruner!r}")
     problems = problems or check(config)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -153,7 +153,7 @@ def _target(text: str, layout: Layout) -> Target:
 
 
 def spelt(target: Target) -> str:
-    """A target as it is always spelt: 0.50 and 1/2 are 0.5; what no decimal says exactly stays a fraction."""
+    """Normal form of a target: 0.50 and 1/2 become 0.5; a fraction without an exact decimal stays a fraction."""
     if isinstance(target, NM):
         return str(target)
     decimal = f"{float(target.share):.15g}"
@@ -162,13 +162,13 @@ def spelt(target: Target) -> str:
 
 def folder_name(text: str) -> str:
     """A target as the name of a folder."""
-    return text.replace(":", "-").replace("/", "_")  # 1/3 is a share too
+    return text.replace(":", "-").replace("/", "_")  # 1/3 is a valid ratio, too
 
 
 def _prune_input(
     config: Config, target: Target, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
 ) -> None:
-    """Prune the matrices that take one input."""
+    """Prune the matrices that share one input."""
     found = store.load(block, leader)
     assert found is not None, "the store listed it"
     linears, sums, rounded = found
@@ -184,7 +184,7 @@ def _prune_input(
 
 
 def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
-    """Refuse to leave dense what the run has pruned."""
+    """Refuse to leave matrices dense that the run has pruned."""
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))["matrices"]
     before = {matrix["name"] for matrix in manifest if matrix["zeros"]}
     for block, linears in enumerate(skeleton.layout.blocks):
@@ -197,7 +197,7 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
 
 
 def _written(config: Config, model: Model, skeleton: Skeleton, packed: PackedStore) -> list[MatrixSparsity]:
-    """Write a model in the place of what is there."""
+    """Write a model and replace an existing one."""
     mine = copy.deepcopy(config)
     mine.client_configs.train_configs.sparsity = model.text
     try:
