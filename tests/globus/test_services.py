@@ -262,7 +262,8 @@ def test_a_client_whose_task_raises_is_named_with_its_traceback(world, tmp_path,
     code, out, err = fedspallm("run", config, "--launcher", "globus")
     assert code == 0, out + err
     assert (
-        f"round 1 continues without client bible, host {socket.gethostname()}: client bible: 6 calibration windows" in out
+        f"round 1 continues without client bible, host {socket.gethostname()}: client bible: 6 calibration windows"
+        in out
     )
     assert 'globus_worker.py", line' in out and "calib.txt" not in out
     assert "| 1 | austen, csource |" in (tmp_path / "run" / "report.md").read_text()

@@ -142,7 +142,8 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
     ]
     assert "2 clients, FedSpaLLM with sparsegpt, sparsity 0.5" in words
     assert (
-        "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 320 B" in words
+        "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 320 B"
+        in words
     )
     assert "70 of 140 weights in 7 matrices are zero" in words
 

@@ -99,9 +99,7 @@ def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -
 def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
     there = [str(model.folder) for model in models if model.is_there()]
     if there and not overwrite:
-        raise ConfigError(
-            f"{', '.join(there)}: these models exist; give --overwrite to replace them, or other targets"
-        )
+        raise ConfigError(f"{', '.join(there)}: these models exist; give --overwrite to replace them, or other targets")
 
 
 def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:

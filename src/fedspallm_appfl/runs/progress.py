@@ -71,9 +71,7 @@ class RunProgress(_Shown):
                 f"{self._round(event)}  still waiting for {', '.join(event['clients'])} after {_duration(event['seconds'])}"
             )
         elif event["event"] == "answer":
-            self._waits(
-                f"{self._round(event)}  client {event['client']} answered after {_duration(event['seconds'])}"
-            )
+            self._waits(f"{self._round(event)}  client {event['client']} answered after {_duration(event['seconds'])}")
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":
