@@ -1,7 +1,7 @@
 """A study: several algorithms and targets on the same clients, with several seeds, in one table (docs/study.md).
 
-Every cell is an experiment of its own, run in one process, but for the cells of `gram` with statistics of the dense model:
-its uploads depend on neither target nor pruner, so one run a seed gathers them, and the others are made from the sums.
+Every cell is a separate experiment in one process, except the cells of `gram` with statistics of the dense model:
+its uploads depend on neither target nor pruner, so one run per seed gathers them. The others are made from the sums.
 """
 
 import copy
@@ -61,9 +61,9 @@ class Method:
     """One item of `--algorithms`.
 
     Attributes:
-        name: as it is spelled.
+        name: as spelled by the user.
         algorithm: the algorithm.
-        pruner: the pruner of all clients; None leaves it to the configuration.
+        pruner: the pruner of all clients; None uses that of the configuration.
         propagate: of `gram`.
         target: of `gram`.
     """
@@ -76,7 +76,7 @@ class Method:
 
     @property
     def shares_uploads(self) -> bool:
-        """Whether its uploads serve all targets and pruners."""
+        """Whether one upload serves all targets and pruners."""
         return self.algorithm == "gram" and self.propagate == "dense"
 
 
@@ -90,15 +90,15 @@ NAMES = (*ALGORITHMS, *SHORTCUTS)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study measures.
+    """The plan of a study.
 
     Attributes:
-        config: what all cells share; its seed, sparsity and algorithm are replaced.
-        source: file that it was read from.
-        overrides: key=value arguments that changed it.
+        config: the settings that all cells share; seed, sparsity and algorithm are replaced.
+        source: the configuration file.
+        overrides: key=value arguments.
         methods: the rows.
-        targets: ratios or n:m, a table each.
-        seeds: what mean and spread are over.
+        targets: ratios or n:m, one table each.
+        seeds: seeds for mean and spread.
         out: the study's folder.
         keep_models: leave the pruned models on disk.
     """
@@ -125,7 +125,7 @@ class Plan:
         return made
 
     def settings(self) -> dict[str, Any]:
-        """What all cells have in common, in plain types."""
+        """The settings that all cells share, in plain types."""
         shared = copy.deepcopy(self.config)
         shared.run_dir, shared.seed, shared.algorithm, shared.evaluation.compare = "", 0, "", []
         shared.gram = dataclasses.replace(shared.gram, propagate="", target="")
@@ -146,14 +146,14 @@ def parse_method(text: str) -> Method:
     """Read NAME or NAME+PRUNER.
 
     Raises:
-        ConfigError: a name is none; lists the valid ones.
+        ConfigError: a name is not valid; lists the valid ones.
     """
     name, plus, pruner = text.partition("+")
     _require("an algorithm", name, NAMES)
     if plus:
         _require(f"{text}: a pruner", pruner, PRUNERS)
     if plus and name == "magnitude":
-        raise ConfigError(f"--algorithms: magnitude is a pruner of its own, got {text}; write magnitude")
+        raise ConfigError(f"--algorithms: magnitude takes no pruner, got {text}; write magnitude")
     made: dict[str, Any] = {"algorithm": name, **({"pruner": pruner} if plus else {}), **SHORTCUTS.get(name, {})}
     return Method(text, **made)
 
@@ -162,7 +162,7 @@ def _require(what: str, name: str, valid: Sequence[str]) -> None:
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--algorithms: {what} is one of {', '.join(valid)}; got {name!r}{hint}")
+        raise ConfigError(f"--algorithms: {what} must be one of {', '.join(valid)}; got {name!r}{hint}")
 
 
 def planned(
@@ -174,19 +174,19 @@ def planned(
     out: Path | None = None,
     keep_models: bool = False,
 ) -> tuple[Plan, list[str]]:
-    """Read what a study shall measure.
+    """Read the plan of a study.
 
     Args:
         source: the configuration.
         overrides: `key=value`.
-        algorithms: the methods as they are spelled.
-        sparsity: targets; empty for that of the configuration.
-        seeds: whole numbers; empty for that of the configuration.
+        algorithms: the methods as spelled by the user.
+        sparsity: targets; empty for the target of the configuration.
+        seeds: whole numbers; empty for the seed of the configuration.
         out: the study's folder; None for the configuration's run_dir with `-study` after it.
         keep_models: leave the pruned models on disk.
 
     Returns:
-        The plan, and everything that keeps some cell of it from being run.
+        The plan, and all problems that would prevent a cell from running.
 
     Raises:
         ConfigError: the file cannot be read as YAML, or an override has no `=`.
@@ -198,7 +198,7 @@ def planned(
             methods.append(parse_method(text))
         except ConfigError as error:
             found.append(str(error))
-    found += [f"--seeds: whole numbers from 0, got {seed!r}" for seed in seeds if not seed.isdecimal()]
+    found += [f"--seeds: must be whole numbers from 0, got {seed!r}" for seed in seeds if not seed.isdecimal()]
     if out is None and not config.run_dir:
         found.append("--out: name a folder for the results, e.g. --out runs/study")
     plan = Plan(
@@ -215,7 +215,7 @@ def planned(
 
 
 def _spelt(target: str) -> str:
-    """A target as it is always spelt, so that a cell has one name; what is none is said by `check`."""
+    """Normal form of a target, so each cell has one name; `check` reports invalid targets."""
     with suppress(ValueError):
         return further_models.spelt(parse_target(target))
     return target
@@ -234,7 +234,7 @@ def _problems(plan: Plan) -> list[str]:
 
 
 def _twice(plan: Plan) -> Iterator[str]:
-    """Methods that are the same by two names."""
+    """Methods that are the same under two names."""
     configured = plan.config.pruners()
     seen: dict[Method, str] = {}
     for method in plan.methods:
@@ -245,11 +245,11 @@ def _twice(plan: Plan) -> Iterator[str]:
 
 
 def _files(plan: Plan) -> Iterator[str]:
-    """What shows once model and text are opened."""
+    """Problems that show once model and text are opened."""
     if not plan.config.evaluation.texts:
-        yield "evaluation.texts: a study compares perplexities; name some held-out text"
+        yield "evaluation.texts: a study compares perplexities; name at least one held-out text"
     yield from check_with_files(plan.experiment(plan.methods[0], plan.targets[0], plan.seeds[0]))
-    with suppress(FedSpaLLMError):  # said above
+    with suppress(FedSpaLLMError):  # reported above
         blocks = Skeleton(plan.config.model.path, plan.config.model.blocks).layout.blocks
         for target in plan.targets[1:]:
             with suppress(ValueError):  # the same
@@ -257,7 +257,7 @@ def _files(plan: Plan) -> Iterator[str]:
 
 
 def _cells(plan: Plan) -> Iterator[tuple[Method, str, int]]:
-    """Seed by seed, so that means over few seeds can be seen early; what shares uploads stands together."""
+    """The cells seed by seed, which gives early means over few seeds; cells that share uploads are adjacent."""
     for seed in plan.seeds:
         for method in sorted(plan.methods, key=lambda method: method.shares_uploads):
             for target in plan.targets:
@@ -265,16 +265,16 @@ def _cells(plan: Plan) -> Iterator[tuple[Method, str, int]]:
 
 
 def study(plan: Plan, console: Console, overwrite: bool = False) -> None:
-    """Measure every cell that is not measured yet, then write tables and plots.
+    """Measure every missing cell, then write tables and plots.
 
     Args:
         plan: what to measure; without problems.
-        console: where progress and the closing table go.
-        overwrite: forget what an earlier study in the folder has measured.
+        console: for progress and the final table.
+        overwrite: discard the results of an earlier study in the folder.
 
     Raises:
         ConfigError: the folder holds something else or a study with other settings, or matplotlib is missing.
-        FedSpaLLMError: an experiment fails; the cells that are done are kept.
+        FedSpaLLMError: an experiment fails; finished cells are kept.
     """
     study_plots.require()
     with opened(plan.out, plan.settings(), overwrite) as file:
@@ -286,7 +286,7 @@ def study(plan: Plan, console: Console, overwrite: bool = False) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier study has left; not the file of cells, which is locked."""
+    """Remove the files of an earlier study, except the file of cells, which is locked."""
     for name in set(OWN) - {FILE}:
         path = out / name
         if path.is_dir():
@@ -301,8 +301,8 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
     with StudyProgress(console, len(todo)) as progress:
         if (DENSE, "", 0) not in file.cells:
             file.add(Cell(DENSE, "", 0, experiment.evaluate(plan.config, texts, experiment.DENSE, ignore)[DENSE]))
-        serial.load()  # not in the seconds and memory of the first cell
-        gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
+        serial.load()  # excluded from the seconds and memory of the first cell
+        gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and the cost of gathering them
         for method, target, seed in todo:
             progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
             config = plan.experiment(method, target, seed)
@@ -321,7 +321,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
 
 
 def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:
-    """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
+    """Remove sums that no cell needs any more, also those of an interrupted study; they are its largest files."""
     for folder in (plan.out / RUNS).glob(f"*/{STATISTICS}"):
         shutil.rmtree(folder)
     gathered.clear()
@@ -368,7 +368,7 @@ def _from_manifests(run: Path) -> tuple[int, int]:
 
 
 def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums: Path, gathering: Cell) -> Cell:
-    """Make a model from stored sums, and check and measure it as a run would."""
+    """Make a model from stored sums, then check and measure it like a run."""
     skeleton, sparsity = Skeleton(config.model.path, config.model.blocks), config.client_configs.train_configs.sparsity
     with run_dir.claimed(config, overwrite=True) as run:
         memory, started = Memory(), time.monotonic()
@@ -393,12 +393,12 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
 
 
 class Memory:
-    """The most memory that the process has had above what it held when this was made.
+    """The peak memory of the process above what it held when this object was created.
 
-    As a listener of events it reads that when the pruned models are written.
+    It listens to events and reads the peak when the pruned models are written.
 
     Attributes:
-        bytes: resident; None where the system does not say.
+        bytes: resident; None if the system does not report it.
     """
 
     def __init__(self) -> None:
@@ -407,7 +407,7 @@ class Memory:
         gc.collect()
         give_back()
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             self._start = _resident("VmRSS")
 
     def __call__(self, event: Event) -> None:
@@ -416,7 +416,7 @@ class Memory:
             self.read()
 
     def read(self) -> None:
-        """Note the most so far."""
+        """Record the peak so far."""
         self.bytes = None if self._start is None else _resident("VmHWM") - self._start
 
 

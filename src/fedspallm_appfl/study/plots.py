@@ -1,7 +1,7 @@
-"""What a study has found, in two plots: perplexity against sparsity, and against what a client sends.
+"""The results of a study in two plots: perplexity against sparsity, and against the bytes that a client uploads.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which people who confuse colours can tell apart;
-two of Paul Tol's come after them, and markers say the same again.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind people can tell apart;
+two of Paul Tol's follow, and markers repeat the information.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ KINDS = ("png", "svg")
 FILES = tuple(f"{name}.{kind}" for name in (SPARSITY, BYTES) for kind in KINDS)
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-GREY, DASHES = "#555555", {"standalone": (0, (1, 1.5)), "centralized": (0, (5, 2))}  # what is no federation
+GREY, DASHES = "#555555", {"standalone": (0, (1, 1.5)), "centralized": (0, (5, 2))}  # not federated
 COLUMNS = 3
 STYLE: Any = {
     "font.size": 12,
@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 def require() -> None:
-    """Say early that plots cannot be made.
+    """Check early that plots can be made.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def _save(figure: "Figure", stem: Path) -> None:
 
 
 def _look(study: Study, method: str) -> dict[str, Any]:
-    """Colour, marker and line of a method, the same in both plots; what is no federation is grey."""
+    """Colour, marker and line of a method, the same in both plots; methods that are not federated are grey."""
     dashes = DASHES.get(study.algorithms[method])
     if dashes:
         marker = MARKERS[study.methods.index(method) % len(MARKERS)]
@@ -105,7 +105,7 @@ def _against_sparsity(study: Study) -> "Figure":
 
 
 def _place(target: str) -> float:
-    """Where a target stands on the axis: its share of zeros."""
+    """Position of a target on the axis: its share of zeros."""
     aim = parse_target(target)
     return 1 - aim.kept / aim.group if isinstance(aim, NM) else float(aim.share)
 
@@ -131,7 +131,7 @@ def _scale(axes: "Axes") -> None:
 
 
 def _legend_from_worst_to_best(figure: "Figure", axes: "Axes", study: Study) -> None:
-    """Names in the order in which the lines end on the right."""
+    """Names in the order in which their lines end on the right."""
     handles, labels = _handles(axes)
     last = max(study.targets, key=_place)
     height = {m: spread([cell.mean for cell in study.of(m, last)]).mean for m in study.methods} | {"dense": 0}
@@ -140,7 +140,7 @@ def _legend_from_worst_to_best(figure: "Figure", axes: "Axes", study: Study) -> 
 
 
 def _handles(axes: "Axes") -> tuple[list[Any], list[str]]:
-    """What stands in a legend: lines and markers without their bars of spread."""
+    """Entries of a legend: lines and markers without error bars."""
     handles, labels = axes.get_legend_handles_labels()
     return [handle[0] if isinstance(handle, tuple) else handle for handle in handles], labels
 
@@ -191,4 +191,4 @@ def _panel(axes: "Axes", study: Study, target: str) -> None:
     axes.tick_params(axis="x", labelbottom=True)
     axes.margins(x=0.15)
     axes.set_title(f"sparsity {target}", fontsize=12)
-    axes.set_xlabel("bytes up a client")
+    axes.set_xlabel("bytes uploaded per client")
