@@ -267,9 +267,11 @@ def test_what_a_site_does_not_send_it_is_not_asked_for(tmp_path, site, capsys):
     write_site(site, DOMAINS[:3])
     for asking in ("gram.first_input=private", "gram.propagate=pruned"):
         assert over_globus(config, "algorithm=gram", asking) == 2
-        assert "client austen: this site does not send token_counts; take another algorithm" in capsys.readouterr().err
+        assert "client austen: this site does not send token_counts; use another algorithm" in capsys.readouterr().err
     assert over_globus(config, "algorithm=gram", "gram.min_tokens=1") == 2
-    assert "client austen: this site sends no statistics of fewer tokens than as many as an" in capsys.readouterr().err
+    assert (
+        "client austen: this site sends no statistics of fewer tokens than the width of an" in capsys.readouterr().err
+    )
     write_site(site, DOMAINS[:3], may_send=["masks"])
     assert main(["doctor", str(config), "client_configs.train_configs.pruner=wanda"]) == 0
 
@@ -506,9 +508,9 @@ def first_payload(place):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda result: [1], "it is no dict"),
-        (lambda result: {}, "it has no messages, 8 were asked for"),
-        (lambda result: {"messages": ["x"]}, "it has 1 messages, 8 were asked for"),
+        (lambda result: [1], "it is not a dict"),
+        (lambda result: {}, "it has no messages, expected 8"),
+        (lambda result: {"messages": ["x"]}, "it has 1 messages, expected 8"),
         (lambda result: {"messages": ["x"] * 8}, "message 0 has no payload"),
         (lambda result: {"error": {"message": "\x1b[2Jgone", "traceback": 3}}, "[2Jgone"),
         (first_payload({}), "neither in the data store nor in the result"),
@@ -521,7 +523,7 @@ def first_payload(place):
         (lambda result: {"error": {"message": "SDK thread quit unexpectedly."}}, "SDK thread quit"),
         (metadata(notes="[1]"), "message 0 has metadata"),
         (metadata(_chunk_idx=3), "says that it is 3 of 8"),
-        (with_messages(lambda messages: messages.pop()), "it has 7 messages, 8 were asked for"),
+        (with_messages(lambda messages: messages.pop()), "it has 7 messages, expected 8"),
         (with_messages(other_round), "it is for round 7, this is round 0"),
         (with_messages(last_of_other_round), "it is for round 7, this is round 0"),
         (with_messages(twice), "was sent before"),
@@ -590,7 +592,7 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(federation):
     assert time.monotonic() - started < 15
     assert absences(events) == {
         (0, "austen"): "it had not answered in time",
-        (1, "austen"): "it is still at work on an earlier round",
+        (1, "austen"): "it is still working on an earlier round",
     }
     assert aggregator.finished
 

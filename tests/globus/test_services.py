@@ -243,7 +243,7 @@ def test_what_is_too_large_for_a_task_is_refused_before_and_at_the_site_and_goes
         patch.setattr(estimate_globus, "check_sizes", lambda config: [])
         code, out, err = fedspallm(*run)
     assert code == 2, out + err
-    assert "Globus Compute carries 10000000; set client_configs.comm_configs.store" in err
+    assert "Globus Compute allows 10000000; set client_configs.comm_configs.store" in err
     write_config(world, tmp_path, 1, **large, client_configs={"comm_configs": store("redis")})
     code, out, err = fedspallm(*run, "--overwrite")
     assert code == 0, out + err

@@ -1,4 +1,4 @@
-"""What the preflight finds at a client's site, each respect by itself."""
+"""The checks of the preflight at a client's site, each independent of the others."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text, 
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
-    """What the preflight wants to know of a site where this package is installed.
+    """Run the checks of the preflight at a site where this package is installed.
 
     Returns:
         `{"checks": {name: {"ok": bool, "says": words}}}`.
@@ -56,11 +56,11 @@ def _look_at_text(request: dict[str, Any], site: Site) -> str:
     found = len(cut_windows(tokenizer, read_text(site.text), train["data"]["length"]))
     if found < train["data"]["windows"]:
         raise ConfigError(too_few(client, train["data"]["windows"], train["data"]["length"], found))
-    return f"{train['data']['windows']} windows wanted, enough"
+    return f"enough for {train['data']['windows']} windows"
 
 
 def _look_at_store(request: dict[str, Any], site: Site) -> str:
-    """Read what the server has placed, place something for it to read."""
+    """Read the server's object, and write one for the server to read."""
     store = site_store(request, site)
     if store is None:
         return "not used"
