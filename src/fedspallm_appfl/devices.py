@@ -1,8 +1,8 @@
 """Choose a device.
 
-A GPU is chosen by the rank's place among the client ranks of its node, never by its global rank, and only among the GPUs
-that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays bound. Where a process sees one GPU, it
-uses that. More ranks than GPUs share them in turn.
+A GPU is chosen by the rank's index among the client ranks of its node, never by its global rank, and only from the GPUs
+that the process can see: a scheduler's CUDA_VISIBLE_DEVICES is respected. If a process sees one GPU, it
+uses that one. If there are more ranks than GPUs, ranks share GPUs in turn.
 """
 
 import re
@@ -23,24 +23,24 @@ def choose_device(asked: str, local_rank: int) -> str:
 
     Args:
         asked: `auto`, `cpu`, `cuda` or `cuda:N`.
-        local_rank: place of this process among the client processes of its node, from 0.
+        local_rank: index of this process among the client processes of its node, from 0.
 
     Raises:
-        ConfigError: the words are none of these, or a GPU was asked for that this process cannot see.
+        ConfigError: the device is none of these, or a GPU that this process cannot see.
     """
     if not is_device(asked):
-        raise ConfigError(f"a device is auto, cpu, cuda or cuda:N; got {asked!r}")
+        raise ConfigError(f"a device must be auto, cpu, cuda or cuda:N; got {asked!r}")
     if asked == "cpu":
         return "cpu"
     seen = torch.cuda.device_count()
     if asked.startswith("cuda:"):
         if int(asked.removeprefix("cuda:")) >= seen:
-            raise ConfigError(f"device {asked} was asked for on {socket.gethostname()}, where {seen} GPUs can be seen")
+            raise ConfigError(f"device {asked} was requested on {socket.gethostname()}, which has {seen} visible GPUs")
         return asked
     if not seen:
         if asked == "cuda":
             raise ConfigError(
-                f"device cuda was asked for on {socket.gethostname()}, where no GPU can be seen; use auto"
+                f"device cuda was requested on {socket.gethostname()}, which has no visible GPU; use auto"
             )
         return "cpu"
     return f"cuda:{local_rank % seen}"

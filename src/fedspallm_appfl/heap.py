@@ -6,6 +6,6 @@ _LIBC = ctypes.CDLL(None)
 
 
 def give_back() -> None:
-    """Give back what the C library keeps between pieces of memory that are in use; it would count as the process's."""
+    """Return free memory that the C library keeps to the system; otherwise it counts as memory of the process."""
     if hasattr(_LIBC, "malloc_trim"):  # glibc
         _LIBC.malloc_trim(0)

@@ -194,7 +194,7 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     raw = yaml.safe_load(config.read_text())
     raw["clients"][2]["data"]["length"] = 100_000  # longer than its text
     config.write_text(yaml.safe_dump(raw))
-    why = "client csource: 6 calibration windows of 100000 tokens were asked for"
+    why = "client csource: 6 calibration windows of 100000 tokens were requested"
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 2
     err = capsys.readouterr().err
     assert "2 of 3 clients can take part, 3 are needed" in err

@@ -137,9 +137,9 @@ def test_a_client_may_be_called_by_a_number(write):
 
 
 def test_a_model_that_is_not_there_is_looked_for_where_it_was_named():
-    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model` in the site file"):
+    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model` in the site file"):
         same_model({"path": str(DEMO / "model"), "hash": "x/y"}, Site("./none"), "a")
-    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model.path`"):
+    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model.path`"):
         same_model({"path": "./none", "hash": "x/y"}, Site(), "a")
 
 
@@ -191,7 +191,7 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     [
         ("clients:", [], "it lists no client"),
         ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is not a folder"),
-        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it holds no config.json"),
+        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it has no config.json"),
         ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty is not a model"),
         ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is not a folder here"),
         (

@@ -1,12 +1,12 @@
-"""Run a causal LM block by block, and prune some of its blocks on the way (docs/method.md section 1).
+"""Run a causal LM block by block, and prune some of its blocks (docs/method.md section 1).
 
-First the model itself is called with every block replaced by a recorder: it makes masks, positions and whatever else its
-blocks want, and the recorder keeps the arguments of each call. Then the blocks are run one after the other over all
-batches, with exactly those arguments and the hidden states that the block before produced. Nothing is known here about
-attention masks or rotary embeddings, so a new release of transformers has little to break.
+First the model itself is called with every block replaced by a recorder. It makes masks, positions and all other inputs of
+its blocks, and the recorder keeps the arguments of each call. Then the blocks run one after the other over all
+batches, with exactly those arguments and the hidden states from the previous block. This module knows nothing about
+attention masks or rotary embeddings, so a new release of transformers can break little.
 
-For a sampled block: one pass collects the statistic of each distinct linear input (query, key and value share one, gate
-and up share one) and, from the second batch on, stops as soon as the last of them was seen; the linears are pruned; a
+For a sampled block, one pass collects the statistic of each distinct linear input (query, key and value share one, gate
+and up share one) and, from the second batch on, stops after the last of them. Then the linears are pruned, and a
 second pass with the pruned weights gives the next block's inputs. Other blocks run once. Nothing runs after the last
 sampled block.
 
@@ -33,13 +33,13 @@ from fedspallm_appfl.wire.packed import Packed, unpack_mask
 
 @dataclass
 class Call:
-    """The arguments of one call of a block but for the hidden states, which come first or as `hidden_states`."""
+    """The arguments of one call of a block except the hidden states, which come first or as `hidden_states`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
-        """Call the block as the model did, with these hidden states."""
+        """Call the block like the model did, with these hidden states."""
         if "hidden_states" in self.kwargs:
             return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
         return block(hidden, *self.args[1:], **self.kwargs)
@@ -47,12 +47,12 @@ class Call:
 
 @dataclass
 class Activations:
-    """What goes into the next block.
+    """The inputs of the next block.
 
     Attributes:
-        hidden: per batch (B, T, H), in the dtype of the model; one copy, whose batches are replaced one by one.
+        hidden: per batch (B, T, H), in the dtype of the model; a single copy, with batches replaced one by one.
         calls: per batch, per block, the recorded arguments.
-        tuples: whether blocks return a tuple; known after the first one ran.
+        tuples: whether blocks return a tuple; known after the first one has run.
     """
 
     hidden: HiddenStates
@@ -60,13 +60,13 @@ class Activations:
     tuples: bool = False
 
     def take_output(self, number: int, out: Any) -> None:
-        """Put what a block gave for a batch in the place of its input."""
+        """Replace a batch by the block's output for it."""
         self.tuples = isinstance(out, tuple)
         self.hidden[number] = out[0] if self.tuples else out
 
 
-class Stop(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a forward pass that has done what it was run for."""
+class Stop(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass once it is no longer needed."""
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def embed(
         client: whom to name in errors.
 
     Returns:
-        Activations in front of the first block.
+        Activations before the first block.
     """
     state = Activations(hidden_states(activations, len(windows), client))
     for ids in windows.split(batch):
@@ -123,7 +123,7 @@ def _without_hidden(call: Call) -> Call:
 
 
 def _share_equal(batches: list[list[Call]]) -> None:
-    """Keep one copy of masks and positions: a batch that was called like the one before refers to its arguments."""
+    """Keep one copy of masks and positions: a batch with the same arguments as the previous one shares them."""
     if len(batches) > 1 and _equal(batches[-2], batches[-1]):
         batches[-1] = batches[-2]
 
@@ -142,7 +142,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 @contextmanager
 def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Replace what the blocks do but not the blocks: models read attributes of them between the calls."""
+    """Replace the forward methods of the blocks but not the blocks: models read their attributes between calls."""
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward
     try:
@@ -154,13 +154,13 @@ def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]
 
 @torch.no_grad()
 def advance(block: nn.Module, index: int, state: Activations) -> None:
-    """Run one block over all batches; its outputs take the place of its inputs."""
+    """Run one block over all batches and replace its inputs by its outputs."""
     for number, hidden in enumerate(state.hidden):
         state.take_output(number, state.calls[number][index](block, hidden))
 
 
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
+    """Run the part after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
         yield ids, _logits(model, ids, hidden, state.tuples)
 
@@ -201,7 +201,7 @@ class PrunedLinear:
     Attributes:
         weight: (O, I) in the dtype of the checkpoint, zero where pruned.
         mask: (O, I) bool, True = kept.
-        notes: what the report should say about it.
+        notes: notes for the report.
     """
 
     weight: Tensor
@@ -221,7 +221,7 @@ def prune_blocks(
     client: str = "local",
     activations: str = "memory",
 ) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
-    """Sweep over the blocks and prune the assigned ones from their dense weights.
+    """Sweep over the blocks and prune the assigned ones, starting from their dense weights.
 
     Args:
         model: the dense model.
@@ -229,18 +229,18 @@ def prune_blocks(
         assigned: blocks to prune.
         settings: how to prune a matrix.
         batch: windows in a batch.
-        pruned: matrices that the federation already agreed on, used in the forward pass of blocks not assigned.
-        masks: packed masks of the assigned blocks that the federation agreed on; None to choose them here.
+        pruned: matrices agreed on so far, used in the forward pass of blocks not assigned.
+        masks: packed agreed masks of the assigned blocks; None to choose them here.
         client: whom to name in errors.
-        activations: where hidden states between the blocks are kept, `memory` or `file`; the results are the same bits.
+        activations: where hidden states between the blocks are kept, `memory` or `file`; both give the same bits.
 
     Yields:
         (block, linear name -> pruned matrix), as soon as each assigned block is done.
 
     Raises:
-        PruningError: activations that are not finite, an input that was never seen, a factorization that keeps failing;
+        PruningError: activations are not finite, an input was never seen, or a factorization keeps failing;
             names client, block and linear.
-        ConfigError: there is no room for a file of hidden states.
+        ConfigError: the disk has no room for a file of hidden states.
     """
     state = embed(model, windows, batch, activations, client)
     last = max(assigned, default=-1)
@@ -254,10 +254,10 @@ def prune_blocks(
             if index < last:
                 advance(block, index, state)
         if index in assigned:
-            yield index, done.pop()  # a client that stands still here holds no finished block
+            yield index, done.pop()  # a client that is paused here holds no finished block
 
 
-@torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
+@torch.no_grad()  # not on the generator: the wrapper would keep the last yielded value
 def _prune_block(
     model: LazyModel,
     block: nn.Module,
@@ -271,12 +271,12 @@ def _prune_block(
     where = f"client {client}, block {index}"
     done: dict[str, PrunedLinear] = {}
     statistics = _statistics(model, block, index, state, settings)
-    give_back()  # what the forward pass used; the solve allocates other sizes
+    give_back()  # memory of the forward pass; the solve allocates other sizes
     for names, statistic in statistics:
         if statistic is not None:
             check_statistic(statistic, f"{where}, {names[0]}")
     while statistics:
-        names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
+        names, statistic = statistics.pop(0)  # dropped after use: a Gram matrix may be larger than the weight
         group = [linears[name] for name in names]
         done |= _prune_group(model, block, index, group, statistic, settings, given, where)
     return {name: done[name] for name in linears}
@@ -308,7 +308,7 @@ def _prune_group(
         if not bool(weight.isfinite().all()):
             what = "pruning gave NaN or infinity; lower `damping`"
             if not bool(dense.isfinite().all()):
-                what = "its weights in the checkpoint hold NaN or infinity; fetch the model again"
+                what = "its weights in the checkpoint hold NaN or infinity; download the model again"
             raise PruningError(f"{where}, {linear.name}: {what}")
         done[linear.name] = PrunedLinear(model.put(block, linear, weight), mask, prepared.notes)
         del dense, weight
@@ -320,7 +320,7 @@ def check_statistic(statistic: Statistic, where: str) -> None:
     """Refuse statistics that no pruner can use.
 
     Raises:
-        PruningError: no token reached the input, or it holds NaN or infinity; says `where`.
+        PruningError: no token reached the input, or it holds NaN or infinity; names `where`.
     """
     if statistic.tokens == 0:
         raise PruningError(
@@ -328,7 +328,7 @@ def check_statistic(statistic: Statistic, where: str) -> None:
         )
     if not bool(statistic.diagonal().isfinite().all()):
         raise PruningError(
-            f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
+            f"{where}: its inputs hold NaN or infinity; check the calibration text and `model.dtype` "
             "(float16 overflows at 65504, bfloat16 and float32 do not)"
         )
 
@@ -350,20 +350,20 @@ def _statistics(
 
 
 class SharedInputs:
-    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
+    """One statistic for each distinct input of a block's linears, identified by the input tensor object."""
 
     def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
         self._linears = linears
         self._new = new
         self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
         self._statistics: dict[str, Any] = {}
-        self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; kept because a freed address could be reused
         self._called: set[str] = set()  # in this batch
         self._last: str | None = None
 
     @contextmanager
     def watched(self, block: nn.Module) -> Iterator[None]:
-        """Fold what goes into the linears of a block while it runs."""
+        """Fold the inputs of a block's linears while it runs."""
         with ExitStack() as hooks:
             for linear in self._linears:
                 hook = self._hook(linear)
@@ -371,7 +371,7 @@ class SharedInputs:
             yield
 
     def _hook(self, linear: Linear) -> Callable[..., None]:
-        """A forward pre-hook that folds the linear's inputs, unless another linear folds them already."""
+        """A forward pre-hook that folds the linear's inputs, unless another linear already does."""
         name = linear.name
 
         def fold(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -389,7 +389,7 @@ class SharedInputs:
         return fold
 
     def end_of_batch(self, stop: bool = True) -> None:
-        """After a batch in which every linear was called, later ones may stop at the last new input."""
+        """After a batch in which every linear was called, later batches may stop at the last new input."""
         if stop and len(self._called) == len(self._linears):
             self._last = self._seen[-1][1]
         self._called.clear()

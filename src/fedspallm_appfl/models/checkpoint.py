@@ -1,7 +1,7 @@
 """Read the weights of a Hugging Face folder one tensor at a time.
 
-Safetensors shards are mapped, never loaded whole. A pickled checkpoint (`pytorch_model*.bin`) works too; it is opened with
-`weights_only=True` and, where its format allows, mapped.
+Safetensors shards are mapped, never loaded whole. A pickled checkpoint (`pytorch_model*.bin`) also works; it is opened with
+`weights_only=True` and, if its format allows, mapped.
 """
 
 import json
@@ -16,31 +16,31 @@ from fedspallm_appfl.errors import ModelError, first_line
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, and not used
+OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, but not used
 SMALL = ["*.json", "*.model", "*.txt"]  # configuration and tokenizer
 
 
 def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") -> Path:
-    """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
+    """The folder of a model: a local folder, or a hub name, which is downloaded or found in the cache.
 
     Args:
         path: folder or hub name.
-        weights: whether they are needed; without them only the small files of a model on the hub are fetched.
-        key: where the path was named.
+        weights: whether they are needed; otherwise only the small files of a model on the hub are downloaded.
+        key: the setting that named the path.
 
     Raises:
-        ModelError: the path is neither, or the folder holds no `config.json`.
+        ModelError: the path is neither, or the folder has no `config.json`.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _from_hub(path, weights, key)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
+        raise ModelError(f"{folder} is not a model: it has no config.json; name a folder saved by save_pretrained")
     return folder
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model of this name could be on the hub; a path of a folder that is not there could not."""
+    """Whether a model of this name could be on the hub; the path of a missing folder could not."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
@@ -49,14 +49,14 @@ def _from_hub(name: str, weights: bool, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if not is_hub_name(name):
-        raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check {key}")
+        raise ModelError(f"model path {name!r} is not a folder here and not a hub name (owner/model); check {key}")
     try:
         only = None if weights else SMALL
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model path {name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "
-            f"download it first, then give the folder in {key}"
+            f"model path {name!r} is not a folder here and could not be downloaded from the hub ({first_line(error)}); "
+            f"download it first, then set {key} to the folder"
         ) from error
 
 
@@ -73,7 +73,7 @@ class CheckpointFiles:
         """Open a model folder.
 
         Raises:
-            ModelError: there are no weights in a format that can be read.
+            ModelError: there are no weights in a readable format.
         """
         self.folder = folder
         self.shards: dict[str, list[str]] = {}
@@ -103,7 +103,7 @@ class CheckpointFiles:
         return tuple(tensor.shape), tensor.dtype
 
     def release(self) -> None:
-        """Close the files: pages that were read are no longer the process's. They are opened again when needed."""
+        """Close the files: their pages no longer count as memory of the process. They are opened again when needed."""
         if not self.pickled:
             self._open.clear()
 
@@ -112,7 +112,7 @@ class CheckpointFiles:
             path = self.folder / name
             try:
                 self._open[name] = _load_pickled(path) if name.endswith(".bin") else safe_open(path, framework="pt")
-            except Exception as error:  # every library that parses a damaged file has its own error type
+            except Exception as error:  # every library has its own errors for damaged files
                 raise ModelError(f"{path} cannot be opened as a checkpoint: {first_line(error)}") from error
         return self._open[name]
 
@@ -133,12 +133,14 @@ def _weight_files(folder: Path) -> list[str]:
         try:
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{folder / name} is not an index of weights: {error!r}; fetch the file again") from error
+            raise ModelError(
+                f"{folder / name} is not an index of weights: {error!r}; download the file again"
+            ) from error
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
-            raise ModelError(f"{folder / name} names {outside}, which are no file names; fetch the file again")
+            raise ModelError(f"{folder / name} names {outside}, which are not file names; download the file again")
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
-            raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")
+            raise ModelError(f"{folder / name} names {missing}, which {folder} does not have; download the model again")
         return shards
-    raise ModelError(f"{folder} holds no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")
+    raise ModelError(f"{folder} has no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")

@@ -1,4 +1,4 @@
-"""Names of floating-point types as they stand in configurations and checkpoints."""
+"""Names of floating-point types in configurations and checkpoints."""
 
 import torch
 

@@ -9,12 +9,12 @@ import torch
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.checkpoint import CheckpointFiles
 
-BY_SITE = ("_name_or_path", "transformers_version")  # keys of config.json that say where and how a copy was written
+BY_SITE = ("_name_or_path", "transformers_version")  # keys of config.json that differ between copies of a model
 SAMPLE = 64  # values from the beginning of each tensor
 
 
 def config_hash(folder: Path) -> str:
-    """A hash of what `config.json` means, whatever its formatting.
+    """A hash of the content of `config.json`, independent of its formatting.
 
     Raises:
         ModelError: the file cannot be read.
@@ -42,7 +42,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Both hashes, as they travel: `config/weights`."""
+    """Both hashes as they are sent: `config/weights`."""
     return f"{config_hash(folder)}/{weights_hash(folder)}"
 
 

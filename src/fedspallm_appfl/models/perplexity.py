@@ -1,7 +1,7 @@
 """Perplexity, block by block (docs/method.md section 6).
 
-Windows of `length` tokens that do not overlap; the first token of a window is not predicted. The dense model is always
-evaluated with the same settings, so that numbers stand beside their reference.
+Windows of `length` tokens do not overlap; the first token of a window is not predicted. The dense model is always
+evaluated with the same settings, as the reference.
 """
 
 import math
@@ -30,14 +30,14 @@ def held_out_windows(
         name: its name there.
         text: file, folder or a list of these.
         length: tokens in a window.
-        tokenizer: the model's; None to see only whether the text can be read.
-        vocabulary: token ids that the model has an embedding for.
+        tokenizer: the model's; None to check only whether the text can be read.
+        vocabulary: number of token ids with an embedding.
 
     Returns:
-        (n, length) int64; n is at least 1 where there is a tokenizer.
+        (n, length) int64; n is at least 1 if there is a tokenizer.
 
     Raises:
-        DataError: names the key and the file that cannot be read, is too short, or does not go with the model.
+        DataError: names the key and the file that cannot be read, is too short, or does not match the model.
     """
     where = f"evaluation.texts.{name}"
     try:
@@ -59,7 +59,7 @@ def held_out_windows(
 def perplexities(
     model: LazyModel, texts: Mapping[str, Tensor], pruned: PrunedBlock = lambda block: None, batch: int = 1
 ) -> dict[str, float]:
-    """Perplexity on each text; the blocks are read once for all of them.
+    """Perplexity on each text; the blocks are read once for all texts.
 
     Args:
         model: the dense model.
@@ -68,7 +68,7 @@ def perplexities(
         batch: windows in a batch.
 
     Returns:
-        Name -> perplexity; infinity where the mean loss overflows, NaN where the model gives NaN.
+        Name -> perplexity; infinity if the mean loss overflows, NaN if the model gives NaN.
 
     Raises:
         DataError: a text has no whole window.
@@ -96,5 +96,5 @@ def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
             targets = ids[:, 1:].to(logits.device).flatten()
             total += float(cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum"))
             tokens += len(targets)
-            del logits  # not kept while the next ones are made
+            del logits  # freed before the next ones are computed
     return total / tokens
