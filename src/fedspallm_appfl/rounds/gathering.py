@@ -1,11 +1,11 @@
-"""The sweep of a client that sends statistics and prunes nothing: Gram matrices of the inputs of linears.
+"""The sweep of a client that sends only statistics: Gram matrices of the inputs of linears.
 
-Either of the dense model in one forward pass, or of the model as it is pruned block by block and input by input, where the
-server's matrices are awaited between two inputs. See `algorithms.gram`.
+Statistics are of the dense model in one forward pass, or of the model while it is pruned input by input. In that case the
+sweep waits for the server's matrices between two inputs. See `algorithms.gram`.
 
-Before any attention an input is a function of single tokens: its Gram matrix is a sum over the vocabulary, of which a
-linear system gives back how often each token occurs in the text. That is so for the very first input, and where the MLP
-stands beside the attention for those of the first MLP. A client may send Gram matrices of random tokens in their place
+Before any attention an input is a function of single tokens. Its Gram matrix is a sum over the vocabulary, and a
+linear system recovers how often each token occurs in the text. This holds for the first input and, if the MLP
+is parallel to the attention, for those of the first MLP. A client may send Gram matrices of random tokens instead
 (`public_first`).
 
 Legend: T tokens, I in features.
@@ -26,17 +26,17 @@ from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
 
-PROBE = 8  # tokens of the pass that finds out which linears share an input
+PROBE = 8  # tokens of the pass that finds linears with a shared input
 
 
 @torch.no_grad()
 def shared_inputs(model: LazyModel) -> Groups:
-    """Which linears of each block get the same input, from a pass of a few tokens through one block of each kind.
+    """Find linears of each block with the same input, by a pass of a few tokens through one block of each kind.
 
-    Server and clients come to the same answer without a word, as they hold the same model.
+    Server and clients get the same answer without communication, because they hold the same model.
 
     Returns:
-        For each block the inputs in the order of the forward pass, each as the names of its linears.
+        For each block its inputs in the order of the forward pass, each as the names of its linears.
     """
     windows = torch.arange(PROBE).unsqueeze(0) % model.skeleton.vocabulary
     state, found, kinds = embed(model, windows, 1), [], {}
@@ -110,7 +110,7 @@ def dense_grams(
 def _grams_and_advance(
     model: LazyModel, block: nn.Module, index: int, state: Activations, go_on: bool
 ) -> dict[str, InputGram]:
-    """Gram matrix of every linear's input; the block's outputs take the place of its inputs."""
+    """Gram matrix of every linear's input; replaces the block's inputs by its outputs."""
     inputs = SharedInputs(model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device))
     with inputs.watched(block):
         for number, hidden in enumerate(state.hidden):
@@ -134,7 +134,7 @@ def swept_grams(
     client: str = "local",
     activations: str = "memory",
 ) -> Iterator[tuple[int, dict[str, Sums]]]:
-    """Gram matrices of the model that is being pruned, input by input.
+    """Gram matrices of the model while it is being pruned, input by input.
 
     Args:
         model: the dense model.
@@ -143,9 +143,9 @@ def swept_grams(
         groups: as `shared_inputs` finds them.
         public_first: seed of random tokens, as many as the client's, for inputs that single tokens decide; None for the
             client's own.
-        agreed: the matrices pruned so far; when this goes on after a yield, those of the input that it gave are there.
-        start: (block, first linear) of the input to begin with, where those of all earlier ones are agreed on.
-        dense_target: keep the dense model's hidden states too, and give the drift from them.
+        agreed: the matrices pruned so far; after a yield it must hold those of the yielded input.
+        start: (block, first linear) of the first input; the matrices of all earlier inputs are agreed on.
+        dense_target: also keep the dense model's hidden states, and yield the drift from them.
         batch: windows in a batch.
         client: whom to name in errors.
         activations: where hidden states between blocks are kept.
@@ -188,9 +188,9 @@ def _public_sums(
     activations: str,
     client: str,
 ) -> dict[str, Sums]:
-    """Sums of random tokens, the same for all clients, for the inputs that single tokens decide.
+    """Sums of random tokens, the same for all clients, for inputs that depend on single tokens.
 
-    No earlier matrix changes these, so they can be made first, and the hidden states need not be kept beside the client's.
+    No earlier matrix changes these. They are made first, so their hidden states need not be kept next to the client's.
     """
     if seed is None:
         return {}
@@ -204,15 +204,15 @@ def _public_sums(
 
 @torch.no_grad()
 def _decided_by_single_tokens(model: LazyModel, groups: Groups) -> list[str]:
-    """First linears of the inputs of the first block that no earlier token changes."""
+    """First linears of the inputs of the first block that do not depend on earlier tokens."""
     windows = torch.arange(2 * PROBE).view(2, PROBE) % model.skeleton.vocabulary
-    windows[:, -1] = 0  # the same last token after others
+    windows[:, -1] = 0  # the same last token after different tokens
     state, found = embed(model, windows, 2), []
     for names in groups[0]:
         linear = next(linear for linear in model.layout.blocks[0] if linear.name == names[0])
         with model.block(0) as block:
             inputs = _input(block, linear, state, 0, 0, state.hidden[0])
-        if len(inputs) == windows.numel():  # an expert sees some tokens only, and comes after the attention
+        if len(inputs) == windows.numel():  # an expert sees only some tokens and comes after the attention
             first, second = inputs.view(2, PROBE, -1)[:, -1]
             if torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(inputs.abs().max())):
                 found.append(names[0])
@@ -255,7 +255,7 @@ def _sums(
 
 
 def _input(block: nn.Module, linear: Linear, state: Activations, number: int, index: int, hidden: Tensor) -> Tensor:
-    """What goes into a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
+    """The input of a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
     seen: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a client sends: the sweep over its private text that each kind of upload takes.
+"""Uploads of a client: the sweep over its private text for each kind of upload.
 
 Legend: O out features, I in features.
 """
@@ -22,13 +22,13 @@ from fedspallm_appfl.wire.agreed_blocks import AgreedBlocks
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.packed import Packed, Shapes, pack, pack_mask, pack_values, packed_sizes
 
-Unit = tuple[Packed, dict[str, float]]  # what travels, and what the report should say about it
+Unit = tuple[Packed, dict[str, float]]  # the data to send, and notes for the report
 Sweep = Iterator[tuple[int, dict[str, Unit]]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """All that a sweep needs of a client.
+    """The state of a client that a sweep needs.
 
     Attributes:
         client: its id, for errors.
@@ -36,9 +36,9 @@ class Source:
         windows: (n, T) int64 calibration tokens.
         pruning: how to prune a matrix.
         gram: which statistics to send.
-        groups: linears that share an input; empty where only matrices travel.
-        agreed: pruned blocks that came down.
-        masks: masks that came down.
+        groups: linears that share an input; empty if only matrices are sent.
+        agreed: pruned blocks from the server.
+        masks: masks from the server.
         options: batch, activations: how to run the model.
         seed: the experiment's.
     """
@@ -56,17 +56,17 @@ class Source:
 
 
 def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    """Make what an exchange sends of some blocks, block by block.
+    """Make the upload of an exchange for some blocks, block by block.
 
     Raises:
         PruningError: a matrix cannot be pruned; names client, block and linear.
-        DataError: statistics would be of too few tokens to be sent.
+        DataError: the statistics cover too few tokens to be sent.
     """
     return _SWEEPS[exchange.up](source, exchange, blocks)
 
 
 def _weights(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    """Masks and kept weights; no weights where the pruner left them alone, as the server has them too."""
+    """Masks and kept weights; no weights if the pruner did not change them, because the server has them."""
     dtype = source.model.skeleton.stored_dtype
     for block, linears in _pruned(source, blocks):
         yield (
@@ -87,7 +87,7 @@ def _masks(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
 
 
 def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    """Weights made for the masks that were agreed on."""
+    """Weights solved for the agreed masks."""
     dtype = source.model.skeleton.stored_dtype
     for block, linears in _pruned(source, blocks, source.masks):
         masks = source.masks.get(block) or {}
@@ -95,7 +95,7 @@ def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
 
 
 def _pruned(source: Source, blocks: set[int], masks: AgreedBlocks | None = None) -> Iterator[tuple[int, Any]]:
-    """(block, iterator of (linear, pruned matrix) that keeps none that it has given)."""
+    """(block, iterator of (linear, pruned matrix) that keeps no reference to yielded matrices)."""
     swept = prune_blocks(
         source.model,
         source.windows,
@@ -129,7 +129,7 @@ def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
     if sums.tokens < least:
         raise DataError(
             f"client {source.client}, block {block}, {name}: statistics of {sums.tokens} tokens are not sent: text might "
-            f"be read back from fewer than {least}; give more calibration windows, or lower gram.min_tokens"
+            f"be recovered from fewer than {least}; give more calibration windows, or lower gram.min_tokens"
         )
 
 
