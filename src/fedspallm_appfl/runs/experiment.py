@@ -136,7 +136,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         write_model(skeleton, store, folder / "model")
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"the pruned model cannot be written to {folder / 'model'}: {error}; free some disk space there"
+            f"the pruned model cannot be written to {folder / 'model'}: {error}; free disk space there"
         ) from error
     matrices = check_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)

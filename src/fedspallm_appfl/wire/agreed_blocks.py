@@ -1,6 +1,6 @@
-"""The pruned blocks that the server sent down, on disk: in later rounds a client runs one of them at a time.
+"""The pruned blocks from the server, on disk: in later rounds a client runs one of them at a time.
 
-Clients of one process may share a folder, since they are all sent the same: then each piece is stored once.
+Clients of one process may share a folder, because all receive the same: each piece is then stored once.
 """
 
 import tempfile
@@ -15,10 +15,10 @@ from fedspallm_appfl.wire.store import PackedStore
 
 
 class AgreedBlocks:
-    """What the federation has agreed on so far."""
+    """The blocks agreed on so far."""
 
     def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
-        """Start with nothing agreed on.
+        """Start without blocks.
 
         Args:
             dtype: dtype of the values.
@@ -31,7 +31,7 @@ class AgreedBlocks:
         self._store = PackedStore(self._folder)
 
     def take(self, update: Mapping[str, Any]) -> None:
-        """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
+        """Store a piece of the server's update over earlier data, unless another client already did."""
         mark = self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
         if mark.exists():
             return

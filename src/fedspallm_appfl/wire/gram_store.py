@@ -1,4 +1,4 @@
-"""Gram matrices at rest: one safetensors file for each input, from which further models can be pruned.
+"""Stored Gram matrices: one safetensors file for each input, for pruning further models.
 
 Legend: I in features.
 """
@@ -27,16 +27,16 @@ class GramStore:
         self.folder = folder
 
     def save(self, block: int, linears: tuple[str, ...], sums: Sums, rounded: bool) -> None:
-        """Store the sums of one input, in place of what was stored of it.
+        """Store the sums of one input, and replace earlier ones.
 
         Args:
             block: the block.
             linears: all linears that take the input.
-            sums: without drift, which belongs to one pruned model only.
-            rounded: whether clients rounded what they sent so that the sum may be indefinite.
+            sums: without drift, which belongs to a single pruned model.
+            rounded: whether clients rounded their uploads, which can make the sum indefinite.
 
         Raises:
-            ModelError: there is no room, or the folder cannot be written.
+            ModelError: the disk is full, or the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self._file(block, linears[0])
@@ -47,7 +47,7 @@ class GramStore:
             file.with_suffix(".partial").replace(file)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"the sums of block {block}, {linears[0]} cannot be stored in {self.folder}: {error}; make room there"
+                f"the sums of block {block}, {linears[0]} cannot be stored in {self.folder}: {error}; free disk space there"
             ) from error
 
     def load(self, block: int, linear: str) -> tuple[tuple[str, ...], Sums, bool] | None:
@@ -74,7 +74,7 @@ class GramStore:
             raise ModelError(f"{self._file(block, linear)} is damaged: {error}; run the experiment again") from error
 
     def add(self, block: int, linears: tuple[str, ...], sums: Sums, rounded: bool) -> Sums:
-        """Add sums to those that are stored of the same input, and store and return what it makes."""
+        """Add sums to the stored ones of the same input; stores and returns the result."""
         found = self.load(block, linears[0])
         if found is not None:
             earlier = found[1]

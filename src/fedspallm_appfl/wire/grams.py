@@ -1,11 +1,11 @@
-"""What travels of a Gram matrix: its diagonal in float32, what is above it in one of three precisions.
+"""The message format of a Gram matrix: its diagonal in float32, the part above it in one of three precisions.
 
     {"tokens": T, "diagonal": (I,) float32, "upper": (I * (I - 1) / 2,), "scale": (1,) float32,
      "drift": (I * I,), "drift_scale": (1,) float32}
 
-With `int8` an entry is the correlation `G_ij / sqrt(G_ii G_jj)` in units of `scale`, one for the matrix: errors then are
-small beside the features that they belong to, whatever the features' magnitudes. `scale` is there only with `int8`, the
-drift (see `algorithms.gram`) only where the dense output is the target; it is normalized by the same diagonal.
+With `int8` an entry is the correlation `G_ij / sqrt(G_ii G_jj)` in units of `scale`, one per matrix. Errors are then
+small relative to their features, for any magnitude of the features. `scale` exists only with `int8`, the
+drift (see `algorithms.gram`) only if the dense output is the target; it is normalized by the same diagonal.
 
 Legend: I in features, T tokens.
 """
@@ -44,7 +44,7 @@ def pack_gram(sums: Sums, precision: str) -> Packed:
 
 
 def _rounded(name: str, matrix: Tensor, diagonal: Tensor, precision: str) -> Packed:
-    """What travels of the entries above the diagonal, or of all of them, a strip of rows at a time."""
+    """The encoded entries above the diagonal, or all entries, one strip of rows at a time."""
     side, whole, kind = len(matrix), name == "drift", PRECISIONS[precision]
     flat = torch.empty(side * side if whole else triangle.size(side), dtype=kind)
     if precision != "int8":
@@ -89,10 +89,10 @@ def parts_of(features: int, precision: str, drift: bool) -> Parts:
 
 
 def check_gram(packed: Any, where: str, features: int, precision: str, drift: bool) -> Packed:
-    """Refuse statistics that are not what was asked for; returns them with nothing compressed.
+    """Refuse statistics of an unexpected form; returns them uncompressed.
 
     Raises:
-        UpdateError: the first thing that is wrong.
+        UpdateError: names the first problem.
     """
     parts = parts_of(features, precision, drift)
     expected = {"tokens", *parts}
@@ -106,9 +106,9 @@ def check_gram(packed: Any, where: str, features: int, precision: str, drift: bo
     for name, tensor in plain.items():
         finite = tensor.dtype == torch.int8 or bool(tensor.isfinite().all())
         require(finite, where, f"{name} holds NaN or infinity")
-    require(bool((plain["diagonal"] >= 0).all()), where, "the diagonal of a Gram matrix is nowhere negative")
+    require(bool((plain["diagonal"] >= 0).all()), where, "the diagonal of a Gram matrix must not be negative")
     scales = [plain[name] for name in ("scale", "drift_scale") if name in plain]
-    require(all(float(scale) >= 0 for scale in scales), where, "a scale is not negative")
+    require(all(float(scale) >= 0 for scale in scales), where, "a scale must not be negative")
     return {"tokens": tokens, **plain}
 
 
@@ -144,7 +144,7 @@ class GramSum:
             into.add(values, part)
 
     def result(self) -> Sums:
-        """The sums in float32; what they were made of is dropped."""
+        """The sums in float32; drops their accumulators."""
         upper = triangle.unflatten(self._upper.value(), self._diagonal.value())
         drift = None if self._drift is None else self._drift.value().view(self.features, self.features)
         del self._upper, self._drift

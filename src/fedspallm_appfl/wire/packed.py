@@ -1,21 +1,21 @@
-"""What travels: pruned matrices as a bit mask and the kept values, in a plain dict of tensors, strings and integers.
+"""The message format: pruned matrices as a bit mask and the kept values, in a plain dict of tensors, strings and integers.
 
 One update, up or down, is
 
     {"format": "fedspallm-update/2", "round": 0, "exchange": 0,
      "blocks": {"3": {"self_attn.q_proj": {"shape": [O, I], "mask": uint8, "values": float}}}}
 
-An update that goes down may come in several pieces and then says which it is: `"piece": 0, "pieces": 2`.
+An update from the server may have several pieces, which are numbered: `"piece": 0, "pieces": 2`.
 
-* `mask` holds one bit an entry in row-major order, least significant bit first, 1 = kept: ceil(O * I / 8) bytes;
-* `values` holds the kept entries in the same order, in the dtype of the checkpoint. The mask is shipped, never rebuilt
-  from `values != 0`: a kept weight may be exactly zero. A client whose pruner leaves kept weights as they are sends no
-  values: the server takes them from its own copy of the dense model. Under a mask that was agreed on before, values come
+* `mask` holds one bit per entry in row-major order, least significant bit first, 1 = kept: ceil(O * I / 8) bytes;
+* `values` holds the kept entries in the same order, in the dtype of the checkpoint. The mask is sent, never rebuilt
+  from `values != 0`: a kept weight may be exactly zero. A client whose pruner does not change kept weights sends no
+  values: the server takes them from its own copy of the dense model. Under a mask agreed on before, values come
   without one;
-* for statistics of an input see `gram_payload`, for compression `compression`.
+* for statistics of an input see `grams`, for compression `compression`.
 
-Nothing in it needs pickle: `torch.load(weights_only=True)` takes it, and every communicator carries it unchanged. Whoever
-receives one checks it with `check_update` against what was asked for before looking at a value.
+It needs no pickle: `torch.load(weights_only=True)` reads it, and every communicator carries it unchanged. The
+receiver checks it with `check_update` before it uses a value.
 
 Legend: O out features, I in features.
 """
@@ -35,16 +35,16 @@ FORMAT = "fedspallm-update/2"
 
 Blocks = dict[int, dict[str, Packed]]
 Shapes = Mapping[str, tuple[int, int]]
-Check = Callable[[Any, str], Packed]  # what arrived for a unit, and what to name in errors -> it, nothing compressed
+Check = Callable[[Any, str], Packed]  # the received unit, and the place to name in errors -> the unit, uncompressed
 
 
 def pack(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Packed:
     """Pack one matrix.
 
     Args:
-        weight: (O, I) float; entries where `mask` is False are dropped whatever they are.
+        weight: (O, I) float; entries where `mask` is False are dropped.
         mask: (O, I) bool, True = kept.
-        dtype: dtype of the values that travel.
+        dtype: dtype of the values that are sent.
 
     Returns:
         The packed matrix, on the CPU.
@@ -100,7 +100,7 @@ def pack_values(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Packed:
 
 
 def nbytes(packed: Packed) -> int:
-    """Bytes of the tensors of one packed thing, as it is: compressed or not."""
+    """Bytes of the tensors of one packed object in its current form, compressed or not."""
     return sum(part.numel() * part.element_size() for part in packed.values() if isinstance(part, Tensor))
 
 
@@ -120,7 +120,7 @@ def packed_sizes(shapes: Shapes, target: Target, dtype: torch.dtype, parts: str 
 
 
 def compress(update: Mapping[str, Any]) -> dict[str, Any]:
-    """The same update with every part as a zstandard frame that is smaller so."""
+    """The same update, with every part that gets smaller as a zstandard frame."""
     blocks = {
         block: {name: deflated(packed) for name, packed in linears.items()}
         for block, linears in update["blocks"].items()
@@ -148,31 +148,31 @@ def _plain(packed: Packed, where: str, dtype: torch.dtype) -> Packed:
 
 
 def _plain_mask(packed: Packed, where: str) -> Tensor:
-    """The mask as it was before compression; nothing but the shape has been checked."""
+    """The uncompressed mask; only the shape has been checked."""
     entries = packed["shape"][0] * packed["shape"][1]
     return inflated(packed, "mask", where, -(-entries // 8), torch.uint8)
 
 
 def _plain_values(packed: Packed, where: str, kept: int, dtype: torch.dtype) -> Tensor:
-    """The values as they were before compression."""
+    """The uncompressed values."""
     return inflated(packed, "values", where, kept, dtype)
 
 
 def make_update(round_index: int, blocks: Blocks, exchange: int = 0) -> dict[str, Any]:
-    """Wrap packed matrices of some blocks for the wire."""
+    """Wrap packed matrices of some blocks in an update."""
     packed = {str(block): dict(linears) for block, linears in blocks.items()}
     return {"format": FORMAT, "round": round_index, "exchange": exchange, "blocks": packed}
 
 
 def matrices(update: Mapping[str, Any]) -> Iterator[tuple[int, str, Packed]]:
-    """All (block, linear, packed matrix) of an update that was checked."""
+    """All (block, linear, packed matrix) of a checked update."""
     for block, linears in update["blocks"].items():
         for name, packed in linears.items():
             yield int(block), name, packed
 
 
 def update_nbytes(update: Mapping[str, Any]) -> int:
-    """Bytes of all tensors of an update; the dict around them adds less than a kilobyte a matrix."""
+    """Bytes of all tensors of an update; the dict adds less than a kilobyte per matrix."""
     return sum(block_nbytes(update).values())
 
 
@@ -185,20 +185,20 @@ def block_nbytes(update: Mapping[str, Any]) -> dict[int, int]:
 def check_update(
     update: Any, sender: str, round_index: int, exchange: int, expected: Mapping[int, Mapping[str, Check]]
 ) -> dict[str, Any]:
-    """Refuse an update that is not what was asked for.
+    """Refuse an update of an unexpected form.
 
     Args:
-        update: what arrived.
+        update: the received update.
         sender: whom to name in the error.
-        round_index: the round that is on.
-        exchange: the exchange of the round that is on.
+        round_index: the current round.
+        exchange: the current exchange of the round.
         expected: for each block that the sender may send, how each unit of it is checked.
 
     Returns:
-        The update with nothing compressed in it.
+        The uncompressed update.
 
     Raises:
-        UpdateError: the first thing that is wrong, with sender, block and linear.
+        UpdateError: names the first problem, with sender, block and linear.
     """
     named = isinstance(update, Mapping) and type(update.get("format")) is str and update["format"] == FORMAT
     require(named, sender, f"the format must be {FORMAT}")
@@ -224,15 +224,15 @@ def check_update(
 def check_matrix(
     packed: Any, where: str, shape: tuple[int, int], dtype: torch.dtype, target: Target, mask_only: bool = False
 ) -> Packed:
-    """Refuse a packed matrix that has not this shape, dtype and sparsity; returns it with nothing compressed.
+    """Refuse a packed matrix without this shape, dtype and sparsity; returns it uncompressed.
 
     Args:
-        packed: what arrived.
-        where: what to name in the error.
+        packed: the received matrix.
+        where: place to name in errors.
         shape: (O, I).
         dtype: dtype that the values must have.
         target: sparsity that the mask must have.
-        mask_only: it comes without values.
+        mask_only: it has no values.
 
     Raises:
         UpdateError: the first thing that is wrong.
@@ -246,7 +246,7 @@ def check_matrix(
 
 
 def check_values(packed: Any, where: str, agreed: Packed, dtype: torch.dtype) -> Packed:
-    """Refuse values that do not fit under an agreed mask; returns them with that mask and nothing compressed.
+    """Refuse values that do not match an agreed mask; returns them uncompressed and with that mask.
 
     Raises:
         UpdateError: the first thing that is wrong.

@@ -1,6 +1,6 @@
-"""Packed blocks on disk, a safetensors file a block: what the server has agreed on does not have to stay in memory.
+"""Packed blocks on disk, one safetensors file per block: finished blocks do not have to stay in memory.
 
-A file appears under its name only when it is complete, so that a run that was killed leaves no half of one.
+A file gets its name only when it is complete, so a killed run leaves no partial file.
 """
 
 import json
@@ -30,10 +30,10 @@ class PackedStore:
         return sorted(int(file.stem.removeprefix("block-")) for file in self.folder.glob("block-*.safetensors"))
 
     def save(self, block: int, linears: dict[str, Packed]) -> None:
-        """Store one block, in place of what was stored of it.
+        """Store one block, and replace an earlier version.
 
         Raises:
-            ModelError: there is no room, or the folder cannot be written.
+            ModelError: the disk is full, or the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}/{part}": p[part] for name, p in linears.items() for part in PARTS if part in p}
@@ -43,14 +43,16 @@ class PackedStore:
             save_file(tensors, partial, metadata={"shapes": json.dumps(shapes)})
             partial.replace(self._file(block))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"block {block} cannot be stored in {self.folder}: {error}; make room there") from error
+            raise ModelError(
+                f"block {block} cannot be stored in {self.folder}: {error}; free disk space there"
+            ) from error
 
     def add(self, block: int, linears: dict[str, Packed]) -> None:
-        """Store some matrices of a block beside those that are stored of it already."""
+        """Add some matrices of a block to those already stored."""
         self.save(block, {**(self.load(block) or {}), **linears})
 
     def load(self, block: int, only: str | None = None) -> dict[str, Packed] | None:
-        """One block with its matrices, or only one of them, in the order of their names; None if it is not stored."""
+        """One block with its matrices sorted by name, or only one matrix; None if it is not stored."""
         if not self._file(block).is_file():
             return None
         with safe_open(self._file(block), framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Sums at rest between rounds, for `fold: cumulative`."""
+"""Sums stored between rounds, for `fold: cumulative`."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ SumsT = TypeVar("SumsT", L0Sums, Votes)
 
 
 def save_sums(sums: SumsT, file: Path) -> None:
-    """Write sums in place of those that the file held.
+    """Write sums over those in the file.
 
     Raises:
-        ModelError: there is no room, or the folder cannot be written.
+        ModelError: the disk is full, or the folder cannot be written.
     """
     fields = {field.name: getattr(sums, field.name) for field in dataclasses.fields(sums)}
     tensors = {name: value.cpu() for name, value in fields.items() if isinstance(value, Tensor)}
@@ -31,11 +31,11 @@ def save_sums(sums: SumsT, file: Path) -> None:
         save_file(tensors, partial, metadata=numbers)
         partial.replace(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"sums cannot be stored in {file}: {error}; make room there") from error
+        raise ModelError(f"sums cannot be stored in {file}: {error}; free disk space there") from error
 
 
 def load_sums(kind: type[SumsT], file: Path, device: str) -> SumsT:
-    """Read sums of a kind that were written before."""
+    """Read stored sums of one kind."""
     with safe_open(file, framework="pt", device=device) as stored:
         numbers = {name: json.loads(text) for name, text in stored.metadata().items()}
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no iterator)
