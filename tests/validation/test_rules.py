@@ -98,7 +98,10 @@ def test_the_demo_has_no_problem():
         (f"{TRAIN}.sparsity=-0.1", [f"{TRAIN}.sparsity: ", "a share in [0, 1), got -0.1"]),
         (f"{TRAIN}.sparsity=.nan", [f"{TRAIN}.sparsity: ", "such as 0.5 or a pattern such as 2:4, got 'nan'"]),
         (f"{TRAIN}.sparsity=half", [f"{TRAIN}.sparsity: ", "such as 0.5 or a pattern such as 2:4, got 'half'"]),
-        (f"{TRAIN}.sparsity=4:2", [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 4:2; 2:4 is one"]),
+        (
+            f"{TRAIN}.sparsity=4:2",
+            [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 4:2; an example is 2:4"],
+        ),
         (f"{TRAIN}.sparsity=0:4", [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 0:4"]),
         ("clients.0.train_configs.sparsity=0.7", ["clients.0.train_configs.sparsity: ", "'0.7' beside '0.5'"]),
         ("clients.0.train_configs.layer_sampling=sweep", ["the same for every client, got 'sweep' beside 'balanced'"]),

@@ -3,7 +3,7 @@
 Two kinds of target (docs/method.md section 1): a ratio `s` asks for exactly `floor(s * O * I)` zeros in a matrix of shape
 (O, I); a pattern `n:m` asks for exactly n non-zero entries in every m consecutive entries of a row (2:4, 4:8).
 
-A decimal such as 0.7 is read as the fraction 7/10, not as the nearest binary number, so that 70 % of ten entries is
+A decimal such as 0.7 is read as the fraction 7/10, not as the nearest binary number: 70 % of ten entries is then
 seven. The authors' SparseGPT code thresholds with `<=` and removes one entry too many in each column block; here the
 count is met exactly and ties are broken by index.
 
@@ -57,7 +57,7 @@ Target = Ratio | NM
 
 
 def parse_target(text: str | float | int) -> Target:
-    """Read a target as it stands in a configuration.
+    """Read a target from a configuration.
 
     Args:
         text: a share such as `0.5`, or a pattern such as `2:4`.
@@ -72,10 +72,10 @@ def parse_target(text: str | float | int) -> Target:
     if pattern := re.fullmatch(r"([0-9]+):([0-9]+)", words):
         kept, group = int(pattern[1]), int(pattern[2])
         if not 0 < kept < group:
-            raise ValueError(f"a pattern n:m needs 0 < n < m (n non-zero in every m), got {words}; 2:4 is one")
+            raise ValueError(f"a pattern n:m needs 0 < n < m (n non-zero in every m), got {words}; an example is 2:4")
         return NM(kept, group)
     try:
-        share = Fraction(words.encode("ascii").decode())  # digits of other scripts are hardly meant
+        share = Fraction(words.encode("ascii").decode())  # digits of other scripts are refused
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {words!r}") from None
     if not 0 <= share < 1:
@@ -84,7 +84,7 @@ def parse_target(text: str | float | int) -> Target:
 
 
 def check_divides(target: Target, in_features: int) -> str | None:
-    """What is wrong with pruning rows of `in_features` entries to `target`, or None."""
+    """The problem with pruning rows of `in_features` entries to `target`, or None."""
     if isinstance(target, NM) and in_features % target.group:
         return f"{target} needs rows that are a multiple of {target.group} long, got {in_features}"
     return None
@@ -100,7 +100,7 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     Returns:
         A tensor without dimensions.
     """
-    if scores.device.type == "cpu":  # numpy's partition takes a fraction of the time of torch's kthvalue
+    if scores.device.type == "cpu":  # numpy's partition is much faster than torch's kthvalue
         return torch.from_numpy(np.partition(scores.numpy(), k - 1))[k - 1]
     return torch.kthvalue(scores, k).values
 
