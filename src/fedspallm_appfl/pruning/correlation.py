@@ -1,7 +1,7 @@
-"""The Gram matrix of the inputs as least squares want it: columns scaled to inputs of norm 1, and damped.
+"""The Gram matrix of the inputs for least squares: scaled to inputs of norm 1, and damped.
 
 With D = diag G, the error of a pruned weight Q is `tr (Q - W) G (Q - W)^T = tr E C E^T` for `C = D^-1/2 G D^-1/2` and
-`E = (Q - W) D^1/2`. C has a diagonal of 1, so that weights compare across columns, one damping and one penalty suit all
+`E = (Q - W) D^1/2`. C has a diagonal of 1. Weights are then comparable across columns, one damping and one penalty suit all
 layers, and conjugate gradients need no further preconditioner. Damping draws what is kept towards the dense weight.
 
 Legend: O out features, I in features.
@@ -19,7 +19,7 @@ class Correlation:
     Attributes:
         matrix: (I, I) float32, symmetric and positive definite; its diagonal is 1 + damping.
         scale: (I,) float32, norms of the inputs, the largest made 1; 0 for dead features, whose scaled weights are 0.
-        damping: what was added to the diagonal in the end.
+        damping: the value added to the diagonal.
     """
 
     def __init__(self, gram: Tensor, damping: float) -> None:
@@ -53,7 +53,7 @@ class Correlation:
         """(I, I) float32, `rho (C + rho)^-1`, the step of ADMM."""
         damped = self.matrix.clone()
         damped.diagonal().add_(penalty)
-        by_column = damped.mT  # as LAPACK wants it, so that no copies are made
+        by_column = damped.mT  # the layout of LAPACK, which avoids copies
         torch.linalg.cholesky(by_column, out=by_column)
         torch.cholesky_inverse(by_column, out=by_column)
         return damped.mul_(penalty)

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from fedspallm_appfl.pruning.correlation import Correlation
 
-ROWS = 1024  # solved together: enough for a GEMM at full speed, and few enough to need little memory
+ROWS = 1024  # solved together: enough for a GEMM at full speed, few enough to need little memory
 MOST_ITERATIONS = 50
-TOLERANCE = 1e-4  # an iteration that lowers the error by a smaller share of it is the last
-ROUNDING = 1e-6  # a row whose residual fell to this share of the first one is solved: the rest is rounding
+TOLERANCE = 1e-4  # stop when an iteration lowers the error by a smaller share
+ROUNDING = 1e-6  # a row whose residual falls to this share of the initial one is solved: the rest is rounding
 
 
 def refit(weight: Tensor, mask: Tensor, start: Tensor, correlation: Correlation) -> Tensor:
     """Fit the kept weights of one matrix.
 
     Args:
-        weight: (O, I) float, what the pruned weight should be like; not changed.
+        weight: (O, I) float, the weight to approximate; not changed.
         mask: (O, I) bool, True = kept.
-        start: (O, I) float, where to start from, zero outside the mask; not changed.
+        start: (O, I) float, the starting point, zero outside the mask; not changed.
         correlation: of the layer's inputs.
 
     Returns:
@@ -42,7 +42,7 @@ def fit(weight: Tensor, mask: Tensor, solution: Tensor, correlation: Correlation
 
 
 def descend(solution: Tensor, weight: Tensor, mask: Tensor, matrix: Tensor) -> None:
-    """Conjugate gradients, until an iteration is hardly worth it.
+    """Conjugate gradients, until an iteration gains little.
 
     Args:
         solution: (O, I) float32, zero outside the mask: the start, overwritten by the solution.
