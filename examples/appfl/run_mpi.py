@@ -1,4 +1,4 @@
-"""A plain APPFL script for MPI, one client a rank, that prunes with FedSpaLLM.
+"""A plain APPFL script for MPI that prunes with FedSpaLLM, one client per rank.
 
     mpiexec --oversubscribe -n 3 python -m mpi4py examples/appfl/run_mpi.py
 
@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from fedspallm_appfl.adaptors.registration import freeze, guard_piq
 
-guard_piq()  # APPFL imports piq, which needs torchvision; without a working one this lets the import pass
+guard_piq()  # APPFL imports piq, which needs torchvision; if that is broken, this makes the import work
 
 from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator  # noqa: E402

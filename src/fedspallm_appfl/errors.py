@@ -1,4 +1,4 @@
-"""What can go wrong in words: every error that a user can cause states the rule, the values received and the fix."""
+"""Error classes: every error that a user can cause states the rule, the values received and the fix."""
 
 
 class FedSpaLLMError(Exception):
@@ -30,9 +30,9 @@ class DataStoreError(FedSpaLLMError):
 
 
 class FederationError(FedSpaLLMError):
-    """A round that too few clients have answered, or an endpoint that cannot be asked."""
+    """Too few clients answered in a round, or an endpoint cannot be reached."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, without the lines of advice that often follow."""
+    """First line of another library's error, without the advice that often follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What happens in a run, as plain dicts: written to metrics.jsonl a line each, and shown to whoever is watching."""
+"""Events of a run as plain dicts: written to metrics.jsonl, one per line, and passed to listeners."""
 
 import json
 import time

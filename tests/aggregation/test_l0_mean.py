@@ -132,7 +132,7 @@ def test_sums_reach_the_limit_exactly_and_no_further():
     edge, mask = torch.tensor([[LARGEST_SUM / 4]]), torch.tensor([[True]])
     sums = fold([(edge, mask)], [4])
     assert l0_mean(sums).item() == LARGEST_SUM / 4
-    with pytest.raises(ValueError, match=r"must stay below 4.1943e\+06, it may now reach 4.1943e\+06; weigh"):
+    with pytest.raises(ValueError, match=r"must stay below 4.1943e\+06, it may now reach 4.1943e\+06; use equal"):
         sums.add(torch.tensor([[0.5]]), mask)
 
 

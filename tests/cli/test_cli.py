@@ -186,13 +186,13 @@ def test_evaluate_takes_the_length_that_the_model_takes_unless_told(fedspallm):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate", "./none", "--text", TEXT, "--length", "64"], "model path './none' is no folder here"),
+        (["evaluate", "./none", "--text", TEXT, "--length", "64"], "model path './none' is not a folder here"),
         (evaluate("--text", "none.txt", "--length", "64"), "the text none.txt cannot be read"),
         (evaluate("--text", str(ROOT / ".gitignore")), "has no window of 512 tokens; give more text"),
         (evaluate("--length", "513"), "--length is at most 512 for this model (max_position_embeddings), got 513"),
         (evaluate("--length", "64", "--device", "gpu"), "gpu"),
         (evaluate("--length", "64", "--device", "cuda:x"), "cuda:x"),
-        (evaluate("--length", "64", "--device", "cuda:99"), "device cuda:99 was asked for"),
+        (evaluate("--length", "64", "--device", "cuda:99"), "device cuda:99 was requested"),
     ],
 )
 def test_what_cannot_be_evaluated_is_explained(fedspallm, words, message):
@@ -248,7 +248,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     config, _ = run_folder(tmp_path)
     with (
         claimed(config, overwrite=True),
-        pytest.raises(ConfigError, match="another run is at work"),
+        pytest.raises(ConfigError, match="another run or fedspallm prune is using"),
         claimed(config, overwrite=True),
     ):
         pass

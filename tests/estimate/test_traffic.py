@@ -291,7 +291,7 @@ def test_problems_of_the_values_are_errors(capsys):
 def test_every_shipped_configuration_is_estimated_or_its_model_is_asked_for(file, capsys):
     code, out, err = output(capsys, file)
     if code:
-        assert "download it first, then give the folder in `model.path`" in err
+        assert "download it first, then set `model.path` to the folder" in err
     else:
         assert "Memory" in out
 

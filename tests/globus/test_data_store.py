@@ -41,7 +41,7 @@ def test_an_object_is_there_until_it_is_removed(settings):
     site = site_of(server, ["down.0"], ["a.0"])
     site.put("a.0", site.get("down.0") * 2)
     assert server.get("a.0", most=10) == b"hellohello"
-    with pytest.raises(DataStoreError, match="the object a.0 has more than 9 bytes"):
+    with pytest.raises(DataStoreError, match="the object a.0 has more than the allowed 9 bytes"):
         server.get("a.0", most=9)
     server.evict("a.0")
     server.evict("a.0")
@@ -77,9 +77,9 @@ def test_a_client_that_comes_late_finds_no_run_and_leaves_nothing(settings, tmp_
     lent = server.lend([], ["a.0"])
     site = DataStore(lent, RUN)
     server.close(clear=True)
-    with pytest.raises(DataStoreError, match="is over|is no folder on this machine"):
+    with pytest.raises(DataStoreError, match="is over|is not a folder on this machine"):
         site.put("a.0", b"late")
-    with pytest.raises(DataStoreError, match="is over|is no folder on this machine"):
+    with pytest.raises(DataStoreError, match="is over|is not a folder on this machine"):
         DataStore(lent, RUN)
     assert list(tmp_path.iterdir()) == keys(s3) == []
 
@@ -88,7 +88,7 @@ def test_a_client_that_comes_late_finds_no_run_and_leaves_nothing(settings, tmp_
 def test_a_name_is_one_file_name(settings, name):
     store = DataStore(settings, RUN, create=True)
     for use in (store.get, store.evict, lambda name: store.put(name, b""), lambda name: store.lend([], [name])):
-        with pytest.raises(DataStoreError, match="a name of the data store has letters"):
+        with pytest.raises(DataStoreError, match="a name in the data store may have only letters"):
             use(name)
     store.close(clear=True)
 

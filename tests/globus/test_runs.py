@@ -194,7 +194,7 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     raw = yaml.safe_load(config.read_text())
     raw["clients"][2]["data"]["length"] = 100_000  # longer than its text
     config.write_text(yaml.safe_dump(raw))
-    why = "client csource: 6 calibration windows of 100000 tokens were asked for"
+    why = "client csource: 6 calibration windows of 100000 tokens were requested"
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 2
     err = capsys.readouterr().err
     assert "2 of 3 clients can take part, 3 are needed" in err
@@ -202,7 +202,7 @@ def test_a_failing_client_is_left_out_and_the_others_give_what_they_give_alone(t
     monkeypatch.setattr(globus_preflight, "require", lambda findings, least: None)
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0
     out = capsys.readouterr().out
-    assert "round 1 goes on without client csource" in out and why in out
+    assert "round 1 continues without client csource" in out and why in out
     assert "Traceback (most recent call last)" in out and "calib.txt" not in out
     assert "clients left out, round 1: csource; why: report.md" in out
     assert main(["run", str(small_config(tmp_path, 2, first_pages))]) == 0
@@ -221,7 +221,7 @@ def test_an_endpoint_that_is_down_is_named_and_a_quorum_does_without_it(tmp_path
     assert len(site.sent) == 2  # an endpoint that is known to be down is not asked
     quorum = ["server_configs.min_clients=2", f"run_dir={tmp_path / 'globus'}"]
     assert over_globus(config, *quorum) == 0
-    assert "goes on without client bible: it had not answered when enough others had" in capsys.readouterr().out
+    assert "continues without client bible: it had not answered when enough others had" in capsys.readouterr().out
 
 
 def test_a_submission_that_fails_ends_neither_the_run_nor_the_tasks_behind_it(tmp_path, site, capsys, monkeypatch):
@@ -230,8 +230,8 @@ def test_a_submission_that_fails_ends_neither_the_run_nor_the_tasks_behind_it(tm
     site.refusals = [OSError("service is not well")]
     config = write_config(tmp_path, server_configs={"num_global_epochs": 2})
     assert over_globus(config) == 0, capsys.readouterr().err
-    lines = [line for line in capsys.readouterr().out.splitlines() if "goes on without" in line]
-    assert lines == ["round 1 goes on without client austen: OSError: service is not well"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "continues without" in line]
+    assert lines == ["round 1 continues without client austen: OSError: service is not well"]
 
 
 def test_what_is_sent_is_what_was_there_when_it_was_sent(site):
@@ -267,9 +267,11 @@ def test_what_a_site_does_not_send_it_is_not_asked_for(tmp_path, site, capsys):
     write_site(site, DOMAINS[:3])
     for asking in ("gram.first_input=private", "gram.propagate=pruned"):
         assert over_globus(config, "algorithm=gram", asking) == 2
-        assert "client austen: this site does not send token_counts; take another algorithm" in capsys.readouterr().err
+        assert "client austen: this site does not send token_counts; use another algorithm" in capsys.readouterr().err
     assert over_globus(config, "algorithm=gram", "gram.min_tokens=1") == 2
-    assert "client austen: this site sends no statistics of fewer tokens than as many as an" in capsys.readouterr().err
+    assert (
+        "client austen: this site sends no statistics of fewer tokens than the width of an" in capsys.readouterr().err
+    )
     write_site(site, DOMAINS[:3], may_send=["masks"])
     assert main(["doctor", str(config), "client_configs.train_configs.pruner=wanda"]) == 0
 
@@ -524,9 +526,9 @@ def first_payload(place):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda result: [1], "it is no dict"),
-        (lambda result: {}, "it has no messages, 8 were asked for"),
-        (lambda result: {"messages": ["x"]}, "it has 1 messages, 8 were asked for"),
+        (lambda result: [1], "it is not a dict"),
+        (lambda result: {}, "it has no messages, expected 8"),
+        (lambda result: {"messages": ["x"]}, "it has 1 messages, expected 8"),
         (lambda result: {"messages": ["x"] * 8}, "message 0 has no payload"),
         (lambda result: {"error": {"message": "\x1b[2Jgone", "traceback": 3}}, "[2Jgone"),
         (first_payload({}), "neither in the data store nor in the result"),
@@ -539,7 +541,7 @@ def first_payload(place):
         (lambda result: {"error": {"message": "SDK thread quit unexpectedly."}}, "SDK thread quit"),
         (metadata(notes="[1]"), "message 0 has metadata"),
         (metadata(_chunk_idx=3), "says that it is 3 of 8"),
-        (with_messages(lambda messages: messages.pop()), "it has 7 messages, 8 were asked for"),
+        (with_messages(lambda messages: messages.pop()), "it has 7 messages, expected 8"),
         (with_messages(other_round), "it is for round 7, this is round 0"),
         (with_messages(last_of_other_round), "it is for round 7, this is round 0"),
         (with_messages(twice), "was sent before"),
@@ -608,7 +610,7 @@ def test_a_round_ends_at_its_deadline_with_those_who_answered(federation):
     assert time.monotonic() - started < 15
     assert absences(events) == {
         (0, "austen"): "it had not answered in time",
-        (1, "austen"): "it is still at work on an earlier round",
+        (1, "austen"): "it is still working on an earlier round",
     }
     assert aggregator.finished
 

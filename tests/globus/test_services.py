@@ -243,7 +243,7 @@ def test_what_is_too_large_for_a_task_is_refused_before_and_at_the_site_and_goes
         patch.setattr(estimate_globus, "check_sizes", lambda config: [])
         code, out, err = fedspallm(*run)
     assert code == 2, out + err
-    assert "Globus Compute carries 10000000; set client_configs.comm_configs.store" in err
+    assert "Globus Compute allows 10000000; set client_configs.comm_configs.store" in err
     write_config(world, tmp_path, 1, **large, client_configs={"comm_configs": store("redis")})
     code, out, err = fedspallm(*run, "--overwrite")
     assert code == 0, out + err
@@ -262,7 +262,8 @@ def test_a_client_whose_task_raises_is_named_with_its_traceback(world, tmp_path,
     code, out, err = fedspallm("run", config, "--launcher", "globus")
     assert code == 0, out + err
     assert (
-        f"round 1 goes on without client bible, host {socket.gethostname()}: client bible: 6 calibration windows" in out
+        f"round 1 continues without client bible, host {socket.gethostname()}: client bible: 6 calibration windows"
+        in out
     )
     assert 'globus_worker.py", line' in out and "calib.txt" not in out
     assert "| 1 | austen, csource |" in (tmp_path / "run" / "report.md").read_text()

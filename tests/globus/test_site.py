@@ -32,7 +32,8 @@ def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
     write("clients: {a: }")
     load_site("a").require_consent("a", {"weights", "masks", "values", "grams"})
     with pytest.raises(
-        ConfigError, match=r"client a: this site does not send token_counts; .*\(token_counts are asked"
+        ConfigError,
+        match=r"client a: this site does not send token_counts; .*\(gram.first_input: private needs token_counts",
     ):
         load_site("a").require_consent("a", {"grams", "token_counts"})
     write("clients: {a: }\nmay_send: [grams, token_counts]")
@@ -40,7 +41,7 @@ def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
     with pytest.raises(ConfigError, match="does not send masks, values;"):
         load_site("a").require_consent("a", {"masks", "values"})
     write("clients: {a: }\nmay_send: []")
-    with pytest.raises(ConfigError, match="does not send masks; take another algorithm, or name them under"):
+    with pytest.raises(ConfigError, match="does not send masks; use another algorithm, or add them to"):
         load_site("a").require_consent("a", {"masks"})
 
 
@@ -54,35 +55,35 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
     [
         ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
         ("{}", "lists none; add it"),
-        ("clients: {a: {texts: x}}", "has `text:` and nothing else"),
-        ("clients: {a: SECRET}", "has `text:` and nothing else"),
-        ("clients: {a: [SECRET]}", "has `text:` and nothing else"),
-        ("clients: {a: {SECRET: 1}}", "has `text:` and nothing else"),
-        ("clients: {a: }\nstore: [SECRET]", "hold keys themselves"),
+        ("clients: {a: {texts: x}}", "has only the key `text`"),
+        ("clients: {a: SECRET}", "has only the key `text`"),
+        ("clients: {a: [SECRET]}", "has only the key `text`"),
+        ("clients: {a: {SECRET: 1}}", "has only the key `text`"),
+        ("clients: {a: }\nstore: [SECRET]", "must have keys of their own"),
         ("clients: {a: }\nmodel: [SECRET]", "a folder or a hub name"),
-        ("clients: {a: }\nSECRET: 1", "all others are wrong"),
-        ("clients: {a: }\nmay_send:", "is a list of"),
-        ("clients: {a: }\nmin_tokens: few", "is a number of tokens"),
-        ("clients: {a: {text: x}}\npath: y", "holds the keys clients, may_send, min_tokens, model, store"),
-        ("clients: {a: }\nmay_send: text", "may_send .* is a list of weights, masks, values, grams, token_counts"),
+        ("clients: {a: }\nSECRET: 1", "may have only the keys"),
+        ("clients: {a: }\nmay_send:", "must be a list of"),
+        ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
+        ("clients: {a: {text: x}}\npath: y", "may have only the keys clients, may_send, min_tokens, model, store"),
+        ("clients: {a: }\nmay_send: text", "may_send .* must be a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),
-        ("clients: {a: }\nmay_send: weights", r"in brackets, got 'weights' without; write may_send: \["),
+        ("clients: {a: }\nmay_send: weights", r"got 'weights'; write it in brackets, e.g. may_send: \["),
         ("clients: {a: }\nmay_send: [wieghts, mask]", "got .* did you mean weights, masks\\?"),
         (
             "clients: {a: }\nstore: {prot: SECRET}",
-            "store .* keys bucket, endpoints, folder, host, port, tls, url, all others",
+            "store .* only the keys bucket, endpoints, folder, host, port, tls, url, and folder",
         ),
-        ("clients: {a: }\nstore: {SECRET: 7}", "store .* all others are wrong"),
-        ("clients: {a: }\nstore: {connector: SECRET}", "store .* all others are wrong"),
-        ("clients: {a: }\nstore: {folder: [SECRET]}", "folder is text"),
-        ("clients: {a: {text: ~nobody-SECRET/x}}", "begins with ~ and the name of nobody here"),
-        ("clients:\n  a:\n\ttext: SECRET", "cannot be read: no YAML at line 3, column 1 "),
-        ("clients: {a: *SECRET}", "cannot be read: no YAML at line 1, column 14 "),
-        ("model: x\nclients: {SECRET: , SECRET: }", "line 2, column 10 .* a key stands twice"),
+        ("clients: {a: }\nstore: {SECRET: 7}", "store .* may have only the keys"),
+        ("clients: {a: }\nstore: {connector: SECRET}", "store .* may have only the keys"),
+        ("clients: {a: }\nstore: {folder: [SECRET]}", "folder must be text"),
+        ("clients: {a: {text: ~nobody-SECRET/x}}", "begins with ~ and an unknown user name"),
+        ("clients:\n  a:\n\ttext: SECRET", "cannot be read: invalid YAML at line 3, column 1 "),
+        ("clients: {a: *SECRET}", "cannot be read: invalid YAML at line 1, column 14 "),
+        ("model: x\nclients: {SECRET: , SECRET: }", "line 2, column 10 .* a key occurs twice"),
         ("clients: SECRET\0", "YAML does not allow its character 16"),
         ("[1", "cannot be read"),
-        ("- a", "holds the keys"),
-        ("clients: [a]", "holds the keys"),
+        ("- a", "may have only the keys"),
+        ("clients: [a]", "may have only the keys"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_path(write, tmp_path, text, why):
@@ -136,9 +137,9 @@ def test_a_client_may_be_called_by_a_number(write):
 
 
 def test_a_model_that_is_not_there_is_looked_for_where_it_was_named():
-    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model` in the site file"):
+    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model` in the site file"):
         same_model({"path": str(DEMO / "model"), "hash": "x/y"}, Site("./none"), "a")
-    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model.path`"):
+    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model.path`"):
         same_model({"path": "./none", "hash": "x/y"}, Site(), "a")
 
 
@@ -181,7 +182,7 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     assert [problem.strip()[2:10] for problem in problems] == [f"client {name}" for name in "abcd"]
     assert f"{tmp_path}/gone.txt cannot be read: No such file" in problems[0]
     assert f"{tmp_path}/short.txt holds no window of 2048 tokens" in problems[1]
-    assert "has `text:` and nothing else" in problems[2]
+    assert "has only the key `text`" in problems[2]
     assert f"{tmp_path}/latin.txt is not UTF-8" in problems[3]
 
 
@@ -189,11 +190,15 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     ("text", "words", "why"),
     [
         ("clients:", [], "it lists no client"),
-        ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is no folder"),
-        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it holds no config.json"),
+        ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is not a folder"),
+        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it has no config.json"),
         ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty is not a model"),
-        ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is no folder here"),
-        ("clients:\n\ta:", [], "{folder}/site.yaml: the site file (FEDSPALLM_SITE) cannot be read: no YAML at line 2"),
+        ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is not a folder here"),
+        (
+            "clients:\n\ta:",
+            [],
+            "{folder}/site.yaml: the site file (FEDSPALLM_SITE) cannot be read: invalid YAML at line 2",
+        ),
     ],
 )
 def test_what_is_wrong_for_all_clients_is_said_once(checked, tmp_path, text, words, why):
@@ -205,7 +210,7 @@ def test_what_is_wrong_for_all_clients_is_said_once(checked, tmp_path, text, wor
 def test_a_hub_name_is_not_looked_up(checked, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     code, [row], _ = checked("model: owner/name\nclients: {a: }")
-    assert code == 0 and row[5] == "owner/name, no folder here"
+    assert code == 0 and row[5] == "owner/name, not a folder here"
 
 
 def test_the_site_file_of_the_examples_is_right(capsys):

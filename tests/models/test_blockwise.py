@@ -137,8 +137,8 @@ def no_large_files():
 def test_no_room_for_the_file_is_an_error_before_anything_is_pruned(llama, folder):
     size = 2 * 4 * 24 * 32 * 4  # two batches of four windows, float32
     message = (
-        rf"client ward: `data.activations` is file, but {size:,} bytes for hidden states cannot be had in {folder}: "
-        "File too large; make room there, name another folder in the environment variable TMPDIR, or set it to memory"
+        rf"client ward: `data.activations` is file, but {folder} has no room for {size:,} bytes of hidden states: "
+        "File too large; free some disk space, name another folder in the environment variable TMPDIR, or set it to memory"
     )
     with pytest.raises(ConfigError, match=message), no_large_files():
         next(prune_blocks(llama, windows(), {0}, WANDA, batch=4, client="ward", activations="file"))
@@ -146,7 +146,9 @@ def test_no_room_for_the_file_is_an_error_before_anything_is_pruned(llama, folde
 
 def test_no_folder_for_the_file_is_an_error(llama, folder, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "none"))
-    with pytest.raises(ConfigError, match=r"client ward: .* cannot be had in .*/temporary/none: No such file or dir"):
+    with pytest.raises(
+        ConfigError, match=r"client ward: .*/temporary/none has no room for .* hidden states: No such file or dir"
+    ):
         next(prune_blocks(llama, windows(), {0}, WANDA, client="ward", activations="file"))
 
 
@@ -160,7 +162,7 @@ def test_a_file_keeps_hidden_states_in_their_dtype_and_shape_or_refuses(made, fo
 
 
 def test_a_place_that_is_misspelt_is_not_memory():
-    with pytest.raises(ConfigError, match="client ward: `data.activations` is one of memory, file; got 'disk'"):
+    with pytest.raises(ConfigError, match="client ward: `data.activations` must be one of memory, file; got 'disk'"):
         hidden_states("disk", 1, "ward")
 
 

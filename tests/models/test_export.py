@@ -154,7 +154,7 @@ def test_a_pickled_tensor_that_safetensors_does_not_know_is_an_error_that_names_
     dense = save_family("llama", tmp_path / "dense")
     torch.save(load(dense).state_dict() | {"wide": torch.zeros(2, dtype=torch.complex128)}, dense / "pytorch_model.bin")
     (dense / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"wide is of torch.complex128, which safetensors does not know; convert it"):
+    with pytest.raises(ModelError, match=r"wide is torch.complex128, which safetensors does not support; convert it"):
         write_model(Skeleton(str(dense)), PackedStore(tmp_path / "none"), tmp_path / "out")
     assert not list((tmp_path / "out").glob("model.safetensors*"))
 

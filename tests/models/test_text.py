@@ -82,7 +82,7 @@ def test_too_little_text_says_how_much_there_is_and_names_settings_that_exist():
     with pytest.raises(DataError) as caught:
         drawn(21, client="clinic")
     message = str(caught.value)
-    assert message.startswith("client clinic: 21 calibration windows of 3 tokens were asked for, its text has 20; ")
+    assert message.startswith("client clinic: 21 calibration windows of 3 tokens were requested, its text has 20; ")
     assert "data.windows" in message
     assert "data.length" in message
     assert "calibration." not in message
@@ -117,7 +117,7 @@ def test_a_missing_text_is_named(tmp_path):
 
 def test_a_folder_without_text_says_what_it_must_hold(tmp_path):
     (tmp_path / "data.json").touch()
-    with pytest.raises(DataError, match=r"holds no \.txt file; name a text file or a folder with some"):
+    with pytest.raises(DataError, match=r"has no \.txt file; name a text file or a folder with .txt files"):
         read_text(str(tmp_path))
 
 
@@ -130,7 +130,7 @@ def test_a_text_that_is_not_utf_8_says_at_which_byte(tmp_path):
 def test_a_token_without_an_embedding_is_refused():
     check_vocabulary(WINDOWS, 60, "client a")
     check_vocabulary(WINDOWS[:0], 0, "client a")
-    message = "client a: the tokenizer gives token 59, the model has 59; tokenizer and model .* do not belong together"
+    message = "client a: the tokenizer gives token 59, the model has 59; the tokenizer in .* does not match the model"
     with pytest.raises(DataError, match=message):
         check_vocabulary(WINDOWS, 59, "client a")
 
@@ -139,5 +139,5 @@ def test_a_token_without_an_embedding_is_refused():
 def test_a_folder_without_a_tokenizer_that_can_be_read_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match=f"{tmp_path.name} holds no tokenizer that can be read: "):
+    with pytest.raises(ModelError, match=f"{tmp_path.name} has no readable tokenizer: "):
         load_tokenizer(tmp_path)

@@ -204,7 +204,7 @@ def test_the_way_down_is_cut_at_the_limit_and_every_matrix_goes_once(tmp_path):
         assert [(piece.number, piece.total) for piece in plan] == [(number, expected) for number in range(expected)]
         assert [update_nbytes(update) for update in updates] == [piece.nbytes for piece in plan]
         assert all(piece.nbytes <= limit for piece in plan)
-    with pytest.raises(ConfigError, match="block 0, q takes 27 bytes packed, a message may have 26"):
+    with pytest.raises(ConfigError, match="block 0, q takes 27 bytes packed, a message may have at most 26"):
         model.changes(matrix_bytes - 1)
 
 

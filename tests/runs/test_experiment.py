@@ -196,7 +196,7 @@ def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):
     for block in range(8):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert torch.equal(dense[name], pruned[name]) != (block in drawn)
-    assert "Drawn by nobody" in (folder / "report.md").read_text()
+    assert "No client drew these blocks" in (folder / "report.md").read_text()
 
 
 def test_one_participant_is_placed_and_counted_where_all_text_is_pooled(tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_a_factorization_that_needs_more_damping_is_in_the_report(tmp_path):
     data = {"windows": 2, "length": 2, "batch": 1}
     train = {"damping": 1e-12, "damping_retries": 12}
     folder = run(small_config(tmp_path, 2, client_configs={"data": data, "train_configs": train}))
-    assert "## Out of the ordinary" in (folder / "report.md").read_text()
+    assert "## Unusual events" in (folder / "report.md").read_text()
     damped = [notes for event in events(folder, "upload") for notes in event["notes"].values()]
     assert all(notes["damping"] > 1e-12 for notes in damped) and damped
 
@@ -313,7 +313,7 @@ def evaluated(folder, model, algorithm="fedspallm", **evaluation):
         ({"texts": {"law": "gone.txt"}}, "evaluation.texts.law: the text gone.txt cannot be read"),
         ({"texts": {"law": ["word.txt"]}}, "evaluation.texts.law: .*word.txt has no whole window of 24 tokens"),
         ({"length": 65}, "evaluation.length: the model takes at most 64 tokens .*, got 65"),
-        ({"device": "cuda:7"}, "evaluation.device: device cuda:7 was asked for"),
+        ({"device": "cuda:7"}, "evaluation.device: device cuda:7 was requested"),
     ],
 )
 def test_what_the_evaluation_needs_is_looked_at_before_anything_is_pruned(

@@ -178,7 +178,7 @@ def test_a_model_that_is_there_is_replaced_only_when_it_is_asked_for(damaged, ca
     there = damaged / "further" / "sparsegpt-0.5"
     (there / "model" / "model.safetensors").write_bytes(b"mine")
     assert prune(damaged, "--sparsity", "0.7", "0.50") == 2
-    assert f"{there}: made before; give --overwrite" in said(capsys)
+    assert f"{there}: these models exist; give --overwrite" in said(capsys)
     assert file_of(there) == b"mine"
     assert not (damaged / "further" / "sparsegpt-0.7").exists()
     (there / "model" / "stray.safetensors").write_bytes(b"mine")
@@ -196,7 +196,7 @@ def test_a_model_that_was_interrupted_is_made_anew(damaged):
 def test_a_run_directory_in_which_somebody_is_at_work_is_left_alone(damaged, capsys):
     with run_dir.locked(damaged, "wait"):
         assert prune(damaged, "--sparsity", "0.6") == 2
-        assert f"another run is at work in {damaged}, or fedspallm prune; wait until it is done" in said(capsys)
+        assert f"another run or fedspallm prune is using {damaged}; wait until it finishes" in said(capsys)
         assert not (damaged / "further").exists()
     assert prune(damaged, "--sparsity", "0.6") == 0
     assert not (damaged / ".lock").exists()
@@ -205,7 +205,7 @@ def test_a_run_directory_in_which_somebody_is_at_work_is_left_alone(damaged, cap
 def test_a_run_does_not_replace_what_prune_is_reading(damaged, capsys):
     config, _ = load_config(damaged / "config.yaml")
     config.run_dir = str(damaged)
-    with run_dir.locked(damaged, ""), pytest.raises(ConfigError, match="at work"), run_dir.claimed(config, True):
+    with run_dir.locked(damaged, ""), pytest.raises(ConfigError, match="is using"), run_dir.claimed(config, True):
         pass
     assert (damaged / "statistics").is_dir()
 
@@ -242,7 +242,7 @@ def test_blocks_that_nobody_drew_stay_dense(tmp_path, model):
         (["--sparsity", "0.5", "-1"], "--sparsity: sparsity is a share in [0, 1), got -1"),
         (
             ["--sparsity", "0.5", "--pruner", "fisher"],
-            "--pruner: one of sparsegpt, wanda, magnitude, admm; got 'fisher'",
+            "--pruner: must be one of sparsegpt, wanda, magnitude, admm; got 'fisher'",
         ),
         (["--sparsity", "0.5", "--pruner", "magnitude"], "magnitude needs no statistics; choose another pruner"),
     ],

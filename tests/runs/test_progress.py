@@ -64,7 +64,7 @@ def test_over_globus_compute_one_sees_who_is_waited_for(shown):
     text = shown(sent, answer, *(upload(client, "0-3") for client in "bbab"))
     assert text.splitlines()[:3] == [
         "round 1/1  waiting for a, b",
-        "round 1/1  client b has answered after 13 min",
+        "round 1/1  client b answered after 13 min",
         "round 1/1  client b  block 0-3  1/4",
     ]
     assert "left" not in text

@@ -142,7 +142,8 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
     ]
     assert "2 clients, FedSpaLLM with sparsegpt, sparsity 0.5" in words
     assert (
-        "up 2.6 kB, down 1.4 kB in all, 1.3 kB up a client on average; the prunable weights take 320 B dense" in words
+        "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 320 B"
+        in words
     )
     assert "70 of 140 weights in 7 matrices are zero" in words
 
@@ -150,7 +151,7 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
 def test_without_evaluation_the_closing_still_shows_sparsity_and_bytes(log):
     _, words = table(log, perplexity={})
     assert "70 of 140 weights in 7 matrices are zero" in words
-    assert "up 2.6 kB, down 1.4 kB in all" in words
+    assert "up 2.6 kB, down 1.4 kB in total" in words
 
 
 def test_without_evaluation_the_report_has_no_perplexity(report):
@@ -170,7 +171,7 @@ def test_the_report_shows_the_sparsity_of_each_block(report):
     rows, text = section(report(), "Sparsity")
     assert rows[0] == ["0", "20", "10", "0.500000", "0.2500", "3"]
     assert rows[6] == ["6", "20", "0", "0.000000", "0.0000", "0"]
-    assert "2 entries are zero beyond the target, since every client pruned them." in text
+    assert "2 entries beyond the target are zero, because every client pruned them." in text
 
 
 def test_the_report_shows_bytes_by_client_and_by_round(report):
@@ -178,7 +179,7 @@ def test_the_report_shows_bytes_by_client_and_by_round(report):
     assert rows == [["a", "2,000", "700"], ["b", "600", "700"], ["all", "2,600", "1,400"]]
     assert "| 1 | 1,500 | 1,400 |" in text
     assert "| 2 | 1,100 | 0 |" in text
-    assert "once a round and client, would take 1,280." in text
+    assert "once per round and client, would take 1,280." in text
     assert "| 4 | 1 | 400 | 40 | 0.10 |" in text  # one upload in two messages; 20 weights are 40 bytes in float16
     assert "| 5 | 2 | 200 | 80 | 0.40 |" in text  # in two rounds
 
@@ -210,29 +211,29 @@ def test_the_report_says_what_was_run_and_how_it_was_measured(report):
     text = report()
     assert text.startswith("# 2 clients, 2 rounds, FedSpaLLM with sparsegpt, sparsity 0.5\n")
     assert "All windows of 2048 tokens of each text" in text
-    assert "128 windows of 2048 tokens a client for the pruning, seed 0" in text
+    assert "128 windows of 2048 tokens per client for pruning, seed 0" in text
 
 
 def test_the_report_names_blocks_that_nobody_drew(report):
     text = report(layer_sampling="uniform")
-    assert "Drawn by nobody, and left dense: block 6-8." in text
-    assert "Uniform sampling leaves 2.50 of 10 blocks uncovered a round in expectation." in text
+    assert "No client drew these blocks, and they stay dense: 6-8." in text
+    assert "Uniform sampling is expected to leave 2.50 of 10 blocks dense per round." in text
     assert "Uniform sampling" not in report()
 
 
 def test_the_report_names_matrices_that_needed_more_damping(report):
-    rows, _ = section(report(), "Out of the ordinary")
+    rows, _ = section(report(), "Unusual events")
     assert rows == [["b", "1", "4.mlp.up_proj", "damping 0.1"]]
 
 
 def test_a_run_without_incident_has_no_section_for_incidents(tmp_path, log):
     log.events = [event | {"notes": {}} for event in log.events]
     write_report(tmp_path / "report.md", *config_and_results(), log)
-    assert "Out of the ordinary" not in (tmp_path / "report.md").read_text()
+    assert "Unusual events" not in (tmp_path / "report.md").read_text()
 
 
 def test_the_report_says_that_the_model_is_stored_dense(report):
-    assert "`model/` is stored dense, zeros included" in report()
+    assert "The model in `model/` is stored dense, with zeros" in report()
 
 
 def test_events_are_kept_written_and_passed_on(tmp_path):

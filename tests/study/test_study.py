@@ -53,8 +53,8 @@ def test_a_name_says_algorithm_pruner_and_how_gram_sweeps(text, expected):
     [
         ("fedspalm", "got 'fedspalm'; did you mean fedspallm?"),
         ("gram_sweep", "one of fedspallm, fedprllm, fedavg, .*gram-sweep, gram-dense, magnitude; got 'gram_sweep'"),
-        ("gram+adm", r"gram\+adm: a pruner is one of .*; got 'adm'; did you mean admm\?"),
-        ("gram+", r"a pruner is one of .*; got ''$"),
+        ("gram+adm", r"gram\+adm: a pruner must be one of .*; got 'adm'; did you mean admm\?"),
+        ("gram+", r"a pruner must be one of .*; got ''$"),
         ("magnitude+wanda", "write magnitude"),
     ],
 )
@@ -182,7 +182,7 @@ def test_plots_and_tables_are_written(done):
     for name in study_plots.FILES:
         assert (out / name).stat().st_size > 10_000
     text = (out / "study.md").read_text()
-    for words in ("## Sparsity 0.5", "## Sparsity 2:4", "| gram+admm † |", "way closed", "50.0000 %", "--seeds 0 1"):
+    for words in ("## Sparsity 0.5", "## Sparsity 2:4", "| gram+admm † |", "gap closed", "50.0000 %", "--seeds 0 1"):
         assert words in text
 
 
@@ -225,7 +225,7 @@ def test_more_methods_and_targets_go_on_in_the_same_folder(config, done):
 def test_two_studies_do_not_work_in_one_folder(tmp_path):
     with (
         opened(tmp_path / "a", {}),
-        pytest.raises(ConfigError, match="another study is at work"),
+        pytest.raises(ConfigError, match="another study is using"),
         opened(tmp_path / "a", {}),
     ):
         pass
@@ -300,10 +300,10 @@ def test_the_table_says_what_its_numbers_are():
     console.print(study_report.table(study_))
     shown = console.file.getvalue()
     assert "Perplexity by sparsity, geometric mean of 2 texts, ± over 2 seeds" in shown
-    assert "way closed ┃" in shown
+    assert "gap closed ┃" in shown
     two = dataclasses.replace(study_, targets=("0.7", "0.5"), methods=())
     console.print(study_report.table(two))
-    assert "way closed at 0.5 ┃ up a client at 0.5" in console.file.getvalue()
+    assert "gap closed at 0.5 ┃ up per client at 0.5" in console.file.getvalue()
 
 
 def test_equal_targets_are_measured_once():

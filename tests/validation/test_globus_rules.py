@@ -185,8 +185,8 @@ def answer(**changes):
         (answer(not_importable="no module zstandard"), "packages", "cannot be imported: no module zstandard"),
         (answer(checks={**CHECKS, "model": {"ok": False, "says": "weights differ"}}), "model", "weights differ"),
         (answer(checks={**CHECKS, "store": {"ok": 1, "says": "\x1b[31m?"}}), "store", "[31m?"),
-        (answer(checks={}), "text", "FEDSPALLM_SITE has to name the site file"),
-        (answer(checks=3), "text", "FEDSPALLM_SITE has to name the site file"),
+        (answer(checks={}), "text", "FEDSPALLM_SITE must name the site file"),
+        (answer(checks=3), "text", "FEDSPALLM_SITE must name the site file"),
     ],
 )
 def test_a_red_cell_says_what_to_change(result, column, words):

@@ -98,7 +98,10 @@ def test_the_demo_has_no_problem():
         (f"{TRAIN}.sparsity=-0.1", [f"{TRAIN}.sparsity: ", "a share in [0, 1), got -0.1"]),
         (f"{TRAIN}.sparsity=.nan", [f"{TRAIN}.sparsity: ", "such as 0.5 or a pattern such as 2:4, got 'nan'"]),
         (f"{TRAIN}.sparsity=half", [f"{TRAIN}.sparsity: ", "such as 0.5 or a pattern such as 2:4, got 'half'"]),
-        (f"{TRAIN}.sparsity=4:2", [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 4:2; 2:4 is one"]),
+        (
+            f"{TRAIN}.sparsity=4:2",
+            [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 4:2; an example is 2:4"],
+        ),
         (f"{TRAIN}.sparsity=0:4", [f"{TRAIN}.sparsity: ", "0 < n < m (n non-zero in every m), got 0:4"]),
         ("clients.0.train_configs.sparsity=0.7", ["clients.0.train_configs.sparsity: ", "'0.7' beside '0.5'"]),
         ("clients.0.train_configs.layer_sampling=sweep", ["the same for every client, got 'sweep' beside 'balanced'"]),
@@ -208,12 +211,15 @@ def test_an_nm_pattern_must_divide_every_matrix(problems):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("model.path=${here:none}", ["model: model path '", "none' is no folder here and no hub name", "`model.path`"]),
-        ("model.path=${here:empty}", ["model: ", "holds no config.json; name a folder saved by save_pretrained"]),
+        (
+            "model.path=${here:none}",
+            ["model: model path '", "none' is not a folder here and not a hub name", "`model.path`"],
+        ),
+        ("model.path=${here:empty}", ["model: ", "has no config.json; name a folder saved by save_pretrained"]),
         ("model.blocks=layers.of.nothing", ["model: ", "layers.of.nothing"]),
         ("clients.1.data.text=${here:none.txt}", ["client b: the text ", "none.txt cannot be read: No such file"]),
         ("clients.1.data.text=${here:latin.txt}", ["client b: the text ", "is not UTF-8 (byte 2); convert it first"]),
-        ("clients.1.data.text=${here:empty}", ["client b: the folder ", "holds no .txt file; name a text file"]),
+        ("clients.1.data.text=${here:empty}", ["client b: the folder ", "has no .txt file; name a text file"]),
         ("clients.1.data.length=65", ["client b: data.length", "at most 64 tokens (max_position_embeddings), got 65"]),
         ("evaluation.length=65", ["evaluation.length: ", "at most 64 tokens (max_position_embeddings), got 65"]),
         ("evaluation.texts.law=${here:none.txt}", ["evaluation.texts.law: the text ", "none.txt cannot be read"]),
@@ -230,7 +236,9 @@ def test_a_model_that_the_hub_cannot_give_says_what_to_do(problems, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     [problem] = problems("model.path=someone/model")
-    assert says([problem], "'someone/model' is no folder here and could not be fetched", "(no network)", "download it")
+    assert says(
+        [problem], "'someone/model' is not a folder here and could not be downloaded", "(no network)", "download it"
+    )
 
 
 def test_a_text_with_too_few_windows_says_how_many_there_are(problems, model, tmp_path):
@@ -239,7 +247,7 @@ def test_a_text_with_too_few_windows_says_how_many_there_are(problems, model, tm
     short = "clients.0.data.text=${here:short.txt}"
     assert problems(short, f"clients.0.data.windows={there}") == []
     assert problems(short, f"clients.0.data.windows={there + 1}") == [
-        f"client a: {there + 1} calibration windows of 16 tokens were asked for, its text has {there}; "
+        f"client a: {there + 1} calibration windows of 16 tokens were requested, its text has {there}; "
         "give more text, or lower data.windows or data.length"
     ]
 
@@ -263,7 +271,9 @@ def test_a_tokenizer_of_another_model_is_noticed(problems, monkeypatch):
     monkeypatch.setattr(Skeleton, "vocabulary", 10)
     found = problems()
     for client in "ab":
-        assert says(found, f"client {client}: the tokenizer gives token ", "the model has 10; ", "belong together")
+        assert says(
+            found, f"client {client}: the tokenizer gives token ", "the model has 10; ", "does not match the model"
+        )
 
 
 def test_magnitude_alone_opens_no_private_text(problems):

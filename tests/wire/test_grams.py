@@ -339,9 +339,9 @@ def test_the_diagonal_and_the_scales_are_not_negative():
     whole = good(drift=True)
     diagonal = whole["diagonal"].clone()
     diagonal[2] = -1e-30
-    refused(whole | {"diagonal": diagonal}, "the diagonal of a Gram matrix is nowhere negative", drift=True)
+    refused(whole | {"diagonal": diagonal}, "the diagonal of a Gram matrix must not be negative", drift=True)
     for name in ("scale", "drift_scale"):
-        refused(whole | {name: torch.tensor([-1e-3])}, "a scale is not negative", drift=True)
+        refused(whole | {name: torch.tensor([-1e-3])}, "a scale must not be negative", drift=True)
 
 
 def test_a_strange_but_right_tensor_counts_as_what_it_shows():

@@ -60,6 +60,6 @@ def test_no_blocks_take_no_messages():
 
 def test_a_matrix_above_the_limit_is_refused_with_what_to_change():
     with pytest.raises(
-        ConfigError, match="block 1, up takes 11 bytes packed, a message may have 10; raise comm_configs"
+        ConfigError, match="block 1, up takes 11 bytes packed, a message may have at most 10; raise comm_configs"
     ):
         plan({0: {"q": 1}, 1: {"q": 1, "up": 11}}, 1, 10)

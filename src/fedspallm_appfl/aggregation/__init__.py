@@ -1,1 +1,1 @@
-"""Many clients' matrices into one, and which layers they prune: the paper's three ideas."""
+"""Aggregation of the clients' matrices, mask expansion and layer sampling: the paper's three ideas."""

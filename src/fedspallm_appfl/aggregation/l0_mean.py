@@ -3,14 +3,14 @@
 Source: Bai et al., "FedSpaLLM", NAACL 2025, section 3.2. With masks M_k (True = kept), weights W_k and client weights
 a_k, per entry
 
-    W_g = sum_k a_k M_k W_k / sum_k a_k M_k,    0 where nobody kept the entry.
+    W_g = sum_k a_k M_k W_k / sum_k a_k M_k,    0 where no client kept the entry.
 
-The paper's l0 norm counts the non-zero W_k; here a mask is data of its own, since a kept weight may be exactly 0.0.
+The paper's l0 norm counts the non-zero W_k; here the mask is separate data, because a kept weight may be exactly 0.0.
 
-Clients are folded one at a time, so the server holds two or three accumulators whatever the number of clients. Sums are
-64-bit fixed-point integers: adding integers does not depend on the order, so the result does not depend on the order in
-which uploads arrive, bit for bit. The resolution is 2^-40, finer than a float32 above 1.5e-5 in magnitude and exact for
-every float16; the sum of a_k |W_k| has to stay below 2^22.
+Clients are folded one at a time, so the server holds two or three accumulators for any number of clients. Sums are
+64-bit fixed-point integers: integer addition does not depend on the order, so the result has the same bits for any order
+of uploads. The resolution is 2^-40, finer than a float32 above 1.5e-5 in magnitude and exact for
+every float16; the sum of a_k |W_k| must stay below 2^22.
 
 Legend: O out features, I in features, K clients.
 """
@@ -28,11 +28,11 @@ FRACTION_BITS = 40
 LARGEST_SUM = 2.0 ** (62 - FRACTION_BITS)
 MOST_CLIENTS = torch.iinfo(torch.int16).max
 MOST_WEIGHT = torch.iinfo(torch.int32).max
-TILE = 2**16  # entries that are converted at a time, so that conversions stay in the cache; a multiple of 8
+TILE = 2**16  # entries converted at a time, small enough for the cache; a multiple of 8
 
 
 def vote_dtype(clients: int) -> torch.dtype:
-    """The smallest integer type that can count so many clients.
+    """The smallest integer type that can count this many clients.
 
     Raises:
         ValueError: more than `MOST_CLIENTS`.
@@ -70,9 +70,9 @@ class L0Sums:
 
         Args:
             shape: (O, I).
-            weighted: whether some client's weight will not be 1.
-            clients: how many will be folded at most.
-            device: where the accumulators are.
+            weighted: whether a client weight other than 1 will occur.
+            clients: maximum number of clients to fold.
+            device: device of the accumulators.
         """
         return cls(
             torch.zeros(shape, dtype=torch.int64, device=device),
@@ -90,7 +90,7 @@ class L0Sums:
         """Fold one client.
 
         Args:
-            weight: (O, I), any float dtype; what it holds where `mask` is False does not matter.
+            weight: (O, I), any float dtype; entries where `mask` is False are ignored.
             mask: (O, I) bool, True where the client kept the entry.
             client_weight: a_k, a positive integer (1, or a number of samples).
 
@@ -100,7 +100,7 @@ class L0Sums:
         self.add_packed(weight[mask], bitmask.to_bits(mask), client_weight)
 
     def add_packed(self, values: Tensor, bits: Tensor, client_weight: int = 1) -> None:
-        """Fold one client as it travels.
+        """Fold one client's packed matrix.
 
         Args:
             values: (kept,) float, the kept entries.
@@ -147,27 +147,27 @@ class L0Sums:
             native.call(f"fold_8_{size}", fixed, some, len(parts[0]), len(fixed), None, client_weight, *parts)
 
     def check_range(self, largest: float, client_weight: int, clients: int = 1) -> None:
-        """Refuse what would leave the range of an accumulator.
+        """Refuse values that would exceed the range of an accumulator.
 
         Args:
-            largest: largest |weight| to come.
-            client_weight: a_k to come.
-            clients: number of clients to come.
+            largest: largest |weight| to add.
+            client_weight: a_k to add.
+            clients: number of clients to add.
 
         Raises:
-            ValueError: says which range.
+            ValueError: names the range.
         """
         if not largest < float("inf"):
             raise ValueError("l0 aggregation needs finite weights, got NaN or infinity")
         if client_weight < 1:
-            raise ValueError(f"a client weighs at least 1, got {client_weight}")
+            raise ValueError(f"a client weight must be at least 1, got {client_weight}")
         if self.kept is None and client_weight != clients:
             raise ValueError(f"these sums were made for client weights of 1, got {client_weight}")
         bound = self.bound + client_weight * largest
         if bound > LARGEST_SUM:
             raise ValueError(
                 f"the sum of client weight times |W| must stay below {LARGEST_SUM:g}, it may now reach {bound:g}; "
-                "weigh clients equally, or look for a client whose weights have diverged"
+                "use equal client weights, or look for a client whose weights have diverged"
             )
         most = torch.iinfo(self.votes.dtype).max
         if self.weight + client_weight > MOST_WEIGHT or self.clients + clients > most:
@@ -206,12 +206,12 @@ def l0_mean(sums: L0Sums) -> Tensor:
 
 
 def plain_mean(sums: L0Sums) -> Tensor:
-    """Mean over all clients with pruned entries counted as zeros, FedAvg's aggregate. (O, I) float32."""
+    """Mean over all clients, with pruned entries as zeros: FedAvg's aggregate. (O, I) float32."""
     return _divided(sums.total, lambda tile: max(sums.weight, 1))
 
 
 def largest_magnitude(values: Tensor) -> float:
-    """Largest |value|; NaN or infinity if one of them is that; 0 for none."""
+    """Largest |value|; NaN or infinity if there is one; 0 for an empty tensor."""
     if not len(values):
         return 0.0
     low, high = (float(extreme) for extreme in values.aminmax())
@@ -219,7 +219,7 @@ def largest_magnitude(values: Tensor) -> float:
 
 
 def _divided(total: Tensor, by: Callable[[slice], Tensor | int]) -> Tensor:
-    """The sums in units of 1 divided by what `by` says for each tile. (O, I) float32."""
+    """The sums in units of 1, divided by the result of `by` for each tile. (O, I) float32."""
     mean = torch.empty(total.shape, dtype=torch.float32, device=total.device)
     sums, means = total.view(-1), mean.view(-1)
     for tile in _tiles(sums):
@@ -228,7 +228,7 @@ def _divided(total: Tensor, by: Callable[[slice], Tensor | int]) -> Tensor:
 
 
 def _tiles(flat: Tensor) -> Iterator[slice]:
-    """Ranges of entries to convert at a time: few enough for the cache of a CPU, many for a GPU."""
+    """Ranges of entries to convert at a time: small for the cache of a CPU, large for a GPU."""
     step = TILE if flat.device.type == "cpu" else 256 * TILE
     return (slice(start, min(start + step, len(flat))) for start in range(0, len(flat), step))
 

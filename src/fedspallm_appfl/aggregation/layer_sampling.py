@@ -3,15 +3,15 @@
 Source: Bai et al., "FedSpaLLM: Federated Pruning of Large Language Models", NAACL 2025, section 3.4. Client k has a
 resource share r_k in (0, 1] and prunes `n_k = max(1, round(r_k * L))` of the L blocks.
 
-* `uniform` is the paper's: each client draws without replacement, independent of the others. The expectation of a
-  block's aggregate is that of full participation, but some blocks may be drawn by nobody; they stay as they were.
-* `balanced` (ours, the default): one random permutation of the blocks is dealt out round a circle. Each client's share
+* `uniform` is the paper's: each client draws without replacement, independently of the others. The expectation of a
+  block's aggregate is that of full participation, but some blocks may not be drawn; they do not change.
+* `balanced` (ours, the default): one random permutation of the blocks is dealt out in a circle. Each client's share
   is still included with probability n_k / L, and every block gets floor or ceil of `sum n_k / L` clients.
-* `sweep` (ours): round t takes the t-th run of consecutive blocks, dealt out as in `balanced`; the blocks before it come
-  pruned, so that calibration inputs are those of the model being made. r_k is the share of the round's run.
+* `sweep` (ours): round t takes the t-th run of consecutive blocks, dealt out as in `balanced`; earlier blocks are already
+  pruned, so calibration inputs are those of the new model. r_k is the share of the round's run.
 
 The draw is a pure function of (seed, round, roster): server and client compute the same one, and it does not depend on
-how clients are laid out over processes.
+how clients are distributed over processes.
 """
 
 import math
@@ -34,7 +34,7 @@ def draw(
         strategy: `balanced`, `uniform` or `sweep`.
         seed: the experiment's seed.
         round_index: the round, from 0.
-        rounds: number of rounds; only `sweep` looks at it.
+        rounds: number of rounds; only `sweep` uses it.
         shares: resource share in (0, 1] of each client, in the order of the roster.
         blocks: number of decoder blocks L.
 
@@ -42,7 +42,7 @@ def draw(
         For each client the sorted indices of the blocks it prunes.
 
     Raises:
-        ValueError: the strategy is not known.
+        ValueError: the strategy is unknown.
     """
     if strategy == "uniform":
         return {
@@ -59,7 +59,7 @@ def draw(
 
 
 def _generator(seed: int, round_index: int, client: str = "") -> random.Random:
-    """A generator of its own for each draw; string seeds are hashed with SHA-512, the same on every machine."""
+    """A separate generator for each draw; string seeds are hashed with SHA-512, the same on every machine."""
     return random.Random(f"layer sampling/{seed}/{round_index}/{client}")
 
 
@@ -75,13 +75,13 @@ def _deal(blocks: list[int], shares: Mapping[str, float], generator: random.Rand
 
 
 def expected_uncovered(shares: Mapping[str, float], blocks: int) -> float:
-    """Blocks that no client draws in a round of `uniform`, in expectation: `sum_l prod_k (1 - n_k / L)`."""
+    """Expected number of blocks that no client draws in a round of `uniform`: `sum_l prod_k (1 - n_k / L)`."""
     missed = math.prod(1 - blocks_per_round(share, blocks) / blocks for share in shares.values())
     return blocks * missed
 
 
 def to_text(blocks: list[int]) -> str:
-    """Sorted block indices as a compact string: [0, 1, 2, 5] -> "0-2,5". Travels in metadata."""
+    """Sorted block indices as a compact string: [0, 1, 2, 5] -> "0-2,5". Sent in metadata."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][1] + 1:

@@ -1,1 +1,1 @@
-"""A causal LM that is read and run block by block."""
+"""Read and run a causal LM block by block."""

@@ -1,11 +1,11 @@
-"""Write the pruned model as a plain Hugging Face folder, and check what was written.
+"""Write the pruned model as a plain Hugging Face folder, and check the result.
 
 Every safetensors shard of the dense checkpoint is copied as a file, and each pruned matrix is written over its bytes in
-the copy, one after the other: the model is never built, dense tensors are never read, and one matrix is in memory at a
-time. A pickled checkpoint is first written as one safetensors file. Everything else in the folder (config, tokenizer,
-licence) is copied as it is.
+the copy, one after the other. The model is never built, dense tensors are never read, and one matrix is in memory at a
+time. A pickled checkpoint is first converted to one safetensors file. All other files in the folder (config, tokenizer,
+licence) are copied unchanged.
 
-A folder written so has the size of the dense one: the zeros are stored. What is smaller is what travelled.
+The new folder has the size of the dense one, because zeros are stored. Only the uploads are smaller.
 """
 
 import json
@@ -29,7 +29,7 @@ from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
-DTYPE_NAMES = {  # as they stand in the header of a safetensors file
+DTYPE_NAMES = {  # as in the header of a safetensors file
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -54,7 +54,7 @@ class MatrixSparsity:
         shape: (O, I).
         entries: O * I.
         zeros: entries that the mask prunes; all of them are zero on disk.
-        zeros_on_disk: entries that are zero on disk; more where a kept weight is exactly zero.
+        zeros_on_disk: entries that are zero on disk; more if a kept weight is exactly zero.
         sparsity: zeros / entries.
     """
 
@@ -67,24 +67,24 @@ class MatrixSparsity:
     sparsity: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
+        """Its entry in the manifest."""
         return asdict(self)
 
 
 def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
-    """Copy the dense model with pruned matrices put in.
+    """Copy the dense model and replace the pruned matrices.
 
-    A file appears under its name only when it is complete, so that a run that was killed leaves no half of one.
+    A file gets its name only when it is complete, so a killed run leaves no partial file.
 
     Args:
         skeleton: the dense model.
-        pruned: the pruned blocks; blocks that are not in it stay dense.
-        folder: where to write; made if need be.
+        pruned: the pruned blocks; all other blocks stay dense.
+        folder: where to write; created if needed.
 
     Raises:
-        ModelError: a pruned matrix has another shape or dtype than the dense one, or a tensor of a pickled checkpoint
-            is of a dtype that safetensors does not know.
-        OSError: there is no room, or no right to write.
+        ModelError: a pruned matrix differs from the dense one in shape or dtype, or a tensor of a pickled checkpoint
+            has a dtype that safetensors does not support.
+        OSError: the disk is full, or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in skeleton.folder.iterdir():
@@ -99,16 +99,16 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
             if files.pickled:
                 _convert(files, partial)
             else:
-                shutil.copyfile(source, partial)  # content only: the source may be a link, and may be read-only
+                shutil.copyfile(source, partial)  # content only: the source may be a link or read-only
             _put_in(skeleton, pruned, partial)
             shutil.copymode(source, partial)
 
 
 @contextmanager
 def _partial(file: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name once it is complete."""
+    """A temporary path for a file that gets its name once it is complete."""
     partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)  # of a run that was killed; it may be read-only
+    partial.unlink(missing_ok=True)  # left by a killed run; it may be read-only
     try:
         yield partial
         partial.replace(file)
@@ -117,7 +117,7 @@ def _partial(file: Path) -> Iterator[Path]:
 
 
 def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
-    """Write pruned matrices over the dense ones of a shard; a block that is not in it is not read."""
+    """Write pruned matrices over the dense ones of a shard; blocks outside the shard are not read."""
     with file.open("r+b") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         data = stream.tell()
@@ -135,19 +135,21 @@ def _overwrite(stream: IO[bytes], data: int, key: str, entry: dict[str, Any], li
     got = {"dtype": DTYPE_NAMES[weight.dtype], "shape": list(weight.shape)}
     expected = {name: entry[name] for name in got}
     if got != expected:
-        raise ModelError(f"{key}: the dense matrix is {expected}, the pruned one {got}; they are of different models")
+        raise ModelError(
+            f"{key}: the dense matrix is {expected}, the pruned one {got}; they belong to different models"
+        )
     stream.seek(data + entry["data_offsets"][0])
     stream.write(_bytes_of(weight))
 
 
 def _convert(files: CheckpointFiles, file: Path) -> None:
     """Write a pickled checkpoint as one safetensors file; names that share a tensor each get a copy."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers needs it
     end = 0
     for key in sorted(files.keys(), key=lambda key: -files.shape_and_dtype(key)[1].itemsize):  # all aligned
         shape, dtype = files.shape_and_dtype(key)
         if dtype not in DTYPE_NAMES:
-            raise ModelError(f"{files.folder}: {key} is of {dtype}, which safetensors does not know; convert it first")
+            raise ModelError(f"{files.folder}: {key} is {dtype}, which safetensors does not support; convert it first")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     words = json.dumps(header).encode()
@@ -159,7 +161,7 @@ def _convert(files: CheckpointFiles, file: Path) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The entries of a tensor in row-major order as they stand in a safetensors file."""
+    """The entries of a tensor in row-major order, as in a safetensors file."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -189,8 +191,8 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
 
     Args:
         skeleton: the dense model.
-        pruned: the pruned blocks that were put in.
-        folder: what `write_model` wrote.
+        pruned: the pruned blocks that were written.
+        folder: the folder that `write_model` wrote.
 
     Returns:
         One entry for each prunable matrix.

@@ -1,6 +1,6 @@
 """Find the decoder blocks and the prunable linears of any causal LM, by structure: the only architecture-aware file.
 
-Decoder blocks are the one outermost `nn.ModuleList` whose members are of one class and hold linears. Prunable are the
+Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears. Prunable are the
 linears inside a block (`nn.Linear`, and GPT-2's `Conv1D`, whose weight is stored transposed), unless their weight is tied
 to one outside the blocks. Embeddings, norms, head and biases are never pruned.
 
@@ -21,7 +21,7 @@ class Linear:
 
     Attributes:
         name: dotted name inside the block, e.g. `self_attn.q_proj`.
-        shape: (O, I), whatever way round the weight is stored.
+        shape: (O, I), independent of how the weight is stored.
         transposed: the weight is stored as (I, O).
     """
 
@@ -61,7 +61,7 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
 
     Args:
         model: a causal LM; its parameters may be on the meta device.
-        path: dotted name of the list of blocks, where the search does not find the right one.
+        path: dotted name of the list of blocks, if the search does not find the right one.
 
     Returns:
         The layout.
@@ -81,7 +81,7 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
         bare = [index for index, linears in enumerate(layout.blocks) if not linears]
         raise ModelError(
             f"blocks {bare} of {type(model).__name__}.{found} hold no nn.Linear or Conv1D to prune (experts stored as one "
-            "tensor are not supported); if these are not the decoder blocks, name their list in `model.blocks`"
+            "tensor are not supported); if these are not the decoder blocks, set `model.blocks` to the right list"
         )
     return layout
 
@@ -113,7 +113,7 @@ def _search(model: nn.Module) -> str:
         return candidates[0]
     what = f"found {len(candidates)}: {', '.join(candidates)}" if candidates else "found none"
     raise ModelError(
-        f"looked in {type(model).__name__} for one outermost nn.ModuleList whose members are of one class and hold "
+        f"looked in {type(model).__name__} for one outermost nn.ModuleList whose members have one class and contain "
         f"linears, {what}; set `model.blocks` to the dotted name of the decoder blocks, e.g. model.layers"
     )
 
@@ -128,7 +128,7 @@ def _module_list(model: nn.Module, path: str) -> nn.ModuleList:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if path not in lists or not len(lists[path]):
         raise ModelError(
-            f"`model.blocks` is {path!r}, which is no filled nn.ModuleList of {type(model).__name__}; "
+            f"`model.blocks` is {path!r}, which is not a non-empty nn.ModuleList of {type(model).__name__}; "
             f"its lists are {', '.join(lists) or 'none'}"
         )
     return lists[path]

@@ -1,8 +1,8 @@
-"""A causal LM of which only what is in use is in memory: the outer parts always, decoder blocks one at a time.
+"""A causal LM that holds only the parts in use in memory: the outer parts always, decoder blocks one at a time.
 
-The model is built without weights (parameters on the meta device, buffers real), then embeddings, final norm and head are
-read from the checkpoint. `block(i)` reads the weights of one block, puts pruned matrices of the federation in where there
-are some, and drops them again afterwards, so that a block can be pruned in place without a copy of the dense one.
+The model is built without weights (parameters on the meta device, real buffers). Then embeddings, final norm and head are
+read from the checkpoint. `block(i)` reads the weights of one block, replaces them by pruned matrices if there
+are any, and drops them afterwards. A block can thus be pruned in place without a copy of the dense one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from fedspallm_appfl.wire.packed import Packed
 
 
 class Skeleton:
-    """A causal LM without weights, enough to know its layout.
+    """A causal LM without weights, for its layout.
 
     Attributes:
         folder: the model folder.
@@ -41,7 +41,7 @@ class Skeleton:
             dtype: `auto` (as stored) or a name in `DTYPES`, for the parts that are built in a dtype.
 
         Raises:
-            ModelError: the folder is no model, its architecture is not known, or its blocks cannot be found.
+            ModelError: the folder is not a model, its architecture is unknown, or its blocks cannot be found.
         """
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
@@ -55,15 +55,15 @@ class Skeleton:
         """The dtype of all prunable weights in the checkpoint.
 
         Raises:
-            ModelError: they are not all of one floating-point dtype that can be pruned, e.g. quantized.
+            ModelError: they do not share one supported floating-point dtype, e.g. because they are quantized.
         """
         names = [self.key(block, linear.name) for block, linears in enumerate(self.layout.blocks) for linear in linears]
         first = {self.files.shape_and_dtype(name)[1]: name for name in reversed(names)}
         if len(first) > 1 or next(iter(first)) not in DTYPES.values():
             found = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
             raise ModelError(
-                f"{self.folder}: the weights to prune must be of one dtype, {', '.join(DTYPES)}, got {found}; a quantized "
-                "model cannot be pruned, and mixed ones have to be converted to one dtype first"
+                f"{self.folder}: the weights to prune must have one dtype, {', '.join(DTYPES)}, got {found}; a quantized "
+                "model cannot be pruned, and mixed dtypes must be converted to one dtype first"
             )
         return next(iter(first))
 
@@ -73,7 +73,7 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids that the model has an embedding for."""
+        """Number of token ids with an embedding."""
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
     @property
@@ -86,7 +86,7 @@ class Skeleton:
         return self._key_of[parameter]
 
     def find_key(self, name: str) -> str | None:
-        """Name in the checkpoint of a parameter or buffer, which may be an older one or differ by the base's prefix."""
+        """Name in the checkpoint of a parameter or buffer; it may be an older name or differ by the base's prefix."""
         prefix = f"{self.model.base_model_prefix}."
         options = (name, name.removeprefix(prefix), prefix + name)
         return next((self._todays_names[option] for option in options if option in self._todays_names), None)
@@ -122,7 +122,7 @@ class LazyModel:
 
     Attributes:
         skeleton: layout and checkpoint.
-        model: the model; its outer parts hold weights, its blocks do not.
+        model: the model; its outer parts have weights, its blocks do not.
         dtype: dtype of arithmetic and activations.
         device: where it runs.
     """
@@ -156,12 +156,12 @@ class LazyModel:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks; their parameters are on the meta device but inside `block`."""
+        """The decoder blocks; outside `block` their parameters are on the meta device."""
         return self.model.get_submodule(self.layout.path)  # type: ignore[return-value]
 
     @contextmanager
     def block(self, index: int, pruned: Mapping[str, Packed] | None = None) -> Iterator[nn.Module]:
-        """One block with its weights, dense but for the matrices in `pruned`; they are dropped afterwards."""
+        """One block with its weights, dense except the matrices in `pruned`; they are dropped afterwards."""
         block = self.blocks[index]
         empty = dict(block.named_parameters())
         self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
@@ -177,10 +177,10 @@ class LazyModel:
                 block.get_submodule(owner)._parameters[leaf] = parameter
 
     def put(self, block: nn.Module, linear: Linear, weight: Tensor) -> Tensor:
-        """Set a linear's weight, given as (O, I), as it is after rounding to the checkpoint's dtype.
+        """Set a linear's weight, given as (O, I), after rounding it to the checkpoint's dtype.
 
         Returns:
-            The rounded weight; where it can, the block uses its memory, so that it is not held twice.
+            The rounded weight; if possible the block shares its memory, so it is not stored twice.
         """
         rounded = weight.to(self.skeleton.stored_dtype)
         parameter: Tensor = block.get_submodule(linear.name).weight  # type: ignore[assignment]
@@ -199,7 +199,7 @@ class LazyModel:
             self.put(block, linear, packed.unpack_weight(self.device))
 
     def _fill(self, module: nn.Module, wanted: Callable[[str], bool], prefix: str) -> None:
-        """Read the wanted parameters and persistent buffers of a module from the checkpoint."""
+        """Read the given parameters and persistent buffers of a module from the checkpoint."""
         for name, old in list(module.named_parameters()):
             if wanted(name):
                 tensor = self.skeleton.files.read(self.skeleton.key_of(prefix + name))
@@ -208,7 +208,7 @@ class LazyModel:
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
 
     def _fill_buffers(self) -> None:
-        """Move buffers to the device; those that the checkpoint holds take its values."""
+        """Move buffers to the device; those in the checkpoint get its values."""
         for name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             key = self.skeleton.find_key(name)
@@ -255,14 +255,14 @@ class HollowModel:
 
 
 def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
-    """A causal LM as `config.json` says, parameters on the meta device.
+    """A causal LM built from `config.json`, with parameters on the meta device.
 
     Args:
-        folder: the model folder; it need not hold weights.
+        folder: the model folder; it needs no weights.
         dtype: `auto` (as `config.json` says) or a name in `DTYPES`.
 
     Raises:
-        ModelError: the file is not one of a model that this transformers knows.
+        ModelError: the installed transformers does not support the model.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -270,20 +270,20 @@ def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
         kind = config.dtype if dtype == "auto" else DTYPES[dtype]
         with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, dtype=kind)
-    except Exception as error:  # config.json may hold anything, and every model class trips over it in its own way
+    except Exception as error:  # config.json may hold anything, and every model class fails differently
         raise ModelError(f"{folder} cannot be built as a causal LM by this transformers: {error}") from error
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """New parameters go to the meta device, so that nothing is allocated or initialized; buffers stay real."""
+    """Create new parameters on the meta device, without allocation or initialization; buffers stay real."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
         if parameter is not None and parameter.device.type != "meta":
             empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            # Transformers' mark; without it most of the time goes into drawing numbers for tensors that hold none.
+            # A mark of transformers; without it most time goes into random numbers for tensors without storage.
             empty._is_hf_initialized = True  # type: ignore[attr-defined]
             module._parameters[name] = empty
 
@@ -297,9 +297,9 @@ def _parameters_on_meta() -> Iterator[None]:
 def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str]) -> str:
     lacks = f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
     if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
-        return f"{lacks}; transformers puts several stored weights together for it, as with experts: not supported"
+        return f"{lacks}; transformers merges several stored weights into it, as with experts: not supported"
     return (
-        f"{lacks}; the checkpoint and config.json do not belong together, or it was written by an old version: then "
+        f"{lacks}; the checkpoint does not match config.json, or an old version wrote it: in that case "
         "load it with transformers and save it again with save_pretrained"
     )
 
@@ -317,7 +317,7 @@ def _todays_names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, s
 
 
 def _tied_names(model: nn.Module) -> list[str]:
-    """Parameters that are the same as one registered before them, e.g. a head tied to the embeddings."""
+    """Parameters that are the same as an earlier registered one, e.g. a head tied to the embeddings."""
     names: dict[int, str] = {}
     return [
         name

@@ -1,7 +1,7 @@
 """Windows of tokens from text: the private calibration text of a client, or the held-out text of an evaluation.
 
 A text is tokenized whole and cut into windows of `length` tokens that do not overlap. A client then takes `count` of them
-in an order drawn from (seed, client id): the same windows whatever the layout of processes.
+in a random order from (seed, client id): the same windows for any layout of processes.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        ModelError: there is none that can be read.
+        ModelError: there is no readable tokenizer.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust library behind it raises bare exceptions
-        raise ModelError(f"{folder} holds no tokenizer that can be read: {first_line(error)}") from error
+        raise ModelError(f"{folder} has no readable tokenizer: {first_line(error)}") from error
 
 
 def read_text(paths: str | Sequence[str]) -> str:
@@ -39,7 +39,7 @@ def read_text(paths: str | Sequence[str]) -> str:
 
 
 def text_files(paths: str | Sequence[str]) -> list[Path]:
-    """The files of a text; a folder stands for the `.txt` files in it, in the order of their names.
+    """The files of a text; a folder means the `.txt` files in it, sorted by name.
 
     Raises:
         DataError: a folder holds no text, or a home directory is not known.
@@ -48,7 +48,7 @@ def text_files(paths: str | Sequence[str]) -> list[Path]:
     for path in map(_expanded, [paths] if isinstance(paths, str) else paths):
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not found:
-            raise DataError(f"the folder {path} holds no .txt file; name a text file or a folder with some")
+            raise DataError(f"the folder {path} has no .txt file; name a text file or a folder with .txt files")
         files.extend(found)
     return files
 
@@ -71,7 +71,7 @@ def _read_file(file: Path) -> str:
 
 def cut_windows(tokenizer: Any, text: str, length: int) -> Tensor:
     """All whole windows of a text, in order. (windows, length) int64."""
-    tokenizer.model_max_length = int(1e30)  # the text is cut here, a warning about its length would be wrong
+    tokenizer.model_max_length = int(1e30)  # the text is cut into windows, so a warning about its length would be wrong
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = len(ids) // length
     return torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
@@ -100,23 +100,23 @@ def draw_windows(windows: Tensor, count: int, seed: int, client: str) -> Tensor:
 
 
 def too_few(client: str, count: int, length: int, found: int) -> str:
-    """What to say of a private text with `found` windows of `length` tokens where `count` were asked for."""
+    """The error message for a private text that has fewer windows than requested."""
     return (
-        f"client {client}: {count} calibration windows of {length} tokens were asked for, its text has {found}; "
+        f"client {client}: {count} calibration windows of {length} tokens were requested, its text has {found}; "
         "give more text, or lower data.windows or data.length"
     )
 
 
 def check_vocabulary(windows: Tensor, vocabulary: int, where: str) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Refuse token ids without an embedding.
 
     Raises:
-        DataError: the tokenizer and the model do not belong together.
+        DataError: the tokenizer does not match the model.
     """
     if windows.numel() and int(windows.max()) >= vocabulary:
         raise DataError(
             f"{where}: the tokenizer gives token {int(windows.max())}, the model has {vocabulary}; "
-            "tokenizer and model in this folder do not belong together"
+            "the tokenizer in this folder does not match the model"
         )
 
 

@@ -1,1 +1,1 @@
-"""One matrix, pruned from what is known of its inputs (docs/method.md section 1)."""
+"""Prune one matrix with statistics of its inputs (docs/method.md section 1)."""

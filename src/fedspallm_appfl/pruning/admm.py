@@ -1,4 +1,4 @@
-"""ADMM pruning: search mask and weights together, then fit the weights that are left.
+"""ADMM pruning: search mask and weights together, then fit the kept weights.
 
 Source: Meng, Behdin, Wang & Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
 Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `least_squares`) and scaled weights W, the error
@@ -6,16 +6,16 @@ Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `l
 
     X = W + (Q - U - W) rho (C + rho)^-1,    Q = the largest entries of X + U,    U = X + U - Q.
 
-So Q is what `Z = X + U` has inside the mask and U what it has outside: Z and the mask are all the state there is. Least
+So Q is `Z = X + U` inside the mask, and U is Z outside it: Z and the mask are the whole state. Least
 squares on the support (`least_squares`) follow.
 
 Where this differs from the authors' code:
-* the penalty runs through the same values in any number of steps, so that more steps mean a slower, better search; it does
-  not ask how much of the mask changed, but a mask that stays the same for long ends the search;
+* the penalty takes the same values for any number of steps, so more steps mean a slower, better search; it does
+  not depend on how much the mask changed, but a mask that stays the same for long ends the search;
 * U stays when the penalty grows, instead of rho U: simpler, and the error is a little smaller;
 * no eigendecomposition: `(C + rho)^-1` by Cholesky factors costs less than the product of eigenvectors;
-* exactly as many entries are pruned as asked, ties by index;
-* weights of dead features go first, and those that stay are left as they were.
+* exactly the requested number of entries is pruned, ties by index;
+* weights of dead features are pruned first, and the remaining ones do not change.
 
 Legend: O out features, I in features.
 """
@@ -34,7 +34,7 @@ from fedspallm_appfl.tensors.target import Target
 STEPS = 60
 PENALTIES = (0.1, 4.0)  # the first and, at the latest, the last
 PERIOD = 3  # steps with one penalty
-PATIENCE = 2  # penalties in a row that leave the mask as it was, after which the search ends
+PATIENCE = 2  # the search ends after this many penalties in a row without a change of the mask
 
 
 def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int =
         weight: (O, I) float, not changed.
         target: ratio or n:m; for n:m, I is a multiple of m.
         correlation: of the layer's inputs.
-        steps: at most so many steps of ADMM.
+        steps: maximum number of ADMM steps.
 
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
@@ -62,7 +62,7 @@ def _search(weight: Tensor, target: Target, correlation: Correlation, steps: int
         for _ in range(count):
             _step(state, weight, mask, shrinkage)
             mask = _largest(state, target)
-        del shrinkage  # before the next is made
+        del shrinkage  # free memory for the next one
         settled = settled + 1 if torch.equal(mask, earlier) else 0
         if settled == PATIENCE:
             break

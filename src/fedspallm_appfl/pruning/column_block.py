@@ -1,11 +1,11 @@
-"""The inner loop of SparseGPT: visit the columns of one block, and let those to the right make up for each error.
+"""The inner loop of SparseGPT: visit the columns of one block and compensate each error in the columns to the right.
 
 Source: Frantar & Alistarh, "SparseGPT", ICML 2023, algorithm 1, inner loop. For each column j in order, with U the upper
-factor of the block: the error of a pruned entry is `w_j / U_jj`, and `U_jk` times it is taken from every column k > j.
+factor of the block: the error of a pruned entry is `w_j / U_jj`, and `U_jk` times it is subtracted from every column k > j.
 
-Three paths with one meaning: compiled loops and torch give the same bits, the Triton kernel rounds otherwise.
+There are three implementations: compiled loops and torch give the same bits, the Triton kernel rounds differently.
 
-Legend: B columns of the block, O out features. Everything is transposed, so that a column lies in contiguous memory.
+Legend: B columns of the block, O out features. Everything is transposed, so a column is contiguous in memory.
 """
 
 from fractions import Fraction
@@ -18,7 +18,7 @@ from fedspallm_appfl.tensors import native
 from fedspallm_appfl.tensors.sparsity import select
 from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
-GIVEN = Ratio(Fraction(0))  # any ratio will do as the target of a mask that is there already
+GIVEN = Ratio(Fraction(0))  # any ratio works as the target of an existing mask
 
 
 def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, target: Target) -> None:
@@ -28,7 +28,7 @@ def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, targ
         columns: (B, O) float32, the weights; pruned and compensated afterwards.
         kept: (B, O) bool, True = kept; given for a ratio, written for n:m.
         upper: (B, B) float32, the block's factor U.
-        importance: (B,) float32, what a squared weight of each column costs, `1 / U_jj^2`.
+        importance: (B,) float32, cost of a squared weight of each column, `1 / U_jj^2`.
         target: ratio or n:m; for n:m, B is a multiple of m.
     """
     on_gpu = columns.is_cuda and len(columns) <= triton_block.LARGEST_BLOCK and triton_block.supports(target)

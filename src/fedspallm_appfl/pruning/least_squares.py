@@ -21,8 +21,8 @@ from fedspallm_appfl.pruning.statistics import damp, inverse_norms
 ROWS = 1024  # solved together: enough for a GEMM at full speed, and few enough to need little memory
 STRIPS = 5  # float32 copies of the rows that are solved together
 MOST_ITERATIONS = 50
-TOLERANCE = 1e-4  # an iteration that lowers the error by a smaller share of it is the last
-ROUNDING = 1e-6  # a row whose residual fell to this share of the first one is solved: the rest is rounding
+TOLERANCE = 1e-4  # stop when an iteration lowers the error by a smaller share
+ROUNDING = 1e-6  # a row whose residual falls to this share of the initial one is solved: the rest is rounding
 
 
 class Correlation:
@@ -75,9 +75,9 @@ def refit(weight: Tensor, mask: Tensor, start: Tensor, correlation: Correlation)
     """Fit the kept weights of one matrix.
 
     Args:
-        weight: (O, I) float, what the pruned weight should be like; not changed.
+        weight: (O, I) float, the weight to approximate; not changed.
         mask: (O, I) bool, True = kept.
-        start: (O, I) float, where to start from, zero outside the mask; not changed.
+        start: (O, I) float, the starting point, zero outside the mask; not changed.
         correlation: of the layer's inputs.
 
     Returns:
@@ -94,7 +94,7 @@ def fit(weight: Tensor, mask: Tensor, solution: Tensor, correlation: Correlation
 
 
 def descend(solution: Tensor, weight: Tensor, mask: Tensor, matrix: Tensor) -> None:
-    """Conjugate gradients, until an iteration is hardly worth it.
+    """Conjugate gradients, until an iteration gains little.
 
     Args:
         solution: (O, I) float32, zero outside the mask: the start, overwritten by the solution.

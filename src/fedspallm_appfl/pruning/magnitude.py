@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a matrix go. Needs no data.
+"""Magnitude pruning: prune the smallest weights of a matrix. Needs no data.
 
 Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015; compared over the
 whole matrix, as the baselines of SparseGPT and Wanda do.

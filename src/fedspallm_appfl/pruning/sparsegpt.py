@@ -1,21 +1,21 @@
-"""SparseGPT: prune column by column and let the columns to the right make up for the error.
+"""SparseGPT: prune column by column and compensate errors in the columns to the right.
 
 Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,
 algorithm 1. With `H = G + damping * mean(diag G) * I` and U the upper Cholesky factor of its inverse (`H^-1 = U^T U`):
 columns are visited in blocks; at the start of a block the entries with the smallest `W^2 / U_jj^2` are chosen; each
-pruned entry leaves an error `W_j / U_jj`, which `U` distributes over the columns that are still to come.
+pruned entry leaves an error `W_j / U_jj`, which `U` distributes over the remaining columns.
 
 Where this differs from the authors' code:
-* exactly as many entries are pruned as asked, counted cumulatively over column blocks, ties by index;
-* an input feature that is always zero makes its weights free: they are pruned first and those that stay are left as they
-  were (the authors set them all to zero, which would pull down the mean over clients that do see the feature);
+* exactly the requested number of entries is pruned, counted cumulatively over column blocks, ties by index;
+* weights of an input feature that is always zero have no cost: they are pruned first, and the remaining ones do not change
+  (the authors set them all to zero, which would lower the mean over clients that do see the feature);
 * only H is factored, never inverted: `H = R R^T` with R upper triangular, block by block from the last to the first, has
-  `U = R^-1`. With D what the finished columns have lost, the next block of columns b is, before its own loop,
+  `U = R^-1`. With D the loss of the finished columns, the next block of columns b is, before its own loop,
   `W_b + D R_b U_bb`, where R_b are the rows of R of the finished columns and U_bb the inverse of a small triangle. The
-  `R_b U_bb` are made once for all linears that share an input. A factorization that fails is tried again with ten times
-  the damping, `retries` times, and then is an error.
+  `R_b U_bb` are computed once for all linears that share an input. A failed factorization is repeated with ten times
+  the damping, up to `retries` times, and is then an error.
 
-The work runs on the transposed matrix, so that a column lies in contiguous memory.
+All work uses the transposed matrix, so a column is contiguous in memory.
 
 Legend: O out features, I in features.
 """
@@ -39,14 +39,14 @@ class Factor:
 
     Attributes:
         blocks: the blocks of columns, in order; the last one may be narrower.
-        importance: (I,) float32, `1 / U_jj^2`, what a squared weight of each column costs; 0 for dead features.
+        importance: (I,) float32, `1 / U_jj^2`, cost of a squared weight of each column; 0 for dead features.
         dead: (I,) bool, features that are always zero.
-        damping: the damping that was used in the end, as a share of mean(diag G).
+        damping: the damping that worked, as a share of mean(diag G).
         attempts: factorizations tried.
     """
 
     def __init__(self, gram: InputGram, damping: float, retries: int, width: int = COLUMN_BLOCK) -> None:
-        """Factor a Gram matrix in its own memory: what is below its diagonal is overwritten, what is above stays.
+        """Factor a Gram matrix in place: the part below its diagonal is overwritten, the part above is kept.
 
         Raises:
             PruningError: the matrix could not be factored with any of the dampings tried.
@@ -78,13 +78,13 @@ class Factor:
         return self._corners[block, : block.stop - block.start]
 
     def carry(self, block: slice) -> Tensor:
-        """(B, start) float32, `(R_b U_bb)^T`: times what the finished columns lost, it is what the block gains."""
+        """(B, start) float32, `(R_b U_bb)^T`: times the loss of the finished columns, it gives the gain of the block."""
         return self._store[block, : block.start]
 
     def _factor(self, diagonal: Tensor) -> bool:
-        """Factor with this diagonal, from the last block to the first; whether that went well.
+        """Factor with this diagonal, from the last block to the first; returns whether it succeeded.
 
-        Until all blocks are done, `carry(b)` holds the rows of R of the columns in front of b, transposed.
+        Until all blocks are done, `carry(b)` holds the rows of R of the columns before b, transposed.
         """
         failed = []
         for block in reversed(self.blocks):
@@ -119,7 +119,7 @@ def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tenso
 
 
 def compensate(weight: Tensor, mask: Tensor, factor: Factor) -> Tensor:
-    """Prune one matrix with a mask that is given, and compensate.
+    """Prune one matrix with a given mask, and compensate.
 
     Args:
         weight: (O, I) float, not changed.
@@ -146,7 +146,7 @@ def _sweep(weight: Tensor, kept: Tensor, target: Target | None, factor: Factor) 
         choice = target or column_block.GIVEN
         column_block.solve(columns, kept[block], factor.corner(block).contiguous(), importance, choice)
         lost[block] -= columns
-    return lost.view(weight.shape).copy_(pruned.T)  # nothing is needed any more of what was lost
+    return lost.view(weight.shape).copy_(pruned.T)  # the losses are no longer needed
 
 
 def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:
@@ -165,7 +165,7 @@ def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:
 
 
 def block_width(target: Target, width: int = COLUMN_BLOCK) -> int:
-    """Columns of a block: `width`, or for n:m the nearest multiple of m below it."""
+    """Columns of a block: `width`, or for n:m the largest multiple of m up to it."""
     return max(target.group, width - width % target.group) if isinstance(target, NM) else width
 
 

@@ -1,4 +1,4 @@
-"""What a pruner has to know of the inputs of a linear: their Gram matrix, or only its diagonal.
+"""The statistics of a linear's inputs that pruners need: their Gram matrix, or only its diagonal.
 
 Raw sums over calibration tokens, never averages: SparseGPT's mask and compensation do not change with the scale of the
 Hessian `2 G`, nor Wanda's order with that of `sqrt(diag G)`.
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import PruningError
 
-STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs still wide enough to run at full speed
+STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs wide enough for full speed
 NARROWEST = 64
-LEAST_DAMPING = 0.005  # of a correlation matrix that needs some
+LEAST_DAMPING = 0.005  # of a correlation matrix that needs damping
 
 
 class InputNorms:
-    """Sum of squares of each input feature, all that Wanda needs.
+    """Sum of squares of each input feature, which is all that Wanda needs.
 
     Attributes:
         squares: (I,) float32, `sum x_j^2`.
@@ -30,7 +30,7 @@ class InputNorms:
 
     @classmethod
     def of(cls, squares: Tensor, tokens: int) -> "InputNorms":
-        """Norms from a stored sum of squares, (I,) float32, over so many tokens."""
+        """Norms from a stored sum of squares, (I,) float32, over this many tokens."""
         norms = cls(0, squares.device)
         norms.squares, norms.tokens = squares, tokens
         return norms
@@ -54,7 +54,7 @@ class InputNorms:
 class InputGram:
     """Gram matrix of the inputs, `G = sum x x^T`.
 
-    Only strips above and on the diagonal are accumulated, half of the work; `matrix` mirrors them.
+    Only strips on and above the diagonal are accumulated, which halves the work; `matrix` mirrors them.
 
     Attributes:
         upper: (I, I) float32, right on and above the diagonal.
@@ -70,8 +70,8 @@ class InputGram:
         """A Gram matrix from a stored sum.
 
         Args:
-            upper: (I, I) float32, right on and above the diagonal; not copied, and used up by whoever uses up the Gram.
-            tokens: how many inputs were summed.
+            upper: (I, I) float32, right on and above the diagonal; not copied; users of the Gram matrix may overwrite it.
+            tokens: number of summed inputs.
         """
         gram = cls(0, upper.device)
         gram.upper, gram.tokens = upper, tokens
@@ -95,7 +95,7 @@ class InputGram:
         return 4 * features * features
 
     def matrix(self) -> Tensor:
-        """(I, I) float32, the whole symmetric matrix, a new tensor."""
+        """(I, I) float32, the full symmetric matrix, a new tensor."""
         return mirror(self.upper.clone())
 
 
@@ -103,7 +103,7 @@ Statistic = InputGram | InputNorms
 
 
 def mirror(upper: Tensor) -> Tensor:
-    """Copy what is above the diagonal of an (I, I) matrix below it, in place. Returns the matrix."""
+    """Mirror the upper triangle of an (I, I) matrix to the lower one, in place. Returns the matrix."""
     width = _strip(len(upper))
     for start in range(0, len(upper), width):
         stop = start + width
@@ -114,10 +114,10 @@ def mirror(upper: Tensor) -> Tensor:
 
 
 def lift(upper: Tensor) -> None:
-    """Make a Gram matrix that was rounded, and is a little indefinite, positive definite, in place.
+    """Make a rounded, slightly indefinite Gram matrix positive definite, in place.
 
-    All entries of the diagonal are raised by the same share, the least of a doubling sequence that will do. Raising the
-    lowest eigenvalues alone is no better for the pruned weights, and takes an eigendecomposition.
+    All diagonal entries are raised by the same share, the smallest of a doubling sequence that suffices. Raising only the
+    lowest eigenvalues is not better for the pruned weights and needs an eigendecomposition.
 
     Args:
         upper: (I, I) float32, right on and above the diagonal.
@@ -136,14 +136,14 @@ def inverse_norms(squares: Tensor) -> Tensor:
 
 
 def damp(correlation: Tensor, damping: float) -> float:
-    """Add to the diagonal of a correlation matrix, in place, what makes it positive definite.
+    """Raise the diagonal of a correlation matrix, in place, until it is positive definite.
 
     Args:
-        correlation: (I, I) float32, right above the diagonal, which is taken for 1.
-        damping: the least to add; it is doubled until a Cholesky factorization goes well.
+        correlation: (I, I) float32, right above the diagonal, which is taken as 1.
+        damping: the minimum to add; it is doubled until a Cholesky factorization succeeds.
 
     Returns:
-        What was added.
+        The added value.
 
     Raises:
         PruningError: the matrix holds NaN or infinity.
@@ -151,8 +151,10 @@ def damp(correlation: Tensor, damping: float) -> float:
     correlation.diagonal().fill_(1.0 + damping)
     while bool(torch.linalg.cholesky_ex(correlation, upper=True)[1]):
         damping = max(2.0 * damping, LEAST_DAMPING)
-        if damping > 2 * len(correlation):  # then the diagonal outweighs all that numbers up to 1 can do
-            raise PruningError("the Gram matrix of the inputs is none: it holds NaN, infinity or correlations above 1")
+        if damping > 2 * len(correlation):  # then the diagonal dominates any numbers up to 1
+            raise PruningError(
+                "the Gram matrix of the inputs is invalid: it holds NaN, infinity or correlations above 1"
+            )
         correlation.diagonal().fill_(1.0 + damping)
     return damping
 

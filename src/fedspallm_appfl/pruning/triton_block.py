@@ -3,7 +3,7 @@
 Source: Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023,
 algorithm 1, the loop over the columns of a block.
 
-Output rows do not depend on each other: each program takes a few of them through all columns of the block, with the
+Output rows are independent: each program takes a few of them through all columns of the block, with the
 weights in registers from the first column to the last, and no program waits for another.
 
 Legend: B columns of the block, O out features.
@@ -25,7 +25,7 @@ from fedspallm_appfl.tensors.target import NM, Target
 if TYPE_CHECKING:
     import triton.language as tl
 
-LARGEST_BLOCK = 256  # columns; more would not fit into the registers, as for n:m the scores are there too
+LARGEST_BLOCK = 256  # columns; more would not fit into the registers, which for n:m also hold the scores
 USUAL_BLOCK = 128  # a narrower block runs the code compiled for this one
 # Out features of a program. Few, as the columns are a chain of short steps whose latency only other programs can hide: 4096
 # out features make 512 programs, one for each of the four schedulers of the 132 multiprocessors of a large GPU. Not fewer,
@@ -48,12 +48,12 @@ def available() -> bool:
 
 
 def supports(target: Target) -> bool:
-    """Whether a target can be solved: ratios, and patterns n:m of which a group fits into the largest block."""
+    """Whether a target can be solved: ratios, and patterns n:m whose group fits into the largest block."""
     return not isinstance(target, NM) or target.group <= LARGEST_BLOCK
 
 
 def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, target: Target) -> None:
-    """Prune the columns of one block and let those to the right, within the block, make up for the error.
+    """Prune the columns of one block and compensate errors in the columns to the right within the block.
 
     Source: Frantar & Alistarh, "SparseGPT", ICML 2023, algorithm 1. All tensors are on one CUDA device.
 

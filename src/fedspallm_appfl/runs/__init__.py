@@ -1,1 +1,1 @@
-"""One experiment, from its configuration to the files of its results."""
+"""One experiment, from its configuration to its result files."""

@@ -1,4 +1,4 @@
-"""Run under mpiexec: rank 0 is the server, the other ranks hold one client or several each.
+"""Run under mpiexec: rank 0 is the server, and every other rank holds one or more clients.
 
 APPFL's MPI communicators carry the messages, slightly changed (`adaptors.mpi_communicators`).
 
@@ -47,7 +47,7 @@ def communicator() -> Any:
 
 
 class Terminated(BaseException):
-    """This rank was told to end."""
+    """This rank received a signal to terminate."""
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -55,19 +55,19 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
-    """Do a rank's work; if it fails, print why and end the whole job at once.
+    """Do a rank's work; if it fails, print the reason and abort the whole job.
 
     Args:
         comm: MPI's world.
         work: what to do; returns an exit code.
     """
-    signal.signal(signal.SIGTERM, _terminate)  # so that temporary folders are removed when another rank has failed
+    signal.signal(signal.SIGTERM, _terminate)  # removes temporary folders when another rank has failed
     try:
         return work()
     except Terminated:
         comm.Abort(TERMINATED)
         return TERMINATED
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+    except BaseException as error:  # noqa: BLE001 - after any error, the other ranks must not wait for this one
         sys.stdout.flush()
         expected = isinstance(error, FedSpaLLMError)
         what = f"error: {error}" if expected else traceback.format_exc()
@@ -168,13 +168,13 @@ def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:
 
 
 def _place_on_node(comm: Any) -> int:
-    """Place among the client ranks of this node, from 0; the server needs no GPU of its own. All ranks call it."""
+    """Index among the client ranks of this node, from 0; the server needs no GPU. All ranks call it."""
     hosts = comm.allgather(socket.gethostname())
     return hosts[1 : max(comm.Get_rank(), 1)].count(socket.gethostname())
 
 
 class _Silent:
-    """Stands in for APPFL's logger, which would print a line for every message."""
+    """Replaces APPFL's logger, which would print a line for every message."""
 
     def info(self, *_: Any) -> None:
         """Say nothing."""

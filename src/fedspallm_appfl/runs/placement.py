@@ -1,4 +1,4 @@
-"""Which clients run where: how they are dealt out to ranks, and the table of it."""
+"""Where clients run: their assignment to ranks, and the table of it."""
 
 import os
 import socket
@@ -13,15 +13,15 @@ from fedspallm_appfl.settings.schema import Client
 
 @dataclass(frozen=True)
 class Place:
-    """Where some clients run.
+    """Where a group of clients runs.
 
     Attributes:
         rank: MPI rank, 0 in one process.
         host: name of the node.
         clients: ids of the clients on it.
         device: e.g. `cpu` or `cuda:1`.
-        threads: CPU threads of a client.
-        bound: what CUDA_VISIBLE_DEVICES says, or an empty string.
+        threads: CPU threads per client.
+        bound: the value of CUDA_VISIBLE_DEVICES, or an empty string.
     """
 
     rank: int
@@ -49,7 +49,7 @@ def describe(rank: int, clients: Sequence[tuple[Client, str]]) -> list[Place]:
 
 
 def batches(clients: list[str], ranks: int) -> list[list[str]]:
-    """Deal clients out to ranks in runs of neighbours whose lengths differ by one at most.
+    """Assign consecutive clients to ranks; the numbers per rank differ by at most one.
 
     Raises:
         ConfigError: there are more ranks than clients.

@@ -1,4 +1,4 @@
-"""Show a run while it works: a bar on a terminal, a plain line for each upload elsewhere (batch logs, pipes)."""
+"""Show the progress of a run: a bar on a terminal, or one plain line per upload (batch logs, pipes)."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ _Self = TypeVar("_Self", bound="_Shown")
 
 
 class _Shown:
-    """A bar that is there while the work goes on."""
+    """A progress bar that exists while the work runs."""
 
     _bar: Progress
 
@@ -33,7 +33,7 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    The whole run is `rounds * exchanges * clients * messages` uploads; what is left is estimated from the ones that came.
+    The whole run is `rounds * exchanges * clients * messages` uploads; the time left is estimated from those received.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int) -> None:
@@ -85,7 +85,7 @@ class RunProgress(_Shown):
         return f"round {event['round'] + 1}/{self._rounds}"
 
     def _waits(self, what: str) -> None:
-        """Say what happens between uploads."""
+        """Show an event that is not an upload."""
         if not self._console.is_terminal:
             self._console.print(what, highlight=False, markup=False)
         elif self._task is None:
@@ -103,8 +103,8 @@ class RunProgress(_Shown):
         self._say(what, self._uploads, total, self._time_left(total), quiet=not event["blocks"])
 
     def _time_left(self, total: int) -> str:
-        """From the uploads since every client could have sent one; before that there was start-up too."""
-        if self._bursts:  # all messages of an exchange come at once: their pace tells nothing
+        """Time left, from the uploads since every client could have sent one; earlier times include start-up."""
+        if self._bursts:  # all messages of an exchange arrive at once: their pace means nothing
             return ""
         if self._uploads <= self._clients:
             self._first = time.monotonic()
@@ -113,7 +113,7 @@ class RunProgress(_Shown):
         return f"  {duration(seconds)} of pruning left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
-        """Move the bar; where there is none, print a line unless it would say nothing new."""
+        """Move the bar; without one, print a line if there is news."""
         if not self._console.is_terminal:
             if not quiet:
                 self._console.print(f"{what}  {done}/{total}{after}", highlight=False, markup=False)
@@ -124,7 +124,7 @@ class RunProgress(_Shown):
 
 
 class StudyProgress(_Shown):
-    """A line for each cell of a study, and on a terminal a bar with the time that is left."""
+    """One line per cell of a study, and on a terminal a bar with the time left."""
 
     def __init__(self, console: Console, cells: int) -> None:
         self._console = console
@@ -143,12 +143,12 @@ class StudyProgress(_Shown):
         self._task = self._bar.add_task("dense", total=cells)
 
     def begins(self, what: str) -> None:
-        """A cell is begun."""
+        """A cell starts."""
         self._what, self._began = what, time.monotonic()
         self._bar.update(self._task, description=escape(what))
 
     def ends(self, result: str) -> None:
-        """The cell is done."""
+        """The cell is finished."""
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         line = f"{self._done}/{self._cells}  {self._what}  {result}  {time.monotonic() - self._began:.1f} s"
@@ -156,10 +156,10 @@ class StudyProgress(_Shown):
 
 
 def _absence(event: Event) -> str:
-    """Why a round goes on without a client, with the remote traceback if there is one."""
+    """Why a round continues without a client, with the remote traceback if there is one."""
     where = "".join(f", {what} {event[what]}" for what in ("host", "blocks") if event[what])
     stack = f"\n{event['traceback'].rstrip()}" if event["traceback"] else ""
-    return f"round {event['round'] + 1} goes on without client {event['client']}{where}: {event['why']}{stack}"
+    return f"round {event['round'] + 1} continues without client {event['client']}{where}: {event['why']}{stack}"
 
 
 def duration(seconds: float) -> str:
@@ -171,7 +171,7 @@ def duration(seconds: float) -> str:
 
 
 def _placement(places: list[Event]) -> Table:
-    """Who runs where; ranks where there are several, and what a GPU was bound by where one is used."""
+    """Where clients run; shows ranks if there are several, and the GPU binding if a GPU is used."""
     columns = {"host": "host", "clients": "clients", "device": "device", "threads": "threads"}
     if any(place["rank"] for place in places):
         columns = {"rank": "rank"} | columns
@@ -185,6 +185,6 @@ def _placement(places: list[Event]) -> Table:
 
 
 def console(**kwargs: Any) -> Console:
-    """The console of the command line; lines are not wrapped where the output is not a terminal."""
+    """The console of the command line; lines are not wrapped if the output is not a terminal."""
     made = Console(**kwargs)
     return made if made.is_terminal else Console(**kwargs, soft_wrap=True, width=200)

@@ -1,4 +1,4 @@
-"""report.md and the lines that end a run: quality, sparsity, bytes, who took part, and what went out of the ordinary."""
+"""report.md and the final lines of a run: quality, sparsity, bytes, participation and unusual events."""
 
 import platform
 import shlex
@@ -28,10 +28,10 @@ from fedspallm_appfl.validation.words import headline, how
 
 @dataclass(frozen=True)
 class Results:
-    """What a run has shown.
+    """The results of a run.
 
     Attributes:
-        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients alone.
+        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients' own models.
         matrices: sparsity of each prunable matrix, read back from disk.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
@@ -44,7 +44,7 @@ class Results:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes for people: 1234567 -> "1.2 MB"."""
+    """Bytes as readable text: 1234567 -> "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -70,7 +70,7 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
-    """Exact sparsity of the pruned matrices in words."""
+    """Exact sparsity of the pruned matrices as a sentence."""
     pruned = [matrix for matrix in matrices if matrix.zeros]
     zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
     if not pruned:
@@ -84,13 +84,13 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
 
 
 def closing(config: Config, results: Results, log: EventLog) -> Group:
-    """What ends a run: perplexity of each method on each text, sparsity, bytes."""
+    """The final lines of a run: perplexity of each method on each text, sparsity, bytes."""
     up, down = traffic(log)
     lines = (
         f"{sparsity_line(results.matrices)}\n"
-        f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in all, "
-        f"{bytes_text(statistics.mean(up.values()))} up a client on average; "
-        f"the prunable weights take {bytes_text(results.dense_bytes)} dense"
+        f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in total, "
+        f"{bytes_text(statistics.mean(up.values()))} up per client on average; "
+        f"the dense prunable weights take {bytes_text(results.dense_bytes)}"
     )
     texts = list(config.evaluation.texts)
     if not texts:
@@ -139,8 +139,8 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
     """Write report.md."""
     parts = [
         f"# {headline(config)}",
-        f"{sparsity_line(results.matrices)}.\n\nWhat is in `{results.model.name}/` is stored dense, zeros included: "
-        "it takes the disk and memory of the dense model. What is smaller is what travelled.",
+        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, with zeros: "
+        "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),
         "## Sparsity",
@@ -157,7 +157,7 @@ def write_report(file: Path, config: Config, results: Results, log: EventLog) ->
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first to the right."""
+    """A Markdown table; all columns except the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -182,7 +182,7 @@ def _how_measured(config: Config) -> str:
 
 
 def _measure_again(config: Config) -> str:
-    """The command that gives the last row of the table again."""
+    """The command that measures the last row of the table again."""
     settings = config.evaluation
     files = " ".join(
         shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
@@ -210,8 +210,8 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
         head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
         words = "`kept but zero` counts kept weights that are zero."
     table = markdown(head, rows)
-    note = f"\n\n{over} entries are zero beyond the target, since every client pruned them." if over else ""
-    return f"{table}{note}\n\n{words} Each matrix stands in `manifest.json`."
+    note = f"\n\n{over} entries beyond the target are zero, because every client pruned them." if over else ""
+    return f"{table}{note}\n\n{words} `manifest.json` lists every matrix."
 
 
 def _bytes(config: Config, results: Results, log: EventLog) -> str:
@@ -232,13 +232,13 @@ def _bytes(config: Config, results: Results, log: EventLog) -> str:
             markdown(["client", "up", "down"], rows),
             markdown(["round", "up", "down"], per_round),
             markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
-            f"Bytes of tensors. Sending all prunable weights dense, once a round and client, would take {dense:,}.",
+            f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
         ]
     )
 
 
 def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
-    """Bytes that came up for each block, beside as many dense float16 copies of it as clients sent."""
+    """Uploaded bytes of each block, next to as many dense float16 copies as clients sent it."""
     entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
     for matrix in results.matrices:
         entries[matrix.block] += matrix.entries
@@ -271,7 +271,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
     missed = sorted(every - covered)
     notes = [table, *_absences(config, log)]
     if missed:
-        notes.append(f"Drawn by nobody, and left dense: block {to_text(missed)}.")
+        notes.append(f"No client drew these blocks, and they stay dense: {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform":
         expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
@@ -279,7 +279,7 @@ def _participation(config: Config, results: Results, log: EventLog) -> str:
 
 
 def absence_line(log: EventLog) -> str | None:
-    """Who was left out of which rounds, in a line; None where nobody was."""
+    """Which clients were left out of which rounds, in one line; None if all took part."""
     missed: dict[int, list[str]] = {}
     for event in log.of("absent"):
         missed.setdefault(event["round"] + 1, []).append(event["client"])
@@ -288,7 +288,7 @@ def absence_line(log: EventLog) -> str | None:
 
 
 def _absences(config: Config, log: EventLog) -> list[str]:
-    """Who was left out of which round and why; nothing where all took part in all."""
+    """Which clients were left out of which round and why; empty if all took part in all rounds."""
     absent = {(event["round"], event["client"]): event for event in log.of("absent")}
     if not absent:
         return []
@@ -302,14 +302,14 @@ def _absences(config: Config, log: EventLog) -> list[str]:
         for event in absent.values()
     ]
     return [
-        "Some clients were left out of rounds. Blocks are aggregated over those who sent them.",
+        "Some clients were left out of rounds. Blocks are aggregated over the clients that sent them.",
         markdown(["round", "took part"], took_part),
         markdown(["round", "left out", "host", "blocks", "why"], rows),
     ]
 
 
 def _cell(words: str) -> str:
-    """Words as a cell of a table."""
+    """Text as a cell of a table."""
     return " ".join(words.replace("|", "\\|").split())
 
 
@@ -327,7 +327,7 @@ def _notes(log: EventLog) -> list[str]:
     if not rows:
         return []
     head = "Matrices whose first factorization failed, with the damping that worked."
-    return ["## Out of the ordinary", head, markdown(["client", "round", "block.linear", ""], rows)]
+    return ["## Unusual events", head, markdown(["client", "round", "block.linear", ""], rows)]
 
 
 def _settings(config: Config, log: EventLog) -> str:
@@ -339,6 +339,6 @@ def _settings(config: Config, log: EventLog) -> str:
     data = {(client.data.windows, client.data.length) for client in config.clients}
     calibration = " or ".join(f"{_count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     return (
-        f"Model `{config.model.path}`; {calibration} a client for the pruning, seed {config.seed}. The resolved "
-        f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in all."
+        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}. The resolved "
+        f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
     )

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be written where, one run at a time.
+"""The run directory: what may be written where, for one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
 (sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
@@ -19,10 +19,10 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 
-MARK = "metrics.jsonl"  # what a run writes first: a folder without it is not ours to overwrite
+MARK = "metrics.jsonl"  # a run writes this first: never overwrite a folder without it
 LOCK = ".lock"
 STATE = "state"
-# What runs write, in the order in which it goes: without the mark, clearing that was interrupted could not be repeated.
+# What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
 OWN = ("config.yaml", "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
 
 
@@ -47,7 +47,7 @@ def problem(config: Config, overwrite: bool) -> str | None:
 
 
 def _inputs_inside(config: Config, folder: Path) -> str | None:
-    """An input of the run that lies where the run will write."""
+    """An input of the run that lies in a place where the run will write."""
     texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
     inputs = {config.model.path: "the dense model of model.path"}
     inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
@@ -61,7 +61,7 @@ def _inputs_inside(config: Config, folder: Path) -> str | None:
 
 
 def _with_whole_paths(config: Config) -> Config:
-    """The same configuration, good from any working directory."""
+    """The same configuration, valid in any working directory."""
     whole = copy.deepcopy(config)
     if Path(config.model.path).expanduser().is_dir():
         whole.model.path = _whole(config.model.path)
@@ -84,10 +84,10 @@ def _as_list(paths: Paths | None) -> list[str]:
 
 @contextmanager
 def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
-    """Make the folder, or clear the one that may be overwritten of what runs write, and keep other runs out of it.
+    """Create the folder, or clear earlier results from it if allowed, and lock it against other runs.
 
     Raises:
-        ConfigError: it must not be overwritten, cannot be written, or another run works in it.
+        ConfigError: it must not be overwritten, cannot be written, or another run uses it.
     """
     wrong = problem(config, overwrite)
     if wrong:
@@ -103,14 +103,14 @@ def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, hint: str) -> Iterator[None]:
-    """Keep other runs, and `fedspallm prune`, out of a run directory; it is made if need be.
+    """Lock a run directory against other runs and `fedspallm prune`; it is created if needed.
 
     Args:
         folder: the run directory.
-        hint: what to do if somebody else is at work in it.
+        hint: what to do if it is in use.
 
     Raises:
-        ConfigError: somebody is, or the folder cannot be written, or its file system has no locks.
+        ConfigError: it is in use or cannot be written, or its file system has no locks.
     """
     lock_file = folder / LOCK
     try:
@@ -120,7 +120,7 @@ def locked(folder: Path, hint: str) -> Iterator[None]:
         raise ConfigError(f"run_dir: {folder} cannot be written: {error}") from error
     with lock:
         if not _is_ours(lock, lock_file):
-            raise ConfigError(f"run_dir: another run is at work in {folder}, or fedspallm prune; {hint}")
+            raise ConfigError(f"run_dir: another run or fedspallm prune is using {folder}; {hint}")
         try:
             yield
         finally:
@@ -128,10 +128,10 @@ def locked(folder: Path, hint: str) -> Iterator[None]:
 
 
 def _is_ours(lock: IO[str], lock_file: Path) -> bool:
-    """Take the lock; it is of no use if whoever held it has removed the file meanwhile.
+    """Take the lock; it is useless if the previous holder has removed the file meanwhile.
 
     Raises:
-        ConfigError: the system cannot say; the file stays, as somebody else may hold it.
+        ConfigError: the system cannot lock; the file stays, because another process may hold it.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +147,7 @@ def _is_ours(lock: IO[str], lock_file: Path) -> bool:
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """Make `state/` in a run directory that is locked, in the place of what was left of it, and remove it in the end."""
+    """Create an empty `state/` in a locked run directory, and remove it at the end."""
     state = folder / STATE
     _remove(state)
     state.mkdir()

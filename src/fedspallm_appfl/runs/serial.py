@@ -1,6 +1,6 @@
 """Run server and clients in one process.
 
-Clients take turns message by message, so that a block is open on the server only while all of them pass it.
+Clients take turns message by message. A block is then open on the server only while the clients send it.
 """
 
 from concurrent.futures import Future
@@ -20,7 +20,7 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     Args:
         config: the experiment.
         state_dir: folder for the server's packed blocks and sums.
-        on_event: called with a dict for each thing that happens.
+        on_event: called with a dict for each event.
 
     Returns:
         The aggregator, with the global model in it.
@@ -58,7 +58,7 @@ def load() -> Any:
 
 
 def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
-    """All messages of one exchange; returns what the server answers to each client's last one."""
+    """Send all messages of one exchange; returns the server's answer to each client's last one."""
     last: dict[str, Future] = {}
     number = server.aggregator.global_model.round.exchange
     for _ in next(iter(agents.values())).trainer.client.messages(number):

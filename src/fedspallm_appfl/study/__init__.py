@@ -1,1 +1,1 @@
-"""Algorithms, targets and seeds compared on the same clients (docs/study.md)."""
+"""Compare algorithms, targets and seeds on the same clients (docs/study.md)."""

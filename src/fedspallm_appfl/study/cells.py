@@ -1,7 +1,7 @@
-"""What a study has measured: a cell for each method, target and seed, kept in a file that grows a line a cell.
+"""The measurements of a study: one cell per method, target and seed, kept in a file with one line per cell.
 
-The first line of the file is the settings that all cells share. A study that was interrupted goes on with the same
-settings; with others it is refused, since its cells could not stand in one table.
+The first line of the file has the settings that all cells share. An interrupted study resumes with the same
+settings; with others it is refused, because its cells would not be comparable.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import IO, Any
 from fedspallm_appfl.errors import ConfigError
 
 FILE = "cells.jsonl"
-DENSE = "dense"  # the method of the cell that is the model before pruning; its target is empty
+DENSE = "dense"  # the method of the cell of the model before pruning; its target is empty
 
 Key = tuple[str, str, int]
 
@@ -26,22 +26,22 @@ class Cell:
     """One method with one target and one seed.
 
     Attributes:
-        method: as it is spelled in `--algorithms`, or `dense`.
+        method: as spelled in `--algorithms`, or `dense`.
         target: ratio or n:m; empty for `dense`.
         seed: of calibration windows and layer sampling.
         perplexity: text -> perplexity; of `standalone` the geometric mean over the clients' own models.
         zeros: entries that masks prune, read back from the written model (of `standalone`, from all of them).
         entries: prunable entries of the same files.
-        up: client -> bytes of the tensors that it sent.
-        down: client -> bytes of the tensors that it was sent.
+        up: client -> tensor bytes that it sent.
+        down: client -> tensor bytes that it received.
         weights: prunable entries of one model.
-        client_seconds: seconds that clients spent on their messages, all together.
+        client_seconds: total seconds that all clients spent on their messages.
         server_seconds: wall seconds from when all clients had opened model and text until the pruned model was written and
             read back, less `client_seconds`.
         memory_bytes: most resident memory of the process, server and clients in one, until the model was written, above
-            what it held when the cell began; None where the system does not say.
-        stored: made from the sums that another cell of this seed has gathered, whose bytes and client seconds stand here
-            too; `server_seconds` and `memory_bytes` are of making the model alone.
+            what it held when the cell began; None if the system does not report it.
+        stored: made from sums that another cell of this seed has gathered. Bytes and client seconds are those of that cell;
+            `server_seconds` and `memory_bytes` cover only pruning from the sums.
     """
 
     method: str
@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def key(self) -> Key:
-        """What tells cells apart."""
+        """The key that identifies a cell."""
         return self.method, self.target, self.seed
 
     @property
@@ -75,17 +75,17 @@ class Cell:
 
     @property
     def up_a_client(self) -> float:
-        """Bytes up of a client, on average."""
+        """Bytes uploaded per client, on average."""
         return statistics.mean(self.up.values()) if self.up else 0.0
 
     @property
     def down_a_client(self) -> float:
-        """Bytes down to a client, on average."""
+        """Bytes downloaded per client, on average."""
         return statistics.mean(self.down.values()) if self.down else 0.0
 
     @property
     def bits_up(self) -> float:
-        """Bits that a client sends up for each prunable weight, on average."""
+        """Bits uploaded per client and prunable weight, on average."""
         return 8 * self.up_a_client / self.weights if self.weights else 0.0
 
 
@@ -93,7 +93,7 @@ class CellFile:
     """The cells of a study on disk.
 
     Attributes:
-        cells: those that are done.
+        cells: the finished ones.
     """
 
     def __init__(self, stream: IO[str], cells: Mapping[Key, Cell]) -> None:
@@ -101,7 +101,7 @@ class CellFile:
         self.cells = dict(cells)
 
     def add(self, cell: Cell) -> None:
-        """Keep a cell that is done."""
+        """Keep a finished cell."""
         self._stream.write(json.dumps(asdict(cell)) + "\n")
         self._stream.flush()
         self.cells[cell.key] = cell
@@ -109,15 +109,15 @@ class CellFile:
 
 @contextmanager
 def opened(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[CellFile]:
-    """The cells of the study in a folder; nobody else may write there meanwhile.
+    """The cells of the study in a folder, which is locked meanwhile.
 
     Args:
-        folder: the study's; it is made if need be.
-        settings: what all cells have in common, in plain types.
-        overwrite: forget the cells that are there.
+        folder: the study's; it is created if needed.
+        settings: the settings that all cells share, in plain types.
+        overwrite: discard the existing cells.
 
     Raises:
-        ConfigError: the folder cannot be written, another study works in it, it holds something else, or cells of other
+        ConfigError: the folder cannot be written, another study uses it, or it holds something else or cells with other
             settings.
     """
     file = folder / FILE
@@ -134,7 +134,7 @@ def opened(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"--out: another study is at work in {folder}; name another folder") from error
+            raise ConfigError(f"--out: another study is using {folder}; name another folder") from error
         lines = [] if overwrite else _whole_lines(stream)
         stream.truncate(sum(len(line.encode()) for line in lines))
         if not lines:
@@ -145,14 +145,14 @@ def opened(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -
             found = {cell.key: cell for cell in (Cell(**cell) for cell in cells)}
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f"--out: {file} is damaged ({error}); name another folder, or give --overwrite to begin anew"
+                f"--out: {file} is damaged ({error}); name another folder, or give --overwrite to start over"
             ) from error
         _require_same(folder, earlier, json.loads(json.dumps(settings)))
         yield CellFile(stream, found)
 
 
 def _whole_lines(stream: IO[str]) -> list[str]:
-    """All lines but one that was being written when a study was killed."""
+    """All lines except an incomplete last one, which a killed study leaves."""
     stream.seek(0)
     return [line for line in stream if line.endswith("\n")]
 
@@ -164,8 +164,8 @@ def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, An
         shown = ", ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in keys[:3])
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(
-            f"--out: the study in {folder} was begun with other settings: {shown}{more}; "
-            "go on with those, name another folder, or give --overwrite to begin anew"
+            f"--out: the study in {folder} was started with other settings: {shown}{more}; "
+            "use the old settings, name another folder, or give --overwrite to start over"
         )
 
 

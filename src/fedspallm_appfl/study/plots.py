@@ -1,7 +1,7 @@
-"""What a study has found, in two plots: perplexity against sparsity, and against what a client sends.
+"""The results of a study in two plots: perplexity against sparsity, and against the bytes that a client uploads.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which people who confuse colours can tell apart;
-two of Paul Tol's come after them, and markers say the same again.
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which colour-blind people can tell apart;
+two of Paul Tol's follow, and markers repeat the information.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ STYLE: Any = {
 
 
 def require() -> None:
-    """Say early that plots cannot be made.
+    """Check early that plots can be made.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -132,7 +132,7 @@ def _scale(axes: "Axes") -> None:
 
 
 def _legend_from_worst_to_best(figure: "Figure", axes: "Axes", study: Study) -> None:
-    """Names in the order in which the lines end on the right."""
+    """Names in the order in which their lines end on the right."""
     handles, labels = _handles(axes)
     last = max(study.targets, key=_place)
     height = {m: spread([cell.mean for cell in study.of(m, last)]).mean for m in study.methods} | {"dense": 0}
@@ -141,7 +141,7 @@ def _legend_from_worst_to_best(figure: "Figure", axes: "Axes", study: Study) -> 
 
 
 def _handles(axes: "Axes") -> tuple[list[Any], list[str]]:
-    """What stands in a legend: lines and markers without their bars of spread."""
+    """Entries of a legend: lines and markers without error bars."""
     handles, labels = axes.get_legend_handles_labels()
     return [handle[0] if isinstance(handle, tuple) else handle for handle in handles], labels
 
@@ -192,4 +192,4 @@ def _panel(axes: "Axes", study: Study, target: str) -> None:
     axes.tick_params(axis="x", labelbottom=True)
     axes.margins(x=0.15)
     axes.set_title(f"sparsity {target}", fontsize=12)
-    axes.set_xlabel("bytes up a client")
+    axes.set_xlabel("bytes uploaded per client")

@@ -1,4 +1,4 @@
-"""What a study has found, in tables: study.md for people, study.json for programs, a table on the console."""
+"""The results of a study in tables: study.md for people, study.json for programs, a table on the console."""
 
 import json
 import math
@@ -30,16 +30,16 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured.
+    """The results of a study.
 
     Attributes:
         dense: the model before pruning.
         cells: all others.
-        methods: rows of the tables, as they are spelled.
-        targets: a table each.
-        seeds: what mean and spread are over.
-        config: what all cells share.
-        command: measures the same.
+        methods: rows of the tables, as spelled by the user.
+        targets: one table each.
+        seeds: seeds for mean and spread.
+        config: the settings that all cells share.
+        command: the command that measures the same.
         algorithms: method -> its algorithm.
     """
 
@@ -53,7 +53,7 @@ class Study:
     algorithms: Mapping[str, Algorithm]
 
     def of(self, method: str, target: str) -> list[Cell]:
-        """The cells of a method and target, in the order of the seeds."""
+        """The cells of a method and target, in order of seeds."""
         found = {cell.seed: cell for cell in self.cells if (cell.method, cell.target) == (method, target)}
         return [found[seed] for seed in self.seeds if seed in found]
 
@@ -80,24 +80,24 @@ class Spread:
     deviation: float | None
 
     def text(self, digits: int, factor: float = 1) -> str:
-        """For people: `21.03 ± 0.04`."""
+        """As readable text: `21.03 ± 0.04`."""
         mean = f"{factor * self.mean:.{digits}f}"
         return mean if self.deviation is None else f"{mean} ± {factor * self.deviation:.{digits}f}"
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation; values that are not finite make them so."""
+    """Mean and standard deviation; not finite if a value is not finite."""
     if not all(map(math.isfinite, values)):
         return Spread(statistics.mean(values), None)
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def way_closed(study: Study, method: str, target: str) -> Spread | None:
-    """How far a method gets from standalone (0) to centralized (1), by the geometric mean, seed by seed.
+    """The share of the gap from standalone (0) to centralized (1) that a method closes, by geometric mean and per seed.
 
     Returns:
-        Mean and spread of `(standalone - x) / (standalone - centralized)`; None where one of them is not there, or
-        centralized is no better in some seed, so that there is no way to go.
+        Mean and spread of `(standalone - x) / (standalone - centralized)`; None if one of them is missing, or if
+        centralized is not better for some seed, which leaves no gap.
     """
     ends = [study.reference(end) for end in ENDS]
     if None in ends or not study.of(method, target):
@@ -130,27 +130,27 @@ def page(study: Study) -> str:
     parts = [title, *_plots(), *_legend(study)]
     for target in study.targets:
         parts += [f"## Sparsity {target}", "Perplexity on each text:", _quality(study, target)]
-        parts += ["What it took, a mean over seeds; memory is the most of them:", _cost(study, target)]
+        parts += ["Cost, mean over seeds; memory is the maximum over seeds:", _cost(study, target)]
     return "\n\n".join([*parts, "## What was run", _ran(study)]) + "\n"
 
 
 def _plots() -> list[str]:
     return [
         "![Perplexity against sparsity](perplexity_sparsity.png)",
-        "![Perplexity against bytes up a client](perplexity_bytes.png)",
+        "![Perplexity against bytes uploaded per client](perplexity_bytes.png)",
     ]
 
 
 def _legend(study: Study) -> list[str]:
     seeds = len(study.seeds)
-    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so without a spread"
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, no spread"
     words = [f"Perplexity, lower is better, {over}. `standalone` is the geometric mean over the clients' own models."]
     ends = [study.reference(end) for end in ENDS]
     if None not in ends:
         words.append(
-            f"Way closed is (a - x) / (a - c) of the geometric means, with a of `{ends[0]}` and c of `{ends[1]}`: 0 % "
-            "is what clients get alone, 100 % what one would get who may see all text, with the pruner of these two; a row "
-            "with another pruner can be beyond either."
+            f"Gap closed is (a - x) / (a - c) of the geometric means, with a of `{ends[0]}` and c of `{ends[1]}`: 0 % "
+            "is what clients reach alone, 100 % what a pruner with all text reaches, with the pruner of both rows. A row "
+            "with another pruner can lie outside this range."
         )
     return [" ".join(words)]
 
@@ -163,7 +163,7 @@ def _quality(study: Study, target: str) -> str:
         cells = study.of(method, target)
         each = [spread([cell.perplexity[text] for cell in cells]).text(2) for text in texts]
         rows.append([method, *each, _mean_of(cells), _way(study, method, target), _sparsity(cells)])
-    return markdown(["", *texts, "geometric mean", "way closed", "sparsity"], rows)
+    return markdown(["", *texts, "geometric mean", "gap closed", "sparsity"], rows)
 
 
 def _mean_of(cells: Sequence[Cell]) -> str:
@@ -193,7 +193,7 @@ def _cost(study: Study, target: str) -> str:
         name = f"{method} †" if stored else method
         memory = _memory([cell.memory_bytes for cell in cells])
         rows.append([name, *(sent if sends else [NONE] * 3), *(s.text(1) for s in seconds), memory])
-    head = ["", "up a client", "down a client", "bits up a weight", "client seconds", "server seconds", "memory"]
+    head = ["", "up per client", "down per client", "bits up per weight", "client seconds", "server seconds", "memory"]
     return markdown(head, rows)
 
 
@@ -218,23 +218,23 @@ def _ran(study: Study) -> str:
         f"    {study.command}",
         f"- Versions: {versions()}.",
         f"- Machine: {machine()}; {_threads(study.config)}.",
-        f"- Calibration: {_range(windows)} windows of {data.length} tokens a client. "
+        f"- Calibration: {_range(windows)} windows of {data.length} tokens per client. "
         f"Evaluation: {some} of {evaluation.length} tokens of each text.",
-        f"- Seeds: {', '.join(map(str, study.seeds))}. They choose the calibration windows and the layers that are drawn.",
-        "- Sparsity is read back from each written model. Bytes are those of the tensors in the messages that passed. "
-        "With `standalone` models are sent only to be measured, with `centralized` the text itself would have to be "
-        "sent; neither is a federation, so their bytes are left to `study.json`.",
-        "- One process plays all clients in turn, and the server. Client seconds are what clients spent on their messages, "
-        "all together: forward passes, pruning, packing. Server seconds are the rest of the wall time, from when all "
-        "clients had opened model and text until the pruned model was written and read back. Memory is the most that the "
-        "process, server and clients in one, held until then above what it held when the cell began. Evaluation is in "
+        f"- Seeds: {', '.join(map(str, study.seeds))}. A seed selects the calibration windows and the sampled layers.",
+        "- Sparsity is read back from each written model. Bytes are the tensor bytes of the messages. "
+        "`standalone` sends models only to be measured, and for `centralized` the text itself would have to be "
+        "sent. Neither is federated, so only `study.json` has their bytes.",
+        "- One process runs the server and all clients in turn. Client seconds are the total time of all clients for their "
+        "messages: forward passes, pruning, packing. Server seconds are the remaining wall time from when all "
+        "clients had opened model and text until the pruned model was written and read back. Memory is the peak of the "
+        "process until then, above what it held when the cell began. Evaluation is in "
         "none of them.",
     ]
     if any(cell.stored for cell in study.cells):
         lines.append(
-            "- † made from sums that were gathered once a seed: the uploads of `gram` serve all targets and pruners. Bytes "
-            "and client seconds are those of that one upload, to be counted once; server seconds and memory are of "
-            "pruning with the sums."
+            "- † made from sums gathered once per seed: the uploads of `gram` serve all targets and pruners. Bytes "
+            "and client seconds are those of that one upload; count them once. Server seconds and memory cover only "
+            "pruning from the sums."
         )
     return "\n".join([lines[0], "", *lines[1:]])
 
@@ -247,11 +247,11 @@ def _threads(config: Config) -> str:
     threads = {client.train_configs.threads for client in config.clients}
     if threads == {None}:
         return f"{torch.get_num_threads()} threads"
-    return f"threads a client: {', '.join(str(count or 'default') for count in sorted(threads, key=str))}"
+    return f"threads per client: {', '.join(str(count or 'default') for count in sorted(threads, key=str))}"
 
 
 def versions() -> str:
-    """What was at work."""
+    """The versions that were used."""
     return (
         f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
@@ -259,7 +259,7 @@ def versions() -> str:
 
 
 def machine() -> str:
-    """What it was measured on."""
+    """The machine of the measurement."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -272,10 +272,10 @@ def machine() -> str:
 
 
 def table(study: Study) -> Group:
-    """The geometric means on the console: methods by targets, and what a client sends up."""
+    """The geometric means on the console: methods by targets, and the bytes uploaded per client."""
     last = study.targets[-1]
     at = f" at {escape(last)}" if len(study.targets) > 1 else ""
-    heads = [*map(escape, study.targets), f"way closed{at}", f"up a client{at}"]
+    heads = [*map(escape, study.targets), f"gap closed{at}", f"up per client{at}"]
     shown = Table("", *(Column(head, justify="right") for head in heads))
     shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
     for method in study.methods:

@@ -1,1 +1,1 @@
-"""Exact operations on matrices and masks: sparsity targets, bits, sums, compiled loops. Imports torch alone."""
+"""Exact operations on matrices and masks: sparsity targets, bits, sums, compiled loops. Imports only torch."""

@@ -1,8 +1,8 @@
 """Masks as bits, and the values under them.
 
 A mask of shape (O, I) packs into ceil(O * I / 8) bytes: row-major, least significant bit first, 1 = kept. Its values are
-the kept entries of a matrix in the same order. On the CPU the compiled loops do the work where they are there; numpy and
-torch do the same elsewhere, on a GPU without leaving it.
+the kept entries of a matrix in the same order. On the CPU the compiled loops do the work if available; otherwise numpy and
+torch do the same. On a GPU the data stays there.
 
 Legend: O out features, I in features.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedspallm_appfl.tensors import native
 
-_LOOPS = (2, 4)  # bytes of an element for which there is a compiled loop
+_LOOPS = (2, 4)  # element sizes in bytes with a compiled loop
 
 
 def to_bits(mask: Tensor) -> Tensor:

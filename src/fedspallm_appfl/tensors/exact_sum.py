@@ -1,8 +1,8 @@
-"""Sums of floating-point numbers that do not depend on the order in which they come.
+"""Sums of floating-point numbers that do not depend on the order of the numbers.
 
 A double with the rounding errors of all additions in a second one holds a hundred bits: more than lie between the largest
-and the smallest of some float32 numbers that differ by less than 2^70, and far more than the float32 that is made of them
-in the end. Fixed-point numbers, as in `l0_aggregation`, would not do: what is summed here is of any magnitude.
+and the smallest of float32 numbers that differ by less than 2^70, and far more than the float32 result needs.
+Fixed-point numbers, as in `l0_mean`, would not work, because the values here have any magnitude.
 """
 
 import torch
@@ -14,7 +14,7 @@ class ExactSum:
 
     Attributes:
         high: the rounded sum, float64.
-        low: what rounding took from it, float64.
+        low: its rounding error, float64.
     """
 
     def __init__(self, *shape: int, device: torch.device | str = "cpu") -> None:

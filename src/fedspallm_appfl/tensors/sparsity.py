@@ -25,7 +25,7 @@ def kth_smallest(scores: Tensor, k: int) -> Tensor:
     Returns:
         A tensor without dimensions.
     """
-    if scores.device.type == "cpu":  # numpy's partition takes a fraction of the time of torch's kthvalue
+    if scores.device.type == "cpu":  # numpy's partition is much faster than torch's kthvalue
         return torch.from_numpy(np.partition(scores.numpy(), k - 1))[k - 1]
     return torch.kthvalue(scores, k).values
 

@@ -1,4 +1,4 @@
-"""The part of a square matrix above its diagonal as one row of numbers, row after row.
+"""The part of a square matrix above its diagonal as a flat row of numbers, row by row.
 
 Legend: I side of the matrix.
 """
@@ -20,7 +20,7 @@ def size(side: int) -> int:
 def strips(side: int, device: torch.device | str = "cpu", whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
     """Some rows at a time: (rows of the matrix, their part of the row of numbers, which of their entries it holds).
 
-    The last is (rows, I) bool; taking entries with it goes row by row, as the numbers lie. With `whole` the row of numbers
+    The last is (rows, I) bool; it selects entries row by row, in storage order. With `whole` the row of numbers
     holds the whole matrix.
     """
     columns = torch.arange(side, device=device)
@@ -34,7 +34,7 @@ def strips(side: int, device: torch.device | str = "cpu", whole: bool = False) -
 
 
 def flatten(matrix: Tensor) -> Tensor:
-    """(I, I), of which only what is above the diagonal is read -> (I * (I - 1) / 2,)."""
+    """(I, I), read only above the diagonal -> (I * (I - 1) / 2,)."""
     flat = matrix.new_empty(size(len(matrix)))
     for rows, part, above in strips(len(matrix), matrix.device):
         flat[part] = matrix[rows][above]

@@ -1,1 +1,1 @@
-"""What travels between clients and server, and what rests on disk in the same form (docs/wire.md)."""
+"""The format of messages between clients and server, and of data stored in the same form (docs/wire.md)."""

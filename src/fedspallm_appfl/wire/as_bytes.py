@@ -1,4 +1,4 @@
-"""A payload as one row of bytes, for transports that carry nothing else: no pickle, checked when it is read.
+"""A payload as a byte string, for transports that carry only bytes: no pickle, checked on reading.
 
 8 bytes, little endian   length n of the description
 n bytes                  JSON: the payload with every tensor replaced by its dtype and shape
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import UpdateError
 
-TENSOR = "\0tensor"  # the key that stands for one; no client, block or linear is called so
+TENSOR = "\0tensor"  # the key that marks a tensor; no client, block or linear has this name
 HEAD = 8  # bytes
-LARGEST = 2**48  # no side of a tensor is as long
+LARGEST = 2**48  # limit for a side of a tensor
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*INTEGERS, *FLOATS)}
 
 
 def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
-    """A payload of dicts, lists, tensors and what JSON knows -> (JSON with a description of each tensor, the tensors)."""
+    """A payload of dicts, lists, tensors and JSON values -> (JSON with a description of each tensor, the tensors)."""
     tensors: list[Tensor] = []
 
     def describe(part: Any) -> Any:
@@ -40,7 +40,7 @@ def take_apart(payload: Any) -> tuple[bytes, list[Tensor]]:
 
 @dataclass
 class Placeholder:
-    """Stands for a tensor of a description that is still to come."""
+    """Placeholder for a tensor that follows its description."""
 
     number: int
 
@@ -60,7 +60,7 @@ def read_description(description: bytes) -> tuple[Any, list[tuple[str, list[int]
 
 
 def fill(part: Any, tensors: list[Tensor]) -> Any:
-    """A payload with its tensors in the place of the placeholders."""
+    """Replace the placeholders of a payload by its tensors."""
     if isinstance(part, Placeholder):
         return tensors[part.number]
     if isinstance(part, dict):
@@ -69,31 +69,31 @@ def fill(part: Any, tensors: list[Tensor]) -> Any:
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def to_bytes(payload: Any) -> bytes:
-    """A payload as it travels; one copy of its tensors is made."""
+    """A payload as bytes; makes one copy of its tensors."""
     description, tensors = take_apart(payload)
     return b"".join([len(description).to_bytes(HEAD, "little"), description, *map(memory, tensors)])
 
 
 def from_bytes(data: bytes, sender: str) -> Any:
-    """The payload that `to_bytes` has packed; its tensors lie in a copy of the bytes.
+    """The payload that `to_bytes` packed; its tensors use a copy of the bytes.
 
     Args:
-        data: what arrived.
-        sender: whom to name in the error.
+        data: the received bytes.
+        sender: sender to name in errors.
 
     Raises:
-        UpdateError: it is not of this form, or describes other tensors than are there.
+        UpdateError: it does not have this format, or describes other tensors than it contains.
     """
     size = int.from_bytes(data[:HEAD], "little")
     try:
         payload, described = read_description(bytes(data[HEAD : HEAD + size]))
         shapes = [(_dtype(name), _shape(shape)) for name, shape in described]
-        fill(payload, [torch.empty(0)] * len(shapes))  # whether it can be walked through
+        fill(payload, [torch.empty(0)] * len(shapes))  # check that it can be traversed
     except (ValueError, TypeError, RecursionError) as error:
         raise UpdateError(f"refused an update from {sender}: its description cannot be read: {error}") from error
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes]
@@ -112,11 +112,11 @@ def from_bytes(data: bytes, sender: str) -> Any:
 
 def _dtype(name: Any) -> torch.dtype:
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"a dtype is one of {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"a dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 
 def _shape(shape: Any) -> list[int]:
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < LARGEST for size in shape):
-        raise ValueError(f"a shape is a list of sizes, got {shape!r}")
+        raise ValueError(f"a shape must be a list of sizes, got {shape!r}")
     return shape

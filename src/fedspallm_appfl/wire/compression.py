@@ -1,8 +1,8 @@
 """Parts of a message as zstandard frames.
 
-A packed thing has `"zstd": ["mask", "values"]`, the parts that are frames (uint8). The bytes of a part are shuffled first,
-all first bytes of its elements, then all second ones: exponents repeat, mantissas do not. A part that would not get smaller
-stays as it is. Whoever inflates one says what it must hold, so that nothing larger is ever allocated.
+A packed object has `"zstd": ["mask", "values"]`, the parts that are frames (uint8). The bytes of a part are shuffled first:
+all first bytes of its elements, then all second ones, because exponents repeat and mantissas do not. A part that does not
+get smaller stays unchanged. The reader states the expected size of a part, so nothing larger is ever allocated.
 """
 
 from collections.abc import Mapping
@@ -34,17 +34,17 @@ def deflated(packed: Packed) -> dict[str, Any]:
 
 
 def inflated(packed: Packed, part: str, where: str, count: int, dtype: torch.dtype) -> Tensor:
-    """A part as it was, one row.
+    """A part in its original form, one row.
 
     Args:
-        packed: what holds it, compressed or not.
+        packed: the object that holds it, compressed or not.
         part: its name.
-        where: what to name in errors.
+        where: place to name in errors.
         count: entries that it must have.
         dtype: dtype that it must have.
 
     Raises:
-        UpdateError: it is no frame, or holds something else.
+        UpdateError: it is not a frame, or has other content.
     """
     if part not in _frames(packed, where):
         tensor = packed[part]
@@ -66,7 +66,7 @@ def _inflated(frame: Tensor, where: str, part: str, count: int, dtype: torch.dty
     require(frame.dtype == torch.uint8 and frame.ndim == 1, where, f"{part}: not a frame but {describe(frame)}")
     try:
         data = frame.resolve_neg().contiguous().numpy().data
-        promised = zstandard.get_frame_parameters(data).content_size  # so much would be allocated
+        promised = zstandard.get_frame_parameters(data).content_size  # this much would be allocated
         require(promised == size, where, f"{part}: the frame holds {promised} bytes, expected {size}")
         plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
@@ -82,7 +82,7 @@ def _shuffled(tensor: Tensor) -> memoryview:
 
 
 def is_plain(part: Any) -> bool:
-    """Whether something is a tensor that numpy could read too: neither sparse nor nested, on the CPU."""
+    """Whether a value is a tensor that numpy can read: neither sparse nor nested, on the CPU."""
     return (
         isinstance(part, Tensor)
         and part.layout == torch.strided
@@ -93,7 +93,7 @@ def is_plain(part: Any) -> bool:
 
 
 def describe(tensor: Tensor) -> str:
-    """Dtype and shape in words."""
+    """Dtype and shape as text."""
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 

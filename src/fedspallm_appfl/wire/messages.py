@@ -1,8 +1,8 @@
-"""Cut what travels in a round into messages: groups of blocks, each below a number of bytes.
+"""Split the uploads of a round into messages: groups of blocks, each below a size limit.
 
-APPFL sends one buffer a message, and MPI ends at 2^31 - 1 bytes. Every client sends the same number of messages in the
-same order, each about the same blocks, with nothing in it where the client was not assigned them: so the server's open
-blocks stay few, and batched clients of one MPI rank never wait for each other across ranks.
+APPFL sends one buffer per message, and MPI allows 2^31 - 1 bytes. Every client sends the same number of messages in the
+same order. A message covers the same blocks for all clients and is empty if none is assigned. The server thus has few open
+blocks, and batched clients of one MPI rank never wait for each other across ranks.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit:
 
     Args:
         sizes: block -> linear -> bytes that its packed matrix takes.
-        blocks_per_message: blocks in a message, fewer where they exceed the limit.
+        blocks_per_message: blocks in a message; fewer if they exceed the limit.
         limit: bytes of a message.
 
     Returns:
@@ -36,7 +36,7 @@ def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit:
         for name, size in linears.items():
             if size > limit:
                 raise ConfigError(
-                    f"block {block}, {name} takes {size} bytes packed, a message may have {limit}; raise "
+                    f"block {block}, {name} takes {size} bytes packed, a message may have at most {limit}; raise "
                     "comm_configs.max_message_bytes, or put fewer clients on an MPI rank"
                 )
             if taken + size > limit:

@@ -1,16 +1,16 @@
-"""APPFL's server communicator for Globus Compute, with what goes wrong in it replaced, each in one method.
+"""APPFL's server communicator for Globus Compute, with its faults fixed, one method for each.
 
 | APPFL 1.12 | here |
 | --- | --- |
 | opens and sends the source text of each client's data set file | `__init__`: nothing of a file is sent |
 | pickles arguments and results both ways | `_load_gce`: JSON; the SDK is told to read nothing else |
-| one dict of metadata is changed for the next client while the SDK has not sent it yet | `send_task_to_one_client` copies |
-| a submission that fails ends the Executor for all clients | `_submit` makes another and sends again |
-| a dict is measured by `sys.getsizeof`, so that S3 is never used for it | `_within_limit` measures what travels |
-| a failed task ends the server, a lost one is waited for without end | `recv_result_from_one_client`: an outcome, or None |
-| a connection that is lost for a minute takes all tasks with it | `_find_again` asks for those that run meanwhile |
-| a task without an answer keeps the interpreter from ending | `shutdown_all_clients` lets go of it |
-| one name for the data store of all runs, and a Redis server that is cleared whole | `data_store`; no ProxyStore here |
+| changes one dict of metadata for the next client before the SDK has sent it | `send_task_to_one_client` copies |
+| a failed submission ends the Executor for all clients | `_submit` makes a new one and sends again |
+| measures a dict by `sys.getsizeof`, and thus never uses S3 for it | `_within_limit` measures what is sent |
+| a failed task ends the server; a lost one blocks it forever | `recv_result_from_one_client`: an outcome, or None |
+| losing the connection for a minute loses all tasks | `_find_again` asks for those that still run |
+| an unanswered task keeps the interpreter from exiting | `shutdown_all_clients` drops it |
+| uses one data store name for all runs and clears the whole Redis server | `data_store`; no ProxyStore here |
 """
 
 import json
@@ -44,17 +44,17 @@ except ImportError as error:
         f"--launcher globus needs the Globus Compute SDK ({error}); pip install globus-compute-sdk"
     ) from error
 
-SUBMISSION_LIMIT = 10_000_000  # bytes, by the documentation of the service
-AROUND = 2**16  # bytes of a submission beside the request
+SUBMISSION_LIMIT = 10_000_000  # bytes, from the documentation of the service
+AROUND = 2**16  # bytes of a submission besides the request
 NOT_FOUND = 404
 LOOK_AGAIN = 15.0  # seconds
-THREAD_ENDED = "SDK thread quit"  # a RuntimeError of the SDK where the connection could not even be asked for
+THREAD_ENDED = "SDK thread quit"  # a RuntimeError of the SDK if it could not even request the connection
 REFUSALS = (
     "not permitted on endpoint",
     "FUNCTION_NOT_FOUND",
-)  # of an endpoint with `allowed_functions`, of the service
-ALLOWED = "; put the ids that the site allows into server_configs.functions (fedspallm functions makes new ones)"
-MOST = 10_000  # characters of an error that are kept
+)  # from an endpoint with `allowed_functions`, from the service
+ALLOWED = "; set server_configs.functions to the ids that the site allows (fedspallm functions makes new ones)"
+MOST = 10_000  # maximum characters of an error
 logger = logging.getLogger(__name__)
 TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
 
@@ -64,9 +64,9 @@ class Task:
     """A task that was sent.
 
     Attributes:
-        client: for whom.
+        client: the client it is for.
         kind: which of `TASKS`.
-        request: its argument, as it was when it was sent.
+        request: its argument, as it was sent.
         sent: how often it was sent.
     """
 
@@ -81,10 +81,10 @@ class Outcome:
     """How a task ended.
 
     Attributes:
-        client: for whom it was.
-        request: what it was asked.
+        client: the client it was for.
+        request: its argument.
         result: what it returned; None if it failed.
-        problem: why it failed, in a line.
+        problem: why it failed, in one line.
         details: the remote traceback, if there is one.
     """
 
@@ -96,11 +96,11 @@ class Outcome:
 
 
 class GlobusServer(GlobusComputeServerCommunicator):
-    """Sends tasks to the endpoints of clients and takes their results.
+    """Sends tasks to the endpoints of clients and receives their results.
 
     Attributes:
         endpoints: client -> endpoint id.
-        executing_task_futs: future -> task that has no outcome yet.
+        executing_task_futs: future -> unfinished task.
     """
 
     def __init__(self, endpoints: Mapping[str, str], functions: Mapping[str, str | None] | None = None) -> None:
@@ -108,39 +108,39 @@ class GlobusServer(GlobusComputeServerCommunicator):
 
         Args:
             endpoints: client -> endpoint id.
-            functions: one of `TASKS` -> the id under which it is registered; None where this run is to register it.
+            functions: one of `TASKS` -> the id under which it is registered; None if this run has to register it.
 
         Raises:
-            FederationError: the service cannot be reached, or does not let us in.
+            FederationError: the service cannot be reached, or refuses the login.
         """
         self.endpoints = dict(endpoints)
         self._functions = dict(functions or {})
         self.executing_task_futs: dict[Future, Task] = {}
         self._out_of_sight: dict[str, Task] = {}  # task id -> what runs while there is no connection
         self._look_at = 0.0  # when to ask for them
-        logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # what it says there, futures say, too
-        warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # JSON does not mind
+        logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # futures report the same
+        warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # irrelevant for JSON
         self._client = logged_in()
         self._load_gce()
 
     def _load_gce(self, **kwargs: Any) -> None:
-        """Make the Executor; function text and JSON are all that is sent or read."""
+        """Make the Executor, which sends and reads only function source and JSON."""
         allowed = [PureSourceTextInspect, JSONData]
         serializer = ComputeSerializer(PureSourceTextInspect, JSONData, allowed_deserializer_types=allowed)
-        # One task a submission: two of them together might exceed what the service takes.
+        # One task per submission: two together might exceed the service's limit.
         self.gce = Executor(client=self._client, serializer=serializer, result_serializers=[JSONData], batch_size=1)
         for kind, registered in self._functions.items():
             if registered:
                 self.gce.register_function(TASKS[kind], function_id=registered)
 
     def register(self) -> dict[str, str]:
-        """Register the functions for good.
+        """Register the functions permanently.
 
         Returns:
             One of `TASKS` -> its id.
 
         Raises:
-            FederationError: the service does not take them.
+            FederationError: the service refuses them.
         """
         try:
             return {kind: str(self.gce.register_function(function)) for kind, function in TASKS.items()}
@@ -150,7 +150,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
             ) from error
 
     def status_of(self, client: str) -> str:
-        """What the service says about a client's endpoint: `online`, `offline`, `unknown`, or why it cannot be asked."""
+        """The service's status of a client's endpoint: `online`, `offline`, `unknown`, or why there is none."""
         try:
             return str(self._client.get_endpoint_status(self.endpoints[client])["status"])
         except GlobusAPIError as error:
@@ -164,19 +164,19 @@ class GlobusServer(GlobusComputeServerCommunicator):
         """Send a task.
 
         Args:
-            client_id: to whose endpoint.
+            client_id: the client whose endpoint gets it.
             task_name: one of `TASKS`.
             metadata: its request; a copy of it is sent.
-            **unused: APPFL's other ways of sending a model.
+            **unused: APPFL's other arguments for a model.
 
         Raises:
-            FederationError: the request is too large, or the service refuses it at once.
+            FederationError: the request is too large, or the service refuses it.
         """
         text = _within_limit(json.dumps(metadata), client_id)
         self._submit(Task(client_id, task_name, json.loads(text)))
 
     def _submit(self, task: Task) -> None:
-        """Hand a task to the Executor, to a new one if the old one has ended."""
+        """Submit a task to the Executor; if that has ended, to a new one."""
         task.sent += 1
         try:
             try:
@@ -196,7 +196,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
         return self.gce.submit(TASKS[task.kind], task.request)
 
     def recv_result_from_one_client(self, timeout: float | None = None) -> Outcome | None:
-        """The outcome of the next task that ends; None if none does in time.
+        """The outcome of the next task that ends; None if none ends in time.
 
         Args:
             timeout: seconds to wait.
@@ -215,16 +215,16 @@ class GlobusServer(GlobusComputeServerCommunicator):
     def _outcome(self, future: Future, task: Task) -> Outcome | None:
         try:
             return Outcome(task.client, task.request, future.result())
-        except CancelledError:  # it stood behind a submission that failed and ended the Executor
+        except CancelledError:  # an earlier submission failed and ended the Executor
             if task.sent > 1:
                 return Outcome(task.client, task.request, None, "its task was dropped twice before it was sent")
             self._submit(task)
             return None
-        except Exception as error:  # noqa: BLE001 - what the task raised, or what the service or the SDK says of it
-            task_id = getattr(future, "task_id", None)  # it has one once the service has taken it
-            ended = type(error) is RuntimeError and THREAD_ENDED in str(error)  # not words of what a task raised
+        except Exception as error:  # noqa: BLE001 - an error of the task, the service or the SDK
+            task_id = getattr(future, "task_id", None)  # set once the service has accepted it
+            ended = type(error) is RuntimeError and THREAD_ENDED in str(error)  # not an error that a task raised
             if task_id is not None and (ended or isinstance(error, AMQPError)):
-                logger.warning("client %s: the connection to Globus Compute was lost; its task goes on", task.client)
+                logger.warning("client %s: the connection to Globus Compute was lost; its task continues", task.client)
                 self._out_of_sight[task_id] = task
                 return None
             words = str(error).strip() or repr(error)
@@ -233,7 +233,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
             return Outcome(task.client, task.request, None, line + hint, words[-MOST:] if "\n" in words else "")
 
     def _find_again(self) -> None:
-        """Wait again for tasks that the SDK has given up since it was without a connection; they may be done by now."""
+        """Wait again for tasks that the SDK gave up without a connection; they may have finished since."""
         if not self._out_of_sight or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + LOOK_AGAIN
@@ -242,28 +242,28 @@ class GlobusServer(GlobusComputeServerCommunicator):
             sdk_executor.Executor._load_tasks_status(futures, client=self._client)
             open_ones = [future for future in futures.values() if not future.done()]
             self.gce._get_result_watcher().watch_for_task_results(self.gce, open_ones)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it may be over in a while
-            logger.warning("no connection to Globus Compute: %s; trying again in %.0f s", first_line(error), LOOK_AGAIN)
+        except Exception as error:  # noqa: BLE001 - any error may be temporary
+            logger.warning("no connection to Globus Compute: %s; retrying in %.0f s", first_line(error), LOOK_AGAIN)
             return
         self.executing_task_futs |= {future: self._out_of_sight.pop(task_id) for task_id, future in futures.items()}
 
     def busy(self) -> set[str]:
-        """Clients with a task that has not ended."""
+        """Clients with an unfinished task."""
         return {task.client for task in (*self.executing_task_futs.values(), *self._out_of_sight.values())}
 
     def forget(self, client: str) -> None:
-        """No longer wait for the tasks of a client."""
+        """Stop waiting for the tasks of a client."""
         kept = {future: task for future, task in self.executing_task_futs.items() if task.client != client}
         self.executing_task_futs = kept
         self._out_of_sight = {name: task for name, task in self._out_of_sight.items() if task.client != client}
 
     def cancel_all_tasks(self) -> None:
-        """Forget the tasks that have not ended; they cannot be called back from where they run."""
+        """Forget unfinished tasks; a running task cannot be cancelled."""
         self.executing_task_futs = {}
         self._out_of_sight = {}
 
     def shutdown_all_clients(self) -> None:
-        """End the SDK's threads, whether their tasks have been answered or not."""
+        """End the SDK's threads, even if tasks are unanswered."""
         self.cancel_all_tasks()
         self.gce.shutdown(wait=False, cancel_futures=True)
         watcher = sdk_executor._RESULT_WATCHERS.get(self.gce.task_group_id)
@@ -274,7 +274,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
 def _within_limit(text: str, client: str) -> str:
     if len(text) > SUBMISSION_LIMIT - AROUND:
         raise FederationError(
-            f"client {client}: its task has {len(text)} bytes, Globus Compute carries {SUBMISSION_LIMIT} a submission; "
-            "set client_configs.comm_configs.store to a place that all sites reach (docs/globus.md)"
+            f"client {client}: its task has {len(text)} bytes, Globus Compute allows {SUBMISSION_LIMIT} per submission; "
+            "set client_configs.comm_configs.store to a store that all sites can reach (docs/globus.md)"
         )
     return text

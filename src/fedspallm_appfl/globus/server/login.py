@@ -1,6 +1,6 @@
-"""Log in to Globus Compute without asking: a run may stand in a queue, where nobody answers a prompt.
+"""Log in to Globus Compute without a prompt: a run may wait in a queue, where nobody would answer it.
 
-Needs the Globus Compute SDK; `globus_communicator` says so where it is missing.
+Needs the Globus Compute SDK; `communicator` reports it if it is missing.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ HOW = (
 
 
 class NoPrompt(LoginFlowManager):
-    """What the SDK calls to ask for a login: because there is none, or Globus wants a new one."""
+    """The SDK calls this to ask for a login, if there is none or Globus wants a new one."""
 
     @classmethod
     def for_globus_app(cls, *, login_client: Any, **unused: Any) -> "NoPrompt":
-        """Make one, as an app does."""
+        """Make one, like an app."""
         return cls(login_client)
 
     def run_login_flow(self, auth_parameters: Any) -> Any:
@@ -42,7 +42,7 @@ class NoPrompt(LoginFlowManager):
 
 
 def logged_in() -> Client:
-    """The SDK's client, by the login that is stored here or by client id and secret in the environment.
+    """The SDK's client, with the stored login or with client id and secret from the environment.
 
     Raises:
         FederationError: the service cannot be reached or refuses, or there is no login.
@@ -59,7 +59,7 @@ def logged_in() -> Client:
 
 
 def _app() -> GlobusApp:
-    """The SDK's, but one that does not prompt."""
+    """The SDK's app, without prompts."""
     app = get_globus_app()
     if isinstance(app, UserApp):
         config = dataclasses.replace(app.config, login_flow_manager=NoPrompt)
@@ -68,18 +68,18 @@ def _app() -> GlobusApp:
 
 
 def _reach(url: str) -> None:
-    """Ask the service for anything; whatever it answers will do."""
+    """Send any request to the service; any answer will do."""
     try:
         requests.get(f"{url}/v2/version", timeout=PATIENCE)
     except requests.RequestException as error:
         raise FederationError(
-            f"the Globus Compute service at {url} cannot be reached: {_root(error)}; see to the network of this machine, "
+            f"the Globus Compute service at {url} cannot be reached: {_root(error)}; check the network of this machine, "
             "and to HTTPS_PROXY if it needs a proxy"
         ) from error
 
 
 def _root(error: BaseException) -> BaseException:
-    """What the operating system said, below three layers of libraries."""
+    """The error of the operating system, below three layers of libraries."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,4 +1,4 @@
-"""Look at every endpoint before anything is sent: one line a client, and in a red cell what to change at the site."""
+"""Check every endpoint before anything is sent: one row per client; red cells say what to change at the site."""
 
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with p
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found of one client in one respect.
+    """One finding about one client.
 
     Attributes:
         ok: whether the client can take part.
@@ -48,7 +48,7 @@ def look(connection: Connection) -> Findings:
         connection: to the clients.
 
     Returns:
-        Client -> column -> cell; columns behind a red one that says why they could not be looked at are missing.
+        Client -> column -> cell; columns that could not be checked are missing, and a red one says why.
     """
     config, wire = connection.config, connection.wire
     findings: Findings = {client.client_id: {"endpoint": _reachable(connection, client)} for client in config.clients}
@@ -70,7 +70,7 @@ def look(connection: Connection) -> Findings:
         findings[client_id]["endpoint"] = Cell(
             False,
             f"online, but no answer in {config.server_configs.preflight_deadline:g} s; see its endpoint.log; is a task of "
-            "an earlier run at work there? If its workers wait in a queue, raise server_configs.preflight_deadline",
+            "an earlier run still active there? If its workers wait in a queue, raise server_configs.preflight_deadline",
         )
     wire.cancel_all_tasks()
     if connection.store:
@@ -82,11 +82,11 @@ def require(findings: Findings, least: int | None) -> None:
     """Refuse to run unless enough clients can take part.
 
     Args:
-        findings: what `look` returned.
-        least: how many have to; None for all.
+        findings: the result of `look`.
+        least: how many clients are needed; None for all.
 
     Raises:
-        FederationError: fewer can.
+        FederationError: too few can take part.
     """
     fine = [client for client, cells in findings.items() if all(cell.ok for cell in cells.values())]
     if len(fine) < (least or len(findings)):
@@ -98,7 +98,7 @@ def require(findings: Findings, least: int | None) -> None:
 
 
 def problems(findings: Findings) -> list[str]:
-    """What is red in the table, a line each."""
+    """The red cells of the table, one line each."""
     return [
         f"client {client}: {column}: {cell.says}"
         for client, cells in findings.items()
@@ -108,7 +108,7 @@ def problems(findings: Findings) -> list[str]:
 
 
 def table(findings: Findings) -> Table:
-    """The findings for people; nothing in it is cut off."""
+    """The findings as a table, without truncation."""
     made = Table(title="Preflight", title_justify="left", show_lines=True)
     for column in ("client", *COLUMNS):
         made.add_column(column, overflow="fold")
@@ -124,7 +124,7 @@ def _shown(cell: Cell | None) -> str:
 
 
 def _name(client: Client) -> str:
-    """What a client's own object of the preflight is called."""
+    """Name of a client's own object of the preflight."""
     return f"{client.client_id}.greeting"
 
 
@@ -140,12 +140,10 @@ def _reachable(connection: Connection, client: Client) -> Cell:
 
 
 def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:
-    """Cells of what a client's endpoint has answered, which may be anything."""
+    """Cells for the answer of a client's endpoint, which may be anything."""
     result = outcome.result
     if not isinstance(result, dict):
-        return {
-            "endpoint": Cell(False, printable(outcome.problem) or "its answer is not of the form that was agreed on")
-        }
+        return {"endpoint": Cell(False, printable(outcome.problem) or "its answer does not have the expected format")}
     cells = {"endpoint": Cell(True, f"online, {_text(result.get('host'))}"), "Python": _python(result.get("python"))}
     cells["packages"] = _packages(_group(result, "versions"), result.get("not_importable"))
     if "not_importable" in result:
@@ -156,7 +154,7 @@ def _read(outcome: Any, connection: Connection) -> dict[str, Cell]:
         if isinstance(check, dict):
             cells[name] = Cell(check.get("ok") is True, _text(check.get("says")))
     if "text" not in cells:
-        cells["text"] = Cell(False, f"not looked at; {SITE} has to name the site file")
+        cells["text"] = Cell(False, f"not checked; {SITE} must name the site file")
     return cells
 
 
@@ -180,7 +178,7 @@ def _python(version: Any) -> Cell:
 
 
 def _packages(versions: dict[str, Any], not_importable: Any) -> Cell:
-    """What is installed, or what is missing or of another version than here."""
+    """Installed packages, missing ones, and other versions than here."""
     missing = [name for name in PACKAGES if not isinstance(versions.get(name), str)]
     if missing:
         return Cell(False, f"not installed: {', '.join(missing)}; {INSTALL.format(__version__)}")

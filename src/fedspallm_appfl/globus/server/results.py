@@ -1,7 +1,7 @@
-"""What a client's task has returned, read as what it is: text that somebody else has made.
+"""Read the result of a client's task, which is untrusted input.
 
-The SDK has turned it from JSON into dicts and lists. Here it is brought into the form that the server relies on, or it is a
-failure of that client; what shows on a terminal or in a report is printable and short.
+The SDK has parsed its JSON into dicts and lists. This module turns it into the form that the server relies on, or into a
+failure of that client. Text for a terminal or a report is made printable and short.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from fedspallm_appfl.errors import UpdateError
 
 LONGEST = 10_000  # characters of a traceback
-MOST = 2**31  # nothing that is counted is more
+MOST = 2**31  # maximum of every count
 METADATA = {"_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host"}  # arguments of `global_update`
 
 
@@ -22,8 +22,8 @@ class Message:
     """One message of a client.
 
     Attributes:
-        place: where its payload is, as `places.placed` says it.
-        metadata: what goes beside it.
+        place: where its payload is, as returned by `places.placed`.
+        metadata: its metadata.
     """
 
     place: Mapping[str, Any]
@@ -32,13 +32,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a client gave no messages.
+    """Why a client sent no messages.
 
     Attributes:
-        why: in a line or two.
+        why: the reason, in a line or two.
         traceback: from its site, or empty.
         host: where it ran, if known.
-        blocks: which it was at, if known.
+        blocks: the blocks it was working on, if known.
     """
 
     why: str
@@ -48,28 +48,28 @@ class Failure:
 
 
 def read_result(client: str, result: Any, total: int) -> list[Message] | Failure:
-    """What a task has returned.
+    """Read the result of a task.
 
     Args:
-        client: for whom it ran.
-        result: what came back.
-        total: how many messages it has to have.
+        client: the client it ran for.
+        result: the result.
+        total: how many messages it must have.
 
     Returns:
-        Its messages in their order, or why there are none.
+        Its messages in order, or why there are none.
 
     Raises:
-        UpdateError: it is not what `globus_worker.run_exchange` returns.
+        UpdateError: it does not have the form that `worker.run_exchange` returns.
     """
     if not isinstance(result, dict):
-        raise UpdateError(f"refused the result of client {client}: it is no dict")
+        raise UpdateError(f"refused the result of client {client}: it is not a dict")
     if isinstance(result.get("error"), dict):
         error = {key: printable(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
         return Failure(error["message"][:1000], error["traceback"], _word(error["host"]), _word(error["blocks"]))
     messages = result.get("messages")
     if not isinstance(messages, list) or len(messages) != total:
         there = len(messages) if isinstance(messages, list) else "no"
-        raise UpdateError(f"refused the result of client {client}: it has {there} messages, {total} were asked for")
+        raise UpdateError(f"refused the result of client {client}: it has {there} messages, expected {total}")
     return [_message(client, message, number, len(messages)) for number, message in enumerate(messages)]
 
 
@@ -86,7 +86,7 @@ def _message(client: str, message: Any, number: int, total: int) -> Message:
 
 
 def _are_complete(metadata: Mapping[str, Any]) -> bool:
-    """Whether metadata have what the server relies on, of the types that it relies on."""
+    """Whether metadata has the keys and types that the server relies on."""
     counts = all(
         type(metadata.get(key)) is int and 0 <= metadata[key] < MOST for key in ("_chunk_idx", "_total_chunks")
     )
@@ -96,7 +96,7 @@ def _are_complete(metadata: Mapping[str, Any]) -> bool:
 
 
 def _are_notes(notes: Any) -> bool:
-    """Whether notes are JSON of linear -> name -> number, or nothing."""
+    """Whether notes are empty or JSON of linear -> name -> number."""
     try:
         read = json.loads(notes) if notes else {}
         pairs = [(linear, name, value) for linear, values in read.items() for name, value in values.items()]
@@ -109,10 +109,10 @@ def _are_notes(notes: Any) -> bool:
 
 
 def _word(words: Any) -> str:
-    """A host or a list of blocks, without what would steer a table."""
+    """A host or a list of blocks, without characters that would affect a table."""
     return re.sub(r"[^\w.,-]", "", str(words), flags=re.ASCII)[:100]
 
 
 def printable(words: Any) -> str:
-    """Words of another site without what would steer a terminal."""
+    """Text of another site without terminal control characters."""
     return "".join(letter for letter in str(words)[:LONGEST] if letter.isprintable() or letter in "\n\t")

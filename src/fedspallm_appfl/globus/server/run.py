@@ -1,11 +1,11 @@
-"""Run the clients at other institutions over Globus Compute: the server here, each client a task at its endpoint.
+"""Run clients at other institutions over Globus Compute: the server here, each client as a task at its endpoint.
 
-A task makes the messages of one exchange; for FedSpaLLM that is a round. What has arrived is fed to the scheduler message
-by message, each client's next one once the one before is answered, so that the server holds sums of few blocks although
-clients answer with a whole round at once.
+A task makes the messages of one exchange; for FedSpaLLM that is a round. The scheduler gets them message by message, a
+client's next one once the previous one is answered. The server thus holds the sums of few blocks, although
+clients send a whole round at once.
 
-An exchange ends when `min_clients` have answered, or `round_deadline` has passed, or nobody is left to wait for. Clients
-that have not answered by then, have failed, or have sent what was not assigned, are given up for the round: the blocks
+An exchange ends when `min_clients` have answered, `round_deadline` has passed, or no client is left to wait for. Clients
+that have not answered by then, have failed, or have sent something not assigned, are left out of the round: the blocks
 that others sent are aggregated without them.
 """
 
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class Connection:
-    """What a run and its preflight share.
+    """The state that a run and its preflight share.
 
     Attributes:
         config: the experiment, as `rules.prepared_for_globus` makes it.
         run: the run's name in the data store.
-        wire: sends tasks and takes results.
-        store: the data store; None if everything travels with the tasks.
+        wire: sends tasks and receives results.
+        store: the data store; None if everything is sent with the tasks.
     """
 
     def __init__(self, config: Config, wire: Any, store: DataStore | None, run: str, dense: str) -> None:
@@ -49,13 +49,13 @@ class Connection:
     def request(
         self, client: Client, reads: list[str], writes: list[str], seconds: float | None = None
     ) -> dict[str, Any]:
-        """What every task of a client is told.
+        """The request of every task of a client.
 
         Args:
             client: the client.
             reads: names of the objects in the store that it reads.
-            writes: names of those that it may place.
-            seconds: how long it has for that; None for as long as can be.
+            writes: names of the objects that it may write.
+            seconds: how long it may do so; None for the maximum.
         """
         from omegaconf import OmegaConf
 
@@ -80,14 +80,14 @@ class Connection:
         for name in names:
             try:
                 self.store.evict(name)
-            except DataStoreError as error:  # it may be gone with the rest when the run ends
+            except DataStoreError as error:  # the end of the run may remove it with the rest
                 logger.warning("%s", error)
 
     def close(self) -> None:
-        """Let go of everything, and remove what is left in the store."""
+        """Close everything, and remove what is left in the store."""
         busy = ", ".join(sorted(self.wire.busy()))
         if busy:
-            logger.warning("a task may still be at work at %s; until it ends its endpoint answers nobody else", busy)
+            logger.warning("a task may still be running at %s; its endpoint accepts no other work until it ends", busy)
         try:
             self.wire.shutdown_all_clients()
         finally:
@@ -96,7 +96,7 @@ class Connection:
 
 
 def _clear(store: DataStore) -> None:
-    """Remove what is left of a run; what was computed, or went wrong, counts for more than what stays behind."""
+    """Remove the objects of a run; a failure to do so must not hide the result or error of the run."""
     try:
         store.close(clear=True)
     except DataStoreError as error:
@@ -156,7 +156,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
         config: the experiment.
         connection: to the clients.
         state_dir: folder for the server's packed blocks and sums.
-        on_event: called with a dict for each thing that happens.
+        on_event: called with a dict for each event.
 
     Returns:
         The aggregator, with the global model in it.
@@ -187,19 +187,19 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
 
 
 def _all_pieces(server: Any, first: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What goes down, piece by piece, so that one is in memory at a time."""
+    """The pieces that go down, with one in memory at a time."""
     yield first
     for piece in range(1, first.get("pieces", 1)):
         yield server.get_parameters(init_model=False, piece=piece)[0]
 
 
 class Downlink:
-    """What the clients have to load before they start: all that went down so far, less what was replaced since.
+    """The payloads that clients load before they start: all that went down so far, except what was replaced since.
 
-    What a worker has kept of it nobody knows, so each task is told where everything lies.
+    The server does not know what a worker has kept, so each task gets the places of all payloads.
 
     Attributes:
-        places: where the payloads are, in the order in which they have to be loaded.
+        places: where the payloads are, in the order of loading.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -209,7 +209,7 @@ class Downlink:
         self._made = 0
 
     def add(self, payloads: Iterable[Any]) -> None:
-        """Place payloads and remove those all of whose matrices came again."""
+        """Place payloads, and remove earlier ones whose matrices are all replaced."""
         fresh = []
         for payload in payloads:
             if payload:
@@ -223,6 +223,6 @@ class Downlink:
 
 
 def _units(payload: Mapping[str, Any]) -> set[Unit]:
-    """The (exchange, block, linear) of a payload: masks do not take the place of weights."""
+    """The (exchange, block, linear) of a payload: masks do not replace weights."""
     exchange = payload.get("exchange", 0)
     return {(exchange, block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}

@@ -1,4 +1,4 @@
-"""One exchange over Globus Compute: a task for every client, what comes back, and when to go on without whom."""
+"""One exchange over Globus Compute: a task for every client, its result, and when to continue without a client."""
 
 import dataclasses
 import time
@@ -15,14 +15,14 @@ from fedspallm_appfl.globus.store.places import fetched
 if TYPE_CHECKING:
     from fedspallm_appfl.globus.server.run import Connection
 
-POLL = 1.0  # seconds between two looks at deadlines
+POLL = 1.0  # seconds between two checks of deadlines
 REMIND = 300.0  # seconds without news
-GRACE = 600.0  # seconds beyond the deadline that a site may use the data store, as clocks differ
-DESCRIPTION = 2**24  # bytes of a message beside its tensors, at most
+GRACE = 600.0  # seconds beyond the deadline that a site may use the data store, because clocks differ
+DESCRIPTION = 2**24  # maximum bytes of a message besides its tensors
 
 
 class Turn:
-    """One task of every client and what becomes of it."""
+    """One task of every client and its outcome."""
 
     def __init__(self, connection: "Connection", server: Any, on_event: OnEvent, number: int) -> None:
         self._connection = connection
@@ -34,20 +34,20 @@ class Turn:
         self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
         self._began = self._said = 0.0
-        self._given_up = dict.fromkeys(server.aggregator.given_up(), "it was given up in an earlier exchange")
+        self._given_up = dict.fromkeys(server.aggregator.given_up(), "it was left out in an earlier exchange")
 
     def run(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> dict[str, tuple[Any, dict]]:
-        """Send the tasks, fold what comes back, end when it is time.
+        """Send the tasks, fold the results, and end at the quorum or the deadline.
 
         Args:
-            down: where the payloads lie that clients load first.
-            instructions: client -> what the server told it last.
+            down: where the payloads are that clients load first.
+            instructions: client -> the last instructions from the server.
 
         Returns:
             Client -> (payload, metadata) of the server's answer to its last message.
 
         Raises:
-            FederationError: too few have answered.
+            FederationError: too few clients have answered.
         """
         self._began = time.monotonic()
         self._send(down, instructions)
@@ -95,16 +95,16 @@ class Turn:
         self._on_event({"event": event, "round": self._round} | facts)
 
     def _remind(self) -> None:
-        """Say now and then who is waited for."""
+        """Report from time to time which clients have not answered."""
         if time.monotonic() - self._said > REMIND:
             seconds = round(time.monotonic() - self._began)
             self._say("waiting", clients=sorted(self._waiting()), seconds=seconds)
 
     def _why_busy(self, client: str) -> str:
-        """Why a client's earlier task has no answer; an endpoint that is down has lost it, and may be asked anew."""
+        """Why a client's earlier task has no answer; an offline endpoint has lost it, and can be asked again."""
         wire = self._connection.wire
         if wire.status_of(client) != "offline":
-            return "it is still at work on an earlier round"
+            return "it is still working on an earlier round"
         wire.forget(client)
         return "its endpoint is offline"
 
@@ -128,7 +128,7 @@ class Turn:
     def _take(self, outcome: Any) -> None:
         """File what a task returned, or why it failed."""
         client, request = outcome.client, outcome.request
-        if client in self._given_up:  # of an earlier exchange, or too late for this one
+        if client in self._given_up:  # from an earlier exchange, or too late for this one
             self._connection.remove(request["names"])
             return
         read: list[Message] | Failure = Failure(printable(outcome.problem), printable(outcome.details))
@@ -145,7 +145,7 @@ class Turn:
             self._say("answer", client=client, seconds=round(time.monotonic() - self._began, 1))
 
     def _feed(self) -> None:
-        """Give the scheduler every message that may go on."""
+        """Pass every message that is ready to the scheduler."""
         while ready := [client for client in self._arrived if self._may_go_on(client)]:
             for client in ready:
                 self._feed_one(client, *self._arrived[client].popleft())
@@ -165,7 +165,7 @@ class Turn:
             self._give_up(client, Failure(str(error), host=message.metadata["host"]))
 
     def _give_up(self, client: str, failure: Failure) -> None:
-        """Go on without a client for the rest of the round."""
+        """Continue without a client for the rest of the round."""
         self._given_up[client] = failure.why
         self._connection.remove({name for name, _ in self._arrived.pop(client, ())})
         self._answers.pop(client, None)

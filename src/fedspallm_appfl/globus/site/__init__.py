@@ -1,1 +1,1 @@
-"""All that runs at an institution, and what it decides for itself."""
+"""Everything that runs at an institution, and the rules that it sets itself."""

@@ -1,4 +1,4 @@
-"""What `fedspallm site` prints: a site file as the worker would read it, for those who may see the paths in it."""
+"""The output of `fedspallm site`: a site file as a worker would read it, for users who may see its paths."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ WRONG = "[red]no[/red]"
 
 @dataclass
 class _Looked:
-    """What was found of one client's text; cells of the table.
+    """The findings about one client's text; cells of the table.
 
     Attributes:
         where: its paths.
-        files: how many files these stand for.
-        letters: how many they hold.
-        windows: how many whole windows of tokens.
+        files: number of files in these paths.
+        letters: number of characters in them.
+        windows: number of whole windows of tokens.
     """
 
     where: str = WRONG
@@ -35,7 +35,7 @@ class _Looked:
 
 
 def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]]:
-    """Look at everything that a site file names.
+    """Check everything that a site file names.
 
     Args:
         file: the site file.
@@ -43,19 +43,19 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         length: tokens in a window.
 
     Returns:
-        A row for each client, and what is wrong.
+        A row for each client, and the problems.
 
     Raises:
-        ConfigError: the file cannot be read, or holds what it should not.
+        ConfigError: the file cannot be read, or has wrong content.
     """
     site_file = read_site_file(file, f"{file}: ")
     shared, problems = site_file.shared, []
     if not site_file.clients:
-        problems.append("it lists no client; add those that this endpoint speaks for under `clients`")
+        problems.append("it lists no client; add the clients of this endpoint under `clients`")
     if shared.model and _folder(shared) is None and not is_hub_name(shared.model):
         place = file.resolve().parent / Path(shared.model).expanduser()
         problems.append(
-            f"`model` is {place}, which is no folder; name the one of this site's copy, or owner/model of the hub"
+            f"`model` is {place}, which is not a folder; name the folder of this site's copy, or owner/model of the hub"
         )
     tokenizer = None
     try:
@@ -76,9 +76,9 @@ def _folder(shared: Site) -> Path | None:
 
 
 def _tokenizer(shared: Site, model: Path | None) -> Any:
-    """What counts tokens; None where no folder is named. A hub name is left alone: nothing is to leave this machine."""
+    """The tokenizer; None if no folder is named. A hub name is not resolved: nothing must leave this machine."""
     if model is not None and not model.is_dir():
-        raise ConfigError(f"--model {model} is no folder here; name one")
+        raise ConfigError(f"--model {model} is not a folder here; name one")
     folders = [resolve_model(str(folder)) for folder in (model, _folder(shared)) if folder]
     return load_tokenizer(folders[0]) if folders else None
 
@@ -88,7 +88,7 @@ def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Loo
     try:
         text = site_file.of(client).text
         if not text:
-            looked.where = "none: takes part with pruner magnitude only"
+            looked.where = "none: can take part only with pruner magnitude"
             return looked
         looked.where = escape("\n".join(text))
         files, words = text_files(text), read_text(text)
@@ -99,7 +99,7 @@ def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Loo
             if not windows:
                 looked.problems.append(
                     f"client {client}: {', '.join(text)} holds no window of {length} tokens; give more text, or "
-                    "--length as the server's data.length is"
+                    "set --length to the server's data.length"
                 )
     except (FedSpaLLMError, OSError) as error:
         looked.files = looked.letters = WRONG
@@ -109,12 +109,12 @@ def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Loo
 
 def _model(shared: Site) -> str:
     if shared.model is None:
-        return "where the server's model.path says"
-    return shared.model if _folder(shared) else f"{shared.model}, no folder here"
+        return "the server's model.path"
+    return shared.model if _folder(shared) else f"{shared.model}, not a folder here"
 
 
 def _leaves(shared: Site) -> tuple[str, str]:
-    least = f"{shared.min_tokens:,} tokens" if shared.min_tokens else "as many tokens as an input is wide"
+    least = f"{shared.min_tokens:,} tokens" if shared.min_tokens else "the width of an input"
     return ", ".join(one for one in SENDINGS if one in shared.may_send) or "nothing", least
 
 
@@ -124,5 +124,5 @@ def _table(counts: bool, length: int) -> Table:
     for name in ("client", "text", *numbers, "model", "may leave", "grams of at least"):
         table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
     if not counts:
-        table.caption = "windows are not counted without a tokenizer here: --model FOLDER"
+        table.caption = "windows are not counted without a tokenizer; name one with --model FOLDER"
     return table

@@ -1,4 +1,4 @@
-"""What the preflight finds at a client's site, each respect by itself."""
+"""The checks of the preflight at a client's site, each independent of the others."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedspallm_appfl.settings.schema import ClientSettings
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
-    """What the preflight wants to know of a site where this package is installed.
+    """Run the checks of the preflight at a site where this package is installed.
 
     Returns:
         `{"checks": {name: {"ok": bool, "says": words}}}`.

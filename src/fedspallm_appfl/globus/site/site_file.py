@@ -1,13 +1,13 @@
-"""What a client's site keeps to itself: where its private text and its copy of the model lie.
+"""The settings that stay at a client's site: the paths of its private text and of its copy of the model.
 
-Over Globus Compute the server's configuration names no path of a client. The worker finds them in a YAML file of its own,
+Over Globus Compute the server's configuration names no path of a client. The worker reads them from its own YAML file,
 named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the endpoint):
 
-    model: ~/models/Llama-2-7b-hf      # where this site's copy is not at the server's model.path
-    clients:                           # which clients this endpoint speaks for
+    model: ~/models/Llama-2-7b-hf      # if this site's copy is not at the server's model.path
+    clients:                           # the clients of this endpoint
       hospital-a: {text: notes/}
-    store: {folder: /mnt/exchange}     # where the data store is reached in another way from here
-    may_send: [weights, masks, values] # which uploads may leave this site, whatever the server asks for
+    store: {folder: /mnt/exchange}     # if this site reaches the data store another way
+    may_send: [weights, masks, values] # uploads that may leave this site
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
 
@@ -37,15 +37,15 @@ STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store 
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
 BLANK = "<private text>"
-SHORT_NAME = 3  # letters; what is as short stands in many words
+SHORT_NAME = 3  # characters; names this short occur in many words
 
 
 @dataclass(frozen=True)
 class Site:
-    """What one client finds where it runs.
+    """The settings of one client at its site.
 
     Attributes:
-        model: the dense model here; None where the server's `model.path` is right here too.
+        model: the dense model here; None if the server's `model.path` is also right here.
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
         may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
@@ -61,24 +61,24 @@ class Site:
     plugins: tuple[str, ...] = ()
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
-        """Refuse to send what this site keeps.
+        """Refuse to send what must not leave this site.
 
         Args:
             client: whom to name.
             sendings: which of `SENDINGS` the server asks for.
 
         Raises:
-            ConfigError: something of it may not leave.
+            ConfigError: an upload must not leave.
         """
         kept = sorted(sendings - self.may_send)
         if kept:
             asked = (
-                f" ({TOKEN_COUNTS} are asked for by gram.first_input: private, and by gram.propagate: pruned, where the "
-                "server decides what inputs hang on)"
+                f" (gram.first_input: private needs {TOKEN_COUNTS}, and so does gram.propagate: pruned, where the "
+                "server decides what inputs depend on)"
             )
             raise ConfigError(
-                f"client {client}: this site does not send {', '.join(kept)}; take another algorithm"
-                f"{asked if TOKEN_COUNTS in kept else ''}, or name them under may_send in the site file"
+                f"client {client}: this site does not send {', '.join(kept)}; use another algorithm"
+                f"{asked if TOKEN_COUNTS in kept else ''}, or add them to may_send in the site file"
             )
 
     def require_text(self, client: str, pruner: Pruner) -> None:
@@ -101,23 +101,23 @@ class Site:
 
         Args:
             client: whom to name.
-            least: the fewest that the server wants them of; None for as many as an input is wide.
+            least: the minimum that the server asks for; None for the width of an input.
 
         Raises:
-            ConfigError: they are fewer than this site sends.
+            ConfigError: the minimum is below that of this site.
         """
         if least is not None and (self.min_tokens is None or least < self.min_tokens):
-            own = self.min_tokens or "as many as an input is wide"
+            own = self.min_tokens or "the width of an input"
             raise ConfigError(
                 f"client {client}: this site sends no statistics of fewer tokens than {own}, gram.min_tokens is {least}; "
-                "leave that out, or set min_tokens in the site file"
+                "remove gram.min_tokens, or set min_tokens in the site file"
             )
 
     def model_folder(self, path: str) -> Path:
         """The folder of the dense model here.
 
         Args:
-            path: the server's `model.path`, taken where this site names none.
+            path: the server's `model.path`, used if this site names none.
 
         Raises:
             ModelError: there is none.
@@ -125,7 +125,7 @@ class Site:
         return resolve_model(self.model, key="`model` in the site file") if self.model else resolve_model(path)
 
     def without_paths(self, words: str) -> str:
-        """Words that may travel: the private text's path and what follows it are blanked."""
+        """Words that may be sent: the private text's path and what follows it are blanked."""
         for name in sorted(self._private_names(), key=len, reverse=True):
             words = words.replace(name, BLANK)
         for path in self.text or []:
@@ -134,7 +134,7 @@ class Site:
         return words
 
     def _private_names(self) -> set[str]:
-        """Paths and names of all files in the folders of the text: a name may be a patient's, and hold spaces."""
+        """Paths and names of all files in the folders of the text; a name may be a patient's and may have spaces."""
         names = set()
         for root in (Path(path).expanduser() for path in self.text or []):
             for file in root.rglob("*") if root.is_dir() else ():
@@ -144,7 +144,7 @@ class Site:
 
 
 def load_site(client: str) -> Site:
-    """What this site says about one client.
+    """This site's settings for one client.
 
     Raises:
         ConfigError: the file is not named or cannot be read, or does not list the client.
@@ -152,7 +152,7 @@ def load_site(client: str) -> Site:
     named = os.environ.get(SITE)
     if not named:
         raise ConfigError(
-            f"client {client}: this endpoint does not say where its private text lies; write a site file and add "
+            f"client {client}: this endpoint names no site file; write one with the paths of the private text and add "
             f"to worker_init: export {SITE}=/path/to/site.yaml"
         )
     return read_site_file(Path(named).expanduser(), f"client {client}: ").of(client)
@@ -165,7 +165,7 @@ class SiteFile:
     Attributes:
         file: where it is.
         shared: what holds for every client.
-        clients: client -> what stands there, not looked at so far.
+        clients: client -> its entry, not checked yet.
     """
 
     file: Path
@@ -173,31 +173,31 @@ class SiteFile:
     clients: Mapping[str, Any]
 
     def of(self, client: str) -> Site:
-        """What the file says about one client.
+        """The entry of one client.
 
         Raises:
-            ConfigError: it does not list the client, or says something else than its text.
+            ConfigError: it does not list the client, or the entry has a key other than `text`.
         """
         if client not in self.clients:
             known = ", ".join(self.clients) or "none"
             raise ConfigError(f"client {client}: the site file of this endpoint lists {known}; add it under `clients`")
         own = self.clients[client] or {}
-        if not isinstance(own, dict) or set(own) - {"text"}:  # what stands there may be a path, and is not told
-            raise ConfigError(f"client {client}: under clients in the site file a client has `text:` and nothing else")
+        if not isinstance(own, dict) or set(own) - {"text"}:  # the entry may hold a path, so the message omits it
+            raise ConfigError(f"client {client}: under clients in the site file a client has only the key `text`")
         texts = [_whole(self.file, text, f"client {client}: ") for text in _listed(own.get("text"))]
         return replace(self.shared, text=texts or None)
 
 
 def read_site_file(file: Path, who: str) -> SiteFile:
-    """Read what holds for all clients.
+    """Read the settings for all clients.
 
     Args:
         file: the site file.
-        who: what messages begin with.
+        who: beginning of error messages.
 
     Raises:
-        ConfigError: the file cannot be read or holds what it should not; the message tells none of its content but for
-            `may_send` and `min_tokens`, as it may travel.
+        ConfigError: the file cannot be read or has wrong content; the message shows none of its content except
+            `may_send` and `min_tokens`, because it may be sent.
     """
     content = _read(file, who)
     model = content.get("model")
@@ -212,19 +212,19 @@ def read_site_file(file: Path, who: str) -> SiteFile:
 
 
 def _model(named: str, file: Path, who: str) -> str:
-    """A folder as a path that holds anywhere; another name as it stands, it may be one of the hub."""
+    """A folder as an absolute path; any other name unchanged, because it may be a hub name."""
     whole = _whole(file, named, who)
     try:
         return whole if Path(whole).is_dir() else named
     except OSError as error:
-        raise ConfigError(f"{who}the folder `model` of the site file cannot be looked at: {error.strerror}") from error
+        raise ConfigError(f"{who}the folder `model` of the site file cannot be accessed: {error.strerror}") from error
 
 
 def _store(named: Mapping[str, Any], file: Path, who: str) -> dict[str, Any]:
     if set(named) - STORE_KEYS or not isinstance(named.get("folder"), str | None):
         raise ConfigError(
-            f"{who}store in the site file holds the keys {', '.join(sorted(STORE_KEYS))}, all others are wrong, and folder "
-            "is text"
+            f"{who}store in the site file may have only the keys {', '.join(sorted(STORE_KEYS))}, and folder "
+            "must be text"
         )
     return dict(named) | ({"folder": _whole(file, named["folder"], who)} if named.get("folder") else {})
 
@@ -237,7 +237,7 @@ def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
 
 def _min_tokens(named: Any, who: str) -> int | None:
     if named is not None and (type(named) is not int or named < 1):
-        raise ConfigError(f"{who}min_tokens in the site file is a number of tokens, got {named!r}")
+        raise ConfigError(f"{who}min_tokens in the site file must be a number of tokens, got {named!r}")
     return named
 
 
@@ -245,9 +245,9 @@ def _sendings(content: Mapping[str, Any], who: str) -> frozenset[str]:
     if "may_send" not in content:
         return frozenset(UPLOADS)
     named = content["may_send"]
-    rule = f"{who}may_send in the site file is a list of {', '.join(SENDINGS)}"
+    rule = f"{who}may_send in the site file must be a list of {', '.join(SENDINGS)}"
     if not isinstance(named, list):
-        raise ConfigError(f"{rule}, in brackets, got {named!r} without; write may_send: [weights, masks], or []")
+        raise ConfigError(f"{rule}, got {named!r}; write it in brackets, e.g. may_send: [weights, masks], or []")
     wrong = [one for one in named if one not in SENDINGS]
     near = [name for one in wrong for name in difflib.get_close_matches(str(one), SENDINGS, n=1)]
     if wrong:
@@ -264,21 +264,21 @@ def _read(file: Path, who: str) -> dict[str, Any]:
     groups = () if wrong else (content.get("clients"), content.get("store"))
     if wrong or not all(isinstance(group, dict | None) for group in groups):
         raise ConfigError(
-            f"{who}the site file holds the keys {', '.join(sorted(KEYS))}, all others are wrong, and clients and store "
-            "hold keys themselves"
+            f"{who}the site file may have only the keys {', '.join(sorted(KEYS))}, and clients and store "
+            "must have keys of their own"
         )
     if not isinstance(content.get("model"), str | None):
-        raise ConfigError(f"{who}model in the site file is a folder or a hub name")
+        raise ConfigError(f"{who}model in the site file must be a folder or a hub name")
     return content
 
 
 def _why(error: Exception) -> str:
-    """Where the file is wrong, without what stands there."""
+    """Where the file is wrong, without its content."""
     mark = getattr(error, "problem_mark", None)
     if mark:
         return (
-            f"no YAML at line {mark.line + 1}, column {mark.column + 1} (a tab, an open bracket or quote before it?), or a "
-            "key stands twice in what begins there"
+            f"invalid YAML at line {mark.line + 1}, column {mark.column + 1} (look for a tab, bracket or quote), or a "
+            "key occurs twice in the part that begins there"
         )
     if isinstance(error, yaml.reader.ReaderError):
         return f"YAML does not allow its character {error.position + 1}"
@@ -292,8 +292,8 @@ def _listed(paths: Any) -> list[str]:
 
 
 def _whole(file: Path, path: str, who: str) -> str:
-    """A path that holds from any working directory; that of a worker is the endpoint's own."""
+    """An absolute path; the working directory of a worker is the endpoint's."""
     try:
         return str(file.resolve().parent / Path(path).expanduser())
     except RuntimeError as error:
-        raise ConfigError(f"{who}a path in the site file begins with ~ and the name of nobody here") from error
+        raise ConfigError(f"{who}a path in the site file begins with ~ and an unknown user name") from error

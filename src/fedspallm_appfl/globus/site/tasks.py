@@ -1,6 +1,6 @@
-"""The two functions that Globus Compute runs at a client's endpoint. Their source text travels, nothing else of this file.
+"""The two functions that Globus Compute runs at a client's endpoint. Only their source text is sent.
 
-A plain dict goes in and a plain dict comes back, both as JSON: no side unpickles what the other has made.
+Arguments and results are plain dicts, sent as JSON: no side unpickles data of the other.
 """
 
 

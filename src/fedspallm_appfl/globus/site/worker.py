@@ -1,11 +1,11 @@
-"""What runs at a client's endpoint.
+"""The code that runs at a client's endpoint.
 
-A task is told everything: settings, what was agreed on so far, its instructions. It finds model and private text by the
-site file (`site`), makes the messages of one exchange and places each as soon as it is made: in the data store, or in the
-result where there is no store.
+A task receives settings, the results agreed on so far, and instructions. It finds model and private text through the
+site file (`site_file`). It makes the messages of one exchange and places each at once: in the data store, or in the
+result if there is no store.
 
-Between two tasks a worker keeps the dense model's skeleton and, amid a sweep, its clients as they are, hidden states in
-front of the next block included. Another worker, or the same one after a fault, makes them anew: only the time differs.
+Between two tasks a worker keeps the dense model's skeleton. During a sweep it also keeps its clients, with the hidden
+states before the next block. Another worker, or the same one after a failure, recreates them: only the time differs.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 
-RESULT_LIMIT = 10_000_000  # bytes of a task's result, by the documentation of the service
+RESULT_LIMIT = 10_000_000  # bytes of a task's result, from the documentation of the service
 
 
 def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     """Make a client's messages of one exchange.
 
     Args:
-        request: `client`, its `config` as `agents.client_agent_config` makes it but for the paths of the site; `store`
-            as `DataStore.lend` makes it, the `run` and for each message the `names` of its object; `down` (payloads to
-            load, in their order) and `instructions`.
+        request: `client`, its `config` from `agents.client_agent_config` without the paths of the site; `store`
+            from `DataStore.lend`, the `run` and for each message the `names` of its object; `down` (payloads to
+            load, in order) and `instructions`.
 
     Returns:
         `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
@@ -62,7 +62,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         if client.sweeps_on(exchange):
             _sweeping[request["client"]] = amid
         return _within_limit({"messages": messages}, request["client"])
-    except Exception as error:  # noqa: BLE001 - whatever it is, the server has to know who failed where
+    except Exception as error:  # noqa: BLE001 - for any error, the server must know which client failed where
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
     finally:
         if store is not None:
@@ -74,9 +74,9 @@ class _Amid:
     """A client between two tasks.
 
     Attributes:
-        run: the run that it takes part in.
+        run: its run.
         agent: its agent.
-        loaded: digests of the places of payloads that it has taken.
+        loaded: digests of the places of payloads that it has loaded.
     """
 
     run: str
@@ -84,7 +84,7 @@ class _Amid:
     loaded: set[str] = field(default_factory=set)
 
 
-_sweeping: dict[str, _Amid] = {}  # client -> where its sweep stands still
+_sweeping: dict[str, _Amid] = {}  # client -> its paused sweep
 
 
 def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
@@ -136,7 +136,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
 
 
 def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
-    """The data store of a task, as it is reached from here."""
+    """The data store of a task, with this site's settings."""
     return open_store({**request["store"], **site.store}, request["run"])
 
 
@@ -165,7 +165,7 @@ def same_model(model: HashedModel, site: Site, client: str) -> Path:
     """The folder of the model at this site.
 
     Raises:
-        ModelError: there is none, or it is not the server's.
+        ModelError: there is none, or it differs from the server's.
     """
     folder = site.model_folder(model.path)
     here = model_hash(folder)
@@ -200,19 +200,19 @@ def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
     size = len(json.dumps(result))
     if size > RESULT_LIMIT:
         raise FederationError(
-            f"client {client}: the result has {size} bytes, Globus Compute carries {RESULT_LIMIT}; set "
-            "client_configs.comm_configs.store to a place that all sites reach (docs/globus.md)"
+            f"client {client}: the result has {size} bytes, Globus Compute allows {RESULT_LIMIT}; set "
+            "client_configs.comm_configs.store to a store that all sites can reach (docs/globus.md)"
         )
     return result
 
 
 def in_words(error: Exception, site: Site) -> str:
-    """What an error says, in words that may travel."""
+    """The message of an error, in words that may be sent."""
     return site.without_paths(str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}")
 
 
 def _described(error: Exception, site: Site) -> dict[str, str]:
-    """An error in words that may travel; what lies behind it (`from error`) may hold text and stays here."""
+    """An error in words that may be sent; its cause (`from error`) may hold private text and stays here."""
     stack = "".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     return {
         "message": in_words(error, site),
@@ -222,6 +222,6 @@ def _described(error: Exception, site: Site) -> dict[str, str]:
 
 
 def _blocks_of_message(client: LocalClient | None, exchange: int, number: int) -> str:
-    """The blocks that a message is about; nothing before the first."""
+    """The blocks of a message; empty before the first."""
     messages = client.messages(exchange) if client else []
     return to_text(sorted({block for block, _ in messages[number]})) if number < len(messages) else ""

@@ -1,6 +1,6 @@
-"""Where payloads lie that are too large for a Globus Compute task: the objects of one run, in a place that all sites reach.
+"""The data store for payloads that are too large for a Globus Compute task: the objects of one run, in a shared place.
 
-Names are given by the server's side alone, so that nothing that a client says decides what is read or removed.
+Only the server chooses names. A client can therefore not decide what is read or removed.
 """
 
 import re
@@ -20,7 +20,7 @@ class DataStore:
     """The objects of one run.
 
     Attributes:
-        settings: as in the configuration; for a site as `lend` has made them.
+        settings: as in the configuration; for a site as returned by `lend`.
         run: the run's name, part of every object's.
     """
 
@@ -30,7 +30,7 @@ class DataStore:
         Args:
             settings: `connector`, and what it needs.
             run: a name that no other run has.
-            create: begin a run; clients only join one, so that one that is late leaves nothing behind.
+            create: begin a run; clients only join one, so a late client leaves nothing behind.
 
         Raises:
             DataStoreError: it cannot be reached, or the run is over.
@@ -58,10 +58,10 @@ class DataStore:
         with self._trouble("reached"):
             mark = self._objects.get(MARK)
         if mark is None:
-            raise DataStoreError(f"{self}: the run {self.run} is over, or its server reaches another store")
+            raise DataStoreError(f"{self}: the run {self.run} is over, or its server uses another store")
 
     def put(self, name: str, data: bytes) -> None:
-        """Place an object, in place of an earlier one of that name.
+        """Write an object, and replace an earlier one of that name.
 
         Raises:
             DataStoreError: the store cannot be reached, or the run is over.
@@ -77,22 +77,22 @@ class DataStore:
 
         Args:
             name: its name.
-            most: bytes that it may have; None for any number.
+            most: maximum size in bytes; None for no limit.
 
         Raises:
-            DataStoreError: there is none of that name, it is larger, or the store cannot be reached.
+            DataStoreError: it does not exist, it is too large, or the store cannot be reached.
         """
         _checked(name)
         with self._trouble("read"):
             data = self._objects.get(name, most)
         if data is None:
-            raise DataStoreError(f"{self}: holds no object {name}; it was never placed, or was removed")
+            raise DataStoreError(f"{self}: holds no object {name}; it was never written, or was removed")
         if most is not None and len(data) > most:
-            raise DataStoreError(f"{self}: the object {name} has more than {most} bytes, which it may have")
+            raise DataStoreError(f"{self}: the object {name} has more than the allowed {most} bytes")
         return data
 
     def evict(self, name: str) -> None:
-        """Remove an object if it is there; the server's to do."""
+        """Remove an object if it exists; only the server does this."""
         _checked(name)
         with self._trouble("cleared"):
             self._of_the_server.evict(name)
@@ -110,7 +110,7 @@ class DataStore:
         Args:
             reads: names of objects that it will read.
             writes: names of objects that it may write.
-            seconds: how long it may need them; None for as long as can be.
+            seconds: how long it may need them; None for the maximum.
         """
         writes = [_checked(name) for name in writes]
         self._names.update(writes)
@@ -121,7 +121,7 @@ class DataStore:
         return {"connector": "s3", "links": links}
 
     def close(self, clear: bool = False) -> None:
-        """Let go of the store; `clear` removes what is left of this run, never anything of another."""
+        """Close the store; `clear` removes what is left of this run, never anything of another."""
         with self._trouble("closed"):
             try:
                 if clear:
@@ -144,7 +144,7 @@ class DataStore:
             yield
         except DataStoreError:
             raise
-        except Exception as error:  # each connector has its own family of errors
+        except Exception as error:  # each connector has its own errors
             raise DataStoreError(
                 f"{self}: cannot be {what} ({type(error).__name__}: {first_line(error)}); check {self._to_check()}"
             ) from error
@@ -152,16 +152,16 @@ class DataStore:
     def _to_check(self) -> str:
         where = "client_configs.comm_configs.store"
         if self._joined and "links" in self.settings:
-            return "whether this site reaches it; the link may have expired"
+            return "whether this site can reach it; the link may have expired"
         if self.settings["connector"] == "s3":
             return f"{where}, and on the server the credentials that boto3 finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
         if not self._joined:
             return where
-        return f"{where}, or `store` in the site file where a site reaches it in another way"
+        return f"{where}, or `store` in the site file if a site reaches it another way"
 
 
 def place(settings: Mapping[str, Any]) -> str:
-    """Where objects lie, for people."""
+    """The place of the objects, as readable text."""
     connector = settings["connector"]
     if connector == "file":
         return f"the folder {settings['folder']}"
@@ -169,16 +169,16 @@ def place(settings: Mapping[str, Any]) -> str:
         return f"Redis at {settings['host']}:{settings['port']}"
     if connector == "endpoint":
         return f"the ProxyStore endpoint {settings['endpoints'][0]}"
-    return f"the S3 bucket {settings['bucket']}" if "bucket" in settings else "S3"  # a site has but links
+    return f"the S3 bucket {settings['bucket']}" if "bucket" in settings else "S3"  # a site has only links
 
 
 def open_store(settings: Mapping[str, Any], run: str, create: bool = False) -> DataStore | None:
-    """The data store of a run; None where everything travels with the tasks."""
+    """The data store of a run; None if everything is sent with the tasks."""
     return None if settings["connector"] == "none" else DataStore(settings, run, create)
 
 
 def _checked(name: str) -> str:
-    """A name that is one file name."""
+    """Check that a name is a single file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name, re.ASCII):
-        raise DataStoreError(f"a name of the data store has letters, digits, '-', '_' and '.', got {name!r}")
+        raise DataStoreError(f"a name in the data store may have only letters, digits, '-', '_' and '.', got {name!r}")
     return name

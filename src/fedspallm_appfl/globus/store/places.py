@@ -1,4 +1,4 @@
-"""Where a payload is: in the data store if it is large, or in the words of the message that tells of it."""
+"""The place of a payload: the data store if it is large, otherwise the message itself."""
 
 import base64
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.globus.store.data_store import DataStore
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 
-SMALL = 2**14  # bytes of a payload that is not worth an object in the store
+SMALL = 2**14  # payloads of at most this many bytes are not stored as objects
 
 
 def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
-    """Where a payload went: into the store, or into the dict that is returned."""
+    """Put a payload into the store or into the returned dict, which says where it is."""
     data = to_bytes(payload)
     if store is None or len(data) <= SMALL:
         return {"inline": base64.b64encode(data).decode()}
@@ -21,13 +21,13 @@ def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
 
 
 def fetched(place: Mapping[str, Any], store: DataStore | None, sender: str, most: int | None = None) -> Any:
-    """The payload of what `placed` returned.
+    """The payload at a place that `placed` returned.
 
     Args:
         place: where it is.
         store: the data store, if there is one.
         sender: whom to name in errors.
-        most: bytes that it may have in the store; None for any number.
+        most: maximum size in the store in bytes; None for no limit.
 
     Raises:
         UpdateError: it cannot be read.

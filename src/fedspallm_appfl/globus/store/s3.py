@@ -1,7 +1,7 @@
-"""Objects of a data store in an S3 bucket, or in that of a service that speaks like it.
+"""Objects of a data store in an S3 bucket, or at an S3-compatible service.
 
-The server alone has credentials. For every task it signs a link for each object that the client may read or write, good for
-that object, that verb and some time; a site needs neither an account nor a library for S3, and can reach nothing of others.
+Only the server has credentials. For every task it signs a link for each object that the client may read or write, valid for
+that object, that verb and some time. A site needs no account and no S3 library, and cannot reach objects of others.
 """
 
 import logging
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from fedspallm_appfl.globus.store.objects import PREFIX
 
-LONGEST = 7 * 24 * 3600  # seconds that a link can be good for, by the signature's definition
+LONGEST = 7 * 24 * 3600  # maximum lifetime of a link in seconds, by the definition of the signature
 TRIES = 5
 TIMEOUT = (30, 300)  # seconds to connect, and without a byte
 FORBIDDEN, MISSING = 403, 404
@@ -20,7 +20,7 @@ VERBS = {"get": "get_object", "put": "put_object"}
 
 
 class Bucket:
-    """The server's side. Credentials and region are taken as boto3 takes them: environment, files, the machine's role."""
+    """The server's side. boto3 finds credentials and region: environment, files, the machine's role."""
 
     def __init__(self, settings: Mapping[str, Any], run: str) -> None:
         self._bucket, self._run = str(settings["bucket"]), run
@@ -39,7 +39,7 @@ class Bucket:
         self._client.put_object(**self._where(name), Body=data)
 
     def get(self, name: str, most: int | None = None) -> bytes | None:
-        """Read an object, of one that is too large its beginning; None if there is none."""
+        """Read an object; of one that is too large, only the beginning; None if there is none."""
         try:
             with closing(self._client.get_object(**self._where(name))["Body"]) as body:
                 return body.read(None if most is None else most + 1)
@@ -51,7 +51,7 @@ class Bucket:
         self._client.delete_object(**self._where(name))
 
     def clear(self, names: Iterable[str]) -> None:
-        """Remove all objects whose keys begin with the run's name, and no other."""
+        """Remove all objects whose keys begin with the run's name, and no others."""
         listed = self._client.get_paginator("list_objects_v2")
         for page in listed.paginate(Bucket=self._bucket, Prefix=f"{PREFIX}/{self._run}/"):
             for found in page.get("Contents", ()):
@@ -67,10 +67,10 @@ class Bucket:
         Args:
             reads: names of objects that it may read.
             writes: names of objects that it may write.
-            seconds: how long they are good for; None for as long as can be.
+            seconds: how long they are valid; None for the maximum.
 
         Returns:
-            `get` and `put`: name -> link. They are as good as credentials while they last.
+            `get` and `put`: name -> link. A valid link works like a credential.
         """
         until = LONGEST if seconds is None else min(LONGEST, int(seconds) + 1)
         return {
@@ -86,7 +86,7 @@ class Bucket:
 
 
 class Links:
-    """A site's side: reads and writes what it has been given links for, and can do nothing else."""
+    """A site's side: reads and writes only objects that it has links for."""
 
     def __init__(self, links: Mapping[str, Mapping[str, str]]) -> None:
         import requests
@@ -94,10 +94,10 @@ class Links:
         from urllib3.util import Retry
 
         retry = Retry(TRIES, backoff_factor=1, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
-        logging.getLogger("urllib3.connectionpool").addFilter(_without_links)  # it says what it tries again
+        logging.getLogger("urllib3.connectionpool").addFilter(_without_links)  # it logs what it retries
         self._links = links
         self._session = requests.Session()
-        self._session.auth = lambda request: request  # or a password of ~/.netrc would go along
+        self._session.auth = lambda request: request  # otherwise requests would send a password from ~/.netrc
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(max_retries=retry))
 
@@ -106,7 +106,7 @@ class Links:
         self._ask("put", name, data)
 
     def get(self, name: str, most: int | None = None) -> bytes | None:
-        """Read an object, which the server has placed and may have any size; None if there is none."""
+        """Read an object of the server, of any size; None if there is none."""
         return self._ask("get", name)
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Links:
         host = urlsplit(link).netloc
         try:
             answer = self._session.request(verb, link, data=data, timeout=TIMEOUT, allow_redirects=False)
-        except requests.RequestException as error:  # its words hold the link, which is a secret
+        except requests.RequestException as error:  # its message holds the link, which is a secret
             raise ConnectionError(f"{type(error).__name__}: no answer from {host}") from None
         if verb == "get" and answer.status_code == MISSING:
             return None
@@ -133,7 +133,7 @@ class Links:
 
 
 def _without_links(record: logging.LogRecord) -> bool:
-    """Whether words may be logged: a link is a secret."""
+    """Whether a message may be logged: a link is a secret."""
     return "X-Amz-Signature" not in record.getMessage()
 
 
@@ -141,7 +141,7 @@ def _client(url: str | None, region: str | None = None) -> Any:
     import boto3
     from botocore.config import Config
 
-    # Checksums only where S3 asks for them: services that speak like it refuse the newer ones.
+    # Checksums only if S3 requires them: compatible services refuse the newer ones.
     plain = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     config = Config(signature_version="s3v4", retries={"mode": "standard", "total_max_attempts": TRIES}, **plain)
     return boto3.client("s3", endpoint_url=url, region_name=region, config=config)

@@ -1,7 +1,7 @@
 """The compiled loops of `kernels.c`, if they were built when the package was installed.
 
-Nothing depends on them but time: each caller has a path in torch that gives the same bits. Set `FEDSPALLM_NATIVE=0` to do
-without. A report says which of the two a run used.
+They affect only speed: each caller has a torch implementation that gives the same bits. Set `FEDSPALLM_NATIVE=0` to run
+without them. A report says which of the two a run used.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-WIDEST_BLOCK = 256  # columns that `sparsegpt_block` has room for
+WIDEST_BLOCK = 256  # maximum number of columns of `sparsegpt_block`
 
 
 def _load() -> ctypes.CDLL | None:
@@ -27,7 +27,7 @@ LIBRARY = _load()
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the compiled loops are there and can read these tensors: contiguous and on the CPU."""
+    """Whether the compiled loops exist and can read these tensors: contiguous and on the CPU."""
     return LIBRARY is not None and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
