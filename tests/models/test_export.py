@@ -309,5 +309,6 @@ def test_memory_holds_one_matrix_and_not_a_shard(pickled, tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        timeout=120,
     ).stdout
     assert int(peak) < 2 * largest + 2**22 < whole / 8
