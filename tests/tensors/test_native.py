@@ -67,7 +67,7 @@ def in_another_process(switch):
     code = "import test_native as t; print(t.native.LIBRARY, t.native.description(), t.fingerprint(), sep='|')"
     environment = {**os.environ, "FEDSPALLM_NATIVE": switch, "OMP_NUM_THREADS": "1"}
     command, here = [sys.executable, "-c", code], Path(__file__).parent
-    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=True, timeout=240)
     return done.stdout.strip().split("|")
 
 
