@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from helpers import processes
 
 LIMITS = {"globus": 900, "mpi": 600, "slow": 600}  # seconds, with fixtures; several times what it takes
 
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(items):
         limits = [seconds for marker, seconds in LIMITS.items() if item.get_closest_marker(marker)]
         if limits and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(max(limits)))
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(autouse=True)

@@ -14,23 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.runs import mpi
-from helpers import processes
 from helpers.experiments import DOMAINS, UNEVEN, first_pages, merge, small_config
 from helpers.paths import DEMO, ROOT, TESTS
+from helpers.processes import ENVIRONMENT, end, fedspallm, finish, mpiexec, without_mpiexec
 from helpers.tiny import linears, save_tiny, tiny_config, weights
 
-MPIEXEC = Path(sys.executable).with_name("mpiexec")
-pytestmark = [
-    pytest.mark.mpi,
-    pytest.mark.skipif(not MPIEXEC.exists() and not shutil.which("mpiexec"), reason="no mpiexec"),
-]
-ENVIRONMENT = {
-    **os.environ,
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "OMP_NUM_THREADS": "1",
-}
+pytestmark = [pytest.mark.mpi, without_mpiexec]
 WHOLE_GRAMS = {"precision": "fp32", "propagate": "pruned", "target": "dense"}
 SPLIT = {"client_configs": {"comm_configs": {"compression": "zstd", "max_message_bytes": 9000}}}
 ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take part in some blocks of two rounds
@@ -39,24 +28,6 @@ ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take pa
     "consensus": ("consensus", SPLIT, "latest"),
 }
 LAYOUTS = {"one client a rank": 2, "batched": 3}  # clients of the two client ranks
-
-
-@pytest.fixture
-def mpiexec():
-    """Start a command in a number of ranks; they do not outlive the test."""
-    with processes.starting() as start:
-        yield lambda ranks, *command, folder=ROOT: start(in_ranks(ranks, *command), env=ENVIRONMENT, cwd=folder)
-
-
-@pytest.fixture
-def fedspallm(mpiexec):
-    """Start a run in a number of ranks."""
-    program = (sys.executable, "-m", "fedspallm_appfl", "run")
-    return lambda ranks, config, *overrides: mpiexec(ranks, *program, config, "--launcher", "mpi", *overrides)
-
-
-def in_ranks(ranks, *command):
-    return [MPIEXEC if MPIEXEC.exists() else "mpiexec", "-n", ranks, *command]
 
 
 def uneven(folder, count):
@@ -105,10 +76,11 @@ def runs(tmp_path_factory):
         for words in commands.values()
     ]
     (folder / "job.json").write_text(json.dumps(job))
-    command = in_ranks(3, sys.executable, "-m", "helpers.mpi_commands", folder / "job.json")
-    with processes.starting() as start:
-        paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-        code, out, err = processes.finish(start(command, env=ENVIRONMENT | {"PYTHONPATH": paths}, cwd=ROOT))
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    }
+    commands_in_turn = (sys.executable, "-m", "helpers.mpi_commands", folder / "job.json")
+    code, out, err = finish(mpiexec(3, *commands_in_turn, env=environment))
     assert code == 0, err
     return commands, out
 
@@ -162,27 +134,27 @@ def ranks_of(config):
     ]
 
 
-def test_a_killed_rank_ends_the_job(tmp_path, fedspallm):
+def test_a_killed_rank_ends_the_job(tmp_path):
     config = small_config(tmp_path, 2, client_configs={"data": {"windows": 60, "length": 256, "batch": 1}})
     job = fedspallm(3, config)
     metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 120
     while not (metrics.exists() and '"upload"' in metrics.read_text()):
-        assert time.monotonic() < until and job.poll() is None, processes.end(job)
+        assert time.monotonic() < until and job.poll() is None, end(job)
         time.sleep(0.2)
     os.kill(max(ranks_of(config)), signal.SIGKILL)
-    code, _, err = processes.finish(job, 60)
+    code, _, err = finish(job, 60)
     assert code != 0
     assert not ranks_of(config)
 
 
-def test_a_failing_client_ends_the_job_with_its_reason(tmp_path, fedspallm):
+def test_a_failing_client_ends_the_job_with_its_reason(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(DEMO / "model", model)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    code, _, err = processes.finish(fedspallm(3, small_config(tmp_path, 2, model={"path": str(model)})))
+    code, _, err = finish(fedspallm(3, small_config(tmp_path, 2, model={"path": str(model)})))
     assert code != 0
     assert "block 3, mlp.down_proj: its inputs hold NaN or infinity" in err
 
@@ -221,10 +193,8 @@ def test_what_cannot_be_run_so_is_explained_and_ends_the_job(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_configuration_is_reported_once(tmp_path, fedspallm):
-    code, _, err = processes.finish(
-        fedspallm(2, small_config(tmp_path, 2), "client_configs.train_configs.sparsity=1.5")
-    )
+def test_a_bad_configuration_is_reported_once(tmp_path):
+    code, _, err = finish(fedspallm(2, small_config(tmp_path, 2), "client_configs.train_configs.sparsity=1.5"))
     assert code != 0
     assert err.count("sparsity is a share in [0, 1), got 1.5") == 1
 
@@ -245,8 +215,8 @@ def examples(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stock_appfl_script_can_use_the_classes(mpiexec, examples):
+def test_a_stock_appfl_script_can_use_the_classes(examples):
     command = (sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py")
-    code, out, err = processes.finish(mpiexec(3, *command, folder=examples))
+    code, out, err = finish(mpiexec(3, *command, cwd=examples))
     assert code == 0, err
     assert "blocks [0, 1, 2] are in runs/appfl" in out

@@ -24,7 +24,7 @@ from helpers import processes
 from helpers.alongside import alongside
 from helpers.experiments import DOMAINS, UNEVEN, small_config
 from helpers.globus_double.world import BIN, CREDENTIALS, NEWER, World, missing, newer_environment, wait_until
-from helpers.paths import DEMO, ROOT
+from helpers.paths import DEMO
 from helpers.s3_double import BUCKET, keys, s3_service
 
 pytestmark = [
@@ -69,6 +69,12 @@ def start_site(world, name, clients, *lines, **options):
     world.endpoint_of |= dict.fromkeys(clients, endpoint)
 
 
+def ask_redis(world, *words):
+    code, out, err = processes.run("redis-cli", "-p", world.redis_port, *words)
+    assert code == 0, err
+    return out
+
+
 @pytest.fixture
 def store(world):
     """Settings of a data store that all sites reach, and what is left in it."""
@@ -78,8 +84,7 @@ def store(world):
         return {"store": {"connector": connector, "folder": str(folder), "port": world.redis_port}}
 
     yield settings
-    keys = processes.run(["redis-cli", "-p", world.redis_port, "KEYS", "*"])
-    assert keys.stdout.split() == ["somebody-elses"]
+    assert ask_redis(world, "KEYS", "*").split() == ["somebody-elses"]
     assert list(folder.iterdir()) == []
 
 
@@ -95,16 +100,9 @@ def write_config(world, folder, count=3, **changes):
     return file
 
 
-@pytest.fixture
-def start(world):
-    """Start the command line in a process of its own, which does not outlive the test."""
-
-    def one(*words, folder=BIN):
-        line = [folder / "python", "-m", "fedspallm_appfl", *words]
-        return starting(line, env=world.environment_of(folder), cwd=ROOT)
-
-    with processes.starting() as starting:
-        yield one
+def start(world, *words, folder=BIN):
+    """Start the command line in a process of its own."""
+    return processes.start(folder / "python", "-m", "fedspallm_appfl", *words, env=world.environment_of(folder))
 
 
 @pytest.fixture
@@ -151,9 +149,9 @@ def columns(table):
 
 def test_a_site_can_list_its_endpoints(world):
     """The ids that it tells the server's operator."""
-    done = processes.run([BIN / "globus-compute-endpoint", "list"], env=world.environment)
-    assert done.returncode == 0, done.stderr
-    assert world.endpoint_of["austen"] in done.stdout
+    code, out, err = processes.run(BIN / "globus-compute-endpoint", "list", env=world.environment)
+    assert code == 0, err
+    assert world.endpoint_of["austen"] in out
 
 
 def test_the_doctor_names_what_each_site_lacks(world, tmp_path, fedspallm):
@@ -202,7 +200,7 @@ def test_a_bucket_needs_no_account_at_a_site(world, tmp_path, fedspallm, monkeyp
 @pytest.mark.parametrize("connector", ["none", "file", "redis"])
 def test_two_rounds_give_the_bits_of_one_process(world, tmp_path, store, fedspallm, connector):
     """The workers live on from one connector to the next."""
-    processes.run(["redis-cli", "-p", world.redis_port, "SET", "somebody-elses", "1"], check=True)
+    ask_redis(world, "SET", "somebody-elses", "1")
     before = len(submissions(world))
     config = write_config(world, tmp_path, **UNEVEN, client_configs={"comm_configs": store(connector)})
     code, out, err = fedspallm("run", config, "--launcher", "globus", f"run_dir={tmp_path / 'globus'}")
@@ -304,11 +302,11 @@ def long_for(config, index):
     config.write_text(yaml.safe_dump(raw))
 
 
-def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path, start):
+def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
     config = write_config(world, tmp_path)
     long_for(config, 1)
     before = len(submissions(world))
-    job = start("run", config, "--launcher", "globus")
+    job = start(world, "run", config, "--launcher", "globus")
     wait_for(lambda: len(submissions(world)) > before + 3, job)  # the preflight is over
     pid, ticks = worker_of("site-b")
     os.kill(pid, signal.SIGSTOP)  # until both tasks of the site have been sent
@@ -324,12 +322,12 @@ def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path, start):
     assert {upload["client"] for upload in uploads(tmp_path / "run")} == {"austen", "csource"}
 
 
-def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_no_answer(world, tmp_path, store, start):
-    processes.run(["redis-cli", "-p", world.redis_port, "SET", "somebody-elses", "1"], check=True)
+def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_no_answer(world, tmp_path, store):
+    ask_redis(world, "SET", "somebody-elses", "1")
     deadline = {"round_deadline": 20}
     config = write_config(world, tmp_path, 2, server_configs=deadline, client_configs={"comm_configs": store("file")})
     before = len(submissions(world))
-    job = start("run", config, "--launcher", "globus")
+    job = start(world, "run", config, "--launcher", "globus")
     wait_for(lambda: len(submissions(world)) > before + 2, job)  # the preflight is over
     pid, _ = worker_of("site-b")
     os.kill(pid, signal.SIGSTOP)
@@ -360,15 +358,14 @@ def first_and_last(config):
     return config
 
 
-def test_servers_and_endpoints_of_different_versions_give_the_bits_of_one_process(
-    world, newer, tmp_path, fedspallm, start
-):
+def test_servers_and_endpoints_of_different_versions_give_the_bits_of_one_process(world, newer, tmp_path, fedspallm):
     """Two servers at a time, each with a client at an endpoint of either version."""
-    version = [newer / "python", "-c", "import globus_compute_sdk as sdk; print(sdk.__version__)"]
-    asked = processes.run(version, check=True).stdout
+    version = "import globus_compute_sdk as sdk; print(sdk.__version__)"
+    code, asked, err = processes.run(newer / "python", "-c", version)
+    assert code == 0, err
     assert f"globus-compute-sdk=={asked}" in NEWER.read_text()
     run = ("run", first_and_last(write_config(world, tmp_path, 4)), "--launcher", "globus")
-    newer_server = start(*run, f"run_dir={tmp_path / 'newer'}", folder=newer)
+    newer_server = start(world, *run, f"run_dir={tmp_path / 'newer'}", folder=newer)
     code, out, err = fedspallm(*run, f"run_dir={tmp_path / 'pinned'}")
     assert code == 0, out + err
     code, out, err = processes.finish(newer_server)
@@ -399,11 +396,11 @@ def test_a_connection_that_is_lost_until_the_sdk_gives_up_costs_nothing(
     assert absences(tmp_path / "run") == []
 
 
-def test_an_endpoint_that_is_stopped_and_started_between_two_rounds_takes_part_in_both(world, tmp_path, start):
+def test_an_endpoint_that_is_stopped_and_started_between_two_rounds_takes_part_in_both(world, tmp_path):
     settings = {"num_global_epochs": 2, "round_deadline": 90}
     config = write_config(world, tmp_path, 2, server_configs=settings)
     before, answers = len(submissions(world)), answered(world)
-    job = start("run", config, "--launcher", "globus")
+    job = start(world, "run", config, "--launcher", "globus")
     wait_for(lambda: len(submissions(world)) > before + 2, job)  # the preflight is over
     pid, _ = worker_of("site-a")
     os.kill(pid, signal.SIGSTOP)  # so that the round does not end
@@ -418,13 +415,13 @@ def test_an_endpoint_that_is_stopped_and_started_between_two_rounds_takes_part_i
     assert absences(tmp_path / "run") == []
 
 
-def test_an_endpoint_that_dies_in_a_task_is_done_without(world, tmp_path, start):
+def test_an_endpoint_that_dies_in_a_task_is_done_without(world, tmp_path):
     """Its task has no answer ever; in the second round the service knows that it is down."""
     settings = {"num_global_epochs": 2, "round_deadline": 25}
     config = write_config(world, tmp_path, 2, server_configs=settings)
     long_for(config, 1)
     before = len(submissions(world))
-    job = start("run", config, "--launcher", "globus")
+    job = start(world, "run", config, "--launcher", "globus")
     wait_for(lambda: len(submissions(world)) == before + 2 + 2, job)
     world.lose_endpoint("b")
     code, out, err = processes.finish(job)

@@ -1,67 +1,80 @@
-"""Processes that tests start: each has a limit, and none outlives its test."""
+"""Real processes: each has a limit on its time, and none outlives the test that started it."""
 
 import contextlib
+import os
+import shutil
 import subprocess
-from contextlib import contextmanager
+import sys
+from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
+
 LIMIT = 240  # seconds; what a process takes on a busy machine, several times over
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+ENVIRONMENT = {
+    **os.environ,
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMP_NUM_THREADS": "1",
+}
+without_mpiexec = pytest.mark.skipif(not MPIEXEC.exists() and not shutil.which("mpiexec"), reason="no mpiexec")
+_started = []
 
 
-def run(command, seconds=LIMIT, **options):
-    """`subprocess.run` with a limit and its output as text; a process that exceeds it is killed and fails the test."""
-    try:
-        return subprocess.run(
-            [str(word) for word in command], timeout=seconds, capture_output=True, text=True, **options
-        )
-    except subprocess.TimeoutExpired as late:
-        pytest.fail(f"not ended after {seconds} s:\n{late}\n{late.stdout}\n{late.stderr}")
+def start(*command, cwd=ROOT, env=ENVIRONMENT):
+    """Start a command; what it says is kept for `finish`. `tests/conftest.py` ends it with the test."""
+    pipe, line = subprocess.PIPE, [*map(str, command)]
+    _started.append(subprocess.Popen(line, env=env, cwd=cwd, stdout=pipe, stderr=pipe, text=True))
+    return _started[-1]
 
 
-def start(command, **options):
-    """A process whose output `finish` gives."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([str(word) for word in command], stdout=pipe, stderr=pipe, text=True, **options)
+def mpiexec(ranks, *command, **options):
+    """Start a command on so many ranks."""
+    return start(MPIEXEC if MPIEXEC.exists() else "mpiexec", "-n", ranks, *command, **options)
 
 
-def finish(process, seconds=240):
-    """Exit code, output and error output; a process that does not end in time is ended and fails the test."""
+def fedspallm(ranks, config, *overrides, **options):
+    """Start a run on so many ranks."""
+    program = (sys.executable, "-m", "fedspallm_appfl")
+    return mpiexec(ranks, *program, "run", config, "--launcher", "mpi", *overrides, **options)
+
+
+def run(*command, seconds=LIMIT, **options):
+    """Exit code, output and errors of a command."""
+    return finish(start(*command, **options), seconds)
+
+
+def finish(process, seconds=LIMIT):
+    """Exit code, output and errors of a process; one that does not end in time is ended and fails the test."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         out, err = end(process)
-        pytest.fail(f"not ended after {seconds} s:\n{out}\n{err}")
+        pytest.fail(f"not ended after {seconds} s: {process.args}\n{out}\n{err}")
     return process.returncode, out, err
 
 
 def end(process):
-    """End a process, by force if it does not listen; what it had said so far.
+    """End a process, by force if it does not listen; returns what it had said.
 
-    A process that starts others, such as mpiexec, ends them when it is asked to end; those that it leaves may hold its
-    pipes, so that these are not read to their end.
+    mpiexec ends its ranks when it is asked to end. What others leave behind may hold their pipes, so that these are not
+    read to the end.
     """
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.communicate(timeout=15)
-    process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.communicate(timeout=15)
-    return "", "(its output cannot be read: somebody holds its pipes)"
+    for ask in (process.terminate, process.kill):
+        ask()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=15)
+    return "", "(somebody holds its pipes)"
 
 
-@contextmanager
-def starting():
-    """`start`, whose processes are ended with the `with`."""
-    started = []
-
-    def one(command, **options):
-        started.append(start(command, **options))
-        return started[-1]
-
-    try:
-        yield one
-    finally:
-        for process in started:
-            if process.poll() is None:
-                end(process)
+def end_all():
+    """End whatever has been started and still runs."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            end(process)
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
