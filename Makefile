@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := .venv-peers
+# Each test has a limit of its own (pyproject.toml); these are the last resort, longer than everything on a slow machine.
+LIMIT := timeout --foreground --kill-after=60
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
@@ -32,13 +34,13 @@ study: install  ## Compare nine methods on the bundled model; ten minutes
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
 test: install  ## All tests but those that need a GPU or services of Globus Compute
-	$(BIN)/pytest -m 'not gpu and not globus'
+	$(LIMIT) 25m $(BIN)/pytest -m 'not gpu and not globus'
 
 globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-server, port 5000 and a package index
-	$(BIN)/pytest -m globus
+	$(LIMIT) 25m $(BIN)/pytest -m globus
 
 fast: install  ## The tests that need no MPI and no patience
-	$(BIN)/pytest
+	$(LIMIT) 15m $(BIN)/pytest
 
 lint: install  ## Style and types
 	$(BIN)/ruff check
@@ -49,7 +51,7 @@ check: lint test  ## What CI runs
 
 triton: install  ## The GPU kernel in Triton's interpreter, and through its compiler; needs no GPU
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
-	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/pruning/test_triton_block.py
+	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
 
 bench: install  ## Speed and memory as ratios, an hour on one core
 	$(BIN)/python -m benchmarks

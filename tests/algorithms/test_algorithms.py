@@ -14,7 +14,6 @@ from fedspallm_appfl.cli import main
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import cut_windows, draw_windows, load_tokenizer, read_text
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.gathering import shared_inputs
@@ -23,8 +22,8 @@ from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.tensors.bitmask import to_bits
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.validation.rules import check, forecast
-from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.packed import pack_mask, unpack
+from fedspallm_appfl.wire.store import GramStore
 from helpers.experiments import DOMAINS, first_pages
 from helpers.paths import DEMO
 from helpers.tiny import BLOCKS, events, linears, run, save_tiny, tiny_config, weights

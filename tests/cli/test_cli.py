@@ -278,7 +278,7 @@ def test_mpi_without_mpi4py_says_what_to_install(fedspallm, monkeypatch):
 
 
 def python(*words):
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.mpi

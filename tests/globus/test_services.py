@@ -7,9 +7,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,9 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.globus.server import communicator as globus_communicator
+from helpers import processes
+from helpers.alongside import alongside
 from helpers.experiments import DOMAINS, UNEVEN, small_config
 from helpers.globus_double.world import BIN, CREDENTIALS, NEWER, World, missing, newer_environment, wait_until
-from helpers.paths import DEMO, ROOT
+from helpers.paths import DEMO
 from helpers.s3_double import BUCKET, keys, s3_service
 
 pytestmark = [
@@ -54,6 +54,12 @@ def world(tmp_path_factory):
         yield world
 
 
+@pytest.fixture(autouse=True)
+def all_servers_run(world):
+    """What one test has broken fails the next ones at once, not each at its limit."""
+    world.check()
+
+
 def start_site(world, name, clients, *lines, **options):
     """Start an endpoint that speaks for clients; further lines of shell come before its worker."""
     texts = {client: {"text": str(DEMO / "text" / client / "calib.txt")} for client in clients}
@@ -61,6 +67,12 @@ def start_site(world, name, clients, *lines, **options):
     site.write_text(yaml.safe_dump({"clients": texts}))
     endpoint = world.start_endpoint(name, "\n".join((f"export FEDSPALLM_SITE={site}", *lines)), **options)
     world.endpoint_of |= dict.fromkeys(clients, endpoint)
+
+
+def ask_redis(world, *words):
+    code, out, err = processes.run("redis-cli", "-p", world.redis_port, *words)
+    assert code == 0, err
+    return out
 
 
 @pytest.fixture
@@ -72,8 +84,7 @@ def store(world):
         return {"store": {"connector": connector, "folder": str(folder), "port": world.redis_port}}
 
     yield settings
-    keys = subprocess.run(["redis-cli", "-p", str(world.redis_port), "KEYS", "*"], capture_output=True, text=True)
-    assert keys.stdout.split() == ["somebody-elses"]
+    assert ask_redis(world, "KEYS", "*").split() == ["somebody-elses"]
     assert list(folder.iterdir()) == []
 
 
@@ -90,20 +101,8 @@ def write_config(world, folder, count=3, **changes):
 
 
 def start(world, *words, folder=BIN):
-    """The command line in a process of its own."""
-    line = [folder / "python", "-m", "fedspallm_appfl", *map(str, words)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=world.environment_of(folder), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process, seconds=240):
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        pytest.fail(f"not ended after {seconds} s:\n{out}\n{err}")
-    return process.returncode, out, err
+    """Start the command line in a process of its own."""
+    return processes.start(folder / "python", "-m", "fedspallm_appfl", *words, env=world.environment_of(folder))
 
 
 @pytest.fixture
@@ -150,11 +149,9 @@ def columns(table):
 
 def test_a_site_can_list_its_endpoints(world):
     """The ids that it tells the server's operator."""
-    done = subprocess.run(
-        [BIN / "globus-compute-endpoint", "list"], env=world.environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert world.endpoint_of["austen"] in done.stdout
+    code, out, err = processes.run(BIN / "globus-compute-endpoint", "list", env=world.environment)
+    assert code == 0, err
+    assert world.endpoint_of["austen"] in out
 
 
 def test_the_doctor_names_what_each_site_lacks(world, tmp_path, fedspallm):
@@ -203,7 +200,7 @@ def test_a_bucket_needs_no_account_at_a_site(world, tmp_path, fedspallm, monkeyp
 @pytest.mark.parametrize("connector", ["none", "file", "redis"])
 def test_two_rounds_give_the_bits_of_one_process(world, tmp_path, store, fedspallm, connector):
     """The workers live on from one connector to the next."""
-    subprocess.run(["redis-cli", "-p", str(world.redis_port), "SET", "somebody-elses", "1"], check=True)
+    ask_redis(world, "SET", "somebody-elses", "1")
     before = len(submissions(world))
     config = write_config(world, tmp_path, **UNEVEN, client_configs={"comm_configs": store(connector)})
     code, out, err = fedspallm("run", config, "--launcher", "globus", f"run_dir={tmp_path / 'globus'}")
@@ -265,7 +262,7 @@ def test_a_client_whose_task_raises_is_named_with_its_traceback(world, tmp_path,
         f"round 1 continues without client bible, host {socket.gethostname()}: client bible: 6 calibration windows"
         in out
     )
-    assert 'globus_worker.py", line' in out and "calib.txt" not in out
+    assert 'site/worker.py", line' in out and "calib.txt" not in out
     assert "| 1 | austen, csource |" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -295,7 +292,8 @@ def worker_of(site):
 def wait_for(happened, process, seconds=200):
     until = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        if time.monotonic() > until or process.poll() is not None:
+            pytest.fail(f"it did not come to that; the process said {processes.end(process)}")
         time.sleep(0.05)
 
 
@@ -317,7 +315,7 @@ def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
     os.kill(pid, signal.SIGCONT)
     wait_for(lambda: worker_of("site-b")[1] > ticks + 30, job)  # it prunes: one that is killed idle may hold a lock
     os.kill(pid, signal.SIGKILL)
-    code, out, err = finish(job)
+    code, out, err = processes.finish(job)
     assert code == 0, out + err
     [absent] = absences(tmp_path / "run")
     assert absent["client"] == "bible"
@@ -326,7 +324,7 @@ def test_a_worker_that_is_killed_costs_its_task_only(world, tmp_path):
 
 
 def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_no_answer(world, tmp_path, store):
-    subprocess.run(["redis-cli", "-p", str(world.redis_port), "SET", "somebody-elses", "1"], check=True)
+    ask_redis(world, "SET", "somebody-elses", "1")
     deadline = {"round_deadline": 20}
     config = write_config(world, tmp_path, 2, server_configs=deadline, client_configs={"comm_configs": store("file")})
     before = len(submissions(world))
@@ -335,7 +333,7 @@ def test_a_round_ends_at_its_deadline_and_the_process_ends_although_a_task_has_n
     pid, _ = worker_of("site-b")
     os.kill(pid, signal.SIGSTOP)
     try:
-        code, out, err = finish(job, 120)
+        code, out, err = processes.finish(job, 120)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert code == 0, out + err
@@ -363,14 +361,15 @@ def first_and_last(config):
 
 def test_servers_and_endpoints_of_different_versions_give_the_bits_of_one_process(world, newer, tmp_path, fedspallm):
     """Two servers at a time, each with a client at an endpoint of either version."""
-    version = [newer / "python", "-c", "import globus_compute_sdk as sdk; print(sdk.__version__)"]
-    asked = subprocess.run(version, capture_output=True, text=True, check=True).stdout
+    version = "import globus_compute_sdk as sdk; print(sdk.__version__)"
+    code, asked, err = processes.run(newer / "python", "-c", version)
+    assert code == 0, err
     assert f"globus-compute-sdk=={asked}" in NEWER.read_text()
     run = ("run", first_and_last(write_config(world, tmp_path, 4)), "--launcher", "globus")
     newer_server = start(world, *run, f"run_dir={tmp_path / 'newer'}", folder=newer)
     code, out, err = fedspallm(*run, f"run_dir={tmp_path / 'pinned'}")
     assert code == 0, out + err
-    code, out, err = finish(newer_server)
+    code, out, err = processes.finish(newer_server)
     assert code == 0, out + err
     assert (world.folder / "version-of-workers").read_text() == asked
     assert fedspallm("run", first_and_last(small_config(tmp_path, 4)))[0] == 0
@@ -392,10 +391,8 @@ def test_a_connection_that_is_lost_until_the_sdk_gives_up_costs_nothing(
         wait_until(lambda: len(submissions(world)) == before + 3 + 3, "the round")
         world.restart_broker(lambda: wait_until(lambda: "connection to Globus Compute was lost" in caplog.text, "loss"))
 
-    with ThreadPoolExecutor() as pool:
-        restarted = pool.submit(restart)
+    with alongside(restart):
         code, out, err = fedspallm("run", config, "--launcher", "globus")
-        restarted.result()
     assert code == 0, out + err
     assert absences(tmp_path / "run") == []
 
@@ -414,7 +411,7 @@ def test_an_endpoint_that_is_stopped_and_started_between_two_rounds_takes_part_i
         world.run_endpoint("b")
     finally:
         os.kill(pid, signal.SIGCONT)
-    code, out, err = finish(job)
+    code, out, err = processes.finish(job)
     assert code == 0, out + err
     assert absences(tmp_path / "run") == []
 
@@ -428,7 +425,7 @@ def test_an_endpoint_that_dies_in_a_task_is_done_without(world, tmp_path):
     job = start(world, "run", config, "--launcher", "globus")
     wait_for(lambda: len(submissions(world)) == before + 2 + 2, job)
     world.lose_endpoint("b")
-    code, out, err = finish(job)
+    code, out, err = processes.finish(job)
     assert code == 0, out + err
     assert [event["client"] for event in absences(tmp_path / "run")] == ["bible", "bible"]
     assert [event["why"] for event in absences(tmp_path / "run")] == [

@@ -10,6 +10,7 @@ import redis
 
 from fedspallm_appfl.errors import DataStoreError
 from fedspallm_appfl.globus.store.data_store import DataStore
+from helpers import processes
 from helpers.globus_double.world import free_port, listens, missing, wait_until
 
 pytestmark = [
@@ -30,12 +31,11 @@ def service(tmp_path):
                 [str(word) for word in command], env=os.environ | environment, stdout=log, stderr=log
             )
         started.append(process)
-        wait_until(lambda: listens(port), command[0])
+        wait_until(lambda: listens(port), command[0], process=process)
 
     yield start
     for process in started:
-        process.terminate()
-        process.wait(20)
+        processes.end(process)
 
 
 def goes_through(settings):
@@ -58,7 +58,7 @@ def test_redis_with_a_password_and_tls(service, tmp_path, monkeypatch):
     port, key, certificate = free_port(), tmp_path / "key.pem", tmp_path / "certificate.pem"
     for_us = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *for_us]
-    subprocess.run(make, check=True, capture_output=True)
+    assert processes.run(*make)[0] == 0
     tls = ["--port", 0, "--tls-port", port, "--tls-cert-file", certificate, "--tls-key-file", key]
     tls += ["--tls-ca-cert-file", certificate, "--tls-auth-clients", "no"]
     service(
@@ -82,7 +82,7 @@ def test_an_endpoint_of_proxystore(service, tmp_path, monkeypatch):
     port, command = free_port(), Path(sys.executable).parent / "proxystore-endpoint"
     monkeypatch.setenv("PROXYSTORE_HOME", str(tmp_path))
     options = ["--port", port, "--host", "127.0.0.1", "--no-relay-server"]
-    subprocess.run([str(word) for word in (command, "configure", "only", *options)], check=True, capture_output=True)
+    assert processes.run(command, "configure", "only", *options, env=dict(os.environ))[0] == 0
     lines = (tmp_path / "only" / "config.toml").read_text().splitlines()
     [uuid] = [line.split('"')[1] for line in lines if line.startswith("uuid")]
     service(port, command, "start", "--no-detach", "only", PROXYSTORE_HOME=str(tmp_path))

@@ -5,6 +5,7 @@ import graphlib
 import re
 
 import pytest
+
 from helpers.paths import ROOT
 
 PACKAGE = ROOT / "src" / "fedspallm_appfl"

@@ -26,7 +26,6 @@ from benchmarks.tables import Table, met
 
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
 IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "large_block")

@@ -20,7 +20,7 @@ COMMAND = re.compile(r"^(?:Launch|Override)?\s*(?:mpiexec -n \d+ )?(fedspallm .+
 def repository():
     """Files that are in the repository, or will be with the next commit."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, timeout=60)
     if done.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]

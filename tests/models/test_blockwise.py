@@ -22,7 +22,6 @@ from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidd
 from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish, prune_blocks
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config

@@ -11,7 +11,6 @@ from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import perplexities
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
 from helpers.families import FAMILIES, save_family, windows

@@ -112,7 +112,7 @@ def check(arguments, weights, mask):
 def run_this_file(what, folder, **environment):
     """Run a part of this file in a process of its own: Triton reads its environment when it is first imported."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), **environment}
-    subprocess.run([sys.executable, __file__, what, str(folder / "results")], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, __file__, what, str(folder / "results")], env=environment, check=True, timeout=240)
     return folder / "results"
 
 

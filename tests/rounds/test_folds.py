@@ -11,13 +11,12 @@ from fedspallm_appfl.algorithms.gram import GramSettings, Sums, prune
 from fedspallm_appfl.algorithms.registry import ALGORITHMS
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.folds import STATISTICS, Aggregation
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.grams import pack_gram
 from fedspallm_appfl.wire.packed import compress, make_update, pack, pack_mask, pack_values, unpack, unpack_mask
+from fedspallm_appfl.wire.store import GramStore
 
 SHAPES = {"q": (4, 6), "k": (2, 6), "up": (6, 8)}
 GROUPS = ((("q", "k"), ("up",)),) * 3

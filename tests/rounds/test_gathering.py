@@ -11,7 +11,6 @@ from fedspallm_appfl.algorithms.gram import Sums, prune
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.pruning.statistics import mirror
 from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs, swept_grams
 from fedspallm_appfl.tensors.target import parse_target

@@ -10,7 +10,6 @@ import torch
 from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.server import GlobalModel

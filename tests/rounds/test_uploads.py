@@ -11,13 +11,12 @@ from fedspallm_appfl.algorithms.registry import ALGORITHMS, LABELS, exchanges
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs
 from fedspallm_appfl.rounds.uploads import Source, sizes, sweep
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.grams import pack_gram
 from fedspallm_appfl.wire.packed import make_update, nbytes, pack_mask, unpack, unpack_mask
+from fedspallm_appfl.wire.store import AgreedBlocks
 from helpers.families import save_family, windows
 
 TEXT = windows(4, 20)  # 80 tokens, 48 features at most

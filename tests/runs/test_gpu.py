@@ -7,7 +7,6 @@ from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.families import save_family, windows
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.settings.reading import load_config, to_yaml
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config
 from helpers.paths import ROOT
 

@@ -23,6 +23,7 @@ from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
 from fedspallm_appfl.tensors import bitmask, native
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.loops import use
+from helpers.paths import TESTS
 
 FUNCTIONS = ["count_bits", "sparsegpt_block", "gather_2", "gather_4", "scatter_2", "scatter_4"]
 FUNCTIONS += ["fold_2_1", "fold_2_2", "fold_8_1", "fold_8_2"]
@@ -65,9 +66,10 @@ def fingerprint():
 def in_another_process(switch):
     """Whether there are loops, how a report describes them, and the fingerprint, with FEDSPALLM_NATIVE as given."""
     code = "import test_native as t; print(t.native.LIBRARY, t.native.description(), t.fingerprint(), sep='|')"
-    environment = {**os.environ, "FEDSPALLM_NATIVE": switch, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "FEDSPALLM_NATIVE": switch, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command, here = [sys.executable, "-c", code], Path(__file__).parent
-    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=True, timeout=240)
     return done.stdout.strip().split("|")
 
 

@@ -12,7 +12,6 @@ import zstandard
 
 from fedspallm_appfl.algorithms.gram import Sums, prune
 from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.pruning.statistics import mirror
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression

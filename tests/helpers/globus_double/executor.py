@@ -95,19 +95,26 @@ class Executor:
 
     def _send(self):
         while True:
-            future, endpoint, *call = self._queue.get()
-            time.sleep(LATER)
-            if self._stopped:
-                future.cancel()
-                future.set_running_or_notify_cancel()
-                continue
-            text = self.serializer.pack_buffers([self.serializer.serialize(part) for part in call])
-            self._site.sent.append((endpoint, text))
-            if self._site.refusals or len(text) > LIMIT:
-                self._stopped = True
-                future.set_exception(self._site.refusals.pop(0) if self._site.refusals else OSError("413 too large"))
-            elif endpoint not in self._site.silent:
-                self._run(future, text)
+            future, *task = self._queue.get()
+            try:
+                self._send_one(future, *task)
+            except BaseException as error:  # or somebody would wait for the future without end
+                future.set_exception(error)
+                raise
+
+    def _send_one(self, future, endpoint, *call):
+        time.sleep(LATER)
+        if self._stopped:
+            future.cancel()
+            future.set_running_or_notify_cancel()
+            return
+        text = self.serializer.pack_buffers([self.serializer.serialize(part) for part in call])
+        self._site.sent.append((endpoint, text))
+        if self._site.refusals or len(text) > LIMIT:
+            self._stopped = True
+            future.set_exception(self._site.refusals.pop(0) if self._site.refusals else OSError("413 too large"))
+        elif endpoint not in self._site.silent:
+            self._run(future, text)
 
     def _run(self, future, text):
         task = uuid.uuid4()
@@ -116,11 +123,10 @@ class Executor:
         self._site.engine.submit(running, pack(Task(task_id=task, task_buffer=text)), {}, self._paths)
 
     def _finish(self, future, running):
-        result = unpack(running.result())
-        if result.is_error:
-            future.set_exception(TaskExecutionFailed(result.data))
-            return
         try:
+            result = unpack(running.result())
+            if result.is_error:
+                raise TaskExecutionFailed(result.data)
             future.set_result(self.serializer.deserialize(result.data))
         except Exception as error:  # noqa: BLE001 - as the SDK does
             future.set_exception(error)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ NEWER = Path(__file__).parent / "newer-requirements.txt"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin")  # the scripts in PATH change the user
 EXAMPLE = ROOT / "examples" / "globus" / "user_config_template.yaml.j2"
 CREDENTIALS = {"GLOBUS_COMPUTE_CLIENT_ID": "22222222-2222-4222-8222-222222222222", "GLOBUS_COMPUTE_CLIENT_SECRET": "x"}
+PORTS = range(20_000, 30_000)  # below those that the kernel gives to connections
 HEARTBEAT = 5  # seconds, the least that endpoints take
 MARK = "ENDPOINT_OF_THE_DOUBLE"  # an environment variable by which the processes of an endpoint are known
 
@@ -34,9 +36,17 @@ def missing():
 
 
 def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that is free and stays so while its server is down.
+
+    Of the ports that the kernel gives to connections none will do: somebody's connection may take it meanwhile, or a
+    client that tries again and again to reach the server is connected with itself.
+    """
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"none of 100 ports of {PORTS} is free")
 
 
 def newer_environment(folder):
@@ -45,7 +55,7 @@ def newer_environment(folder):
     Raises:
         RuntimeError: pip could not install them.
     """
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
     packages = next(folder.glob("lib/python*/site-packages"))
     here = [path for path in sys.path if path.endswith("-packages")]
     (packages / "here.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in here))
@@ -59,12 +69,21 @@ def newer_environment(folder):
 
 def listens(port):
     with socket.socket() as client:
+        client.settimeout(5)
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_until(true, what, seconds=60):
+def wait_until(true, what, seconds=60, process=None):
+    """Wait for something, no longer than its process lives.
+
+    Raises:
+        TimeoutError: it did not happen in time.
+        RuntimeError: the process has ended.
+    """
     until = time.monotonic() + seconds
     while not true():
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"{what} did not come up: it ended with exit code {process.returncode}")
         if time.monotonic() > until:
             raise TimeoutError(f"{what} did not come up in {seconds} s")
         time.sleep(0.2)
@@ -94,11 +113,13 @@ class Endpoint:
 
         A daemon's child begins a session, to which its workers belong, and overwrites its environment with its title.
         """
+        if self.process is None:
+            return
         processes = dict(_processes())
         mine = f"{MARK}={self.environment[MARK]}\0".encode()
-        sessions = {session for _, session, environment in processes.values() if mine in environment + b"\0"}
+        sessions = {session for _, session, _, environment in processes.values() if mine in environment + b"\0"}
         sessions |= {self.process.pid} | {pid for pid, (parent, *_) in processes.items() if parent == self.process.pid}
-        for pid, (_, session, _) in processes.items():
+        for pid, (_, session, _, _) in processes.items():
             if session in sessions:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -106,11 +127,16 @@ class Endpoint:
 
 
 def _processes():
-    """Process id, (its parent, its session, its environment) of all that runs here and may be looked at."""
+    """Process id, (its parent, session, group and environment) of all that runs here and may be looked at."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            yield int(entry.name), (int(fields[1]), int(fields[3]), (entry / "environ").read_bytes())
+            state, parent, group, session = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            if state != "Z":
+                yield int(entry.name), (int(parent), int(session), int(group), (entry / "environ").read_bytes())
+
+
+def _group_lives(number):
+    return any(group == number for _, (_, _, group, _) in _processes())
 
 
 class World:
@@ -124,7 +150,7 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        self.processes = []
+        self.processes = {}
         self.endpoints = {}
         self.redis_port = free_port()
         self.mapper = 0  # port of the daemon that Erlang starts and leaves behind
@@ -152,51 +178,67 @@ class World:
                 [sys.executable, "-m", "helpers.globus_double.service", url],
                 cwd=TESTS,
             )
-            wait_until(lambda: listens(PORT), "the double of the web service")
+            wait_until(lambda: listens(PORT), "the double of the web service", process=self.processes["service"])
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_):
-        for endpoint in self.endpoints.values():  # an endpoint that is stopped takes a quarter of a minute
-            endpoint.kill()
-        for process in reversed(self.processes):
-            self._stop(process)
-        if self.mapper:
-            subprocess.run(["epmd", "-port", str(self.mapper), "-kill"], capture_output=True)
+        with contextlib.ExitStack() as last_first:  # if one cannot be ended the others are
+            if self.mapper:
+                kill = ["epmd", "-port", str(self.mapper), "-kill"]
+                last_first.callback(subprocess.run, kill, capture_output=True, timeout=30)
+            for process in self.processes.values():
+                last_first.callback(self._stop, process)
+            for endpoint in self.endpoints.values():  # an endpoint that is stopped takes a quarter of a minute
+                last_first.callback(endpoint.kill)
+
+    def check(self):
+        """Nothing works without the servers.
+
+        Raises:
+            RuntimeError: one has ended.
+        """
+        for name in ("redis", "rabbitmq", "service"):
+            process = self.processes.get(name)
+            if process is None or process.poll() is not None:
+                log = self.folder / f"{name}.log"
+                said = log.read_text(errors="replace")[-3000:] if log.exists() else ""
+                raise RuntimeError(f"{name} does not run any more; it said:\n{said}")
 
     def _start(self, name, command, environment=None, **options):
         """Start a server in a session of its own: an endpoint that stops ends its whole process group."""
-        log = (self.folder / f"{name}.log").open("ab")
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            env=environment or self.environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            **options,
-        )
-        self.processes.append(process)
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                env=environment or self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                **options,
+            )
+        self.processes[name] = process
         return process
 
     @staticmethod
     def _stop(process):
-        """End a process and what it has started and left in its group."""
-        for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-            try:
+        """End a process and what it has started and left in its group; a script may end before the server that it runs."""
+        for number, patience in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-                process.wait(patience)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
+            until = time.monotonic() + patience
+            while time.monotonic() < until:
+                if process.poll() is not None and not _group_lives(process.pid):
+                    return
+                time.sleep(0.1)
+        raise RuntimeError(f"process {process.pid} ({process.args[0]}) cannot be ended")
 
     def _start_redis(self):
         options = ["--port", self.redis_port, "--bind", "127.0.0.1", "--save", "", "--dir", self.folder]
-        self._start("redis", ["redis-server", *options])
-        wait_until(lambda: listens(self.redis_port), "redis-server")
+        process = self._start("redis", ["redis-server", *options])
+        wait_until(lambda: listens(self.redis_port), "redis-server", process=process)
 
     def _start_rabbitmq(self):
         port, between_nodes, self.mapper = free_port(), free_port(), free_port()
@@ -229,13 +271,12 @@ class World:
     def _run_rabbitmq(self):
         port = self._broker["port"]
         server, environment = [RABBITMQ / "rabbitmq-server"], self._broker["environment"]
-        self._broker["process"] = self._start("rabbitmq", server, environment, cwd=environment["HOME"])
-        wait_until(lambda: listens(port), "rabbitmq-server", 120)
+        process = self._start("rabbitmq", server, environment, cwd=environment["HOME"])
+        wait_until(lambda: listens(port), "rabbitmq-server", 120, process)
 
     def restart_broker(self, meanwhile):
         """Stop RabbitMQ, do something, and start it again with what was in its queues."""
-        self.processes.remove(self._broker["process"])
-        self._stop(self._broker["process"])
+        self._stop(self.processes["rabbitmq"])
         meanwhile()
         self._run_rabbitmq()
 
@@ -283,7 +324,7 @@ class World:
         self.endpoints[name] = endpoint
         self.run_endpoint(name)
         identity = home / "endpoint.json"
-        wait_until(identity.is_file, f"endpoint {name}")
+        wait_until(identity.is_file, f"endpoint {name}", process=self.endpoints[name].process)
         given = json.loads(identity.read_text())["endpoint_id"]
         wait_until(lambda: self.ask(f"/v2/endpoints/{given}/status")["status"] == "online", f"heartbeat of {name}")
         return given

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from fedspallm_appfl.validation.globus_rules import prepared
 
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.estimates import memory as estimate_memory
@@ -21,7 +22,6 @@ from fedspallm_appfl.globus.store import places
 from fedspallm_appfl.globus.store.data_store import MARK, DataStore, open_store
 from fedspallm_appfl.models.checkpoint import model_hash
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.validation.globus_rules import prepared
 from fedspallm_appfl.wire.as_bytes import from_bytes
 from fedspallm_appfl.wire.packed import update_nbytes
 from helpers.experiments import DOMAINS, first_pages

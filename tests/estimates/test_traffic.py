@@ -13,7 +13,6 @@ from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.estimates import traffic as estimate
 from fedspallm_appfl.models.blockwise import _statistics, embed
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.gathering import shared_inputs
 from fedspallm_appfl.settings.schema import Model, load_config
 from fedspallm_appfl.tensors.target import parse_target

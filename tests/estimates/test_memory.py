@@ -13,7 +13,6 @@ from fedspallm_appfl.estimates.memory import HEAP_SHARE
 from fedspallm_appfl.estimates.tables import LOWER
 from fedspallm_appfl.estimates.traffic import ModelSizes
 from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
