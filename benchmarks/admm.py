@@ -10,8 +10,9 @@ from benchmarks.context import Context
 from benchmarks.measure import seconds
 from benchmarks.models import correlated
 from benchmarks.tables import Table
-from fedspallm_appfl.pruning.pruner import Settings, prepare
+from fedspallm_appfl.pruning.registry import prepare
 from fedspallm_appfl.pruning.statistics import InputGram, mirror
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
 SMALL = [((768, 768), 1), ((2048, 2048), 1)]
@@ -57,7 +58,7 @@ def _gram(features: int) -> InputGram:
 
 def _measured(job: str, weight: Tensor, gram: InputGram) -> tuple[float, float]:
     """CPU seconds of preparing and pruning, and the error."""
-    settings = Settings(job.split()[0], parse_target(TARGET), **JOBS[job])
+    settings = Pruning(job.split()[0], parse_target(TARGET), **JOBS[job])
     mine, made = copy.deepcopy(gram), []
     work: Callable[[], None] = lambda: made.append(prepare(settings, mine).prune(weight)[0])  # noqa: E731
     spent = seconds(work)

@@ -9,10 +9,11 @@ from benchmarks.memory import peak_above
 from benchmarks.models import correlated
 from benchmarks.reference.sparsegpt import SparseGPT
 from benchmarks.tables import COMPARISON, Table
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic
+from fedspallm_appfl.pruning.registry import new_statistic
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
-SETTINGS = Settings("sparsegpt", parse_target("0.5"))
+SETTINGS = Pruning("sparsegpt", parse_target("0.5"))
 LENGTH = 512
 SHARED = ("qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down")  # the input of each linear
 

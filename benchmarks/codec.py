@@ -6,7 +6,8 @@ from benchmarks.context import Context
 from benchmarks.measure import interleave, seconds
 from benchmarks.tables import Table, met
 from benchmarks.uploads import SEVEN_B, SMALL, matrix
-from fedspallm_appfl.wire.packed import compress, decompress, make_update, pack, unpack, unpack_weight
+from fedspallm_appfl.wire.packed import pack, unpack
+from fedspallm_appfl.wire.update import compress, make_update
 
 MUST, AIM = 1.0, 4.0
 

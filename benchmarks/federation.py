@@ -23,7 +23,7 @@ from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import serial
-from fedspallm_appfl.settings.reading import load_config, to_yaml
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config
 
 TEXTS = ("austen", "bible", "csource", "sqldocs")

@@ -34,7 +34,7 @@ def measured(load: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, f
 
 def ours(pruner: str, folder: str, windows: torch.Tensor, blocks: list[int] | None = None) -> dict[str, float]:
     """Prune all blocks, or some; results are dropped as they come, as a client drops them once they are sent."""
-    settings = Settings(pruner, parse_target("0.5"))
+    settings = Pruning(pruner, parse_target("0.5"))
 
     def work(model: LazyModel) -> None:
         assigned = range(len(model.layout.blocks)) if blocks is None else blocks

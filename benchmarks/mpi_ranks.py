@@ -19,7 +19,7 @@ from benchmarks.measure import interleave
 from benchmarks.memory import peak_above
 from benchmarks.uploads import SEVEN_B, SMALL, upload
 from fedspallm_appfl.adaptors import registration
-from fedspallm_appfl.wire.packed import update_nbytes
+from fedspallm_appfl.wire.update import update_nbytes
 
 registration.register()
 

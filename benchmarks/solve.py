@@ -12,7 +12,8 @@ from benchmarks.memory import peak_above
 from benchmarks.models import correlated
 from benchmarks.reference.sparsegpt import SparseGPT
 from benchmarks.tables import COMPARISON, Table
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
+from fedspallm_appfl.pruning.registry import new_statistic, prepare
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
 WIDE = [(768, 768), (3072, 768), (2048, 2048)]  # rows >= columns: the loop over columns weighs most
@@ -64,8 +65,8 @@ class Layer:
         return lambda: prepare(settings, gram).prune(weight)[1]
 
 
-def _settings(text: str) -> Settings:
-    return Settings("sparsegpt", parse_target(text))
+def _settings(text: str) -> Pruning:
+    return Pruning("sparsegpt", parse_target(text))
 
 
 def _compare(table: Table, layer: Layer, text: str, turns: int, targets: tuple[float, float]) -> None:

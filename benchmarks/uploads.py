@@ -9,14 +9,15 @@ from torch import Tensor
 
 from benchmarks.models import random_mask
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.rounds.folds import Aggregation
 from fedspallm_appfl.rounds.server import GlobalModel
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.packed import make_update, pack
+from fedspallm_appfl.wire.packed import pack
+from fedspallm_appfl.wire.update import make_update
 
 Shapes = Mapping[str, tuple[int, int]]
-AGGREGATION = Aggregation(Settings("sparsegpt", parse_target("0.5")))
+AGGREGATION = Aggregation(Pruning("sparsegpt", parse_target("0.5")))
 SEVEN_B = {  # the linears of a block of LLaMA-2-7B: 405 MB in float16
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
     "mlp.gate_proj": (11008, 4096),

@@ -7,7 +7,7 @@ import pytest
 from fedspallm_appfl.adaptors.registration import class_of
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.settings.schema import load_config
+from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation import globus_rules
 from fedspallm_appfl.validation.rules import check
 from helpers.processes import fedspallm, finish, without_mpiexec

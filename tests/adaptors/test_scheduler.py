@@ -12,7 +12,8 @@ from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.messages import plan
-from fedspallm_appfl.wire.packed import make_update, pack, packed_size
+from fedspallm_appfl.wire.packed import pack, packed_size
+from fedspallm_appfl.wire.update import make_update
 from helpers.families import save_family
 
 SHARES = {"a": 1.0, "b": 0.67, "c": 1.0, "d": 0.34, "e": 1.0}

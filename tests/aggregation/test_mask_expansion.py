@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.aggregation.mask_expansion import expand, unexpanded_zeros
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.tensors.target import NM, parse_target
 from helpers.loops import LOOPS, use
 
 HALF = parse_target(0.5)

@@ -9,23 +9,23 @@ from safetensors.torch import load_file
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.algorithms import consensus
-from fedspallm_appfl.algorithms.gram import GramSettings
 from fedspallm_appfl.cli import main
-from fedspallm_appfl.models.blockwise import prune_blocks
+from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
-from fedspallm_appfl.rounds.folds import Aggregation
-from fedspallm_appfl.rounds.gathering import shared_inputs
-from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.bitmask import to_bits
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.validation.rules import check, forecast
-from fedspallm_appfl.wire.packed import pack_mask, unpack
+from fedspallm_appfl.validation.rules import check
+from fedspallm_appfl.validation.words import forecast
+from fedspallm_appfl.wire.packed import pack_mask
 from fedspallm_appfl.wire.store import GramStore
 from helpers.experiments import DOMAINS, first_pages
+from helpers.packed import unpack
 from helpers.paths import DEMO
+from helpers.rounds import global_model, prune_blocks, server_settings
 from helpers.tiny import BLOCKS, events, linears, run, save_tiny, tiny_config, weights
 
 TRAINED = {  # algorithm and its settings
@@ -148,7 +148,7 @@ def test_fedavg_is_what_fedspallm_compares_with(tmp_path, model):
 @pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
 def test_consensus_is_the_mean_of_what_clients_make_under_the_mask_of_all(tmp_path, model, pruner):
     folder = run(tiny_config(tmp_path, model, "consensus", **train(pruner=pruner)))
-    lazy, settings = LazyModel(str(model), None, "float32"), Settings(pruner, parse_target(0.5))
+    lazy, settings = LazyModel(str(model), None, "float32"), Pruning(pruner, parse_target(0.5))
     texts = [own_windows(model, client, 6 + number) for number, client in enumerate(DOMAINS[:3])]
     everything, agreed = set(range(BLOCKS)), {}
     chosen = [dict(prune_blocks(lazy, text, everything, settings, batch=4)) for text in texts]
@@ -190,7 +190,7 @@ def serve(folder, settings, aggregation, model):
     lazy = LazyModel(str(model), None, "float32")
     groups = shared_inputs(lazy)
     skeleton = lazy.skeleton
-    server = GlobalModel(
+    server = global_model(
         skeleton.layout, skeleton.stored_dtype, aggregation, folder, skeleton.dense_matrix, groups=groups
     )
     everything = list(range(len(skeleton.layout.blocks)))
@@ -205,19 +205,19 @@ def serve(folder, settings, aggregation, model):
             for client in clients:
                 client.take(server.load_piece(piece))
         server.next_exchange()
-    return {(b, name): unpack(packed) for b in everything for name, packed in server.done.load(b).items()}
+    return {(b, name): unpack(packed) for b in everything for name, packed in server.done.get(b).items()}
 
 
 @pytest.mark.parametrize(
     "gram",
-    [GramSettings("fp32", first_input="private"), GramSettings("fp32", "pruned", "dense", "private")],
+    [Gram("fp32", first_input="private"), Gram("fp32", "pruned", "dense", "private")],
     ids=["dense", "sweep"],
 )
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "admm"])
 def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, pruner):
     """Windows are drawn for the id of each client, so that the one has those of the four."""
     folder = save_tiny(tmp_path / "model", torch.float32, blocks=2)
-    pruning = Settings(pruner, parse_target(0.5))
+    pruning = Pruning(pruner, parse_target(0.5))
     shared = {
         "model": str(folder),
         "dtype": "float32",
@@ -236,7 +236,7 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
     four = [ClientSettings(name, text=text, windows=count, batch=4, **shared) for name, (text, count) in texts.items()]
     pool = tuple((name, text, count) for name, (text, count) in texts.items())
     one = [ClientSettings("all", text=None, windows=1, batch=5, pool=pool, **shared)]
-    aggregation = Aggregation(pruning, "gram", gram=gram)
+    aggregation = server_settings(pruning, "gram", gram=gram)
     apart, together = (serve(tmp_path / str(len(of)), of, aggregation, folder) for of in (four, one))
     assert apart.keys() == together.keys()
     for key, (weight, mask) in together.items():
@@ -281,7 +281,7 @@ def test_standalone_writes_for_each_client_what_it_would_have_alone(tmp_path, mo
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude"])
 def test_centralized_prunes_once_with_the_windows_of_all(tmp_path, model, pruner):
     done = run(tiny_config(tmp_path, model, "centralized", 3, **train(pruner=pruner)))
-    lazy, settings = LazyModel(str(model), None, "float32"), Settings(pruner, parse_target(0.5))
+    lazy, settings = LazyModel(str(model), None, "float32"), Pruning(pruner, parse_target(0.5))
     text = torch.cat([own_windows(model, client, 6 + number) for number, client in enumerate(DOMAINS[:3])])
     made = weights(done)
     for block, found in prune_blocks(lazy, text, set(range(BLOCKS)), settings, batch=4):

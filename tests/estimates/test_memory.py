@@ -14,6 +14,7 @@ from fedspallm_appfl.estimates.tables import LOWER
 from fedspallm_appfl.estimates.traffic import ModelSizes
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
 from helpers.measured import save_measured
@@ -26,7 +27,7 @@ def of_client(config=None, model=MODEL, **changes):
 
 
 def settings(pruner, **changes):
-    return Settings(pruner, parse_target("0.5"), **changes)
+    return Pruning(pruner, parse_target("0.5"), **changes)
 
 
 def parts(memory):

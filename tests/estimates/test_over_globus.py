@@ -23,7 +23,7 @@ from fedspallm_appfl.globus.store.data_store import MARK, DataStore, open_store
 from fedspallm_appfl.models.checkpoint import model_hash
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.wire.as_bytes import from_bytes
-from fedspallm_appfl.wire.packed import update_nbytes
+from fedspallm_appfl.wire.update import update_nbytes
 from helpers.experiments import DOMAINS, first_pages
 from helpers.measured import save_measured
 from helpers.outlines import MASKS, MODEL, PACKED, client, experiment

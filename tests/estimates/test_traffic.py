@@ -12,9 +12,10 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.estimates import traffic as estimate
 from fedspallm_appfl.models.blockwise import _statistics, embed
+from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.rounds.gathering import shared_inputs
-from fedspallm_appfl.settings.schema import Model, load_config
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Model, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.validation import rules as config_rules
 from helpers.experiments import first_pages, uneven
@@ -199,7 +200,7 @@ def test_inputs_that_are_shared_are_those_that_a_forward_pass_shares(family, tmp
     model = LazyModel(str(save_family(family, tmp_path)))
     state = embed(model, windows(2), 2)
     with model.block(0) as block, torch.no_grad():
-        found = _statistics(model, block, 0, state, Settings("wanda", parse_target("0.5")))
+        found = _statistics(model, block, 0, state, Pruning("wanda", parse_target("0.5")))
     expected = {frozenset(names) for names, _ in found}
     sizes = estimate.open_outline(Model(str(tmp_path))).sizes
     assert {frozenset(names) for names in sizes.groups[0]} == expected

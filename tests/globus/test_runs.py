@@ -29,7 +29,6 @@ from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
-from fedspallm_appfl.wire.packed import unpack_weight
 from helpers.experiments import DOMAINS, first_pages, small_config, uneven
 from helpers.globus_double.executor import Site
 from helpers.paths import DEMO
@@ -169,7 +168,7 @@ def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path
     alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
     done = aggregator.global_model.done
     for block in range(3):
-        for name, packed in done.load(block).items():
+        for name, packed in done.get(block).items():
             assert torch.equal(unpack_weight(packed), alone[f"model.layers.{block}.{name}.weight"])
     assert len(made) == 2 * 3 * (5 if forgets else 1)
     assert not globus_worker._sweeping
@@ -476,7 +475,7 @@ def stored(aggregator):
     return {
         (block, name, part): packed[part].view(torch.uint8).tolist()
         for block in done.blocks()
-        for name, packed in done.load(block).items()
+        for name, packed in done.get(block).items()
         for part in ("mask", "values")
     }
 

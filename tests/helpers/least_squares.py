@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from fedspallm_appfl.pruning.pruner import Settings, prepare
+from fedspallm_appfl.pruning.registry import prepare
 from fedspallm_appfl.pruning.statistics import InputGram
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
 DAMPING = 0.01
@@ -27,7 +28,7 @@ def matrix_of(inputs):
 
 def prepared(pruner, text, matrix, **settings):
     """A pruner for a Gram matrix, of which it may use up a copy."""
-    return prepare(Settings(pruner, parse_target(text), **settings), InputGram.of(matrix.clone(), 1))
+    return prepare(Pruning(pruner, parse_target(text), **settings), InputGram.of(matrix.clone(), 1))
 
 
 def damped(matrix, damping=DAMPING):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedspallm_appfl.settings.schema import Pruning
 from helpers.oracles import column_blocks, sparsegpt
 from helpers.paths import ROOT
 
@@ -24,9 +25,9 @@ from benchmarks.reference.sparsegpt import SparseGPT
 from benchmarks.reference.wanda import Wanda
 from benchmarks.tables import Table, met
 
-from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.tensors.target import parse_target
+from helpers.rounds import prune_blocks
 
 IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "large_block")
 
@@ -83,7 +84,7 @@ def test_the_reference_of_wanda_prunes_the_smallest_products_of_each_group(how, 
 
 def test_the_driver_of_the_references_does_what_the_package_does(tmp_path):
     folder, windows = save_llama(tmp_path, 32, 48, 2, 64), random_windows(3, 12, 64)
-    lazy, settings = LazyModel(str(folder)), Settings("wanda", parse_target("0.5"))
+    lazy, settings = LazyModel(str(folder)), Pruning("wanda", parse_target("0.5"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     driver.prune(model, windows, "wanda", 0.5)
     compared = 0

@@ -19,15 +19,17 @@ from fedspallm_appfl.adaptors.registration import register
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models import blockwise
 from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidden_states
-from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish, prune_blocks
+from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
 from helpers.families import save_family, windows
+from helpers.rounds import prune_blocks
 
-WANDA, SPARSEGPT = Settings("wanda", parse_target(0.5)), Settings("sparsegpt", parse_target(0.5))
+WANDA, SPARSEGPT = Pruning("wanda", parse_target(0.5)), Pruning("sparsegpt", parse_target(0.5))
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models import export
 from fedspallm_appfl.models.export import check_model, write_model
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.wire.packed import pack, unpack
+from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import PackedStore
 from helpers.families import save_family
+from helpers.packed import unpack
 
 
 def load(folder):
@@ -62,7 +63,7 @@ def pruned_tensors(skeleton, store):
         skeleton.key(block, linear.name): weight.T if linear.transposed else weight
         for block in store.blocks()
         for linear in skeleton.layout.blocks[block]
-        for weight in [unpack(store.load(block)[linear.name])[0]]
+        for weight in [unpack(store.get(block)[linear.name])[0]]
     }
 
 

@@ -7,14 +7,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError, PruningError
-from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import perplexities
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
 from helpers.families import FAMILIES, save_family, windows
 from helpers.oracles import column_blocks, sparsegpt
+from helpers.rounds import prune_blocks
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -70,7 +71,7 @@ def whole_model_oracle(folder, ids, share, damping):
 
 def test_the_pruned_model_equals_the_oracles(folder):
     expected = whole_model_oracle(folder, windows(), 0.5, 0.01)
-    model, settings = LazyModel(str(folder)), Settings("sparsegpt", parse_target(0.5))
+    model, settings = LazyModel(str(folder)), Pruning("sparsegpt", parse_target(0.5))
     got = {
         (block, name): result
         for block, linears in prune_blocks(model, windows(), {0, 1, 2}, settings, batch=4)
@@ -84,7 +85,7 @@ def test_the_pruned_model_equals_the_oracles(folder):
 
 
 def test_blocks_are_dense_again_after_a_sweep(folder):
-    model, settings = LazyModel(str(folder)), Settings("magnitude", parse_target(0.5))
+    model, settings = LazyModel(str(folder)), Pruning("magnitude", parse_target(0.5))
     before = perplexities(model, {"text": windows()})
     list(prune_blocks(model, windows(), {0, 2}, settings))
     assert perplexities(model, {"text": windows()}) == before
@@ -92,7 +93,7 @@ def test_blocks_are_dense_again_after_a_sweep(folder):
 
 def test_agreed_blocks_are_used_pruned_in_the_forward_sweep(folder):
     """Pruning block 2 after blocks 0 and 1 were agreed on sees what a sweep over 0, 1, 2 sees."""
-    model, settings = LazyModel(str(folder)), Settings("sparsegpt", parse_target(0.5))
+    model, settings = LazyModel(str(folder)), Pruning("sparsegpt", parse_target(0.5))
     all_three = dict(prune_blocks(model, windows(), {0, 1, 2}, settings))
     agreed = {b: {n: pack(r.weight, r.mask, torch.float32) for n, r in all_three[b].items()} for b in (0, 1)}
     alone = dict(prune_blocks(model, windows(), {2}, settings, pruned=agreed))
@@ -103,7 +104,7 @@ def test_agreed_blocks_are_used_pruned_in_the_forward_sweep(folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_checkpoints_are_pruned_in_their_own_dtype(dtype, tmp_path):
     model = LazyModel(str(save_family("llama", tmp_path, dtype)))
-    results = dict(prune_blocks(model, windows(), {1}, Settings("sparsegpt", parse_target("2:4"))))[1]
+    results = dict(prune_blocks(model, windows(), {1}, Pruning("sparsegpt", parse_target("2:4"))))[1]
     assert model.dtype == dtype
     for result in results.values():
         assert result.weight.dtype == dtype
@@ -168,7 +169,7 @@ def test_activations_that_are_not_finite_name_client_block_and_linear(tmp_path):
     whole.save_pretrained(folder)
     with pytest.raises(PruningError, match=r"client ward, block 1, mlp.down_proj: its inputs hold NaN or infinity"):
         list(
-            prune_blocks(LazyModel(str(folder)), windows(), {1, 2}, Settings("wanda", parse_target(0.5)), client="ward")
+            prune_blocks(LazyModel(str(folder)), windows(), {1, 2}, Pruning("wanda", parse_target(0.5)), client="ward")
         )
 
 
@@ -177,5 +178,5 @@ def test_nothing_runs_after_the_last_sampled_block(tmp_path):
     ran = []
     for index, block in enumerate(model.blocks):
         block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
-    list(prune_blocks(model, windows(2), {1}, Settings("wanda", parse_target(0.5)), batch=2))
+    list(prune_blocks(model, windows(2), {1}, Pruning("wanda", parse_target(0.5)), batch=2))
     assert ran == [0, 1]

@@ -8,7 +8,7 @@ import torch
 
 from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.tensors import native
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.tensors.target import NM, parse_target
 from helpers.loops import LOOPS, use
 
 

@@ -7,8 +7,9 @@ from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import least_squares
 from fedspallm_appfl.pruning import statistics as gram
 from fedspallm_appfl.pruning.least_squares import Correlation
-from fedspallm_appfl.pruning.pruner import KEEP_WEIGHTS, PRUNERS, Settings, new_statistic
+from fedspallm_appfl.pruning.registry import new_statistic
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, lift
+from fedspallm_appfl.settings.schema import PRUNERS, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.least_squares import DAMPING, correlated_inputs, error, matrix_of, normal, prepared, rounded, solve_oracle
 
@@ -141,7 +142,7 @@ def test_inputs_and_weights_as_small_as_float16_can_hold():
 
 def test_which_settings_keep_weights_and_what_they_need_to_know():
     def of(pruner, refit):
-        settings = Settings(pruner, parse_target("0.5"), refit=refit)
+        settings = Pruning(pruner, parse_target("0.5"), refit=refit)
         statistic = new_statistic(settings, 4, torch.device("cpu"))
         return settings.keeps_weights, type(statistic)
 

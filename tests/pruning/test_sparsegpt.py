@@ -7,10 +7,11 @@ import torch
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import sparsegpt
 from fedspallm_appfl.pruning import statistics as gram
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
+from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.sparsegpt import Factor
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import NM, parse_target
 
 DAMPING = 0.01
 
@@ -193,7 +194,7 @@ def test_a_singular_matrix_is_tried_again_with_ten_times_the_damping():
     direct = Factor(statistic, factor.damping, 0)
     whole = slice(0, 8)
     torch.testing.assert_close(factor.corner(whole), direct.corner(whole), rtol=1e-2, atol=1e-2)
-    settings = Settings("sparsegpt", parse_target("0.5"), damping=1e-9, damping_retries=6)
+    settings = Pruning("sparsegpt", parse_target("0.5"), damping=1e-9, damping_retries=6)
     assert prepare(settings, statistic).notes == {"damping": factor.damping}
 
 
@@ -209,12 +210,12 @@ def test_a_matrix_that_can_never_be_factored_is_an_error_that_says_what_to_do():
     statistic = gram_from(torch.eye(4) + torch.full((4, 4), 1e3).triu(1))
     message = "failed 4 times, at last with damping 10; give more or more varied calibration text, a larger `damping`"
     with pytest.raises(PruningError, match=message):
-        prepare(Settings("sparsegpt", parse_target("0.5")), statistic)
+        prepare(Pruning("sparsegpt", parse_target("0.5")), statistic)
 
 
 def test_prepare_prunes_with_the_settings_and_notes_nothing_when_all_is_well():
     settings, statistic, weight = (
-        Settings("sparsegpt", parse_target("0.5"), column_block=8),
+        Pruning("sparsegpt", parse_target("0.5"), column_block=8),
         InputGram(24),
         normal(6, 24),
     )

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from fedspallm_appfl.pruning import triton_block
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.tensors.target import NM, parse_target
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
+from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
-from fedspallm_appfl.tensors.sparsity import NM, parse_target
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import NM, parse_target
 
 TARGETS = ["0.3", "0.5", "0.7", "0.37", "1:4", "2:4", "4:8"]
 SHAPES = [(1, 8), (9, 16), (17, 40), (40, 24)]
@@ -16,7 +17,7 @@ def integers(*shape, seed=0):
 
 
 def run(pruner, weight, inputs, text):
-    settings = Settings(pruner, parse_target(text))
+    settings = Pruning(pruner, parse_target(text))
     statistic = new_statistic(settings, weight.shape[1], torch.device("cpu"))
     if statistic is not None:
         statistic.add(inputs)
@@ -78,5 +79,5 @@ def test_wanda_takes_a_gram_matrix_for_norms():
 
 
 def test_magnitude_needs_no_data():
-    assert new_statistic(Settings("magnitude", parse_target("0.5")), 4, torch.device("cpu")) is None
-    assert isinstance(new_statistic(Settings("wanda", parse_target("0.5")), 4, torch.device("cpu")), InputNorms)
+    assert new_statistic(Pruning("magnitude", parse_target("0.5")), 4, torch.device("cpu")) is None
+    assert isinstance(new_statistic(Pruning("wanda", parse_target("0.5")), 4, torch.device("cpu")), InputNorms)

@@ -7,16 +7,19 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fedspallm_appfl.algorithms.gram import GramSettings, Sums, prune
-from fedspallm_appfl.algorithms.registry import ALGORITHMS
+from fedspallm_appfl.algorithms.registry import BUILT_IN
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.rounds.folds import STATISTICS, Aggregation
-from fedspallm_appfl.rounds.server import GlobalModel
+from fedspallm_appfl.pruning.from_sums import Sums, prune
+from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import pack_gram
-from fedspallm_appfl.wire.packed import compress, make_update, pack, pack_mask, pack_values, unpack, unpack_mask
+from fedspallm_appfl.wire.packed import pack, pack_mask, pack_values
 from fedspallm_appfl.wire.store import GramStore
+from fedspallm_appfl.wire.update import compress, make_update
+from helpers.packed import unpack, unpack_mask
+from helpers.rounds import global_model, server_settings
 
 SHAPES = {"q": (4, 6), "k": (2, 6), "up": (6, 8)}
 GROUPS = ((("q", "k"), ("up",)),) * 3
@@ -45,10 +48,10 @@ def mask_of(client, block, name, t=0):
 
 
 def server(folder, algorithm, assigned=EVERYTHING, dtype=torch.float16, pruner="wanda", on_event=None, **settings):
-    model = GlobalModel(
+    model = global_model(
         LAYOUT,
         dtype,
-        Aggregation(Settings(pruner, HALF), algorithm, **settings),
+        server_settings(Pruning(pruner, HALF), algorithm, **settings),
         folder,
         lambda block, name: dense(block, name, dtype),
         on_event=on_event or (lambda event: None),
@@ -88,7 +91,7 @@ def test_fedprllm_keeps_dense_weights_bit_for_bit_under_the_most_voted_mask(tmp_
     senders = {0: ["ann", "bob", "cy"], 1: ["ann", "bob"], 2: ["ann"]}
     send(model, [(client, masks(client, blocks)) for client, blocks in model.round.assigned.items()])
     for block, clients in senders.items():
-        for name, packed in model.done.load(block).items():
+        for name, packed in model.done.get(block).items():
             weight, mask = unpack(packed)
             assert mask.flatten().tolist() == most_voted([(client, 0) for client in clients], block, name)
             assert weight.dtype is dtype
@@ -110,7 +113,7 @@ def test_votes_of_a_later_round_replace_or_add(tmp_path, algorithm, fold):
     store = model.store("masks" if algorithm == "consensus" else "global")
     assert store.blocks() == [0, 1, 2]
     for block, senders in {0: [*earlier, ("ann", 1), ("cy", 1)], 1: [("ann", 0)], 2: [("cy", 1)]}.items():
-        for name, packed in store.load(block).items():
+        for name, packed in store.get(block).items():
             assert unpack_mask(packed).flatten().tolist() == most_voted(senders, block, name)
 
 
@@ -129,7 +132,7 @@ def give_values(model, clients=None):
 
 def values(model, client, names=tuple(SHAPES)):
     made = {
-        block: {name: values_of(client, block, name, model.store("masks").load(block)[name]) for name in names}
+        block: {name: values_of(client, block, name, model.store("masks").get(block)[name]) for name in names}
         for block in model.round.assigned[client]
     }
     return make_update(model.round.index, made, 1)
@@ -149,7 +152,7 @@ def test_consensus_is_the_mean_of_all_values_under_the_mask_of_all(tmp_path, wei
     give_values(model)
     for block in range(3):
         clients = [client for client, blocks in assigned.items() if block in blocks]
-        for name, packed in model.done.load(block).items():
+        for name, packed in model.done.get(block).items():
             weight, mask = unpack(packed)
             assert mask.flatten().tolist() == most_voted([(client, 0) for client in clients], block, name)
             assert torch.equal(unpack_mask(down["blocks"][str(block)][name]), mask)
@@ -173,7 +176,7 @@ def test_the_order_of_uploads_changes_no_bit(tmp_path, algorithm):
         send(model, [(client, masks(client, EVERYTHING[client])) for client in order])
         if algorithm == "consensus":
             give_values(model, order[::-1])
-        made.append({b: {n: [t.tolist() for t in unpack(p)] for n, p in model.done.load(b).items()} for b in range(3)})
+        made.append({b: {n: [t.tolist() for t in unpack(p)] for n, p in model.done.get(b).items()} for b in range(3)})
     assert all(one == made[0] for one in made)
 
 
@@ -198,20 +201,20 @@ def gram_oracle(senders, block, unit, pruner):
     x = torch.cat([inputs_of(client, block, unit, t) for client, t in senders]).double()
     sums = Sums((x.T @ x).float().triu(), len(x))
     names = next(names for names in GROUPS[block] if names[0] == unit)
-    return prune({n: dense(block, n, torch.float32) for n in names}, sums, Settings(pruner, HALF), rounded=False)
+    return prune({n: dense(block, n, torch.float32) for n in names}, sums, Pruning(pruner, HALF), rounded=False)
 
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "admm"])
 def test_gram_prunes_as_if_all_texts_were_in_one_place(tmp_path, pruner):
     assigned = {"ann": [0, 1, 2], "bob": [0, 1], "cy": [0]}
-    model = server(tmp_path, "gram", assigned, torch.float32, pruner, gram=GramSettings("fp32"))
+    model = server(tmp_path, "gram", assigned, torch.float32, pruner, gram=Gram("fp32"))
     send(model, [(client, grams(client, blocks)) for client, blocks in assigned.items()])
     for block in range(3):
         senders = [(client, 0) for client, blocks in assigned.items() if block in blocks]
-        assert set(model.done.load(block)) == set(SHAPES)
+        assert set(model.done.get(block)) == set(SHAPES)
         for unit in ("q", "up"):
             for name, (weight, mask) in gram_oracle(senders, block, unit, pruner).items():
-                made, kept = unpack(model.done.load(block)[name])
+                made, kept = unpack(model.done.get(block)[name])
                 assert torch.equal(kept, mask)
                 assert torch.allclose(made, weight, rtol=1e-4, atol=1e-5)
     assert model.changes(10**6) == []
@@ -220,7 +223,7 @@ def test_gram_prunes_as_if_all_texts_were_in_one_place(tmp_path, pruner):
 
 @pytest.mark.parametrize("fold", ["latest", "cumulative"])
 def test_statistics_of_a_later_round_replace_or_add(tmp_path, fold):
-    model = server(tmp_path, "gram", {"ann": [0, 1], "bob": [0]}, torch.float32, gram=GramSettings("fp32"), fold=fold)
+    model = server(tmp_path, "gram", {"ann": [0, 1], "bob": [0]}, torch.float32, gram=Gram("fp32"), fold=fold)
     send(model, [("ann", grams("ann", [0, 1])), ("bob", grams("bob", [0]))])
     model.begin_round(1, {"ann": [0], "cy": [0, 2]})
     send(model, [("ann", grams("ann", [0], 1)), ("cy", grams("cy", [0, 2], 1))])
@@ -235,7 +238,7 @@ def test_statistics_of_a_later_round_replace_or_add(tmp_path, fold):
             assert (sums.tokens, rounded) == (len(x), False)
             assert torch.allclose(sums.upper, (x.T @ x).triu(), rtol=1e-5, atol=1e-3)
             for name, (weight, mask) in gram_oracle(senders, block, unit, "wanda").items():
-                made, kept = unpack(model.done.load(block)[name])
+                made, kept = unpack(model.done.get(block)[name])
                 assert torch.equal(kept, mask)
                 assert torch.equal(made, weight)
 
@@ -244,20 +247,18 @@ def test_statistics_of_a_later_round_replace_or_add(tmp_path, fold):
 def test_the_order_of_statistics_changes_no_bit_compressed_or_not(tmp_path, precision):
     made = []
     for number, order in enumerate([*itertools.permutations(SAMPLES)]):
-        model = server(
-            tmp_path / str(number), "gram", dtype=torch.float32, pruner="sparsegpt", gram=GramSettings(precision)
-        )
+        model = server(tmp_path / str(number), "gram", dtype=torch.float32, pruner="sparsegpt", gram=Gram(precision))
         for client in order:
             update = grams(client, EVERYTHING[client], precision=precision)
             send(model, [(client, compress(update) if number % 2 else update)])
-        made.append({b: {n: bits(unpack(p)[0]) for n, p in model.done.load(b).items()} for b in range(3)})
+        made.append({b: {n: bits(unpack(p)[0]) for n, p in model.done.get(b).items()} for b in range(3)})
         rounded = GramStore(tmp_path / str(number) / STATISTICS).load(0, "q")[2]
         assert rounded is (precision != "fp32")
     assert all(one == made[0] for one in made)
 
 
 def test_a_sweep_answers_every_exchange_with_what_it_made(tmp_path):
-    events, gram = [], GramSettings("int8", "pruned", "dense")
+    events, gram = [], Gram("int8", "pruned", "dense")
     assigned = {"ann": [0, 2], "bob": [0], "cy": []}
     model = server(tmp_path, "gram", assigned, torch.float32, "admm", gram=gram, on_event=events.append)
     order = [(block, unit) for block in range(3) for unit in ("q", "up")]
@@ -279,7 +280,7 @@ def test_a_sweep_answers_every_exchange_with_what_it_made(tmp_path):
     assert model.round.changed == {0, 2}
     assert not (tmp_path / STATISTICS).exists()  # they hold for one model only
     for block in (0, 2):
-        for packed in model.done.load(block).values():
+        for packed in model.done.get(block).values():
             mask = unpack_mask(packed)
             assert int((~mask).sum()) == mask.numel() // 2
 
@@ -291,7 +292,7 @@ def test_uploads_of_an_algorithm_that_keeps_them_apart_are_not_mixed(tmp_path):
         model.receive(client, make_update(0, made), SAMPLES[client])
     for client in SAMPLES:
         for block in range(3):
-            for name, packed in model.store(f"standalone/{client}").load(block).items():
+            for name, packed in model.store(f"standalone/{client}").get(block).items():
                 assert torch.equal(unpack_mask(packed), mask_of(client, block, name))
     assert model.done.blocks() == []
     assert model.changes(10**6) == []
@@ -305,7 +306,7 @@ def refused(model, client, update, words):
 
 @pytest.mark.parametrize(("algorithm", "total"), [("consensus", 2), ("gram", 6)])
 def test_an_update_for_another_exchange_is_refused(tmp_path, algorithm, total):
-    gram = GramSettings("fp32", "pruned")
+    gram = Gram("fp32", "pruned")
     model = server(tmp_path, algorithm, gram=gram)
     for wrong in (*range(1, total), -1, total, True, 0.0, "0", None):
         update = masks("ann", [0]) if algorithm == "consensus" else grams("ann", [0], units=["q"])
@@ -353,7 +354,7 @@ def test_values_that_do_not_fit_the_agreed_mask_are_refused(tmp_path, change, wo
 
 @pytest.mark.parametrize("algorithm", ["fedprllm", "consensus", "gram"])
 def test_nothing_is_taken_twice_in_an_exchange(tmp_path, algorithm):
-    model = server(tmp_path, algorithm, {"ann": [0, 1], "bob": [0, 1]}, gram=GramSettings("fp32"))
+    model = server(tmp_path, algorithm, {"ann": [0, 1], "bob": [0, 1]}, gram=Gram("fp32"))
     make = grams if algorithm == "gram" else masks
     model.receive("ann", make("ann", [0]), 1)
     with pytest.raises(UpdateError, match="from client ann: block 0, q was sent before"):
@@ -371,7 +372,7 @@ def test_nothing_is_taken_twice_in_an_exchange(tmp_path, algorithm):
 
 
 def test_an_exchange_about_one_input_takes_nothing_else(tmp_path):
-    model = server(tmp_path, "gram", {"ann": [0, 1]}, gram=GramSettings("fp32", "pruned"))
+    model = server(tmp_path, "gram", {"ann": [0, 1]}, gram=Gram("fp32", "pruned"))
     refused(model, "ann", grams("ann", [0], units=["up"]), r"block 0, up: there is no such linear; there are \['q'\]")
     refused(model, "ann", grams("ann", [1], units=["q"]), r"block '1' was not assigned; assigned were \[0\]")
     with pytest.raises(UpdateError, match="client ann ended round 0 without block 0, q"):
@@ -385,14 +386,14 @@ def test_an_exchange_about_one_input_takes_nothing_else(tmp_path):
     [("consensus", lambda: masks("ann", [0])), ("gram", lambda: grams("ann", [0], units=["q"]))],
 )
 def test_an_exchange_cannot_end_with_something_open(tmp_path, algorithm, make):
-    model = server(tmp_path, algorithm, {"ann": [0], "bob": [0]}, gram=GramSettings("fp32", "pruned"))
+    model = server(tmp_path, algorithm, {"ann": [0], "bob": [0]}, gram=Gram("fp32", "pruned"))
     model.receive("ann", make(), 1)
     for end in (model.next_exchange, lambda: model.begin_round(1, EVERYTHING)):
         with pytest.raises(RuntimeError, match=r"round 0 cannot end: blocks \[0\] are not complete"):
             end()
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in ("gram", "fedprllm", "consensus")])
+@pytest.mark.parametrize("algorithm", [name for name in BUILT_IN if name not in ("gram", "fedprllm", "consensus")])
 def test_statistics_and_bare_masks_are_nothing_for_the_others(tmp_path, algorithm):
     model = server(tmp_path, algorithm)
     for update in (grams("ann", [0], units=["q"]), masks("ann", [0])):
@@ -404,7 +405,7 @@ def test_statistics_and_bare_masks_are_nothing_for_the_others(tmp_path, algorith
 def test_statistics_that_no_text_gives_end_with_a_reason(tmp_path, pruner, precision):
     """Correlations far above 1, and products that leave the range of float32."""
     for number, change in enumerate((lambda part: part * 1e3, lambda part: part.sign() * 3e38)):
-        model = server(tmp_path / str(number), "gram", {"ann": [0]}, pruner=pruner, gram=GramSettings(precision))
+        model = server(tmp_path / str(number), "gram", {"ann": [0]}, pruner=pruner, gram=Gram(precision))
         update = grams("ann", [0], precision=precision, units=["up"])
         packed, part = update["blocks"]["0"]["up"], "scale" if precision == "int8" else "upper"
         packed[part] = change(packed[part])

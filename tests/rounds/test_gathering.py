@@ -7,16 +7,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fedspallm_appfl.algorithms.gram import Sums, prune
 from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.pruning.statistics import mirror
-from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs, swept_grams
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
 from helpers.families import FAMILIES, save_family, windows
 from helpers.paths import DEMO
+from helpers.rounds import dense_grams, swept_grams
 
 LLAMA = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -268,7 +269,7 @@ def test_with_nothing_pruned_the_dense_output_is_met_as_well_as_it_can_be(pruner
     dense = inputs + 0.3 * torch.randn(200, 20, generator=generator) + 0.2 * inputs.roll(1, 1)
     weight = torch.randn(9, 20, generator=generator)
     sums = Sums((inputs.T @ inputs).triu(), 200, (dense - inputs).T @ inputs)
-    made, mask = prune({"q": weight}, sums, Settings(pruner, parse_target("0"), damping), rounded=False)["q"]
+    made, mask = prune({"q": weight}, sums, Pruning(pruner, parse_target("0"), damping), rounded=False)["q"]
     assert bool(mask.all())
     expected = damped_least_squares(weight, dense, inputs, damping)
     assert float((made - expected).abs().max()) < 1e-4 * float(expected.abs().max())
@@ -280,7 +281,7 @@ def test_a_target_helps_pruned_matrices_too(pruner):
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(400, 64, generator=generator)
     dense = inputs + 0.5 * inputs.roll(1, 1)
-    weight, settings = torch.randn(16, 64, generator=generator), Settings(pruner, parse_target(0.5))
+    weight, settings = torch.randn(16, 64, generator=generator), Pruning(pruner, parse_target(0.5))
 
     def loss(drift):
         made, _ = prune({"q": weight}, Sums((inputs.T @ inputs).triu(), 400, drift), settings, False)["q"]
@@ -294,6 +295,6 @@ def test_a_target_helps_pruned_matrices_too(pruner):
 def test_an_input_that_is_always_zero_is_no_reason_to_stop(pruner, precision_rounded):
     sums = Sums(torch.zeros(8, 8), 50, torch.zeros(8, 8))
     weight = nn.Linear(8, 4, bias=False).weight.data
-    made, mask = prune({"q": weight}, sums, Settings(pruner, parse_target(0.5)), precision_rounded)["q"]
+    made, mask = prune({"q": weight}, sums, Pruning(pruner, parse_target(0.5)), precision_rounded)["q"]
     assert made.isfinite().all()
     assert int(mask.sum()) == 16

@@ -11,16 +11,18 @@ from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
-from fedspallm_appfl.rounds.folds import Aggregation
-from fedspallm_appfl.rounds.server import GlobalModel
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.packed import compress, make_update, matrices, pack, pack_mask, unpack, update_nbytes
+from fedspallm_appfl.wire.packed import pack, pack_mask
+from fedspallm_appfl.wire.update import compress, make_update, update_nbytes
+from helpers.packed import matrices, unpack
 from helpers.paths import DEMO
+from helpers.rounds import global_model, server_settings
 
 SHAPES = {"q": (4, 6), "up": (3, 5)}
 LAYOUT = Layout("layers", (tuple(Linear(name, shape, False) for name, shape in SHAPES.items()),) * 3)
 HALF = parse_target(0.5)
-SPARSEGPT = Settings("sparsegpt", HALF)
+SPARSEGPT = Pruning("sparsegpt", HALF)
 SAMPLES = {"ann": 3, "bob": 1, "cy": 8}
 EVERYTHING = {client: [0, 1, 2] for client in SAMPLES}
 
@@ -45,7 +47,7 @@ def dense(block, name):
 
 
 def server(folder, assigned=EVERYTHING, dtype=torch.float16, on_event=lambda event: None, **settings):
-    model = GlobalModel(LAYOUT, dtype, Aggregation(SPARSEGPT, **settings), folder, dense, on_event=on_event)
+    model = global_model(LAYOUT, dtype, server_settings(SPARSEGPT, **settings), folder, dense, on_event=on_event)
     model.begin_round(0, assigned)
     return model
 
@@ -60,7 +62,7 @@ def stored(store):
     return {
         (block, name, part): packed[part].view(torch.uint8).tolist()
         for block in store.blocks()
-        for name, packed in store.load(block).items()
+        for name, packed in store.get(block).items()
         for part in ("mask", "values")
     }
 
@@ -89,7 +91,7 @@ def global_oracle(senders, block, name, weigh, fedavg=False):
 def assert_stored(store, senders_of, weigh, fedavg=False):
     assert store.blocks() == sorted(senders_of)
     for block, senders in senders_of.items():
-        linears = store.load(block)
+        linears = store.get(block)
         assert set(linears) == set(SHAPES)
         for name in SHAPES:
             weight, mask = unpack(linears[name])
@@ -126,7 +128,7 @@ def test_standalone_stores_what_each_client_sent(tmp_path):
     model = server(tmp_path, comparisons=("standalone",))
     for names in (["up"], ["q"]):
         model.receive("bob", upload("bob", [0, 2], names), 1)
-    linears = model.store("standalone/bob").load(2)
+    linears = model.store("standalone/bob").get(2)
     assert model.store("standalone/bob").blocks() == [0, 2]
     for name in SHAPES:
         weight, mask = matrix("bob", 2, name)
@@ -334,10 +336,10 @@ def masks_of(client, blocks, t=0, values=False):
 def test_masks_alone_give_the_same_bits_as_masks_with_values(tmp_path, masks_only, weights):
     results = []
     for senders in (frozenset(), frozenset(masks_only)):
-        model = GlobalModel(
+        model = global_model(
             LAYOUT,
             torch.float16,
-            Aggregation(
+            server_settings(
                 SPARSEGPT,
                 weights=weights,
                 fold="cumulative",
@@ -383,8 +385,8 @@ def wide_upload(client, t, dtype):
 
 
 def wide_server(folder, dtype=torch.float16, **settings):
-    settings = Aggregation(Settings("sparsegpt", SPARSE), comparisons=("fedavg", "standalone"), **settings)
-    return GlobalModel(WIDE, dtype, settings, folder, dense)
+    settings = server_settings(Pruning("sparsegpt", SPARSE), comparisons=("fedavg", "standalone"), **settings)
+    return global_model(WIDE, dtype, settings, folder, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -420,7 +422,7 @@ def test_what_goes_down_is_compressed_only_when_asked(tmp_path, compression):
 
 def demo_client():
     """A client that holds the bundled model and needs no text."""
-    pruning = Settings("magnitude", HALF)
+    pruning = Pruning("magnitude", HALF)
     options = {"seed": 0, "text": None, "windows": 1, "length": 2, "batch": 1, "pruning": pruning}
     limits = {"blocks_per_message": 1, "max_message_bytes": 2**20}
     return LocalClient(
@@ -432,7 +434,7 @@ def demo_client():
 def test_a_client_understands_what_goes_down(tmp_path, compression):
     client = demo_client()
     layout, dtype = client.model.layout, client.model.skeleton.stored_dtype
-    model = GlobalModel(layout, dtype, Aggregation(SPARSEGPT, compression=compression), tmp_path, dense)
+    model = global_model(layout, dtype, server_settings(SPARSEGPT, compression=compression), tmp_path, dense)
     model.begin_round(0, {"ann": [1, 3]})
     for block in (1, 3):
         for linear in layout.blocks[block]:
@@ -448,7 +450,7 @@ def test_a_client_understands_what_goes_down(tmp_path, compression):
         client.take(update)
     assert client.agreed.blocks() == [1, 3]
     for block in (1, 3):
-        linears, expected = client.agreed.get(block), model.done.load(block)
+        linears, expected = client.agreed.get(block), model.done.get(block)
         assert sorted(linears) == sorted(expected)
         for name, packed in linears.items():
             assert packed["shape"] == expected[name]["shape"]
@@ -512,7 +514,7 @@ def test_a_client_that_is_given_up_counts_where_it_has_sent_and_nobody_waits_for
         everybody, two = [(client, 0) for client in SAMPLES], [("ann", 0), ("bob", 0)]
         assert model.done.blocks() == [0, 1, 2] and not model.open_blocks()
         for block, name, senders in ((0, "q", everybody), (0, "up", everybody), (1, "q", everybody), (1, "up", two)):
-            weight, mask = unpack(model.done.load(block)[name])
+            weight, mask = unpack(model.done.get(block)[name])
             expected = global_oracle(senders, block, name, weigh=True)
             assert (weight.flatten().tolist(), mask.flatten().tolist()) == expected
         assert {event["block"]: event["clients"] for event in events}[2] == ["ann", "bob"]

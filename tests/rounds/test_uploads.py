@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from fedspallm_appfl.algorithms.algorithm import UPLOADS, Exchange
-from fedspallm_appfl.algorithms.gram import GramSettings
-from fedspallm_appfl.algorithms.registry import ALGORITHMS, LABELS, exchanges
+from fedspallm_appfl.algorithms.registry import BUILT_IN
 from fedspallm_appfl.errors import DataError
-from fedspallm_appfl.models.blockwise import prune_blocks
+from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.rounds.gathering import dense_grams, shared_inputs
 from fedspallm_appfl.rounds.uploads import Source, sizes, sweep
+from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import pack_gram
-from fedspallm_appfl.wire.packed import make_update, nbytes, pack_mask, unpack, unpack_mask
+from fedspallm_appfl.wire.packed import pack_mask
 from fedspallm_appfl.wire.store import AgreedBlocks
+from fedspallm_appfl.wire.update import make_update
 from helpers.families import save_family, windows
+from helpers.packed import unpack, unpack_mask
+from helpers.rounds import dense_grams, prune_blocks
 
 TEXT = windows(4, 20)  # 80 tokens, 48 features at most
 
@@ -33,8 +35,8 @@ def source(model, pruner="sparsegpt", target="0.5", text=TEXT, gram=None, **chan
         client="ann",
         model=model,
         windows=text,
-        pruning=Settings(pruner, parse_target(target), **changes),
-        gram=gram or GramSettings(),
+        pruning=Pruning(pruner, parse_target(target), **changes),
+        gram=gram or Gram(),
         groups=shared_inputs(model),
         agreed=AgreedBlocks(dtype),
         masks=AgreedBlocks(dtype),
@@ -105,7 +107,7 @@ def test_values_are_solved_under_the_masks_that_came_down(model, pruner):
 
 
 def test_grams_are_packed_statistics(model):
-    of = source(model, gram=GramSettings(precision="fp32", first_input="private"))
+    of = source(model, gram=Gram(precision="fp32", first_input="private"))
     expected = dict(dense_grams(model, TEXT, {0, 2}, of.groups, batch=2))
     for (block, name), (packed, notes) in made(of, "grams").items():
         wanted = pack_gram(expected[block][name], "fp32")
@@ -119,7 +121,7 @@ FIRST = (0, "self_attn.q_proj")
 
 @pytest.mark.parametrize("propagate", ["dense", "pruned"])
 def test_a_first_input_of_public_tokens_says_nothing_of_the_text_and_all_others_are_of_it(model, propagate):
-    gram = GramSettings("fp32", propagate, "dense" if propagate == "pruned" else "own")
+    gram = Gram("fp32", propagate, "dense" if propagate == "pruned" else "own")
     found = [made(source(model, text=text, gram=gram), "grams") for text in (TEXT, (TEXT + 1) % 96)]
     private = made(source(model, gram=replace(gram, first_input="private")), "grams")
     for key, (packed, _) in found[0].items():
@@ -142,14 +144,14 @@ def test_public_tokens_are_those_of_the_seed_whoever_sends_them(model):
     assert not torch.equal(same[0]["upper"], other["upper"])
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BUILT_IN)
 @pytest.mark.parametrize("target", ["0.5", "0.7", "2:4"])
 def test_bytes_are_those_that_were_planned(model, algorithm, target):
     groups = shared_inputs(model)
     for precision, drift in (
         (("int8", False), ("bf16", True), ("fp32", False)) if algorithm == "gram" else (("int8", False),)
     ):
-        gram = GramSettings(precision, "pruned" if drift else "dense", "dense" if drift else "own")
+        gram = Gram(precision, "pruned" if drift else "dense", "dense" if drift else "own")
         of, plan = source(model, "sparsegpt", target, gram=gram), {}
         for exchange in exchanges(algorithm, groups, gram.propagate):
             planned = sizes(exchange, shapes(model), of.pruning.target, torch.float16, groups, gram)
@@ -172,8 +174,8 @@ def test_bytes_are_those_that_were_planned(model, algorithm, target):
 
 def test_every_algorithm_has_a_label_and_exchanges_of_known_kinds(model):
     groups = shared_inputs(model)
-    assert len(set(LABELS.values())) == len(ALGORITHMS) == 7
-    for algorithm in ALGORITHMS:
+    assert len(set(LABELS.values())) == len(BUILT_IN) == 7
+    for algorithm in BUILT_IN:
         found = exchanges(algorithm, groups)
         assert all(exchange.up in UPLOADS for exchange in found)
         assert [exchange.up for exchange in found] == {"consensus": ["masks", "values"], "gram": ["grams"]}.get(
@@ -198,7 +200,7 @@ def test_every_algorithm_has_a_label_and_exchanges_of_known_kinds(model):
 )
 def test_too_few_tokens_are_not_sent(model, propagate, tokens, min_tokens, where):
     """32 features go into most linears, 48 into the last."""
-    gram = GramSettings("fp32", propagate, min_tokens=min_tokens)
+    gram = Gram("fp32", propagate, min_tokens=min_tokens)
     of = source(model, text=windows(1, 49)[:, :tokens], gram=gram)
     if where is None:
         assert all(packed["tokens"] == tokens for packed, _ in made(of, "grams").values())

@@ -5,10 +5,11 @@ import torch
 
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.families import save_family, windows
+from helpers.rounds import prune_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
 def test_a_gpu_prunes_as_the_cpu_does(tmp_path, pruner, sparsity):
     folder = str(save_family("llama", tmp_path))
-    settings = Settings(pruner, parse_target(sparsity))
+    settings = Pruning(pruner, parse_target(sparsity))
     on = {d: dict(prune_blocks(LazyModel(folder, device=d), windows(), {0}, settings)) for d in ("cpu", "cuda")}
     for name, expected in on["cpu"][0].items():
         got = on["cuda"][0][name]

@@ -19,7 +19,8 @@ import torch
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.aggregation.mask_expansion import expand
 from fedspallm_appfl.pruning import column_block
-from fedspallm_appfl.pruning.pruner import Settings, new_statistic, prepare
+from fedspallm_appfl.pruning.registry import new_statistic, prepare
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors import bitmask, native
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.loops import use
@@ -46,7 +47,7 @@ def fingerprint():
     """A digest of what all loops make of matrices as large as those of the demo."""
     digest = hashlib.sha256()
     for text, shape in (("0.5", (344, 128)), ("0.7", (64, 128)), ("2:4", (128, 344)), ("4:8", (64, 128))):
-        target, settings, pruned = parse_target(text), Settings("sparsegpt", parse_target(text)), []
+        target, settings, pruned = parse_target(text), Pruning("sparsegpt", parse_target(text)), []
         for client in range(2):
             statistic = new_statistic(settings, shape[1], torch.device("cpu"))
             statistic.add(normal(400, shape[1], seed=client))

@@ -6,17 +6,14 @@ import pytest
 import torch
 
 from fedspallm_appfl.tensors.sparsity import (
-    NM,
-    Ratio,
-    check_divides,
     first_in_groups,
     kth_smallest,
-    parse_target,
     row_counts,
     select,
     smallest,
     smallest_in_rows,
 )
+from fedspallm_appfl.tensors.target import NM, Ratio, check_divides, parse_target
 
 
 def lowest(scores, count):

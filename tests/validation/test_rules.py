@@ -11,7 +11,8 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.validation.rules import check, check_with_files
+from fedspallm_appfl.validation.files import check_with_files
+from fedspallm_appfl.validation.rules import check
 from helpers.paths import DEMO, ROOT
 
 TRAIN = "client_configs.train_configs"

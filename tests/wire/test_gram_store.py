@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedspallm_appfl.algorithms.gram import Sums
 from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.wire import gram_store
 from fedspallm_appfl.wire.store import GramStore
 

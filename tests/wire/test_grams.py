@@ -10,14 +10,16 @@ import pytest
 import torch
 import zstandard
 
-from fedspallm_appfl.algorithms.gram import Sums, prune
+from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.pruning.statistics import mirror
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
 from fedspallm_appfl.wire.compression import deflated
-from fedspallm_appfl.wire.grams import LEVELS, MOST_TOKENS, PRECISIONS, GramSum, check_gram, gram_size, pack_gram
-from fedspallm_appfl.wire.packed import nbytes
+from fedspallm_appfl.wire.grams import LEVELS, MOST_TOKENS, PRECISIONS, gram_size, pack_gram
+from fedspallm_appfl.wire.update import check_gram
 
 SIDES = [1, 2, 7, 300]
 LONGEST_TIME = 40  # tokens
@@ -215,7 +217,7 @@ def test_the_sum_is_near_that_of_all_inputs_together():
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_a_rounded_sum_of_few_tokens_can_be_pruned_with(precision, pruner, seed):
     """Rank 20 of 90 features, some of them dead, and next to no damping: what rounding did makes the sum indefinite."""
-    side, settings = 90, Settings(pruner, parse_target(0.5), damping=1e-6, damping_retries=0)
+    side, settings = 90, Pruning(pruner, parse_target(0.5), damping=1e-6, damping_retries=0)
     total = GramSum(side)
     for client in range(2):
         packed = pack_gram(statistics(side, 10 * seed + client, dead=(4, 70), tokens=10), precision)
@@ -246,7 +248,7 @@ def test_a_rounded_drift_is_better_than_none(precision, pruner):
     back = arrived(pack_gram(sums, precision), side, precision, drift=True)
 
     def loss(known):
-        made, _ = prune({"q": weight}, known, Settings(pruner, parse_target(0.5)), precision != "fp32")["q"]
+        made, _ = prune({"q": weight}, known, Pruning(pruner, parse_target(0.5)), precision != "fp32")["q"]
         return float((weight @ dense.T - made @ inputs.T).square().sum())
 
     without = loss(Sums(back.upper.clone(), back.tokens))

@@ -12,26 +12,17 @@ from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
-from fedspallm_appfl.wire.packed import (
+from fedspallm_appfl.wire.packed import pack, pack_mask, pack_values, packed_size, packed_sizes
+from fedspallm_appfl.wire.update import (
     block_nbytes,
     check_matrix,
     check_update,
     check_values,
     compress,
-    decompress,
     make_update,
-    matrices,
-    nbytes,
-    pack,
-    pack_mask,
-    pack_values,
-    packed_size,
-    packed_sizes,
-    unpack,
-    unpack_mask,
     update_nbytes,
-    with_values,
 )
+from helpers.packed import matrices, unpack, unpack_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 5), (17, 33), (8, 16)]

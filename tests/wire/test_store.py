@@ -50,10 +50,10 @@ def test_saving_replaces_a_block_and_adding_keeps_its_other_linears(tmp_path):
     store = PackedStore(tmp_path)
     store.save(1, linears("q", "k"))
     store.save(1, linears("q", seed=1))
-    assert equal(store.load(1), linears("q", seed=1))
+    assert equal(store.get(1), linears("q", seed=1))
     store.add(1, linears("up"))
     store.add(1, linears("up", seed=2))
-    assert equal(store.load(1), linears("q", seed=1) | linears("up", seed=2))
+    assert equal(store.get(1), linears("q", seed=1) | linears("up", seed=2))
 
 
 def test_the_same_block_is_the_same_file_in_the_same_order(tmp_path):
@@ -63,7 +63,7 @@ def test_the_same_block_is_the_same_file_in_the_same_order(tmp_path):
         store = PackedStore(tmp_path / str(number))
         store.save(0, dict(sorted(block.items(), reverse=number % 2 == 1)))
         files += [file.read_bytes() for file in store.folder.iterdir()]
-        orders.append(list(store.load(0)))
+        orders.append(list(store.get(0)))
     assert len(files) == 4
     assert len(set(files)) == 1
     assert all(order == orders[0] for order in orders)
@@ -81,5 +81,5 @@ def test_a_run_that_is_killed_while_it_saves_leaves_what_was_there(tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             store.save(block, linears("q", seed=1))
     assert store.blocks() == [0]
-    assert store.load(1) is None
-    assert equal(store.load(0), linears("q"))
+    assert store.get(1) is None
+    assert equal(store.get(0), linears("q"))
