@@ -1,6 +1,7 @@
 """Whole runs of every algorithm on a tiny model: what each promises, against the pieces it is made of."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from safetensors.torch import load_file
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.algorithms import consensus
+from fedspallm_appfl.algorithms.algorithm import Matrix
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import cut_windows, draw_windows, load_tokenizer, read_text
-from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
+from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.participants import comparisons
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.settings.schema import Gram, Pruning
+from fedspallm_appfl.settings.schema import ClientSettings, Gram, HashedModel, OwnData, Pooled, Pruning
 from fedspallm_appfl.tensors.bitmask import to_bits
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.validation.rules import check
@@ -157,7 +160,8 @@ def test_consensus_is_the_mean_of_what_clients_make_under_the_mask_of_all(tmp_pa
             votes = Votes.empty(shape, 3)
             for one in chosen:
                 votes.add(to_bits(one[block][name].mask))
-            mask = consensus.agree(votes, lazy.skeleton.dense_matrix(block, name).float(), settings.target)
+            dense = partial(lazy.skeleton.dense_matrix, block, name)
+            mask = consensus.agree(votes, Matrix(settings.sparsity, "matrix", lambda dense=dense: dense().float()))
             agreed.setdefault(block, {})[name] = mask
     packed = {block: {name: pack_mask(mask) for name, mask in found.items()} for block, found in agreed.items()}
     solved = [dict(prune_blocks(lazy, text, everything, settings, batch=4, masks=packed)) for text in texts]
@@ -188,8 +192,8 @@ def test_both_exchanges_of_consensus_are_counted(tmp_path, model):
 def serve(folder, settings, aggregation, model):
     """One round of some clients and the server, without any framework; (weight, mask) by block and linear."""
     lazy = LazyModel(str(model), None, "float32")
-    groups = shared_inputs(lazy)
     skeleton = lazy.skeleton
+    groups = shared_inputs(skeleton.folder, skeleton.layout)
     server = global_model(
         skeleton.layout, skeleton.stored_dtype, aggregation, folder, skeleton.dense_matrix, groups=groups
     )
@@ -218,24 +222,15 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
     """Windows are drawn for the id of each client, so that the one has those of the four."""
     folder = save_tiny(tmp_path / "model", torch.float32, blocks=2)
     pruning = Pruning(pruner, parse_target(0.5))
-    shared = {
-        "model": str(folder),
-        "dtype": "float32",
-        "blocks": None,
-        "device": "cpu",
-        "threads": 1,
-        "seed": 0,
-        "length": 24,
-        "pruning": pruning,
-        "blocks_per_message": 1,
-        "max_message_bytes": 10**9,
-        "algorithm": "gram",
-        "gram": gram,
-    }
-    texts = {name: (str(first_pages(name, 10_000)), 7 + number) for number, name in enumerate(DOMAINS)}
-    four = [ClientSettings(name, text=text, windows=count, batch=4, **shared) for name, (text, count) in texts.items()]
-    pool = tuple((name, text, count) for name, (text, count) in texts.items())
-    one = [ClientSettings("all", text=None, windows=1, batch=5, pool=pool, **shared)]
+    texts = [Pooled(name, str(first_pages(name, 10_000)), 7 + number) for number, name in enumerate(DOMAINS)]
+
+    def told(client, **data):
+        shared = {"model": HashedModel(str(folder), "float32"), "device": "cpu", "threads": 1}
+        algorithm = {"algorithm": "gram", "gram": gram}
+        return ClientSettings(**vars(pruning), client_id=client, data=OwnData(length=24, **data), **shared, **algorithm)
+
+    four = [told(one.client_id, text=one.text, windows=one.windows, batch=4) for one in texts]
+    one = [told("all", windows=1, batch=5, pool=texts)]
     aggregation = server_settings(pruning, "gram", gram=gram)
     apart, together = (serve(tmp_path / str(len(of)), of, aggregation, folder) for of in (four, one))
     assert apart.keys() == together.keys()
@@ -367,13 +362,17 @@ TRAIN, KWARGS = "client_configs.train_configs", "server_configs.aggregator_kwarg
         ("gram", "clients.1.train_configs.pruner=wanda", "clients.1.train_configs.pruner: gram prunes in one place"),
         ("gram", "clients.0.train_configs.damping=0.1", "clients.0.train_configs.damping: gram prunes in one place"),
         ("gram", f"{KWARGS}.weights=sample_size", f"{KWARGS}.weights: nothing is averaged over clients with gram"),
-        ("fedavg", "gram.precision=fp32", "gram: its keys are for algorithm gram, got algorithm fedavg"),
+        (
+            "fedavg",
+            "gram.precision=fp32",
+            "gram: its keys are for algorithms that gather Gram matrices, got algorithm fedavg",
+        ),
         (
             "consensus",
             f"{TRAIN}.pruner=wanda",
-            f"{TRAIN}.pruner: with wanda or magnitude no weight changes, so consensus",
+            f"{TRAIN}.pruner: with wanda no weight changes, so consensus has nothing to average",
         ),
-        ("consensus", f"{TRAIN}.pruner=magnitude", f"{TRAIN}.pruner: with wanda or magnitude no weight changes"),
+        ("consensus", f"{TRAIN}.pruner=magnitude", f"{TRAIN}.pruner: with magnitude no weight changes"),
         ("standalone", "server_configs.num_global_epochs=2", "algorithm: standalone prunes every block once; set"),
         ("standalone", f"{TRAIN}.resource_share=0.5", "algorithm: standalone prunes every block once; set"),
         ("centralized", "server_configs.num_global_epochs=2", "algorithm: centralized prunes every block once; set"),
@@ -398,7 +397,7 @@ def test_comparisons_are_made_from_uploads_of_fedspallm(tmp_path, algorithm):
     assert wrong(tmp_path, algorithm, evaluation=evaluation) == []
     file = tiny_config(tmp_path, DEMO / "model", algorithm, evaluation=evaluation)
     config, _ = load_config(file)
-    assert config.comparisons() == []
+    assert comparisons(config) == []
     assert any("evaluation.compare is left out" in line for line in forecast(config))
 
 

@@ -17,11 +17,12 @@ from torch import nn
 
 from fedspallm_appfl.adaptors.registration import register
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models import blockwise
 from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.rounds import pruning
+from fedspallm_appfl.rounds.participants import client_settings
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
@@ -163,20 +164,20 @@ def test_a_file_keeps_hidden_states_in_their_dtype_and_shape_or_refuses(made, fo
 
 
 def test_a_place_that_is_misspelt_is_not_memory():
-    with pytest.raises(ConfigError, match="client ward: `data.activations` must be one of memory, file; got 'disk'"):
+    with pytest.raises(ConfigError, match="client ward: `data.activations` is one of memory, file; got 'disk'"):
         hidden_states("disk", 1, "ward")
 
 
 def test_the_setting_reaches_the_client(tmp_path):
     register()
     from fedspallm_appfl.adaptors.agents import client_agent_config
-    from fedspallm_appfl.adaptors.trainer import client_settings
+    from fedspallm_appfl.adaptors.trainer import FedSpaLLMTrainer
 
     changes = {"client_configs": {"data": {"activations": "file"}}}
     config, problems = load_config(small_config(tmp_path, **changes))
     assert problems == []
-    made = client_agent_config(config, config.clients[0], "cpu", 2**20)
-    assert client_settings("a", dict(made.train_configs)).activations == "file"
+    made = client_agent_config(client_settings(config, config.clients[0], "cpu", 2**20))
+    assert FedSpaLLMTrainer(made.train_configs).settings.data.activations == "file"
 
 
 class Doubling(nn.Module):
@@ -203,7 +204,7 @@ def test_a_batch_of_hidden_states_is_freed_as_it_is_replaced():
 
 
 def test_a_pruned_block_is_not_kept_while_the_next_is_pruned(llama, monkeypatch):
-    alive, refs, prune = [], [], blockwise._prune_block
+    alive, refs, prune = [], [], pruning._prune_block
 
     def watched(*args):
         alive.append(sum(ref() is not None for ref in refs))
@@ -211,21 +212,21 @@ def test_a_pruned_block_is_not_kept_while_the_next_is_pruned(llama, monkeypatch)
         refs.extend(weakref.ref(linear) for linear in done.values())
         return done
 
-    monkeypatch.setattr(blockwise, "_prune_block", watched)
+    monkeypatch.setattr(pruning, "_prune_block", watched)
     deque(prune_blocks(llama, windows(), {0, 1, 2}, WANDA), maxlen=0)  # a loop would hold the last one itself
     assert len(refs) == 3 * 7
     assert alive == [0, 0, 0]
 
 
 def test_a_statistic_is_dropped_once_it_was_used(llama, monkeypatch):
-    alive, refs, prepare = [], [], blockwise.prepare
+    alive, refs, prepare = [], [], pruning.prepare
 
     def watched(settings, statistic):
         alive.append(sum(ref() is not None for ref in refs))
         refs.append(weakref.ref(statistic))
         return prepare(settings, statistic)
 
-    monkeypatch.setattr(blockwise, "prepare", watched)
+    monkeypatch.setattr(pruning, "prepare", watched)
     list(prune_blocks(llama, windows(), {1}, SPARSEGPT))
     assert alive == [0] * 4  # q k v, o, gate up, down
 
@@ -256,6 +257,7 @@ def test_a_linear_that_only_some_batches_call_sees_all_its_tokens(calls):
     linears = tuple(Linear(name, (4, 4), False) for name in "abc")
     model = SimpleNamespace(layout=SimpleNamespace(blocks=[linears]), device=torch.device("cpu"))
     state = Activations([torch.ones(1, 5, 4)] * len(calls), [[Call((None, called), {})] for called in calls])
-    found = blockwise._statistics(model, Branching(), 0, state, WANDA)
+    source = SimpleNamespace(model=model, settings=WANDA)
+    found = pruning.collect(source, Branching(), 0, state)
     expected = {name: 5 * sum(name in called for called in calls) for name in "abc"}
     assert {name: statistic.tokens for names, statistic in found for name in names} == expected

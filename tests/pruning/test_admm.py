@@ -8,7 +8,7 @@ import torch
 
 from fedspallm_appfl.pruning import admm, least_squares
 from fedspallm_appfl.pruning.least_squares import Correlation
-from fedspallm_appfl.pruning.registry import prepare
+from fedspallm_appfl.pruning.registry import keeps_weights, prepare
 from fedspallm_appfl.pruning.statistics import InputNorms
 from fedspallm_appfl.settings.schema import PRUNERS, Pruning
 from fedspallm_appfl.tensors.target import NM, parse_target
@@ -211,7 +211,7 @@ def test_a_rounded_gram_matrix_costs_little(levels, most):
 def test_it_is_one_of_the_pruners_and_changes_weights():
     settings = Pruning("admm", parse_target("0.5"))
     assert "admm" in PRUNERS
-    assert not settings.keeps_weights
-    assert settings.iterations == 60
+    assert not keeps_weights(settings)
+    assert settings.iterations == admm.STEPS == 60
     with pytest.raises(TypeError, match="admm needs the Gram matrix"):
-        prepare(Pruning("admm", parse_target("0.5")), InputNorms.of(torch.ones(4), 1))
+        prepare(settings, InputNorms.of(torch.ones(4), 1))

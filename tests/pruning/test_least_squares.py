@@ -4,16 +4,23 @@ import pytest
 import torch
 
 from fedspallm_appfl.errors import PruningError
-from fedspallm_appfl.pruning import least_squares
+from fedspallm_appfl.pruning import least_squares, sparsegpt
 from fedspallm_appfl.pruning import statistics as gram
 from fedspallm_appfl.pruning.least_squares import Correlation
-from fedspallm_appfl.pruning.registry import new_statistic
+from fedspallm_appfl.pruning.registry import keeps_weights, new_statistic
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, lift
 from fedspallm_appfl.settings.schema import PRUNERS, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.least_squares import DAMPING, correlated_inputs, error, matrix_of, normal, prepared, rounded, solve_oracle
 
+KEEP_WEIGHTS = ("wanda", "magnitude")
 WITH_REFIT = [("sparsegpt", True), ("wanda", True), ("admm", False)]
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Several blocks of columns in matrices of a few dozen."""
+    monkeypatch.setattr(sparsegpt, "block_width", lambda target: 16)
 
 
 def random_mask(rows, columns, seed=9):
@@ -82,9 +89,9 @@ def test_inputs_that_are_all_zero_leave_every_kept_weight_alone(pruner, refit):
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("refit", [False, True])
 @pytest.mark.parametrize("text", ["0", "0.5", "0.7", "2:4"])
-def test_compensating_for_the_mask_that_prune_chose_gives_what_prune_gave(pruner, refit, text):
+def test_compensating_for_the_mask_that_prune_chose_gives_what_prune_gave(narrow_blocks, pruner, refit, text):
     weight, matrix = normal(24, 72), matrix_of(correlated_inputs(72))
-    tool = prepared(pruner, text, matrix, refit=refit, column_block=16)
+    tool = prepared(pruner, text, matrix, refit=refit)
     given = weight.clone()
     pruned, mask = tool.prune(weight)
     again = tool.compensate(weight, mask)
@@ -97,11 +104,11 @@ def test_compensating_for_the_mask_that_prune_chose_gives_what_prune_gave(pruner
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("text", ["0.5", "2:4"])
-def test_any_mask_can_be_compensated_for(pruner, text):
+def test_any_mask_can_be_compensated_for(narrow_blocks, pruner, text):
     """A mask of other counts than the target, as the federation may agree on; also with half of a row empty."""
     weight, mask, matrix = normal(24, 72), random_mask(24, 72), matrix_of(correlated_inputs(72))
     mask[5, :36] = False
-    found = prepared(pruner, text, matrix, column_block=16).compensate(weight, mask)
+    found = prepared(pruner, text, matrix).compensate(weight, mask)
     assert not found[~mask].any()
     before, least = error(weight * mask, weight, matrix), error(solve_oracle(weight, mask, matrix), weight, matrix)
     if pruner in KEEP_WEIGHTS:
@@ -144,7 +151,7 @@ def test_which_settings_keep_weights_and_what_they_need_to_know():
     def of(pruner, refit):
         settings = Pruning(pruner, parse_target("0.5"), refit=refit)
         statistic = new_statistic(settings, 4, torch.device("cpu"))
-        return settings.keeps_weights, type(statistic)
+        return keeps_weights(settings), type(statistic)
 
     assert [of(pruner, False) for pruner in ("sparsegpt", "admm", "wanda", "magnitude")] == [
         (False, InputGram),

@@ -213,16 +213,13 @@ def test_a_matrix_that_can_never_be_factored_is_an_error_that_says_what_to_do():
         prepare(Pruning("sparsegpt", parse_target("0.5")), statistic)
 
 
-def test_prepare_prunes_with_the_settings_and_notes_nothing_when_all_is_well():
-    settings, statistic, weight = (
-        Pruning("sparsegpt", parse_target("0.5"), column_block=8),
-        InputGram(24),
-        normal(6, 24),
-    )
+def test_prepare_prunes_with_the_settings_and_notes_nothing_when_all_is_well(monkeypatch):
+    monkeypatch.setattr(sparsegpt, "block_width", lambda target: 8)
+    settings, statistic, weight = Pruning("sparsegpt", parse_target("0.5")), InputGram(24), normal(6, 24)
     assert isinstance(new_statistic(settings, 24, torch.device("cpu")), InputGram)
     statistic.add(correlated_inputs(24))
     prepared = prepare(settings, statistic)
-    expected = sparsegpt.prune(weight, settings.target, Factor(statistic, DAMPING, 3, 8))
+    expected = sparsegpt.prune(weight, settings.sparsity, Factor(statistic, DAMPING, 3, 8))
     assert prepared.notes == {}
     assert all(torch.equal(one, other) for one, other in zip(prepared.prune(weight), expected, strict=True))
 

@@ -12,10 +12,10 @@ from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.rounds.folds import STATISTICS
-from fedspallm_appfl.settings.schema import Gram
+from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import pack_gram
-from fedspallm_appfl.wire.packed import pack, pack_mask, pack_values
+from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, pack_values
 from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.update import compress, make_update
 from helpers.packed import unpack, unpack_mask
@@ -120,7 +120,7 @@ def test_votes_of_a_later_round_replace_or_add(tmp_path, algorithm, fold):
 def values_of(client, block, name, agreed, t=0):
     """A client's weights under an agreed mask, on a grid with kept zeros."""
     weight = torch.randint(-20, 21, SHAPES[name], generator=seeded("values", client, block, name, t)) / 8
-    return pack_values(weight, agreed["mask"], torch.float16)
+    return pack_values(weight, agreed.mask, torch.float16)
 
 
 def give_values(model, clients=None):
@@ -158,8 +158,8 @@ def test_consensus_is_the_mean_of_all_values_under_the_mask_of_all(tmp_path, wei
             assert torch.equal(unpack_mask(down["blocks"][str(block)][name]), mask)
             assert set(down["blocks"][str(block)][name]) == {"shape", "mask"}
             share = {client: SAMPLES[client] if weights == "sample_size" else 1 for client in clients}
-            terms = [values_of(c, block, name, packed)["values"].tolist() for c in clients]
-            for i, got in enumerate(packed["values"].tolist()):
+            terms = [values_of(c, block, name, packed).values.tolist() for c in clients]
+            for i, got in enumerate(packed.values.tolist()):
                 total = sum(share[c] * Fraction(term[i]) for c, term in zip(clients, terms, strict=True))
                 mean = torch.tensor(float(total / sum(share.values()))).float().half()
                 assert got == float(mean)
@@ -317,7 +317,7 @@ def test_an_update_for_another_exchange_is_refused(tmp_path, algorithm, total):
 
 def test_values_before_masks_and_masks_after_them_are_refused(tmp_path):
     model = server(tmp_path, "consensus", {"ann": [0]})
-    early = make_update(0, {0: {"q": {"shape": [4, 6], "values": torch.zeros(12, dtype=torch.float16)}}})
+    early = make_update(0, {0: {"q": Packed((4, 6), values=torch.zeros(12, dtype=torch.float16))}})
     refused(model, "ann", early, "block 0, q: a matrix has the keys shape, mask, and `zstd`")
     send(model, [("ann", masks("ann", [0]))])
     assert model.next_exchange()

@@ -13,6 +13,7 @@ from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.pruning.statistics import mirror
+from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
 from helpers.families import FAMILIES, save_family, windows
@@ -48,6 +49,10 @@ def family(request, tmp_path_factory):
     return request.param, save_family(request.param, tmp_path_factory.mktemp(request.param))
 
 
+def groups_of(model):
+    return shared_inputs(model.skeleton.folder, model.layout)
+
+
 def whole(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -75,12 +80,12 @@ def close(found, expected):
 
 
 def test_the_bundled_model_has_four_inputs_a_block():
-    assert shared_inputs(LazyModel(str(DEMO / "model"))) == (LLAMA,) * 8
+    assert groups_of(LazyModel(str(DEMO / "model"))) == (LLAMA,) * 8
 
 
 def test_linears_that_share_an_input_are_those_that_take_equal_ones_in_the_order_of_calls(family):
     name, folder = family
-    groups = shared_inputs(LazyModel(str(folder)))
+    groups = groups_of(LazyModel(str(folder)))
     assert groups == (GROUPS.get(name, LLAMA),) * 3
     model = whole(folder)
     layout = find_layout(model)
@@ -94,14 +99,14 @@ def test_linears_that_share_an_input_are_those_that_take_equal_ones_in_the_order
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arithmetic_does_not_change_who_shares(tmp_path, dtype):
     folder = save_family("llama", tmp_path, dtype)
-    assert shared_inputs(LazyModel(str(folder))) == shared_inputs(LazyModel(str(folder), None, "float32"))
+    assert groups_of(LazyModel(str(folder))) == groups_of(LazyModel(str(folder), None, "float32"))
 
 
 @pytest.mark.parametrize("assigned", [{0, 2}, {1}])
 def test_dense_statistics_are_those_of_the_whole_model(family, assigned):
     _, folder = family
     model = LazyModel(str(folder))
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     oracle, path = whole(folder), model.layout.path
     seen = []
     for block, found in dense_grams(model, TEXT, assigned, groups, batch=2):
@@ -120,7 +125,7 @@ def test_what_single_tokens_decide_is_never_of_the_private_text(family):
     """Such a Gram matrix is a sum over the vocabulary: how often each token occurs can be solved for."""
     name, folder = family
     model, oracle = LazyModel(str(folder)), whole(folder)
-    groups, other = shared_inputs(model), TEXT.clone()
+    groups, other = groups_of(model), TEXT.clone()
     other[:, :-1] = (other[:, :-1] + 5) % 96
     leaders = [names[0] for names in groups[0]]
     last = [caught(oracle, model.layout.path, 0, leaders, ids) for ids in (TEXT, other)]
@@ -158,7 +163,7 @@ def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(family, assi
     """Block 1, where it is not assigned, was pruned before; others are pruned input by input while the sweep goes on."""
     _, folder = family
     model = LazyModel(str(folder))
-    groups, path = shared_inputs(model), model.layout.path
+    groups, path = groups_of(model), model.layout.path
     dense, partly, agreed, count = whole(folder), whole(folder), {}, 0
 
     def agree(block, names):
@@ -191,7 +196,7 @@ def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(family, assi
 
 def test_the_first_input_has_not_drifted_and_later_ones_have(tmp_path):
     model = LazyModel(str(save_family("llama", tmp_path)))
-    groups, agreed, drifts = shared_inputs(model), {}, []
+    groups, agreed, drifts = groups_of(model), {}, []
     for block, found in swept_grams(model, TEXT, {0, 1}, groups, agreed, dense_target=True):
         [(leader, sums)] = found.items()
         drifts.append(float(sums.drift.abs().max()))
@@ -204,14 +209,14 @@ def test_the_first_input_has_not_drifted_and_later_ones_have(tmp_path):
 
 def test_who_has_no_block_sends_nothing(tmp_path):
     model = LazyModel(str(save_family("llama", tmp_path)))
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     assert list(dense_grams(model, TEXT, set(), groups)) == list(swept_grams(model, TEXT, set(), groups, {})) == []
 
 
 def test_a_sweep_that_prunes_nothing_gives_the_dense_statistics(family):
     _, folder = family
     model = LazyModel(str(folder))
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     dense = {
         (block, name): sums
         for block, found in dense_grams(model, TEXT, {0, 1, 2}, groups, batch=2)
@@ -231,7 +236,7 @@ def test_inputs_that_are_not_finite_name_client_block_and_linear(tmp_path, which
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = LazyModel(str(folder))
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     with pytest.raises(PruningError, match="client ann, block 1, mlp.down_proj: its inputs hold NaN or infinity"):
         if which == "dense":
             list(dense_grams(model, TEXT, {0, 1, 2}, groups, client="ann"))
@@ -241,7 +246,7 @@ def test_inputs_that_are_not_finite_name_client_block_and_linear(tmp_path, which
 
 def test_the_model_is_as_it_was_after_a_sweep_that_nobody_finished(tmp_path):
     model = LazyModel(str(save_family("llama", tmp_path)))
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     for sweep in (
         dense_grams(model, TEXT, {0, 1}, groups),
         swept_grams(model, TEXT, {0, 1}, groups, {}, dense_target=True),

@@ -10,14 +10,14 @@ import torch
 from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.rounds.client import ClientSettings, LocalClient
-from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.settings.schema import HashedModel, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack, pack_mask
 from fedspallm_appfl.wire.update import compress, make_update, update_nbytes
 from helpers.packed import matrices, unpack
 from helpers.paths import DEMO
-from helpers.rounds import global_model, server_settings
+from helpers.rounds import client_settings, global_model, server_settings
 
 SHAPES = {"q": (4, 6), "up": (3, 5)}
 LAYOUT = Layout("layers", (tuple(Linear(name, shape, False) for name, shape in SHAPES.items()),) * 3)
@@ -60,7 +60,7 @@ def send_all(model, t=0):
 def stored(store):
     """Every byte of a store."""
     return {
-        (block, name, part): packed[part].view(torch.uint8).tolist()
+        (block, name, part): getattr(packed, part).view(torch.uint8).tolist()
         for block in store.blocks()
         for name, packed in store.get(block).items()
         for part in ("mask", "values")
@@ -422,12 +422,8 @@ def test_what_goes_down_is_compressed_only_when_asked(tmp_path, compression):
 
 def demo_client():
     """A client that holds the bundled model and needs no text."""
-    pruning = Pruning("magnitude", HALF)
-    options = {"seed": 0, "text": None, "windows": 1, "length": 2, "batch": 1, "pruning": pruning}
-    limits = {"blocks_per_message": 1, "max_message_bytes": 2**20}
-    return LocalClient(
-        ClientSettings("ann", str(DEMO / "model"), "float32", None, device="cpu", threads=1, **options, **limits)
-    )
+    model = HashedModel(str(DEMO / "model"), "float32")
+    return LocalClient(client_settings(Pruning("magnitude", HALF), client="ann", model=model, device="cpu", threads=1))
 
 
 @pytest.mark.parametrize("compression", [False, True])
@@ -453,10 +449,11 @@ def test_a_client_understands_what_goes_down(tmp_path, compression):
         linears, expected = client.agreed.get(block), model.done.get(block)
         assert sorted(linears) == sorted(expected)
         for name, packed in linears.items():
-            assert packed["shape"] == expected[name]["shape"]
+            assert packed.shape == expected[name].shape
             for part in ("mask", "values"):
-                assert packed[part].dtype is expected[name][part].dtype
-                assert torch.equal(packed[part].view(torch.uint8), expected[name][part].view(torch.uint8))
+                given, taken = getattr(expected[name], part), getattr(packed, part)
+                assert taken.dtype is given.dtype
+                assert torch.equal(taken.view(torch.uint8), given.view(torch.uint8))
 
 
 def test_what_goes_down_empty_changes_nothing():

@@ -6,20 +6,22 @@ import pytest
 import torch
 
 from fedspallm_appfl.algorithms.algorithm import UPLOADS, Exchange
-from fedspallm_appfl.algorithms.registry import BUILT_IN
+from fedspallm_appfl.algorithms.registry import BUILT_IN, find
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.rounds.uploads import Source, sizes, sweep
+from fedspallm_appfl.rounds import pruning
+from fedspallm_appfl.rounds.uploads import sizes, sweep
 from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import pack_gram
 from fedspallm_appfl.wire.packed import pack_mask
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import make_update
+from helpers import rounds
 from helpers.families import save_family, windows
-from helpers.packed import unpack, unpack_mask
-from helpers.rounds import dense_grams, prune_blocks
+from helpers.packed import parts, unpack, unpack_mask
+from helpers.rounds import dense_grams
 
 TEXT = windows(4, 20)  # 80 tokens, 48 features at most
 
@@ -29,19 +31,15 @@ def model(tmp_path_factory):
     return LazyModel(str(save_family("llama", tmp_path_factory.mktemp("llama"), torch.float16)), None, "float32")
 
 
-def source(model, pruner="sparsegpt", target="0.5", text=TEXT, gram=None, **changes):
-    dtype = model.skeleton.stored_dtype
-    return Source(
-        client="ann",
-        model=model,
-        windows=text,
-        pruning=Pruning(pruner, parse_target(target), **changes),
-        gram=gram or Gram(),
-        groups=shared_inputs(model),
-        agreed=AgreedBlocks(dtype),
-        masks=AgreedBlocks(dtype),
-        options={"batch": 2, "activations": "memory"},
-    )
+def groups_of(model):
+    return shared_inputs(model.skeleton.folder, model.layout)
+
+
+def source(model, pruner="sparsegpt", target="0.5", text=TEXT, *, client="ann", gram=None, seed=0, **changes):
+    came_down = {kind: AgreedBlocks(model.skeleton.stored_dtype) for kind in ("pruned", "masks")}
+    settings = Pruning(pruner, parse_target(target), **changes)
+    told = {"batch": 2, "client": client, "gram": gram or Gram(), "seed": seed}
+    return rounds.source(model, text, settings, groups=groups_of(model), **came_down, **told)
 
 
 def made(source, up, blocks=frozenset({0, 2})):
@@ -61,7 +59,7 @@ def test_weights_are_masks_and_kept_values(model, pruner):
     of = source(model, pruner)
     found = made(of, "weights")
     assert {block for block, _ in found} == {0, 2}
-    for block, linears in prune_blocks(model, TEXT, {0, 2}, of.pruning, batch=2, client="ann"):
+    for block, linears in pruning.prune_blocks(of, {0, 2}):
         for name, one in linears.items():
             weight, mask = unpack(found[block, name][0])
             assert torch.equal(mask, one.mask)
@@ -72,17 +70,17 @@ def test_weights_are_masks_and_kept_values(model, pruner):
 @pytest.mark.parametrize("pruner", ["wanda", "magnitude"])
 def test_weights_that_nothing_changed_are_masks_alone(model, pruner):
     for packed, _ in made(source(model, pruner), "weights").values():
-        assert set(packed) == {"shape", "mask"}
+        assert parts(packed) == {"shape", "mask"}
     for packed, _ in made(source(model, "wanda", refit=True), "weights", {0}).values():
-        assert set(packed) == {"shape", "mask", "values"}
+        assert parts(packed) == {"shape", "mask", "values"}
 
 
 def test_masks_are_those_of_the_weights(model):
     weights, masks = made(source(model), "weights"), made(source(model), "masks")
     assert weights.keys() == masks.keys()
     for key, (packed, _) in masks.items():
-        assert set(packed) == {"shape", "mask"}
-        assert torch.equal(packed["mask"], weights[key][0]["mask"])
+        assert parts(packed) == {"shape", "mask"}
+        assert torch.equal(packed.mask, weights[key][0].mask)
 
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
@@ -96,14 +94,14 @@ def test_values_are_solved_under_the_masks_that_came_down(model, pruner):
     packed_masks = {b: {n: pack_mask(m) for n, m in linears.items()} for b, linears in given.items()}
     of.masks.take(make_update(0, packed_masks) | {"piece": 0, "pieces": 1})
     found = made(of, "values")
-    expected = dict(prune_blocks(model, TEXT, {0, 2}, of.pruning, masks=packed_masks, batch=2, client="ann"))
+    expected = dict(pruning.prune_blocks(of, {0, 2}, packed_masks))
     for (block, name), (packed, _) in found.items():
-        assert set(packed) == {"shape", "values"}
+        assert parts(packed) == {"shape", "values"}
         mask = given[block][name]
-        assert torch.equal(packed["values"], expected[block][name].weight[mask])
+        assert torch.equal(packed.values, expected[block][name].weight[mask])
         assert not expected[block][name].weight[~mask].any()
         dense = model.skeleton.dense_matrix(block, name)[mask]
-        assert not torch.equal(packed["values"], dense)  # they make up for what is gone
+        assert not torch.equal(packed.values, dense)  # they make up for what is gone
 
 
 def test_grams_are_packed_statistics(model):
@@ -112,8 +110,9 @@ def test_grams_are_packed_statistics(model):
     for (block, name), (packed, notes) in made(of, "grams").items():
         wanted = pack_gram(expected[block][name], "fp32")
         assert notes == {}
-        assert packed["tokens"] == 80
-        assert all(torch.equal(packed[part], wanted[part]) for part in ("diagonal", "upper"))
+        assert packed.tokens == 80
+        assert torch.equal(packed.diagonal, wanted.diagonal)
+        assert torch.equal(packed.upper, wanted.upper)
 
 
 FIRST = (0, "self_attn.q_proj")
@@ -126,35 +125,35 @@ def test_a_first_input_of_public_tokens_says_nothing_of_the_text_and_all_others_
     private = made(source(model, gram=replace(gram, first_input="private")), "grams")
     for key, (packed, _) in found[0].items():
         others = found[1][key][0], private[key][0]
-        assert [torch.equal(packed["upper"], other["upper"]) for other in others] == (
+        assert [torch.equal(packed.upper, other.upper) for other in others] == (
             [True, False] if key == FIRST else [False, True]
         )
-        assert packed["tokens"] == others[0]["tokens"] == 80
+        assert packed.tokens == others[0].tokens == 80
     drawn = torch.randint(96, TEXT.shape, generator=torch.Generator().manual_seed(0))
-    expected = dict(dense_grams(model, drawn, {0}, shared_inputs(model), batch=2))[0][FIRST[1]]
-    assert torch.equal(found[0][FIRST][0]["upper"], pack_gram(expected, "fp32")["upper"])
+    expected = dict(dense_grams(model, drawn, {0}, groups_of(model), batch=2))[0][FIRST[1]]
+    assert torch.equal(found[0][FIRST][0].upper, pack_gram(expected, "fp32").upper)
     if propagate == "pruned":
-        assert not found[0][FIRST][0]["drift"].any()
+        assert not found[0][FIRST][0].drift.any()
 
 
 def test_public_tokens_are_those_of_the_seed_whoever_sends_them(model):
-    same = [made(replace(source(model), client=name, seed=7), "grams", {0})[FIRST][0] for name in ("ann", "bob")]
-    other = made(replace(source(model), seed=8), "grams", {0})[FIRST][0]
-    assert torch.equal(same[0]["upper"], same[1]["upper"])
-    assert not torch.equal(same[0]["upper"], other["upper"])
+    same = [made(source(model, client=name, seed=7), "grams", {0})[FIRST][0] for name in ("ann", "bob")]
+    other = made(source(model, seed=8), "grams", {0})[FIRST][0]
+    assert torch.equal(same[0].upper, same[1].upper)
+    assert not torch.equal(same[0].upper, other.upper)
 
 
 @pytest.mark.parametrize("algorithm", BUILT_IN)
 @pytest.mark.parametrize("target", ["0.5", "0.7", "2:4"])
 def test_bytes_are_those_that_were_planned(model, algorithm, target):
-    groups = shared_inputs(model)
+    groups = groups_of(model)
     for precision, drift in (
         (("int8", False), ("bf16", True), ("fp32", False)) if algorithm == "gram" else (("int8", False),)
     ):
         gram = Gram(precision, "pruned" if drift else "dense", "dense" if drift else "own")
         of, plan = source(model, "sparsegpt", target, gram=gram), {}
-        for exchange in exchanges(algorithm, groups, gram.propagate):
-            planned = sizes(exchange, shapes(model), of.pruning.target, torch.float16, groups, gram)
+        for exchange in find(algorithm).exchanges(groups, gram):
+            planned = sizes(exchange, shapes(model), of.settings.sparsity, torch.float16, groups, gram)
             if exchange.only is not None:
                 assert list(planned) == [exchange.only[0]]
                 assert list(planned[exchange.only[0]]) == [exchange.only[1]]
@@ -169,19 +168,19 @@ def test_bytes_are_those_that_were_planned(model, algorithm, target):
         for up, planned in plan.items():
             found = made(of, up, {0, 1, 2})
             assert {(block, unit) for block in planned for unit in planned[block]} == set(found)
-            assert all(nbytes(packed) == planned[block][unit] for (block, unit), (packed, _) in found.items())
+            assert all(packed.nbytes == planned[block][unit] for (block, unit), (packed, _) in found.items())
 
 
 def test_every_algorithm_has_a_label_and_exchanges_of_known_kinds(model):
-    groups = shared_inputs(model)
-    assert len(set(LABELS.values())) == len(BUILT_IN) == 7
+    groups = groups_of(model)
+    assert len({find(algorithm).title for algorithm in BUILT_IN}) == len(BUILT_IN) == 7
     for algorithm in BUILT_IN:
-        found = exchanges(algorithm, groups)
+        found = find(algorithm).exchanges(groups, Gram())
         assert all(exchange.up in UPLOADS for exchange in found)
         assert [exchange.up for exchange in found] == {"consensus": ["masks", "values"], "gram": ["grams"]}.get(
             algorithm, ["masks" if algorithm == "fedprllm" else "weights"]
         )
-    swept = exchanges("gram", groups, "pruned")
+    swept = find("gram").exchanges(groups, Gram(propagate="pruned"))
     assert [exchange.only for exchange in swept] == [(b, names[0]) for b in range(3) for names in groups[b]]
     assert [b for b in range(3) if swept[5].concerns(b)] == [1]
 
@@ -203,7 +202,7 @@ def test_too_few_tokens_are_not_sent(model, propagate, tokens, min_tokens, where
     gram = Gram("fp32", propagate, min_tokens=min_tokens)
     of = source(model, text=windows(1, 49)[:, :tokens], gram=gram)
     if where is None:
-        assert all(packed["tokens"] == tokens for packed, _ in made(of, "grams").values())
+        assert all(packed.tokens == tokens for packed, _ in made(of, "grams").values())
         return
     with pytest.raises(
         DataError, match=f"client ann, {where}; give more calibration windows, or lower gram.min_tokens"

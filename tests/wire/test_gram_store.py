@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.wire import gram_store
+from fedspallm_appfl.wire import store as on_disk
 from fedspallm_appfl.wire.store import GramStore
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj")
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_is_said_and_leaves_what_was_there(store, monkeypatc
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gram_store, "save_file", full)
+    monkeypatch.setattr(on_disk, "save_file", full)
     with pytest.raises(ModelError, match="the sums of block 0, self_attn.q_proj cannot be stored in .* No space left"):
         store.save(0, NAMES, sums(seed=3), True)
     assert torch.equal(store.load(0, NAMES[0])[1].upper, sums().upper)

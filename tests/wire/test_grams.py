@@ -18,7 +18,7 @@ from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
 from fedspallm_appfl.wire.compression import deflated
-from fedspallm_appfl.wire.grams import LEVELS, MOST_TOKENS, PRECISIONS, gram_size, pack_gram
+from fedspallm_appfl.wire.grams import LEVELS, MOST_TOKENS, PRECISIONS, PackedGram, gram_size, pack_gram, parts_of
 from fedspallm_appfl.wire.update import check_gram
 
 SIDES = [1, 2, 7, 300]
@@ -39,8 +39,14 @@ def statistics(side, seed=0, drift=False, dead=(), tokens=LONGEST_TIME):
 def arrived(packed, side, precision, drift=False):
     """What one client's upload says, as the server reads it."""
     total = GramSum(side, drift)
-    total.add(check_gram(packed, "ann", side, precision, drift))
+    read(packed, side, precision, drift).add_to(total)
     return total.result()
+
+
+def read(packed, side, precision, drift=False):
+    """What one client's upload holds once it was checked."""
+    plain = packed.to_dict() if isinstance(packed, PackedGram) else packed
+    return check_gram(plain, "ann", parts_of(side, precision, drift))
 
 
 def correlations(matrix, diagonal):
@@ -81,8 +87,8 @@ def test_int8_is_half_a_step_from_every_correlation(side, dead):
     assert torch.equal(back.upper.diagonal(), diagonal)
     above = torch.ones(side, side).bool().triu(1)
     for got, meant, scale, where in (
-        (back.upper, sums.upper, packed["scale"], above),
-        (back.drift, sums.drift, packed["drift_scale"], torch.ones(side, side).bool()),
+        (back.upper, sums.upper, packed.scale, above),
+        (back.drift, sums.drift, packed.drift_scale, torch.ones(side, side).bool()),
     ):
         error = (correlations(got, diagonal) - correlations(meant, diagonal)).abs()[where]
         largest = correlations(meant, diagonal).abs()[where].max()
@@ -98,7 +104,7 @@ def test_int8_is_half_a_step_from_every_correlation(side, dead):
 def test_int8_uses_all_levels_and_no_more():
     packed = pack_gram(statistics(300, drift=True), "int8")
     for name in ("upper", "drift"):
-        assert int(packed[name].abs().max()) == LEVELS
+        assert int(getattr(packed, name).abs().max()) == LEVELS
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -113,9 +119,9 @@ def test_inputs_that_are_always_zero_give_zeros(precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_one_feature_has_only_a_diagonal(precision):
     packed = pack_gram(Sums(torch.tensor([[3.0]]), 2), precision)
-    assert packed["upper"].shape == (0,)
+    assert packed.upper.shape == (0,)
     assert arrived(packed, 1, precision).upper.tolist() == [[3.0]]
-    assert arrived(deflated(packed), 1, precision).upper.tolist() == [[3.0]]
+    assert arrived(deflated(packed.to_dict()), 1, precision).upper.tolist() == [[3.0]]
 
 
 @pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
@@ -126,62 +132,56 @@ def test_sizes_are_those_that_are_forecast(side, precision, drift):
     width = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
     entries = side * (side - 1) // 2 + (side * side if drift else 0)
     scales = (1 + drift) * 4 if precision == "int8" else 0
-    assert nbytes(packed) == gram_size(side, precision, drift) == 4 * side + entries * width + scales
+    assert packed.nbytes == gram_size(side, precision, drift) == 4 * side + entries * width + scales
 
 
 @pytest.mark.parametrize("drift", [False, True], ids=["", "drift"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_compressed_statistics_are_the_same_statistics(precision, drift):
     sums = statistics(130, drift=drift, dead=range(60))
-    packed = pack_gram(sums, precision)
+    packed = pack_gram(sums, precision).to_dict()
     small = deflated(packed)
-    assert nbytes(small) < nbytes(packed)
+    assert sum(small[part].nbytes for part in packed if part != "tokens") < pack_gram(sums, precision).nbytes
     assert "upper" in small["zstd"]
-    plain = check_gram(small, "ann", 130, precision, drift)
+    plain = read(small, 130, precision, drift).to_dict()
     assert plain.keys() == packed.keys()
     assert all(torch.equal(plain[name], packed[name]) for name in packed if name != "tokens")
     buffer = io.BytesIO()
     torch.save(small, buffer)
     buffer.seek(0)
-    check_gram(torch.load(buffer, weights_only=True), "ann", 130, precision, drift)
+    read(torch.load(buffer, weights_only=True), 130, precision, drift)
 
 
-def read(packed, side):
+def entries(packed, side):
     """Oracle: what a checked upload says, each product in float32 and in the same order, by plain indexing."""
-    roots = packed["diagonal"].sqrt()
+    roots = packed.diagonal.sqrt()
 
-    def matrix(name, scale, flat):
-        values = flat.float()
-        if scale in packed:
+    def matrix(name, scale):
+        values = getattr(packed, name).float()
+        if scale is not None:
             rows, columns = where[name]
-            values = values * packed[scale] * (roots[rows] * roots[columns])
+            values = values * scale * (roots[rows] * roots[columns])
         return values
 
     where = {
         "upper": torch.triu_indices(side, side, 1),
         "drift": torch.cartesian_prod(torch.arange(side), torch.arange(side)).T,
     }
-    return {name: matrix(name, scale, packed[name]) for name, scale in (("upper", "scale"), ("drift", "drift_scale"))}
+    return {"upper": matrix("upper", packed.scale), "drift": matrix("drift", packed.drift_scale)}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_four_clients_in_any_order_give_the_same_bits_the_rounded_exact_sum(precision):
     side = 12
     uploads = [
-        check_gram(
-            pack_gram(statistics(side, seed, True, tokens=20 + seed), precision),
-            f"client {seed}",
-            side,
-            precision,
-            True,
-        )
+        read(pack_gram(statistics(side, seed, True, tokens=20 + seed), precision), side, precision, True)
         for seed in range(4)
     ]
     results = []
     for order in itertools.permutations(uploads):
         total = GramSum(side, drift=True)
         for packed in order:
-            total.add(packed)
+            packed.add_to(total)
         results.append(total.result())
     first = results[0]
     assert first.tokens == 20 + 21 + 22 + 23
@@ -192,8 +192,8 @@ def test_four_clients_in_any_order_give_the_same_bits_the_rounded_exact_sum(prec
     def exact(columns):
         return [float(torch.tensor(float(sum(map(Fraction, terms)))).float()) for terms in columns]
 
-    parts = [read(packed, side) for packed in uploads]
-    diagonals = torch.stack([packed["diagonal"] for packed in uploads])
+    parts = [entries(packed, side) for packed in uploads]
+    diagonals = torch.stack([packed.diagonal for packed in uploads])
     rows, columns = torch.triu_indices(side, side, 1)
     assert first.upper.diagonal().tolist() == exact(diagonals.T.tolist())
     assert first.upper[rows, columns].tolist() == exact(torch.stack([one["upper"] for one in parts]).T.tolist())
@@ -207,7 +207,7 @@ def test_the_sum_is_near_that_of_all_inputs_together():
     for precision, bound in (("fp32", 1e-7), ("bf16", 2.0**-8), ("int8", 0.5 / LEVELS)):
         total = GramSum(side, drift=True)
         for one in parts:
-            total.add(check_gram(pack_gram(one, precision), "ann", side, precision, True))
+            read(pack_gram(one, precision), side, precision, True).add_to(total)
         error = (total.result().upper - exact).abs() / (norms[:, None] * norms)
         assert float(error.max()) <= bound
 
@@ -221,7 +221,7 @@ def test_a_rounded_sum_of_few_tokens_can_be_pruned_with(precision, pruner, seed)
     total = GramSum(side)
     for client in range(2):
         packed = pack_gram(statistics(side, 10 * seed + client, dead=(4, 70), tokens=10), precision)
-        total.add(check_gram(packed, "ann", side, precision, False))
+        read(packed, side, precision).add_to(total)
     sums = total.result()
     symmetric = mirror(sums.upper.clone()).double()
     weight = torch.randn(24, side, generator=torch.Generator().manual_seed(seed))
@@ -256,12 +256,13 @@ def test_a_rounded_drift_is_better_than_none(precision, pruner):
 
 
 def good(precision="int8", drift=False, side=6):
-    return pack_gram(statistics(side, drift=drift), precision)
+    """As it travels."""
+    return pack_gram(statistics(side, drift=drift), precision).to_dict()
 
 
 def refused(packed, words, precision="int8", drift=False, side=6):
     with pytest.raises(UpdateError, match=f"refused an update from client ann, block 0, q: .*{words}"):
-        check_gram(packed, "client ann, block 0, q", side, precision, drift)
+        check_gram(packed, "client ann, block 0, q", parts_of(side, precision, drift))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_tokens_are_a_whole_number_that_can_be(tokens):
 
 @pytest.mark.parametrize("tokens", [1, MOST_TOKENS])
 def test_the_least_and_the_most_tokens_are_taken(tokens):
-    assert check_gram(good() | {"tokens": tokens}, "ann", 6, "int8", False)["tokens"] == tokens
+    assert read(good() | {"tokens": tokens}, 6, "int8").tokens == tokens
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -340,16 +341,16 @@ def test_the_diagonal_and_the_scales_are_not_negative():
     whole = good(drift=True)
     diagonal = whole["diagonal"].clone()
     diagonal[2] = -1e-30
-    refused(whole | {"diagonal": diagonal}, "the diagonal of a Gram matrix must not be negative", drift=True)
+    refused(whole | {"diagonal": diagonal}, "the diagonal of a Gram matrix is nowhere negative", drift=True)
     for name in ("scale", "drift_scale"):
-        refused(whole | {name: torch.tensor([-1e-3])}, "a scale must not be negative", drift=True)
+        refused(whole | {name: torch.tensor([-1e-3])}, "a scale is not negative", drift=True)
 
 
 def test_a_strange_but_right_tensor_counts_as_what_it_shows():
     whole = good("fp32")
     strided = torch.stack([whole["upper"], torch.zeros(15)], 1)[:, 0]
     sent = whole | {"upper": strided, "diagonal": torch._neg_view(-whole["diagonal"]).requires_grad_()}
-    plain = check_gram(sent, "ann", 6, "fp32", False)
+    plain = read(sent, 6, "fp32").to_dict()
     assert all(torch.equal(plain[name], whole[name]) for name in ("upper", "diagonal"))
     assert not plain["diagonal"].requires_grad
 
@@ -413,7 +414,7 @@ def test_random_rubbish_is_refused_or_read_and_never_worse():
     for _ in range(500):
         packed = good() | {dice.choice(keys): dice.choice(values) for _ in range(dice.randrange(1, 3))}
         try:
-            check_gram(packed, "ann", 6, "int8", False)
+            read(packed, 6, "int8")
         except UpdateError:
             continue
         assert packed.keys() - {"zstd"} == good().keys()

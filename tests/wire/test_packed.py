@@ -2,6 +2,7 @@
 
 import io
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,15 +15,17 @@ from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire import compression
 from fedspallm_appfl.wire.packed import pack, pack_mask, pack_values, packed_size, packed_sizes
 from fedspallm_appfl.wire.update import (
+    FORMAT,
     block_nbytes,
     check_matrix,
     check_update,
     check_values,
     compress,
     make_update,
+    read_matrices,
     update_nbytes,
 )
-from helpers.packed import matrices, unpack, unpack_mask
+from helpers.packed import as_packed, matrices, parts, unpack, unpack_mask
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (3, 5), (17, 33), (8, 16)]
@@ -53,9 +56,9 @@ def pack_oracle(mask):
 def test_a_matrix_by_hand():
     mask = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
     packed = pack(torch.arange(9.0).view(3, 3), mask, torch.float16)
-    assert packed["shape"] == [3, 3]
-    assert packed["mask"].tolist() == [0b10000101, 0b1]
-    assert packed["values"].tolist() == [0.0, 2.0, 7.0, 8.0]
+    assert packed.shape == (3, 3)
+    assert packed.mask.tolist() == [0b10000101, 0b1]
+    assert packed.values.tolist() == [0.0, 2.0, 7.0, 8.0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,7 +67,7 @@ def test_packing_is_bit_by_bit_and_unpacking_is_exact(shape, dtype):
     weight, mask = random_matrix(shape, dtype)
     packed = pack(weight, mask, dtype)
     restored, restored_mask = unpack(packed)
-    assert packed["mask"].tolist() == pack_oracle(mask)
+    assert packed.mask.tolist() == pack_oracle(mask)
     assert torch.equal(restored_mask, mask)
     assert torch.equal(unpack_mask(packed), mask)
     assert same_bits(restored, torch.where(mask, weight, torch.zeros((), dtype=dtype)))
@@ -85,7 +88,8 @@ def test_a_transposed_weight_is_packed_row_by_row():
         pack(weight.T, mask.T, torch.float32),
         pack(weight.T.contiguous(), mask.T.contiguous(), torch.float32),
     )
-    assert all(same_bits(transposed[part], contiguous[part]) for part in ("mask", "values"))
+    assert same_bits(transposed.mask, contiguous.mask)
+    assert same_bits(transposed.values, contiguous.values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +98,7 @@ def test_bytes_from_first_principles(shape, dtype):
     weight, mask = random_matrix(shape, dtype)
     packed, kept = pack(weight, mask, dtype), int(mask.sum())
     expected = (shape[0] * shape[1] + 7) // 8 + kept * (4 if dtype is torch.float32 else 2)
-    assert nbytes(packed) == packed_size(shape, mask.numel() - kept, dtype) == expected
+    assert packed.nbytes == packed_size(shape, mask.numel() - kept, dtype) == expected
     assert update_nbytes(make_update(0, {1: {"q": packed, "k": packed}, 2: {"q": packed}})) == 3 * expected
 
 
@@ -115,7 +119,7 @@ def test_an_update_survives_torch_save_without_pickle(dtype):
     assert (update["format"], update["round"]) == ("fedspallm-update/2", 7)
     assert [(block, name) for block, name, _ in matrices(update)] == [(3, "self_attn.q_proj"), (10, "up")]
     for block, name, packed in matrices(update):
-        sent = blocks[block][name]
+        sent = blocks[block][name].to_dict()
         assert packed["shape"] == sent["shape"]
         assert all(same_bits(packed[part], sent[part]) for part in ("mask", "values"))
 
@@ -283,11 +287,16 @@ def checked(update, text="0.5", dtype=torch.float16, mask_only=False):
     return check_update(update, "client ann", 2, 0, expected(LARGE, dtype, text, mask_only))
 
 
-def assert_same_update(one, other):
-    assert {key: one[key] for key in one if key != "blocks"} == {key: other[key] for key in other if key != "blocks"}
-    assert list(one["blocks"]) == list(other["blocks"])
-    for (_, name, first), (_, same, second) in zip(matrices(one), matrices(other), strict=True):
-        assert (name, list(first), first["shape"]) == (same, list(second), second["shape"])
+def units(made):
+    """All (block, name, parts) of an update, of the matrices read from one, or of what was checked."""
+    if isinstance(made, tuple):
+        return [(block, name, unit.to_dict()) for block, name, unit in made]
+    return matrices(made if "blocks" in made else make_update(0, made))
+
+
+def assert_same(one, other):
+    for (block, name, first), (where, same, second) in zip(units(one), units(other), strict=True):
+        assert (block, name, list(first), first["shape"]) == (where, same, list(second), second["shape"])
         assert all(same_bits(first[part], second[part]) for part in ("mask", "values") if part in first)
 
 
@@ -298,10 +307,12 @@ def test_compression_loses_no_bit(dtype, text):
     given = deepcopy(update)
     small = compress(update)
     assert all("values" in packed["zstd"] for _, _, packed in matrices(small))
-    assert_same_update(decompress(small, dtype), update)
-    assert_same_update(checked(small, text, dtype), checked(update, text, dtype))
-    assert_same_update(update, given)
-    assert all("zstd" not in packed for _, _, packed in matrices(decompress(small, dtype)))
+    assert {key: small[key] for key in small if key != "blocks"} == {"format": FORMAT, "round": 2, "exchange": 0}
+    assert_same(read_matrices(small, dtype), update)
+    assert_same(read_matrices(update, dtype), update)
+    assert_same(checked(small, text, dtype), update)
+    assert_same(checked(update, text, dtype), update)
+    assert_same(update, given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,7 +322,7 @@ def test_zeros_of_both_signs_infinities_and_nan_survive_compression(dtype):
     update = make_update(0, {0: {"q": packed}})
     small = compress(update)
     assert small["blocks"]["0"]["q"]["zstd"] == ["mask", "values"]
-    assert_same_update(decompress(small, dtype), update)
+    assert_same(read_matrices(small, dtype), update)
 
 
 def test_a_frame_holds_all_first_bytes_then_all_second_ones():
@@ -335,7 +346,7 @@ def test_parts_that_would_not_get_smaller_stay_as_they_are(dtype):
     packed = pack(noise, target_mask((32, 48), "0.5"), dtype)
     small = compress(make_update(0, {0: {"q": packed}}))["blocks"]["0"]["q"]
     assert small["zstd"] == []
-    assert all(same_bits(small[part], packed[part]) for part in ("mask", "values"))
+    assert all(same_bits(small[part], getattr(packed, part)) for part in ("mask", "values"))
     sparse = pack(noise, target_mask((32, 48), "0.95"), dtype)
     assert compress(make_update(0, {0: {"q": sparse}}))["blocks"]["0"]["q"]["zstd"] == ["mask"]
 
@@ -343,7 +354,9 @@ def test_parts_that_would_not_get_smaller_stay_as_they_are(dtype):
 def test_nothing_at_all_can_be_compressed_and_comes_back():
     packed = pack(torch.ones(4, 40), torch.zeros(4, 40, dtype=torch.bool), torch.float16)
     update = make_update(0, {0: {"q": packed}, 1: {}})
-    assert_same_update(decompress(compress(update), torch.float16), update)
+    read = read_matrices(compress(update), torch.float16)
+    assert list(read) == [0, 1]
+    assert_same(read, update)
 
 
 @pytest.mark.parametrize("text", TARGETS)
@@ -370,7 +383,7 @@ def test_a_compressed_update_survives_torch_save_without_pickle(dtype):
     buffer = io.BytesIO()
     torch.save(compress(large("0.7", dtype)), buffer)
     buffer.seek(0)
-    assert_same_update(checked(torch.load(buffer, weights_only=True), "0.7", dtype), large("0.7", dtype))
+    assert_same(checked(torch.load(buffer, weights_only=True), "0.7", dtype), large("0.7", dtype))
 
 
 @pytest.mark.parametrize("text", TARGETS)
@@ -379,11 +392,11 @@ def test_masks_alone_are_taken_from_whom_sends_nothing_else(dtype, text):
     update = large(text, dtype, only_masks=True)
     for sent in (update, compress(update)):
         taken = checked(sent, text, dtype, mask_only=True)
-        assert_same_update(taken, update)
-        assert all(set(packed) == {"shape", "mask"} for _, _, packed in matrices(taken))
-    full = with_values(update["blocks"]["4"]["q"], coarse((32, 48), 40).to(dtype))
-    assert same_bits(full["values"], large(text, dtype)["blocks"]["4"]["q"]["values"])
-    assert full["shape"] == [32, 48]
+        assert_same(taken, update)
+        assert all(parts(unit) == {"shape", "mask"} for _, _, unit in taken)
+    full = as_packed(update["blocks"]["4"]["q"]).with_values(coarse((32, 48), 40).to(dtype))
+    assert same_bits(full.values, large(text, dtype)["blocks"]["4"]["q"]["values"])
+    assert full.shape == (32, 48)
 
 
 @pytest.mark.parametrize("prepare", [lambda update: update, compress], ids=["plain", "compressed"])
@@ -442,7 +455,7 @@ def refuse_to_decompress(monkeypatch):
 def test_a_frame_of_the_right_size_is_taken_and_its_content_is_checked(part):
     good = large("0.5", torch.float16)["blocks"]["4"]["q"]
     shuffled = good["mask"] if part == "mask" else torch.cat([good["values"].view(torch.uint8)[i::2] for i in (0, 1)])
-    assert_same_update(checked(hostile(part, framed(bytes(shuffled.tolist())))), large("0.5", torch.float16))
+    assert_same(checked(hostile(part, framed(bytes(shuffled.tolist())))), large("0.5", torch.float16))
     message = {"mask": "the mask keeps 1536 entries", "values": "the values hold NaN or infinity"}[part]
     with pytest.raises(UpdateError, match=f"client ann, block 4, q: {message}"):
         checked(hostile(part, framed(bytes([255]) * size_of(part))))
@@ -535,10 +548,10 @@ def test_a_compressed_part_that_is_not_named_as_such_is_refused():
 def test_values_that_travel_share_no_memory_with_the_matrix():
     weight = torch.ones(4, 8)
     packed = pack(weight, torch.ones(4, 8, dtype=torch.bool), torch.float32)
-    from_mask = with_values(pack_mask(torch.ones(4, 8, dtype=torch.bool)), weight)
+    from_mask = pack_mask(torch.ones(4, 8, dtype=torch.bool)).with_values(weight)
     weight.zero_()
-    assert packed["values"].tolist() == from_mask["values"].tolist() == [1.0] * 32
-    assert bitmask.count(packed["mask"]) == 32
+    assert packed.values.tolist() == from_mask.values.tolist() == [1.0] * 32
+    assert bitmask.count(packed.mask) == packed.kept == 32
 
 
 def test_nothing_may_follow_a_frame():
@@ -551,12 +564,10 @@ def test_nothing_may_follow_a_frame():
 def test_a_negated_view_counts_as_what_it_shows():
     mask = torch.tensor([[True, False], [False, True]])
     packed = pack(torch.ones(2, 2), mask, torch.float32)
-    packed["values"] = torch._neg_view(packed["values"])
-    update = make_update(0, {0: {"q": packed}})
-    checked = check_update(update, "ann", 0, 0, expected({0: {"q": (2, 2)}}, torch.float32, "0.5"))
-    values = checked["blocks"]["0"]["q"]["values"]
-    assert not values.is_neg()
-    assert values.tolist() == [-1.0, -1.0]
+    update = make_update(0, {0: {"q": replace(packed, values=torch._neg_view(packed.values))}})
+    [(_, _, taken)] = check_update(update, "ann", 0, 0, expected({0: {"q": (2, 2)}}, torch.float32, "0.5"))
+    assert not taken.values.is_neg()
+    assert taken.values.tolist() == [-1.0, -1.0]
 
 
 AGREED = pack_mask(HALF)
@@ -564,27 +575,31 @@ AGREED = pack_mask(HALF)
 
 def values_update(change=None):
     """Values for an agreed mask in exchange 1 of round 2, with one part of the matrix changed."""
-    packed = pack_values(torch.arange(9.0).view(3, 3), AGREED["mask"], torch.float16)
-    return make_update(2, {3: {"q": packed | (change or {})}}, exchange=1)
+    packed = pack_values(torch.arange(9.0).view(3, 3), AGREED.mask, torch.float16)
+    update = make_update(2, {3: {"q": packed}}, exchange=1)
+    update["blocks"]["3"]["q"] |= change or {}
+    return update
 
 
 def taken_values(update):
     checks = {3: {"q": lambda packed, where: check_values(packed, where, AGREED, torch.float16)}}
-    return check_update(update, "client ann", 2, 1, checks)["blocks"]["3"]["q"]
+    [(block, name, taken)] = check_update(update, "client ann", 2, 1, checks)
+    assert (block, name) == (3, "q")
+    return taken
 
 
 def test_values_under_an_agreed_mask_are_taken_with_that_mask():
     ones = {"values": framed(bytes([0] * 5 + [0x3C] * 5)), "zstd": ["values"]}
     for change, values in (({}, [0.0, 2.0, 4.0, 6.0, 8.0]), (ones, [1.0] * 5)):
         taken = taken_values(values_update(change))
-        assert taken["values"].tolist() == values
+        assert taken.values.tolist() == values
         assert torch.equal(unpack_mask(taken), HALF)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": AGREED["mask"]}, "a matrix has the keys shape, values, and `zstd` if compressed"),
+        ({"mask": AGREED.mask}, "a matrix has the keys shape, values, and `zstd` if compressed"),
         ({"shape": [9, 1]}, "the shape is [9, 1], expected [3, 3]"),
         ({"values": [1.0] * 5}, "values must be a tensor in memory"),
         ({"values": torch.ones(5)}, "values must be 5 entries of torch.float16, got torch.float32 of shape (5,)"),
@@ -607,5 +622,5 @@ def test_what_travels_of_a_matrix_is_mask_and_values_or_one_of_the_two():
     sizes = [packed_sizes({"q": (3, 3)}, parse_target("0.5"), torch.float16, parts) for parts in ("masks", "values")]
     assert sizes == [{"q": 2}, {"q": 10}]
     assert packed_sizes({"q": (3, 3)}, parse_target("0.5"), torch.float16) == {"q": 12}
-    assert nbytes(pack_mask(HALF)) == 2
-    assert nbytes(pack_values(torch.ones(3, 3), AGREED["mask"], torch.float16)) == 10
+    assert pack_mask(HALF).nbytes == 2
+    assert pack_values(torch.ones(3, 3), AGREED.mask, torch.float16).nbytes == 10

@@ -18,11 +18,10 @@ def equal(one, other):
     """Whether two blocks hold the same linears, shapes and bits."""
     same_names = one.keys() == other.keys()
     return same_names and all(
-        one[name]["shape"] == other[name]["shape"]
-        and all(
-            one[name][part].dtype == other[name][part].dtype and torch.equal(one[name][part], other[name][part])
-            for part in ("mask", "values")
-        )
+        one[name].shape == other[name].shape
+        and one[name].values.dtype == other[name].values.dtype
+        and torch.equal(one[name].mask, other[name].mask)
+        and torch.equal(one[name].values, other[name].values)
         for name in one
     )
 
@@ -31,11 +30,11 @@ def equal(one, other):
 def test_a_block_is_loaded_as_it_was_saved(tmp_path, dtype):
     block = linears("self_attn.q_proj", "mlp.up_proj", dtype=dtype)
     PackedStore(tmp_path / "new" / "folder").save(3, block)
-    assert equal(PackedStore(tmp_path / "new" / "folder").load(3), block)
+    assert equal(PackedStore(tmp_path / "new" / "folder").get(3), block)
 
 
 def test_a_block_that_is_not_stored_is_none(tmp_path):
-    assert PackedStore(tmp_path / "nowhere").load(0) is None
+    assert PackedStore(tmp_path / "nowhere").get(0) is None
     assert PackedStore(tmp_path / "nowhere").blocks() == []
 
 

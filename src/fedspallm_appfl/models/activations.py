@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import ConfigError, ModelError
 
+ACTIVATIONS = ("memory", "file")
 ALIGNMENT = 64  # bytes; of tensors in memory too, and some kernels round otherwise where a tensor begins elsewhere
 
 
@@ -81,7 +82,15 @@ HiddenStates = list[Tensor] | HiddenStatesFile
 
 
 def hidden_states(activations: str, windows: int, client: str) -> HiddenStates:
-    """Where the hidden states of so many windows go: `memory` or `file`."""
+    """Where the hidden states of so many windows go.
+
+    Raises:
+        ConfigError: `activations` is none of `ACTIVATIONS`.
+    """
+    if activations not in ACTIVATIONS:
+        raise ConfigError(
+            f"client {client}: `data.activations` is one of {', '.join(ACTIVATIONS)}; got {activations!r}"
+        )
     return HiddenStatesFile(windows, client) if activations == "file" else []
 
 

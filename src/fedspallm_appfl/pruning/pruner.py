@@ -65,9 +65,13 @@ class Pruner:
     working_bytes: Callable[[int, int], int] = lambda rows, features: 14 * rows * features
     prepared_bytes: Callable[[int], int] = lambda features: 0
 
+    def refits(self, asked: bool) -> bool:
+        """Whether least squares follow, if they were asked for: not where they are a part of it, or no inputs are known."""
+        return asked and self.why_no_refit() is None
+
     def statistic(self, refit: bool) -> type[InputNorms] | type[InputGram] | None:
-        """What it needs to know of the inputs, if least squares follow."""
-        return InputGram if refit else self.needs
+        """What it needs to know of the inputs, if least squares are to follow."""
+        return InputGram if self.refits(refit) else self.needs
 
     def statistic_bytes(self, features: int, refit: bool) -> int:
         """Bytes of what it needs to know of an input of so many features."""
@@ -76,13 +80,13 @@ class Pruner:
 
     def ready_bytes(self, features: int, refit: bool) -> int:
         """Bytes that are made of the statistic beside it; a Gram matrix that is used up is copied to refit with."""
-        copied = refit and self.needs is InputGram
+        copied = self.refits(refit) and self.needs is InputGram
         return self.prepared_bytes(features) + (InputGram.nbytes(features) if copied else 0)
 
     def solving_bytes(self, rows: int, features: int, refit: bool) -> int:
         """Bytes that pruning a matrix (O, I) takes beside its dense weight and what is ready."""
         fitting = (
-            least_squares.fitting_bytes(rows, features, 9) if refit else 0
+            least_squares.fitting_bytes(rows, features, 9) if self.refits(refit) else 0
         )  # solution, mask, where it started from
         return max(self.working_bytes(rows, features), fitting)
 
@@ -106,7 +110,7 @@ class Pruner:
         wanted = self.statistic(settings.refit)
         if wanted is InputGram and not isinstance(statistic, InputGram):
             raise TypeError(f"{self.name} needs the Gram matrix of the inputs")
-        if not settings.refit:
+        if not self.refits(settings.refit):
             return self.prepare(settings, statistic)
         assert isinstance(statistic, InputGram)
         if self.needs is InputNorms:

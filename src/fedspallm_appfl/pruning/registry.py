@@ -83,7 +83,8 @@ def prepare(settings: Pruning, statistic: Statistic | None) -> Prepared:
 
 def keeps_weights(settings: Pruning) -> bool:
     """Whether the pruner leaves the weights that it keeps as they were, so that a mask says all that it did."""
-    return find(settings.pruner).keeps_weights and not settings.refit
+    found = find(settings.pruner)
+    return found.keeps_weights and not found.refits(settings.refit)
 
 
 def prune(weight: Tensor, settings: Pruning, statistic: Statistic | None = None) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.pruner import Pruned
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.sparsity import row_counts
+from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
 from fedspallm_appfl.wire.store import GramStore, PackedStore, SumsT, load_sums, save_sums
@@ -158,17 +160,20 @@ class _MatrixFold:
                 f"{list(weight.shape)} and {mask.dtype} {list(mask.shape)}"
             )
         zeros, expected = mask.numel() - int(mask.count_nonzero()), context.settings.sparsity.zeros(mask.numel())
-        if zeros != expected and not expected < zeros <= self._unanimous(sums):
+        if zeros != expected and zeros != self._zeros_by_row(sums):
             raise PruningError(
                 f"{where}: sparsity {context.settings.sparsity} prunes {expected} of {mask.numel()} entries, the mask "
                 f"{zeros}"
             )
         return made
 
-    @staticmethod
-    def _unanimous(sums: L0Sums | Votes) -> int:
-        """Entries that every client pruned: no mask brings them back."""
-        return unexpanded_zeros(sums.votes if isinstance(sums, L0Sums) else sums.pruned, sums.clients)
+    def _zeros_by_row(self, sums: L0Sums | Votes) -> int | None:
+        """Zeros where rows are compared by themselves: all clients may have pruned more of a row than the target."""
+        settings, votes = self._context.settings, sums.votes if isinstance(sums, L0Sums) else sums.pruned
+        if settings.expansion != "row" or isinstance(settings.sparsity, NM):
+            return None
+        counts = row_counts(settings.sparsity, *votes.shape).to(votes.device)
+        return int(torch.maximum(counts, (votes == sums.clients).sum(1)).sum())
 
 
 class _MeanFold(_MatrixFold):
