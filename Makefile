@@ -31,13 +31,13 @@ demo: install  ## Prune the bundled model with four clients; about a minute
 study: install  ## Compare nine methods on the bundled model; ten minutes
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
-test: install  ## All tests but those that need a GPU or services of Globus Compute
+test: install  ## All tests except those that need a GPU or services of Globus Compute
 	$(BIN)/pytest -m 'not gpu and not globus'
 
 globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-server, port 5000 and a package index
 	$(BIN)/pytest -m globus
 
-fast: install  ## The tests that need no MPI and no patience
+fast: install  ## The fast tests, without MPI
 	$(BIN)/pytest
 
 lint: install  ## Style and types
