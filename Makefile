@@ -51,7 +51,7 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(BIN)/pytest tests/pruning/test_triton_block.py
 
-bench: install  ## Speed and memory as ratios, an hour on one core
+bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks
 
 bench-peers: $(PEERS)/installed  ## An environment with llm-compressor, to be compared with
