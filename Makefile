@@ -33,13 +33,13 @@ demo: install  ## Prune the bundled model with four clients; about a minute
 study: install  ## Compare nine methods on the bundled model; ten minutes
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
-test: install  ## All tests but those that need a GPU or services of Globus Compute
+test: install  ## All tests except those that need a GPU or services of Globus Compute
 	$(LIMIT) 25m $(BIN)/pytest -m 'not gpu and not globus'
 
 globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-server, port 5000 and a package index
 	$(LIMIT) 25m $(BIN)/pytest -m globus
 
-fast: install  ## The tests that need no MPI and no patience
+fast: install  ## The fast tests, without MPI
 	$(LIMIT) 15m $(BIN)/pytest
 
 lint: install  ## Style and types
@@ -53,7 +53,7 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
 
-bench: install  ## Speed and memory as ratios, an hour on one core
+bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks
 
 bench-peers: $(PEERS)/installed  ## An environment with llm-compressor, to be compared with

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {  # name -> the module that holds it
-    "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate", "Result"),
+    "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate"),
     "by_hand": ("sparsegpt", "admm", "wanda", "magnitude"),
+    "runs.result": ("Result",),
     "settings.schema": ("Config", "Pruning"),
     "tensors.target": ("Target", "parse_target"),
     "tensors.sparsity": ("select",),
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.aggregation.mask_expansion import Votes, expand
     from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Matrix
     from fedspallm_appfl.algorithms.registry import register
-    from fedspallm_appfl.api import Result, estimate, evaluate, load_config, prune, run, validate
+    from fedspallm_appfl.api import estimate, evaluate, load_config, prune, run, validate
     from fedspallm_appfl.by_hand import admm, magnitude, sparsegpt, wanda
     from fedspallm_appfl.errors import (
         ConfigError,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from fedspallm_appfl.pruning.pruner import Prepared, Pruner
     from fedspallm_appfl.pruning.registry import pruner
     from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
+    from fedspallm_appfl.runs.result import Result
     from fedspallm_appfl.settings.schema import Config, Pruning
     from fedspallm_appfl.tensors.sparsity import select
     from fedspallm_appfl.tensors.target import Target, parse_target

@@ -1,11 +1,250 @@
-"""placeholder"""
+"""The face for Python: prune, run, validate, estimate and evaluate, as objects and exceptions (docs/python.md).
 
-from fedspallm_appfl.runs import run_dir
+Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the rule,
+the value and the fix.
+"""
+
+import difflib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import ConfigError, ModelError, refuse
+from fedspallm_appfl.estimates import memory, over_globus, traffic
+from fedspallm_appfl.estimates.duration import Durations, durations
+from fedspallm_appfl.estimates.job import Job
+from fedspallm_appfl.estimates.memory import Memory
+from fedspallm_appfl.estimates.traffic import RoundTraffic
+from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
+from fedspallm_appfl.runs.evaluation import Measured
+from fedspallm_appfl.runs.progress import console
+from fedspallm_appfl.runs.result import Result, Shown
+from fedspallm_appfl.settings.reading import load_config as read_file
+from fedspallm_appfl.settings.reading import read_config
+from fedspallm_appfl.settings.schema import (
+    AggregatorKwargs,
+    CommConfigs,
+    Config,
+    Data,
+    Gram,
+    Model,
+    Paths,
+    SchedulerKwargs,
+    ServerConfigs,
+    TrainConfigs,
+)
 from fedspallm_appfl.validation import files as with_files
 from fedspallm_appfl.validation import rules
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def problems_of(config, globus, files, overwrite):
+Text = str | Path | Sequence[str] | Sequence[Path] | Tensor
+GROUPS: dict[str, type] = {  # where a setting is looked for by its own name, in this order
+    "": Config,
+    "client_configs.train_configs": TrainConfigs,
+    "client_configs.data": Data,
+    "client_configs.comm_configs": CommConfigs,
+    "server_configs": ServerConfigs,
+    "server_configs.aggregator_kwargs": AggregatorKwargs,
+    "server_configs.scheduler_kwargs": SchedulerKwargs,
+    "gram": Gram,
+    "model": Model,
+}
+
+
+def prune(
+    model: "str | Path | PreTrainedModel",
+    clients: Mapping[str, Text],
+    run_dir: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    evaluate: Mapping[str, Text] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Result:
+    """Prune a model on the texts of several clients, in this process.
+
+    Args:
+        model: a folder, a hub name, or a loaded model, which is left as it is.
+        clients: id -> its text: a UTF-8 file, a folder of .txt files, a list of files, a list of strings that are texts
+            themselves, or token ids, int (n,) or (windows, length).
+        run_dir: folder for the results.
+        tokenizer: of a loaded model, where there are texts to tokenize.
+        evaluate: name -> held-out text, of the same kinds.
+        overwrite: replace the results of an earlier run in the folder.
+        progress: show what the command line shows while it runs.
+        **settings: keys of a configuration (see `load_config`); `sparsity`, `algorithm` and `pruner` above all. Where
+            nothing is said of it, `evaluation` takes windows of the clients' length and batch, on their device.
+
+    Returns:
+        Perplexities, sparsities, and the folder of the pruned model.
+
+    Raises:
+        ConfigError: lists everything that keeps it from being run.
+        FedSpaLLMError: it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
+        raw = _nested(settings)
+        own = raw.setdefault("model", {}) if isinstance(raw.get("model", {}), dict) else {}
+        own["path"] = _model_path(model, tokenizer, Path(folder))
+        raw["run_dir"] = str(run_dir)
+        texts = {name: _paths(f"clients[{name!r}]", text, Path(folder)) for name, text in clients.items()}
+        raw["clients"] = [{"client_id": name, "data": {"text": text}} for name, text in texts.items()]
+        held_out = {name: _paths(f"evaluate[{name!r}]", text, Path(folder)) for name, text in (evaluate or {}).items()}
+        data = raw.get("client_configs", {}).get("data", {})
+        device = raw.get("client_configs", {}).get("train_configs", {}).get("device", "auto")
+        raw["evaluation"] = {
+            "texts": held_out,
+            "device": device,
+            "batch": 8,
+            **{name: data[name] for name in ("length", "batch") if name in data},
+            **raw.get("evaluation", {}),
+        }
+        config, problems = read_config(raw)
+        refuse("fs.prune", problems)
+        return run(config, overwrite=overwrite, progress=progress)
+
+
+def run(config: Config | str | Path, *, overwrite: bool = False, progress: bool = False) -> Result:
+    """Run an experiment in this process and write its results, as `fedspallm run` does.
+
+    Args:
+        config: the experiment, or its YAML file.
+        overwrite: replace the results of an earlier run in its `run_dir`.
+        progress: show what the command line shows while it runs.
+
+    Raises:
+        ConfigError: lists everything that keeps it from being run.
+        FedSpaLLMError: it fails.
+    """
+    config, name = _opened(config)
+    refuse(name, problems_of(config, globus=False, files=True, overwrite=overwrite))
+    if not progress:
+        return experiment.conduct(config, serial.run, overwrite)[0]
+    return experiment.run(config, serial.run, console(), overwrite)
+
+
+def load_config(file: str | Path, **settings: Any) -> Config:
+    """Read a configuration.
+
+    Args:
+        file: a YAML file.
+        **settings: values that replace those of the file: a key by its own name where that is clear (`seed=1`,
+            `sparsity="2:4"`, `length=256`), or a group with its keys (`evaluation={"length": 256}`).
+
+    Raises:
+        ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can be
+            run is for `validate` and `run` to say.
+    """
+    config, problems = read_file(Path(file), (), _nested(settings))
+    refuse(file, problems)
+    return config
+
+
+def validate(config: Config | str | Path, *, files: bool = True) -> list[str]:
+    """Everything that keeps an experiment from being run; nothing if it can be.
+
+    Args:
+        config: the experiment, or its YAML file.
+        files: open model and text as well.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML.
+    """
+    if not isinstance(config, Config):
+        config, problems = read_file(Path(config))
+        if problems:
+            return problems
+    return problems_of(config, config.over_globus(), files, overwrite=True)
+
+
+def evaluate(
+    model: str | Path, texts: Mapping[str, Text] | str | Path, *, length: int | None = None, **settings: Any
+) -> Measured:
+    """Perplexity of a model.
+
+    Args:
+        model: folder or hub name.
+        texts: name -> held-out text, of the kinds that `prune` takes; or one file.
+        length: tokens in a window; None for 2048, or what the model takes if that is less.
+        **settings: `windows`, `batch`, `dtype`, `device`, as `fedspallm evaluate` takes them.
+
+    Raises:
+        DataError: a text cannot be read or is too short, or the length is not one for this model.
+        ModelError: the model cannot be read.
+    """
+    named = texts if isinstance(texts, Mapping) else {str(texts): texts}
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
+        paths = {name: _paths(f"texts[{name!r}]", text, Path(folder)) for name, text in named.items()}
+        return evaluation.evaluate_folder(str(model), paths, length, **settings)
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate(Shown):
+    """What a run would send, how much memory it would take and how long (docs/estimate.md).
+
+    Attributes:
+        job: the experiment and the outline of its model.
+    """
+
+    job: Job
+
+    @cached_property
+    def traffic(self) -> list[RoundTraffic]:
+        """Bytes that travel in each round."""
+        return (over_globus if self.job.config.over_globus() else traffic).traffic(self.job)
+
+    @cached_property
+    def memory(self) -> dict[str, Memory]:
+        """Client -> its memory; "server" -> that of the server."""
+        clients = {client.client_id: memory.client_memory(self.job, client) for client in self.job.clients}
+        return {**clients, "server": memory.server_memory(self.job)}
+
+    @cached_property
+    def durations(self) -> Durations:
+        """Seconds of work, if it ran on this machine."""
+        return durations(self.job)
+
+    def __rich__(self) -> Any:
+        """What the command line prints."""
+        from fedspallm_appfl.estimates.tables import tables
+
+        return tables(self.job)
+
+
+def estimate(config: Config | str | Path) -> Estimate:
+    """Estimate a run; opens the model, needs no text.
+
+    Args:
+        config: the experiment, or its YAML file.
+
+    Raises:
+        ConfigError: lists everything that keeps it from being run.
+        ModelError: the model cannot be opened.
+    """
+    config, name = _opened(config)
+    globus = config.over_globus()
+    refuse(name, problems_of(config, globus, files=False, overwrite=True))
+    return Estimate(Job.of(prepared(config, globus)))
+
+
+def problems_of(config: Config, globus: bool, files: bool, overwrite: bool) -> list[str]:
+    """Everything that keeps an experiment from being run.
+
+    Args:
+        config: well formed.
+        globus: it is for a run over Globus Compute.
+        files: open model and text as well.
+        overwrite: earlier results may be replaced.
+    """
     problems = rules.check(config)
     config = prepared(config, globus)
     problems += rules.check_for_globus(config) if globus else rules.check_on_this_machine(config)
@@ -13,8 +252,125 @@ def problems_of(config, globus, files, overwrite):
     problems += [problem] if problem else []
     if files:
         problems += with_files.check_with_files(config)
+    if globus and files and not problems:
+        problems += over_globus.check_sizes(config)
     return problems
 
 
-def prepared(config, globus):
+def prepared(config: Config, globus: bool) -> Config:
+    """The configuration as it is run."""
     return rules.prepared_for_globus(config) if globus else config
+
+
+def _opened(config: Config | str | Path) -> tuple[Config, str]:
+    """The configuration, and what messages call it."""
+    if isinstance(config, Config):
+        return config, "the configuration"
+    return load_config(config), str(config)
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their own names, as a configuration has them.
+
+    Raises:
+        ConfigError: there is no setting of a name; names the nearest one.
+    """
+    raw: dict[str, Any] = {}
+    for name, value in settings.items():
+        path = next((path for path, kind in GROUPS.items() if name in _names(kind)), None)
+        if path is None:
+            known = sorted({one for kind in GROUPS.values() for one in _names(kind)})
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "docs/configuration.md has all of them"
+            raise ConfigError(f"there is no setting {name!r}; {hint}")
+        for group in (path, "server_configs") if name == "device" else (path,):  # a device for all
+            _put(raw, f"{group}.{name}".lstrip("."), str(value) if isinstance(value, Path) else value)
+    return raw
+
+
+def _names(kind: type) -> set[str]:
+    return {one.name for one in fields(kind)}
+
+
+def _put(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value, or merge a group of them."""
+    *groups, last = path.split(".")
+    for group in groups:
+        raw = raw.setdefault(group, {})
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _put(raw, f"{last}.{name}", one)
+    else:
+        raw[last] = value
+
+
+def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
+    """Where the model lies; one in memory is saved first.
+
+    Raises:
+        ConfigError: it is no model.
+        ModelError: its weights are not there, or quantized.
+    """
+    if isinstance(model, str | Path):
+        return str(model)
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"model is a folder, a hub name or a loaded PreTrainedModel, got {type(model).__name__}")
+    if any(one.device.type == "meta" for one in model.parameters()):
+        raise ModelError(
+            "model: some of its weights are on the meta device, so that there is nothing to prune; load them"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            "model: it is quantized, and what is left would be rounded again; load it in float16 or bfloat16"
+        )
+    place = folder / (Path(model.config.name_or_path).name or "model")
+    model.save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    return str(place)
+
+
+def _paths(where: str, text: Any, folder: Path) -> Paths:
+    """Where a text lies; one in memory is written to a folder of this process first.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if isinstance(text, str | Path):
+        return str(text)
+    if isinstance(text, Tensor):
+        return _written_tokens(where, text, folder)
+    if not isinstance(text, Sequence) or not text or not all(isinstance(one, str | Path) for one in text):
+        raise ConfigError(
+            f"{where} is a file, a folder, a list of files, a list of texts, or a tensor of token ids; got "
+            f"{'an empty ' if isinstance(text, Sequence) and not text else ''}{type(text).__name__}"
+        )
+    if any(_is_file(one) for one in text):
+        return [str(one) for one in text]
+    file = folder / f"{_count(folder)}.txt"
+    file.write_text("\n".join(text), "utf-8")
+    return str(file)
+
+
+def _is_file(one: str | Path) -> bool:
+    """Whether an item of a list names a file, be it there or not; texts have spaces."""
+    if isinstance(one, Path):
+        return True
+    short = len(one) < 1024 and "\n" not in one
+    return short and (one.endswith((".txt", ".safetensors")) or Path(one).exists())
+
+
+def _written_tokens(where: str, tokens: Tensor, folder: Path) -> str:
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
+        raise ConfigError(
+            f"{where}: token ids are whole numbers, (n,) or (windows, length); got {tokens.dtype} {list(tokens.shape)}"
+        )
+    from safetensors.torch import save_file
+
+    file = folder / f"{_count(folder)}.safetensors"
+    save_file({"tokens": tokens.long().cpu().contiguous()}, file)
+    return str(file)
+
+
+def _count(folder: Path) -> int:
+    return len(list(folder.iterdir()))

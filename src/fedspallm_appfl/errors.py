@@ -1,5 +1,7 @@
 """Error classes: every error that a user can cause states the rule, the values received and the fix."""
 
+from collections.abc import Sequence
+
 
 class FedSpaLLMError(Exception):
     """Base of all errors that this package raises on purpose; the command line prints them without a traceback."""
@@ -36,3 +38,14 @@ class FederationError(FedSpaLLMError):
 def first_line(error: BaseException) -> str:
     """First line of another library's error, without the advice that often follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def refuse(what: object, problems: Sequence[str]) -> None:
+    """Say everything that is wrong.
+
+    Raises:
+        ConfigError: lists the problems, if there are any.
+    """
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{what}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")

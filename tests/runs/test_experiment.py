@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,11 +59,9 @@ def test_every_matrix_has_exactly_the_target_after_reload(tmp_path, tiny_model, 
     assert_exact(folder, tiny_model, sparsity)
 
 
-@pytest.mark.parametrize(("pruner", "sparsity"), [("sparsegpt", "0.7"), ("wanda", "4:8"), ("magnitude", "2:4")])
-def test_every_matrix_of_the_bundled_model_has_exactly_the_target_after_reload(tmp_path, pruner, sparsity):
-    train = {"pruner": pruner, "sparsity": sparsity}
-    folder = run(small_config(tmp_path, 2, client_configs={"train_configs": train}))
-    assert_exact(folder, DEMO / "model", sparsity)
+def test_every_matrix_of_the_bundled_model_has_exactly_the_target_after_reload(tmp_path):
+    folder = run(small_config(tmp_path, 2, client_configs={"train_configs": {"sparsity": "0.7"}}))
+    assert_exact(folder, DEMO / "model", "0.7")
     assert len(json.loads((folder / "manifest.json").read_text())["matrices"]) == 56
 
 
@@ -174,18 +171,6 @@ def block_by_block(tmp_path_factory):
 def test_how_an_upload_is_cut_does_not_change_a_bit(tmp_path, block_by_block, comm):
     made = weights(run(small_config(tmp_path, **uneven(first_pages), client_configs={"comm_configs": comm})))
     assert all(torch.equal(block_by_block[name], made[name]) for name in made)
-
-
-def test_the_order_of_clients_in_the_file_does_not_change_a_bit(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir(), other.mkdir()
-    first = weights(run(small_config(one)))
-    config = small_config(other)
-    raw = yaml.safe_load(config.read_text())
-    raw["clients"].reverse()
-    config.write_text(yaml.safe_dump(raw))
-    second = weights(run(config))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):

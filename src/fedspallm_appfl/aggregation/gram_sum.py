@@ -41,8 +41,9 @@ class GramSum:
         self._diagonal.add(diagonal)
         for part, values in upper:
             self._upper.add(values, part)
-        for part, values in drift if self._drift is not None else ():
-            self._drift.add(values, part)
+        if self._drift is not None:
+            for part, values in drift:
+                self._drift.add(values, part)
         self.tokens += tokens
 
     @property

@@ -3,6 +3,7 @@
 from fedspallm_appfl.algorithms import consensus, fedavg, fedprllm, fedspallm, gram, references
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.plugins import ADDED
 
 _ALGORITHMS: dict[str, Algorithm] = {
     one.name: one
@@ -52,4 +53,5 @@ def register(algorithm: Algorithm) -> Algorithm:
     if not algorithm.round or (algorithm.gathers and len(algorithm.round) > 1):
         raise ConfigError(f"algorithm {algorithm.name}: name its exchanges; one with Gram matrices stands alone")
     _ALGORITHMS[algorithm.name] = algorithm
+    ADDED.add(algorithm.name)
     return algorithm

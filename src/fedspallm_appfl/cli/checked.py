@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,17 +47,6 @@ def checked(file: str, overrides: Sequence[str], files: bool, overwrite: bool, g
     globus = config.over_globus() if globus is None else globus
     refuse(file, problems_of(config, globus, files, overwrite))
     return prepared(config, globus)
-
-
-def refuse(config: str | Path, problems: list[str]) -> None:
-    """Say everything that is wrong.
-
-    Raises:
-        ConfigError: lists the problems, if there are any.
-    """
-    if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"{config}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
 
 
 def introduce(config: "Config", console: "Console") -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.cli.arguments import command, positive
-from fedspallm_appfl.cli.checked import console, refuse
+from fedspallm_appfl.cli.checked import console
+from fedspallm_appfl.errors import refuse
 
 
 def add(verbs: Any) -> None:

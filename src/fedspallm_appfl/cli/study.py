@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.cli.arguments import add_config, command
-from fedspallm_appfl.cli.checked import console, refuse, well_formed
+from fedspallm_appfl.cli.checked import console, well_formed
+from fedspallm_appfl.errors import refuse
 
 
 def add(verbs: Any) -> None:

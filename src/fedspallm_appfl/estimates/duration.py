@@ -72,7 +72,7 @@ def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], up: s
     last, total = max(blocks, default=-1), 0.0
     swept = job.algorithm.gathers and job.config.gram.propagate == "pruned"
     for block in range(last + 1):
-        passes = (block < last) + (block in blocks)
+        passes = float(block < last) + (block in blocks)
         if block in blocks:
             inputs = [model.shapes[block][names[0]][1] for names in model.groups[block]]
             passes += 0.5 * len(inputs) if swept else -(up == "grams" and block < last)  # collected while it goes on

@@ -13,7 +13,7 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates.job import Job, mask_only
-from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text
+from fedspallm_appfl.models.text import tokenizer_for, windows_of
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.validation.files import travelling
@@ -52,7 +52,7 @@ def traffic(job: Job) -> list[RoundTraffic]:
 
 def _uploads(job: Job, masks_alone: bool) -> dict[int, tuple[int, float]]:
     """Block -> bytes that a client sends of it in all exchanges of a round, and roughly those with compression."""
-    total = {block: (0, 0.0) for block in job.model.shapes}
+    total = dict.fromkeys(job.model.shapes, (0, 0.0))
     for exchange in job.exchanges:
         share = exchange_share(job, exchange, masks_alone)
         for block, units in job.up(exchange, masks_alone).items():
@@ -281,9 +281,7 @@ def evaluation_windows(job: Job) -> dict[str, int] | None:
     if settings.windows is not None:
         return dict.fromkeys(settings.texts, settings.windows)
     try:
-        tokenizer = load_tokenizer(folder)
-        return {
-            name: len(cut_windows(tokenizer, read_text(text), settings.length)) for name, text in settings.texts.items()
-        }
+        tokenizer = tokenizer_for(folder, *settings.texts.values())
+        return {name: len(windows_of(text, settings.length, tokenizer)) for name, text in settings.texts.items()}
     except FedSpaLLMError:
         return None

@@ -2,6 +2,8 @@
 
 A text is tokenized whole and cut into windows of `length` tokens that do not overlap. A client then takes `count` of them
 in a random order from (seed, client id): the same windows for any layout of processes.
+
+A text may be tokenized already: a safetensors file with one tensor `tokens`, (n,) ids to be cut, or (n, length) windows.
 """
 
 import hashlib
@@ -10,9 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedspallm_appfl.errors import DataError, ModelError, first_line
+
+TOKENS = ".safetensors"
+
+
+def tokenizer_for(folder: Path, *texts: str | Sequence[str]) -> Any:
+    """The tokenizer of a model folder; None if all texts are tokenized already.
+
+    Raises:
+        ModelError: there is no readable tokenizer.
+        DataError: a text cannot be found.
+    """
+    return None if all(map(are_tokens, texts)) else load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -69,6 +85,51 @@ def _read_file(file: Path) -> str:
         raise DataError(f"the text {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def are_tokens(paths: str | Sequence[str]) -> bool:
+    """Whether a text is tokenized already.
+
+    Raises:
+        DataError: a folder holds no text, or a home directory is not known.
+    """
+    return all(file.suffix == TOKENS for file in text_files(paths))
+
+
+def windows_of(paths: str | Sequence[str], length: int, tokenizer: Any) -> Tensor:
+    """All whole windows of a text.
+
+    Args:
+        paths: as for `text_files`; either all of them are tokenized already or none is.
+        length: tokens in a window.
+        tokenizer: the model's; not used for what is tokenized already.
+
+    Returns:
+        (windows, length) int64.
+
+    Raises:
+        DataError: a file cannot be read, or holds no tokens or windows of another length.
+    """
+    if not are_tokens(paths):
+        return cut_windows(tokenizer, read_text(paths), length)
+    return torch.cat([_token_windows(file, length) for file in text_files(paths)])
+
+
+def _token_windows(file: Path, length: int) -> Tensor:
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"the tokens {file} cannot be read: {first_line(error)}") from error
+    tokens = found.get("tokens")
+    if tokens is None or tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
+        shown = ", ".join(f"{name} {one.dtype} {list(one.shape)}" for name, one in found.items())
+        raise DataError(f"{file}: a tensor `tokens` of whole numbers, (n,) or (n, length), is needed; it holds {shown}")
+    if tokens.dim() == 2 and tokens.shape[1] != length:
+        raise DataError(
+            f"{file}: its windows have {tokens.shape[1]} tokens, the configuration wants {length}; set length"
+        )
+    whole = tokens.numel() // length
+    return tokens.reshape(-1)[: whole * length].long().view(whole, length)
+
+
 def cut_windows(tokenizer: Any, text: str, length: int) -> Tensor:
     """All whole windows of a text, in order. (windows, length) int64."""
     tokenizer.model_max_length = int(1e30)  # the text is cut into windows, so a warning about its length would be wrong
@@ -111,12 +172,15 @@ def check_vocabulary(windows: Tensor, vocabulary: int, where: str) -> None:
     """Refuse token ids without an embedding.
 
     Raises:
-        DataError: the tokenizer does not match the model.
+        DataError: the tokens are those of another model.
     """
-    if windows.numel() and int(windows.max()) >= vocabulary:
+    if not windows.numel():
+        return
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
         raise DataError(
-            f"{where}: the tokenizer gives token {int(windows.max())}, the model has {vocabulary}; "
-            "the tokenizer in this folder does not match the model"
+            f"{where}: the text has tokens from {least} to {most}, the model those from 0 to {vocabulary - 1}; "
+            "tokenizer and model do not belong together"
         )
 
 
@@ -129,23 +193,24 @@ def held_out_windows(
         name: its name there.
         text: file, folder or a list of these.
         length: tokens in a window.
-        tokenizer: the model's; None to see only whether the text can be read.
-        vocabulary: token ids that the model has an embedding for.
+        tokenizer: the model's, for a text that is not tokenized already.
+        vocabulary: token ids that the model has an embedding for; 0 to see only whether the text can be read.
 
     Returns:
-        (n, length) int64; n is at least 1 where there is a tokenizer.
+        (n, length) int64; n is at least 1 if it was cut.
 
     Raises:
         DataError: names the key and the file that cannot be read, is too short, or does not go with the model.
     """
     where = f"evaluation.texts.{name}"
     try:
-        words = read_text(text)
+        if not vocabulary or (tokenizer is None and not are_tokens(text)):
+            if not are_tokens(text):
+                read_text(text)
+            return torch.empty(0, length, dtype=torch.int64)
+        windows = windows_of(text, length, tokenizer)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    if tokenizer is None:
-        return torch.empty(0, length, dtype=torch.int64)
-    windows = cut_windows(tokenizer, words, length)
     if not len(windows):
         files = text if isinstance(text, str) else ", ".join(text)
         raise DataError(

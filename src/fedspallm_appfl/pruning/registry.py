@@ -9,6 +9,7 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.pruning import admm, magnitude, sparsegpt, wanda
 from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, of_function
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic
+from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import Pruning
 
 _PRUNERS: dict[str, Pruner] = {one.name: one for one in (sparsegpt.PRUNER, admm.PRUNER, wanda.PRUNER, magnitude.PRUNER)}
@@ -44,6 +45,7 @@ def register(pruner: Pruner) -> Pruner:
     if not pruner.name.replace("-", "_").isidentifier():
         raise ConfigError(f"a pruner's name has letters, digits, '-' and '_', got {pruner.name!r}")
     _PRUNERS[pruner.name] = pruner
+    ADDED.add(pruner.name)
     return pruner
 
 

@@ -17,7 +17,7 @@ import torch
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.models.text import check_vocabulary, cut_windows, draw_windows, load_tokenizer, read_text
+from fedspallm_appfl.models.text import are_tokens, check_vocabulary, draw_windows, load_tokenizer, windows_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
@@ -179,8 +179,9 @@ class LocalClient:
         return torch.cat([self._drawn(one) for one in data.pool or [own]])
 
     def _drawn(self, of: Pooled) -> torch.Tensor:
-        tokenizer = _tokenizer(self.model.skeleton.folder, self.settings.model.hash)
-        windows = cut_windows(tokenizer, read_text(of.text or []), self.settings.data.length)
+        text, folder = of.text or [], self.model.skeleton.folder
+        tokenizer = None if are_tokens(text) else _tokenizer(folder, self.settings.model.hash)
+        windows = windows_of(text, self.settings.data.length, tokenizer)
         check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {of.client_id}")
         return draw_windows(windows, of.windows, self.settings.seed, of.client_id)
 

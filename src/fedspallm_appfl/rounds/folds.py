@@ -237,9 +237,13 @@ class WeightFold(_MeanFold):
         stores = {}
         for store, make in self._makes.items():
             assert make is not None, "weights that are kept as they come have a fold of their own"
-            # No name for what is packed: it would be kept while the next is made.
-            stores[store] = {unit: pack(*self._made(make, sums, block, unit), self._context.dtype)}
+            stores[store] = {unit: self._packed(make, sums, block, unit)}
         return stores, facts
+
+    def _packed(self, make: Make, sums: L0Sums, block: int, unit: str) -> Packed:
+        """What is made, packed; the rest of it is dropped before the next is made."""
+        weight, mask = self._made(make, sums, block, unit)
+        return pack(weight, mask, self._context.dtype)
 
 
 class VoteFold(_MatrixFold):

@@ -20,6 +20,10 @@ class Agreed(Protocol):
         """The matrices of a block, or None if it is dense."""
 
 
+def _nothing() -> Agreed:
+    return {}
+
+
 @dataclass(frozen=True)
 class Source:
     """A client's model, text and settings, and what it was sent.
@@ -37,8 +41,8 @@ class Source:
     windows: Tensor
     settings: ClientSettings
     groups: Groups = ()
-    agreed: Agreed = field(default_factory=dict)
-    masks: Agreed = field(default_factory=dict)
+    agreed: Agreed = field(default_factory=_nothing)
+    masks: Agreed = field(default_factory=_nothing)
 
     def embedded(self, windows: Tensor | None = None) -> Activations:
         """Activations in front of the first block, of its own windows or of others."""

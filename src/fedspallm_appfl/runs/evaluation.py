@@ -12,7 +12,7 @@ from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
-from fedspallm_appfl.models.text import cut_windows, held_out_windows, load_tokenizer, read_text
+from fedspallm_appfl.models.text import held_out_windows, tokenizer_for, windows_of
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.validation.files import too_long
 
@@ -39,7 +39,7 @@ def held_out(config: Config) -> dict[str, Tensor]:
         choose_device(settings.device, 0)
     except ConfigError as error:
         raise ConfigError(f"evaluation.device: {error}") from error
-    known = load_tokenizer(skeleton.folder), skeleton.vocabulary
+    known = tokenizer_for(skeleton.folder, *settings.texts.values()), skeleton.vocabulary
     return {
         name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
         for name, text in settings.texts.items()
@@ -120,7 +120,7 @@ def evaluate_folder(
         raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
     if length < 2:
         raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
-    tokenizer = load_tokenizer(lazy.skeleton.folder)
-    cut = {name: cut_windows(tokenizer, read_text(text), length)[:windows] for name, text in texts.items()}
+    tokenizer = tokenizer_for(lazy.skeleton.folder, *texts.values())
+    cut = {name: windows_of(text, length, tokenizer)[:windows] for name, text in texts.items()}
     rows = perplexities(lazy, cut, batch=batch)
     return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))

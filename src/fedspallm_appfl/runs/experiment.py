@@ -22,14 +22,15 @@ from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
 from fedspallm_appfl.runs.progress import RunProgress
-from fedspallm_appfl.runs.report import Results, absence_line, closing, write_report
+from fedspallm_appfl.runs.report import absence_line, closing, write_report
+from fedspallm_appfl.runs.result import Result
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.wire.store import PackedStore
 
 Launch = Callable[[Config, Path, OnEvent], Any]
 
 
-def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Results:
+def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Result:
     """Run an experiment and write its results; on the server where there are several processes.
 
     Args:
@@ -55,7 +56,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 
 def conduct(
     config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True
-) -> tuple[Results, EventLog]:
+) -> tuple[Result, EventLog]:
     """Run an experiment and write its results, without showing them.
 
     Args:
@@ -85,7 +86,7 @@ def conduct(
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         perplexity = evaluate(config, texts, methods, log) if texts else {}
         dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
-        results = Results(_with_means(perplexity), matrices, dense_bytes, place)
+        results = Result(_with_means(perplexity), matrices, dense_bytes, place)
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")

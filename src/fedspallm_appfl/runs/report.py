@@ -5,42 +5,22 @@ import shlex
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
-from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.rounds.participants import algorithm_of, participants, roster
+from fedspallm_appfl.runs.result import Result, count, label, mean, perplexity_table, sparsity_line
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.validation.words import headline, how
-
-
-@dataclass(frozen=True)
-class Results:
-    """The results of a run.
-
-    Attributes:
-        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients' own models.
-        matrices: sparsity of each prunable matrix, read back from disk.
-        dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
-        model: folder of the pruned model, or of the clients' own ones.
-    """
-
-    perplexity: Mapping[str, Mapping[str, float]]
-    matrices: Sequence[MatrixSparsity]
-    dense_bytes: int
-    model: Path
 
 
 def bytes_text(count: float) -> str:
@@ -50,11 +30,6 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def _count(number: int, what: str) -> str:
-    plural = {"matrix": "matrices"}.get(what, f"{what}s")
-    return f"{number} {what if number == 1 else plural}"
 
 
 def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
@@ -69,21 +44,7 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
     return up, down
 
 
-def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
-    """Exact sparsity of the pruned matrices as a sentence."""
-    pruned = [matrix for matrix in matrices if matrix.zeros]
-    zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
-    if not pruned:
-        return "no matrix was pruned"
-    dense = f"; {_count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
-    everything = sum(matrix.entries for matrix in matrices)
-    if dense:
-        dense += f", {100 * zeros / everything:.4f} % of all"
-    share = f"{100 * zeros / entries:.4f} %"
-    return f"{zeros:,} of {entries:,} weights in {_count(len(pruned), 'matrix')} are zero ({share}){dense}"
-
-
-def closing(config: Config, results: Results, log: EventLog) -> Group:
+def closing(config: Config, results: Result, log: EventLog) -> Group:
     """The final lines of a run: perplexity of each method on each text, sparsity, bytes."""
     up, down = traffic(log)
     lines = (
@@ -95,15 +56,7 @@ def closing(config: Config, results: Results, log: EventLog) -> Group:
     texts = list(config.evaluation.texts)
     if not texts:
         return Group(Text(_title(config)), Text(lines))
-    return Group(Text(_title(config)), _perplexity_table(texts, results.perplexity), Text(lines))
-
-
-def _perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("", *(Column(escape(text), justify="right") for text in texts))
-    table.add_column("mean", justify="right", style="bold")
-    for method, row in perplexity.items():
-        table.add_row(_label(method), *(f"{row[text]:.2f}" for text in texts), f"{_mean(row):.2f}")
-    return table
+    return Group(Text(_title(config)), perplexity_table(texts, results.perplexity), Text(lines))
 
 
 def model_table(
@@ -114,28 +67,16 @@ def model_table(
     if not perplexity:
         return Group(Text(lines))
     texts = list(next(iter(perplexity.values())))
-    return Group(Text(title), _perplexity_table(texts, perplexity), Text(lines))
+    return Group(Text(title), perplexity_table(texts, perplexity), Text(lines))
 
 
 def _title(config: Config) -> str:
     train = config.client_configs.train_configs
     what = "Perplexity" if config.evaluation.texts else "Pruned"
-    return f"{what}, {_count(len(config.clients), 'client')}, {how(config)}, sparsity {train.sparsity}"
+    return f"{what}, {count(len(config.clients), 'client')}, {how(config)}, sparsity {train.sparsity}"
 
 
-def _label(method: str) -> str:
-    """What a table calls a method: an algorithm's title, or the name of what is none."""
-    if method not in registry.names():
-        return method
-    algorithm = registry.find(method)
-    return f"{algorithm.title} (mean)" if algorithm.apart else algorithm.title
-
-
-def _mean(row: Mapping[str, float]) -> float:
-    return statistics.geometric_mean(row.values())
-
-
-def write_report(file: Path, config: Config, results: Results, log: EventLog) -> None:
+def write_report(file: Path, config: Config, results: Result, log: EventLog) -> None:
     """Write report.md."""
     parts = [
         f"# {headline(config)}",
@@ -162,12 +103,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _perplexity(config: Config, results: Results) -> list[str]:
+def _perplexity(config: Config, results: Result) -> list[str]:
     if not results.perplexity:
         return []
     texts = list(next(iter(results.perplexity.values())))
     rows = [
-        [_label(method), *(f"{row[text]:.3f}" for text in texts), f"{_mean(row):.3f}"]
+        [label(method), *(f"{row[text]:.3f}" for text in texts), f"{mean(row):.3f}"]
         for method, row in results.perplexity.items()
     ]
     again = [_measure_again(config)] if results.model.name == "model" else []
@@ -176,7 +117,7 @@ def _perplexity(config: Config, results: Results) -> list[str]:
 
 def _how_measured(config: Config) -> str:
     settings = config.evaluation
-    some = "All windows" if settings.windows is None else f"At most {_count(settings.windows, 'window')}"
+    some = "All windows" if settings.windows is None else f"At most {count(settings.windows, 'window')}"
     again = "" if algorithm_of(config).apart else " The last row again:"
     return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
 
@@ -214,7 +155,7 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
     return f"{table}{note}\n\n{words} `manifest.json` lists every matrix."
 
 
-def _bytes(config: Config, results: Results, log: EventLog) -> str:
+def _bytes(config: Config, results: Result, log: EventLog) -> str:
     up, down = traffic(log)
     rows = [[client, f"{up[client]:,}", f"{down.get(client, 0):,}"] for client in up]
     rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
@@ -237,14 +178,14 @@ def _bytes(config: Config, results: Results, log: EventLog) -> str:
     )
 
 
-def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
+def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
     """Uploaded bytes of each block, next to as many dense float16 copies as clients sent it."""
     entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
     for matrix in results.matrices:
         entries[matrix.block] += matrix.entries
     for event in log.of("upload"):
-        for block, count in event["block_bytes"].items():
-            sent[int(block)] += count
+        for block, nbytes in event["block_bytes"].items():
+            sent[int(block)] += nbytes
             senders[int(block)].add((event["round"], event["client"]))
     dense = {block: 2 * entries[block] * len(senders[block]) for block in sent}
     return [
@@ -253,7 +194,7 @@ def _bytes_by_block(results: Results, log: EventLog) -> list[list[str]]:
     ]
 
 
-def _participation(config: Config, results: Results, log: EventLog) -> str:
+def _participation(config: Config, results: Result, log: EventLog) -> str:
     rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
     where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
     where = where if places else []  # over Globus Compute the sites know
@@ -337,7 +278,7 @@ def _settings(config: Config, log: EventLog) -> str:
     )
     seconds = log.events[-1]["time"] if log.events else 0.0
     data = {(client.data.windows, client.data.length) for client in config.clients}
-    calibration = " or ".join(f"{_count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
+    calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     return (
         f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}. The resolved "
         f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."

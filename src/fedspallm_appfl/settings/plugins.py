@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fedspallm_appfl.errors import ConfigError
 
+ADDED: set[str] = set()  # algorithms and pruners that code has registered in this process
+
 
 def load(plugins: Sequence[str]) -> None:
     """Import plugins, each once a process.

@@ -29,12 +29,15 @@ from fedspallm_appfl.tensors.target import Target, parse_target
 WORDS = {list: "a list", dict: "keys and values", bool: "true or false"}
 
 
-def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+def load_config(
+    file: str | Path, overrides: Sequence[str] = (), more: dict[str, Any] | None = None
+) -> tuple[Config, list[str]]:
     """Read a YAML file.
 
     Args:
         file: the file.
         overrides: `key=value` with dotted keys; values are read as YAML.
+        more: keys and values that replace those of the file.
 
     Returns:
         The configuration, and every problem of its form: unknown keys, values of the wrong type. What the values must
@@ -43,7 +46,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     Raises:
         ConfigError: the file cannot be read as YAML, or an override has no `=`.
     """
-    return read_config(_merge(_read(Path(file)), overrides))
+    return read_config(_over(_merge(_read(Path(file)), overrides), more or {}))
 
 
 def read_config(raw: dict[str, Any]) -> tuple[Config, list[str]]:

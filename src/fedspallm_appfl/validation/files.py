@@ -11,12 +11,13 @@ from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.text import (
+    are_tokens,
     check_vocabulary,
-    cut_windows,
     held_out_windows,
     load_tokenizer,
     read_text,
     too_few,
+    windows_of,
 )
 from fedspallm_appfl.rounds.participants import algorithm_of
 from fedspallm_appfl.rounds.uploads import sizes
@@ -34,7 +35,7 @@ def check_with_files(config: Config) -> list[str]:
     try:
         if config.model.path and config.model.dtype in ("auto", *schema.DTYPES):
             skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
-            tokenizer = load_tokenizer(skeleton.folder)
+            tokenizer = load_tokenizer(skeleton.folder) if _has_words(config) else None
     except FedSpaLLMError as error:
         problems.append(f"model: {error}")
     if skeleton is not None:
@@ -60,15 +61,26 @@ def check_with_files(config: Config) -> list[str]:
     return problems
 
 
+def _has_words(config: Config) -> bool:
+    """Whether some text is to be tokenized; one that cannot be found, which is said elsewhere, may be."""
+    texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
+    try:
+        return not all(are_tokens(text) for text in texts if text)
+    except DataError:
+        return True
+
+
 def _count_windows(
     where: str, text: Paths, length: int, tokenizer: Any, skeleton: Skeleton | None, problems: list[str]
 ) -> int | None:
     """Windows in a text; None if it cannot be read or counted."""
     try:
-        words = read_text(text)
-        if tokenizer is None or skeleton is None or length < 1:
+        words = not are_tokens(text)
+        if skeleton is None or length < 1 or (words and tokenizer is None):
+            if words:
+                read_text(text)
             return None
-        windows = cut_windows(tokenizer, words, length)
+        windows = windows_of(text, length, tokenizer)
         check_vocabulary(windows, skeleton.vocabulary, where)
     except DataError as error:
         problems.append(f"{where}: {error}")

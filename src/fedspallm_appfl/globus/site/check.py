@@ -10,7 +10,7 @@ from rich.table import Table
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.checkpoint import is_hub_name, resolve_model
-from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text, text_files
+from fedspallm_appfl.models.text import are_tokens, load_tokenizer, read_text, text_files, windows_of
 
 NOT_COUNTED = "-"
 WRONG = "[red]no[/red]"
@@ -91,10 +91,10 @@ def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Loo
             looked.where = "none: can take part only with pruner magnitude"
             return looked
         looked.where = escape("\n".join(text))
-        files, words = text_files(text), read_text(text)
-        looked.files, looked.letters = str(len(files)), f"{len(words):,}"
-        if tokenizer is not None:
-            windows = len(cut_windows(tokenizer, words, length))
+        tokens = are_tokens(text)
+        looked.files, looked.letters = str(len(text_files(text))), "-" if tokens else f"{len(read_text(text)):,}"
+        if tokens or tokenizer is not None:
+            windows = len(windows_of(text, length, tokenizer))
             looked.windows = f"{windows:,}" if windows else WRONG
             if not windows:
                 looked.problems.append(

@@ -10,7 +10,7 @@ from fedspallm_appfl.globus.site.site_file import Site, load_site
 from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store, told
 from fedspallm_appfl.globus.store.data_store import GREETING
 from fedspallm_appfl.models.checkpoint import config_hash
-from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text, too_few
+from fedspallm_appfl.models.text import tokenizer_for, too_few, windows_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.settings.schema import ClientSettings
 
@@ -55,8 +55,8 @@ def _look_at_text(request: dict[str, Any], settings: ClientSettings, site: Site)
     site.require_text(client, pruners.find(settings.pruner))
     if site.text is None:
         return "not needed"
-    tokenizer = load_tokenizer(site.model_folder(settings.model.path))
-    found = len(cut_windows(tokenizer, read_text(site.text), data.length))
+    tokenizer = tokenizer_for(site.model_folder(settings.model.path), site.text)
+    found = len(windows_of(site.text, data.length, tokenizer))
     if found < data.windows:
         raise ConfigError(too_few(client, data.windows, data.length, found))
     return f"{data.windows} windows wanted, enough"

@@ -1,0 +1,125 @@
+"""What a run has shown, for people: in a terminal, in a notebook, and as numbers."""
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.models.export import MatrixSparsity
+
+WIDTH = 120  # characters
+
+
+class Shown:
+    """An object that people read: its representation is what the command line would print."""
+
+    def __rich__(self) -> RenderableType:
+        """What there is to see."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Plain text."""
+        console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self.__rich__())
+        return captured.get().rstrip()
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console.print(self.__rich__())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
+    """The results of a run.
+
+    Attributes:
+        perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients' own models.
+        matrices: sparsity of each prunable matrix, read back from disk.
+        dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
+        model: folder of the pruned model, or of the clients' own ones.
+    """
+
+    perplexity: Mapping[str, Mapping[str, float]]
+    matrices: Sequence[MatrixSparsity]
+    dense_bytes: int
+    model: Path
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable weights that is pruned."""
+        return sum(one.zeros for one in self.matrices) / sum(one.entries for one in self.matrices)
+
+    def load(self, **kwargs: Any) -> Any:
+        """The pruned model, as transformers loads it.
+
+        Args:
+            **kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ModelError: the algorithm makes a model for each client.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if not (self.model / "config.json").is_file():
+            raise ModelError(f"{self.model} holds a model for each client: load one of its folders")
+        return AutoModelForCausalLM.from_pretrained(self.model, **kwargs)
+
+    def __rich__(self) -> RenderableType:
+        """Perplexity, sparsity and where the model is."""
+        lines = Text(f"{sparsity_line(self.matrices)}\nmodel: {self.model}")
+        if not self.perplexity:
+            return lines
+        return Group(
+            Text("Perplexity"), perplexity_table(list(next(iter(self.perplexity.values()))), self.perplexity), lines
+        )
+
+
+def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
+    """Exact sparsity of the pruned matrices as a sentence."""
+    pruned = [matrix for matrix in matrices if matrix.zeros]
+    zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
+    if not pruned:
+        return "no matrix was pruned"
+    dense = f"; {count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
+    everything = sum(matrix.entries for matrix in matrices)
+    if dense:
+        dense += f", {100 * zeros / everything:.4f} % of all"
+    share = f"{100 * zeros / entries:.4f} %"
+    return f"{zeros:,} of {entries:,} weights in {count(len(pruned), 'matrix')} are zero ({share}){dense}"
+
+
+def perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table("", *(Column(escape(text), justify="right") for text in texts))
+    table.add_column("mean", justify="right", style="bold")
+    for method, row in perplexity.items():
+        table.add_row(label(method), *(f"{row[text]:.2f}" for text in texts), f"{mean(row):.2f}")
+    return table
+
+
+def label(method: str) -> str:
+    """What a table calls a method: an algorithm's title, or the name of what is none."""
+    if method not in registry.names():
+        return method
+    algorithm = registry.find(method)
+    return f"{algorithm.title} (mean)" if algorithm.apart else algorithm.title
+
+
+def mean(row: Mapping[str, float]) -> float:
+    return statistics.geometric_mean(row.values())
+
+
+def count(number: int, what: str) -> str:
+    plural = {"matrix": "matrices"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
