@@ -7,27 +7,24 @@ import sys
 import pytest
 import torch
 
+from fedspallm_appfl.aggregation.l0_mean import L0Sums
 from fedspallm_appfl.estimates import memory as estimate_memory
-from fedspallm_appfl.estimates import traffic as estimate
+from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import HEAP_SHARE
 from fedspallm_appfl.estimates.tables import LOWER
-from fedspallm_appfl.estimates.traffic import ModelSizes
 from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.pruning.registry import find
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.settings.schema import TrainConfigs
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
 from helpers.measured import save_measured
-from helpers.outlines import LINEARS, MODEL, PACKED, client, experiment
+from helpers.outlines import LINEARS, MODEL, PACKED, client, experiment, job, outline
 
 
 def of_client(config=None, model=MODEL, **changes):
     """Memory of a client with these settings."""
-    return estimate_memory.client_memory(config or experiment(), model, client(**changes))
-
-
-def settings(pruner, **changes):
-    return Pruning(pruner, parse_target("0.5"), **changes)
+    return estimate_memory.client_memory(job(config or experiment(), model), client(**changes))
 
 
 def parts(memory):
@@ -49,15 +46,13 @@ def test_a_client_by_hand():
 
 
 def test_pruning_by_hand():
-    groups = [([linear], 4 * linear.shape[1] ** 2) for linear in LINEARS]
     # at `mlp.down`: its Gram matrix and its corners, 3 bytes for each of 64 entries that are done, 15 for each of its own
-    assert (
-        estimate_memory.pruning_bytes(groups, torch.float16, settings("sparsegpt"), 3) == 256 + 512 + 3 * 64 + 15 * 32
-    )
+    expected = 256 + 512 + 3 * 64 + 15 * 32
+    assert estimate_memory.pruning_bytes(MODEL, TrainConfigs("sparsegpt"), 0, 3) == expected
     # float32 is read in place
-    pair = [([LINEARS[0], LINEARS[1]], 0)]
-    assert estimate_memory.pruning_bytes(pair, torch.float16, settings("magnitude"), 3) == 3 * 16 + 15 * 16
-    assert estimate_memory.pruning_bytes(pair, torch.float32, settings("magnitude"), 1) == 1 * 16 + 11 * 16
+    for stored, held, entry in ((torch.float16, 3, 15), (torch.float32, 1, 11)):
+        pair = outline(LINEARS[:2], together=True, stored=stored)
+        assert estimate_memory.pruning_bytes(pair, TrainConfigs("magnitude"), 0, held) == held * 16 + entry * 16
 
 
 def test_pruning_is_what_counts_where_few_tokens_run():
@@ -66,7 +61,7 @@ def test_pruning_is_what_counts_where_few_tokens_run():
 
 
 def test_a_server_by_hand():
-    memory = estimate_memory.server_memory(experiment(), MODEL)
+    memory = estimate_memory.server_memory(job(experiment()))
     assert parts(memory) == {
         "other open blocks": 9 * 96,
         "block to close": 9 * 96 + 6 * 16,  # its first matrix
@@ -76,32 +71,32 @@ def test_a_server_by_hand():
 
 
 def test_an_open_entry_takes_a_sum_votes_and_weights():
-    assert estimate.sums_bytes(255, weighted=False) == 9
-    assert estimate.sums_bytes(256, weighted=False) == 10
-    assert estimate.sums_bytes(2, weighted=True) == 13
+    assert L0Sums.entry_bytes(weighted=False, clients=255) == 9
+    assert L0Sums.entry_bytes(weighted=False, clients=256) == 10
+    assert L0Sums.entry_bytes(weighted=True, clients=2) == 13
 
 
 def test_matrices_of_one_client_are_closed_one_by_one():
-    aggregation = estimate_memory.aggregation_of(experiment())
-    one = estimate_memory.closing_bytes(LINEARS, torch.float16, 1, aggregation)
+    fold = job(experiment()).fold(0)
+    one = estimate_memory.closing_bytes([fold.bytes_of(0, linear.name, 1) for linear in LINEARS], 1)
     assert one == PACKED - 36 + (9 + 6) * 32  # the others packed, and the last
-    memory = estimate_memory.server_memory(experiment(1), MODEL)
+    memory = estimate_memory.server_memory(job(experiment(1)))
     assert memory.parts["other open blocks"] == 0
 
 
 def test_the_evaluation_by_hand():
     config = experiment()
     config.evaluation.texts, config.evaluation.length, config.evaluation.batch = {"x": "x.txt"}, 8, 4
-    memory = estimate_memory.evaluation_memory(config, MODEL, {"x": 3, "y": 2})
+    memory = estimate_memory.evaluation_memory(job(config), {"x": 3, "y": 2})
     assert parts(memory)["windows of all texts"] == 5 * 8 * 24
     assert parts(memory)["a block, or logits"] == max(3 * 8 * 10 * 12, 416 + 24 * 96)
     config.evaluation.batch = 1
-    small = estimate_memory.evaluation_memory(config, MODEL, {"x": 3, "y": 2})
+    small = estimate_memory.evaluation_memory(job(config), {"x": 3, "y": 2})
     assert small.parts["a block, or logits"] == 416 + 8 * 96
 
 
 def test_clients_of_one_process_share_the_outer_parts_only():
-    two, three = (estimate_memory.serial_memory(experiment(count), MODEL).parts for count in (2, 3))
+    two, three = (estimate_memory.serial_memory(job(experiment(count))).parts for count in (2, 3))
     alone = of_client().parts
     assert two["outer parts"] == three["outer parts"] == alone["outer parts"]
     assert three["activations"] == 3 * alone["activations"]
@@ -140,22 +135,22 @@ def test_hidden_states_in_a_file_are_mapped():
     [
         lambda config: setattr(config.server_configs.aggregator_kwargs, "weights", "sample_size"),
         lambda config: config.evaluation.compare.append("fedavg"),
-        lambda config: setattr(config.client_configs.train_configs, "sparsity", "0.25"),
+        lambda config: setattr(config.client_configs.train_configs, "sparsity", parse_target("0.25")),
     ],
 )
 def test_a_server_takes_more_with_more_to_do(change):
     config = experiment()
-    before = estimate_memory.server_memory(config, MODEL).needed
+    before = estimate_memory.server_memory(job(config)).needed
     change(config)
-    assert estimate_memory.server_memory(config, MODEL).needed > before
+    assert estimate_memory.server_memory(job(config)).needed > before
 
 
 def test_a_server_takes_less_with_fewer_open_blocks_and_uploads():
     config = experiment()
-    some = estimate_memory.server_memory(config, MODEL).needed
-    assert some < estimate_memory.server_memory(config, MODEL, together=2).needed
+    some = estimate_memory.server_memory(job(config)).needed
+    assert some < estimate_memory.server_memory(job(config), together=2).needed
     config.server_configs.scheduler_kwargs.max_open_blocks = 0
-    assert some > estimate_memory.server_memory(config, MODEL).needed
+    assert some > estimate_memory.server_memory(job(config)).needed
 
 
 def gathering(**settings):
@@ -183,7 +178,7 @@ def test_a_client_in_a_sweep_by_hand():
 
 def test_statistics_are_packed_one_after_the_other():
     """Where few tokens run, that is the worst moment."""
-    small = ModelSizes(100, (1, 1), (LINEARS, LINEARS), 10, torch.float16, torch.float32)
+    small = dataclasses.replace(MODEL, blocks=(1, 1))
     made = parts(of_client(gathering(), small, windows=1, length=2))
     packed = sum(4 * side + side * (side - 1) // 2 + 4 for side in (4, 4, 4, 8))
     assert made["packed statistics"] == packed + 64 + 4 * 4 * 8 * 8
@@ -200,7 +195,7 @@ def test_statistics_are_packed_one_after_the_other():
     ],
 )
 def test_a_matrix_by_hand(pruner, refit, bytes_):
-    assert estimate_memory.solving_bytes((4, 8), settings(pruner, refit=refit)) == bytes_
+    assert find(pruner).solving_bytes(4, 8, refit) == bytes_
 
 
 @pytest.mark.parametrize(
@@ -214,24 +209,19 @@ def test_a_matrix_by_hand(pruner, refit, bytes_):
     ],
 )
 def test_a_matrix_on_the_server_by_hand(algorithm, unit):
-    config = experiment(algorithm=algorithm)
-    [exchange, *_] = estimate.exchanges_of(config, MODEL)
-    aggregation = estimate_memory.aggregation_of(config)
-    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, exchange.up)
-    assert dataclasses.astuple(units["mlp.down"]) == unit
+    fold = job(experiment(algorithm=algorithm)).fold(0)
+    assert dataclasses.astuple(fold.bytes_of(0, "mlp.down", 2)) == unit
 
 
 def test_values_on_the_server_are_of_kept_entries_alone():
-    aggregation = estimate_memory.aggregation_of(experiment(algorithm="consensus"))
-    units = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "values")
-    assert dataclasses.astuple(units["mlp.down"]) == (9 * 16, 6 * 16, 36)
+    fold = job(experiment(algorithm="consensus")).fold(1)
+    assert dataclasses.astuple(fold.bytes_of(0, "mlp.down", 2)) == (9 * 16, 6 * 16, 36)
 
 
 @pytest.mark.parametrize("target", ["own", "dense"])
 def test_statistics_on_the_server_by_hand(target):
     config = experiment(algorithm="gram", propagate="pruned", target=target)
-    aggregation, drift = estimate_memory.aggregation_of(config), 64 * (target == "dense")
-    unit = estimate_memory.units_of(LINEARS, torch.float16, 2, aggregation, "grams")["mlp.down"]
+    unit, drift = job(config).fold(0).bytes_of(0, "mlp.down", 2), 64 * (target == "dense")
     assert unit.sums == 16 * (8 + 28 + drift)
     summing = 4 * 28 + 4 * 64 + 4 * 4 * 8 * 8
     # pruning with SparseGPT: the Gram matrix, or with drift and what it comes to; corners; dense weight and copies of it
@@ -248,22 +238,25 @@ def test_statistics_on_the_server_by_hand(target):
     ],
 )
 def test_a_server_that_prunes_takes_more_with_more_of_it(less, more):
-    wide = ModelSizes(100, (1, 1), ((Linear("a", (512, 256), False),),) * 2, 10, torch.float16, torch.float32)
-    a, b = (estimate_memory.server_memory(experiment(1, algorithm="gram", **changes), wide) for changes in (less, more))
+    wide = outline(*((Linear("a", (512, 256), False),),) * 2)
+    a, b = (
+        estimate_memory.server_memory(job(experiment(1, algorithm="gram", **changes), wide)) for changes in (less, more)
+    )
     assert a.needed < b.needed
 
 
-def test_a_server_opens_the_model_to_see_which_inputs_are_shared():
-    memory = estimate_memory.server_memory(experiment(algorithm="gram"), dataclasses.replace(MODEL, outer=10**6))
-    assert parts(memory)["outer parts"] == 2 * 10**6
+def test_a_server_finds_out_which_inputs_are_shared_without_weights():
+    config = experiment(algorithm="gram")
+    large = dataclasses.replace(MODEL, outer=10**6)
+    assert estimate_memory.server_memory(job(config, large)) == estimate_memory.server_memory(job(config))
 
 
 @pytest.mark.parametrize("algorithm", ["fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone"])
 @pytest.mark.parametrize("settings", [{}, {"propagate": "pruned", "target": "dense"}, {"windows": 1, "length": 2}])
 def test_every_part_has_its_line_in_the_table(algorithm, settings):
     config = experiment(algorithm=algorithm, **settings)
-    memories = [of_client(config, **settings), estimate_memory.server_memory(config, MODEL)]
-    for memory in [*memories, estimate_memory.serial_memory(config, MODEL)]:
+    memories = [of_client(config, **settings), estimate_memory.server_memory(job(config))]
+    for memory in [*memories, estimate_memory.serial_memory(job(config))]:
         assert memory.parts.keys() <= LOWER.keys()
     assert all(LOWER.values())
 
@@ -275,7 +268,8 @@ import torch
 from transformers.models.llama import modeling_llama
 from fedspallm_appfl.adaptors import registration
 registration.register()
-from fedspallm_appfl.adaptors import agents, trainer
+from fedspallm_appfl.adaptors import trainer
+from fedspallm_appfl.rounds import participants
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.runs import serial
@@ -285,10 +279,7 @@ def field(name):
     return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 def run_client(config):
-    one = config.clients[0]
-    settings = agents.client_agent_config(config, one, "cpu", 2**29).train_configs
-    client = trainer.client_settings(one.client_id, trainer.OmegaConf.to_container(settings, resolve=True))
-    client = trainer.LocalClient(client)
+    client = trainer.LocalClient(participants.client_settings(config, config.clients[0], "cpu", 2**29))
     client.start_exchange(0, 0, list(range(len(client.model.blocks))))
     while client.in_exchange:
         client.next_message()
@@ -337,11 +328,11 @@ def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, c
     }
     file = small_config(tmp_path, count, **changes)
     config, _ = load_config(file)
-    sizes = estimate.open_outline(config.model).sizes
+    opened = Job.of(config)
     predicted = (
-        estimate_memory.serial_memory(config, sizes)
+        estimate_memory.serial_memory(opened)
         if what == "serial"
-        else estimate_memory.client_memory(config, sizes, config.clients[0])
+        else estimate_memory.client_memory(opened, config.clients[0])
     )
     command = [sys.executable, "-c", MEASURE, what, str(file), str(tmp_path / "state"), str(small)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import yaml
-from fedspallm_appfl.validation.globus_rules import prepared
 
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.estimates import memory as estimate_memory
 from fedspallm_appfl.estimates import over_globus as estimate_globus
-from fedspallm_appfl.estimates import traffic as estimate
+from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.tables import LOWER
 from fedspallm_appfl.globus.server import run as globus
 from fedspallm_appfl.globus.server.communicator import Outcome
@@ -21,12 +20,14 @@ from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.globus.store import places
 from fedspallm_appfl.globus.store.data_store import MARK, DataStore, open_store
 from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.rounds.participants import draws
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.validation.rules import prepared_for_globus
 from fedspallm_appfl.wire.as_bytes import from_bytes
 from fedspallm_appfl.wire.update import update_nbytes
 from helpers.experiments import DOMAINS, first_pages
 from helpers.measured import save_measured
-from helpers.outlines import MASKS, MODEL, PACKED, client, experiment
+from helpers.outlines import MASKS, PACKED, client, experiment, job
 from helpers.paths import DEMO, ROOT
 from helpers.tiny import save_tiny, tiny_config
 
@@ -34,7 +35,7 @@ SERVER = ROOT / "examples" / "globus" / "server.yaml"
 
 
 def of_turns(config, field):
-    return [getattr(turn, field) for turn in estimate_globus.turns(config, MODEL)]
+    return [getattr(turn, field) for turn in estimate_globus.turns(job(config))]
 
 
 def with_rounds(rounds, **changes):
@@ -44,7 +45,7 @@ def with_rounds(rounds, **changes):
 
 
 def test_one_round_by_hand():
-    [turn] = estimate_globus.turns(experiment(), MODEL)
+    [turn] = estimate_globus.turns(job(experiment()))
     assert dataclasses.astuple(turn) == (0, 0, 0, {"a": 2 * PACKED, "b": 2 * PACKED}, 0, 4 * PACKED)
 
 
@@ -54,13 +55,13 @@ def test_every_task_loads_what_went_down_before_it():
     masks, weights = 2 * MASKS, 2 * PACKED
     assert of_turns(config, "down") == [0, masks, masks + weights, masks + weights]
     assert of_turns(config, "made") == [masks, weights, masks, 0]
-    assert [one.down for one in estimate_globus.traffic(config, MODEL)] == [masks, 2 * (masks + weights)]
+    assert [one.down for one in estimate_globus.traffic(job(config))] == [masks, 2 * (masks + weights)]
 
 
 def test_a_payload_stays_until_all_of_it_came_again():
     """A client prunes one of two blocks a round; in two messages each would be replaced, in one they stay together."""
     config = with_rounds(4, count=1, resource_share=0.5, layer_sampling="uniform")
-    drawn = [set(blocks) for assigned in estimate_globus.draws(config, 2) for blocks in assigned.values()]
+    drawn = [set(blocks) for assigned in draws(config, 2) for blocks in assigned.values()]
     assert drawn[0] == drawn[1] != drawn[2]
     assert of_turns(config, "down") == [0, PACKED, PACKED, 2 * PACKED]
 
@@ -81,7 +82,7 @@ def test_the_store_may_hold_what_late_clients_have_sent_before():
 def test_a_submission_waits_for_those_before_it(count, delay, words):
     from fedspallm_appfl.estimates.tables import _submissions
 
-    tasks = estimate_globus.tasks(with_rounds(3, count=count, algorithm="consensus"), MODEL)
+    tasks = estimate_globus.tasks(job(with_rounds(3, count=count, algorithm="consensus")))
     assert (tasks.exchange, tasks.round, tasks.all, tasks.delay) == (count, 2 * count, 6 * count, delay)
     assert words in _submissions(tasks)
 
@@ -90,13 +91,13 @@ def test_a_worker_by_hand():
     """On a GPU all that a client makes lies there; its main memory has messages, and what came down."""
     config = with_rounds(2)
     config.client_configs.comm_configs.store.connector = "redis"
-    alone = estimate_memory.client_memory(config, MODEL, client())
-    worker = estimate_globus.worker_memory(config, MODEL, client())
+    alone = estimate_memory.client_memory(job(config), client())
+    worker = estimate_globus.worker_memory(job(config), client())
     assert worker.on_cpu.needed == alone.needed
     assert sum(worker.gpu.values()) == sum(size for part, size in alone.parts.items() if part != "heap")
     assert worker.on_gpu.parts["what came down"] == 3 * 2 * PACKED
     config.client_configs.comm_configs.store.connector = "none"
-    inline = estimate_globus.worker_memory(config, MODEL, client())
+    inline = estimate_globus.worker_memory(job(config), client())
     assert inline.on_cpu.parts["result of a task"] == round(4 / 3 * 2 * PACKED)
 
 
@@ -106,7 +107,7 @@ def test_amid_a_sweep_a_worker_keeps_the_hidden_states_of_all_clients_of_its_end
     config, states = with_rounds(2, count=3, algorithm="gram", propagate=propagate), 6 * 8 * (4 * 4 + 8)
     for one, number in zip(config.clients, "AaB", strict=True):
         one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
-    workers = [estimate_globus.worker_memory(config, MODEL, one) for one in config.clients]
+    workers = [estimate_globus.worker_memory(job(config), one) for one in config.clients]
     assert [worker.gpu["activations"] for worker in workers] == [together * states, together * states, states]
     assert workers[0].on_cpu.parts["activations"] == together * states
 
@@ -114,13 +115,13 @@ def test_amid_a_sweep_a_worker_keeps_the_hidden_states_of_all_clients_of_its_end
 def test_amid_a_sweep_hidden_states_stay_while_what_came_down_is_read(monkeypatch):
     monkeypatch.setattr(estimate_globus, "READING", 10**6)  # so that reading is the worst moment
     config = with_rounds(2, algorithm="gram", propagate="pruned")
-    parts = estimate_globus.worker_memory(config, MODEL, config.clients[0]).on_cpu.parts
+    parts = estimate_globus.worker_memory(job(config), config.clients[0]).on_cpu.parts
     assert parts.keys() == {"outer parts", "activations", "what came down", "heap"}
 
 
 def test_a_site_may_give_text_to_a_client_that_needs_none():
     config = experiment(pruner="magnitude", text=None)
-    worker, with_text = (estimate_globus.worker_memory(config, MODEL, one) for one in (config.clients[0], client()))
+    worker, with_text = (estimate_globus.worker_memory(job(config), one) for one in (config.clients[0], client()))
     assert worker.gpu["activations"] == with_text.gpu["activations"]
 
 
@@ -129,8 +130,8 @@ def test_a_site_may_give_text_to_a_client_that_needs_none():
 def test_every_part_has_its_line_in_the_table(algorithm, connector):
     config = with_rounds(2, algorithm=algorithm)
     config.client_configs.comm_configs.store.connector = connector
-    worker = estimate_globus.worker_memory(config, MODEL, config.clients[0])
-    server = estimate_globus.receiving_memory(config, MODEL)
+    worker = estimate_globus.worker_memory(job(config), config.clients[0])
+    server = estimate_globus.receiving_memory(job(config))
     for parts in (worker.on_cpu.parts, worker.on_gpu.parts, worker.gpu, server.parts):
         assert parts.keys() <= LOWER.keys()
 
@@ -247,9 +248,9 @@ def test_what_tasks_load_and_send_is_what_was_predicted(algorithm, changes, tiny
     connection = globus.Connection(config, wire, store, "run", model_hash(tiny_model))
     globus.run(config, connection, tmp_path / "state", events.append)
 
-    sizes = estimate.open_outline(config.model).sizes
-    turns, clients = estimate_globus.turns(config, sizes), len(config.clients)
-    assert len(wire.requests) == estimate_globus.tasks(config, sizes).all
+    of, clients = Job.of(config), len(config.clients)
+    turns = estimate_globus.turns(of)
+    assert len(wire.requests) == estimate_globus.tasks(of).all
     down = [sum(watch.kept[place["stored"]] for place in request["down"]) for request in wire.requests]
     assert down == [turn.down for turn in turns for _ in range(clients)]
     assert watch.loaded == [turn.loaded for turn in turns for _ in range(clients)]
@@ -276,7 +277,7 @@ def federation(
         },
     }
     file = tiny_config(folder, model, algorithm, 2, **changes)
-    config = prepared(load_config(file)[0])
+    config = prepared_for_globus(load_config(file)[0])
     for number, (one, share) in enumerate(zip(config.clients, shares, strict=True)):
         one.train_configs.resource_share = share
         one.endpoint_id = f"00000000-0000-4000-8000-00000000000{number}"
@@ -339,7 +340,6 @@ def test_memory_of_a_worker_is_within_a_quarter_of_what_is_measured(connector, t
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.splitlines()[-1]))
     measured = max(peaks)
-    sizes = estimate.open_outline(config.model).sizes
-    predicted = estimate_globus.worker_memory(config, sizes, config.clients[0]).on_cpu
+    predicted = estimate_globus.worker_memory(Job.of(config), config.clients[0]).on_cpu
     print(f"worker, {connector}: predicted {predicted.resident / 1e6:.0f}, measured {measured / 1e6:.0f} MB")
     assert predicted.resident == pytest.approx(measured, rel=0.25)

@@ -9,19 +9,23 @@ import torch
 
 from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.estimates import job as jobs
 from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.estimates import traffic as estimate
-from fedspallm_appfl.models.blockwise import _statistics, embed
+from fedspallm_appfl.estimates.job import Job, open_outline
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.rounds import pruning
+from fedspallm_appfl.rounds.participants import participants, uncovered
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Model, Pruning
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.validation import rules as config_rules
+from fedspallm_appfl.validation import files
 from helpers.experiments import first_pages, uneven
 from helpers.families import FAMILIES, save_family, windows
-from helpers.outlines import MASKS, MODEL, PACKED, experiment
+from helpers.outlines import MASKS, MODEL, PACKED, experiment, job
 from helpers.paths import DEMO, ROOT
+from helpers.rounds import source
 from helpers.tiny import events, run, save_tiny, tiny_config
 
 GRAM = {4: 4 * 4 + 6 + 4, 8: 4 * 8 + 28 + 4}  # int8: a float32 diagonal, a byte above it, a scale
@@ -37,7 +41,7 @@ def tiny_model(tmp_path_factory):
 def test_traffic_by_hand():
     config = experiment()
     config.server_configs.num_global_epochs = 2
-    first, last = estimate.traffic(config, MODEL)
+    first, last = estimate.traffic(job(config))
     assert (first.blocks, dict(first.up), dict(first.dense)) == (
         2,
         {"a": 2 * PACKED, "b": 2 * PACKED},
@@ -47,7 +51,7 @@ def test_traffic_by_hand():
 
 
 def test_a_pruner_that_keeps_weights_sends_masks_alone():
-    [traffic] = estimate.traffic(experiment(pruner="wanda"), MODEL)
+    [traffic] = estimate.traffic(job(experiment(pruner="wanda")))
     assert dict(traffic.up) == {"a": 2 * 12, "b": 2 * 12}
 
 
@@ -67,16 +71,16 @@ def test_traffic_of_each_algorithm_by_hand(algorithm, settings, up, down, last):
     """In two rounds; `last` is what comes down in the last one, where nothing follows the last exchange."""
     config = experiment(algorithm=algorithm, **settings)
     config.server_configs.num_global_epochs = 2
-    rounds = estimate.traffic(config, MODEL)
+    rounds = estimate.traffic(job(config))
     assert [dict(one.up) for one in rounds] == [{"a": 2 * up, "b": 2 * up}] * 2
     assert [one.down for one in rounds] == [down, last]
 
 
 def test_one_client_has_the_text_of_all_with_centralized():
     config = experiment(3, algorithm="centralized")
-    [traffic] = estimate.traffic(config, MODEL)
+    [traffic] = estimate.traffic(job(config))
     assert dict(traffic.up) == {"pooled": 2 * PACKED}
-    [pooled] = estimate.participants(config)
+    [pooled] = participants(config)
     assert pooled.data.windows == 18
     assert carried(config)["MPI"] == (False, "centralized pools the text of all clients in one process")
 
@@ -94,16 +98,16 @@ def test_compression_is_expected_to_do_what_was_measured(sparsity, mask_only, sm
 
 def test_blocks_that_nobody_draws_are_named():
     config = experiment(1, resource_share=0.5)
-    assert len(config_rules.uncovered(config, 4)) == 2
+    assert len(uncovered(config, 4)) == 2
     config.server_configs.num_global_epochs = 50
-    assert config_rules.uncovered(config, 4) == []
+    assert uncovered(config, 4) == []
 
 
 def test_messages_by_hand():
     config = experiment()
-    assert estimate.messages(config, MODEL) == estimate.Messages(2, PACKED)
+    assert estimate.messages(job(config)) == estimate.Messages(2, PACKED)
     config.client_configs.comm_configs.max_message_bytes = 72
-    assert estimate.messages(config, MODEL).largest == 72
+    assert estimate.messages(job(config)).largest == 72
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_messages_by_hand():
     ],
 )
 def test_messages_of_all_exchanges_are_counted(algorithm, settings, expected):
-    made = estimate.messages(experiment(algorithm=algorithm, **settings), MODEL)
+    made = estimate.messages(job(experiment(algorithm=algorithm, **settings)))
     assert dataclasses.astuple(made) == expected
 
 
@@ -147,13 +151,13 @@ def test_what_comes_down_must_fit_too():
 def test_validation_refuses_what_no_message_can_carry(settings, limit, refused):
     words = [*settings, f"client_configs.comm_configs.max_message_bytes={limit}"]
     config, _ = load_config(ROOT / "configs" / "demo.yaml", words)
-    problems = list(config_rules._sizes(config, Skeleton(config.model.path)))
+    problems = list(files._sizes(config, Skeleton(config.model.path)))
     assert len(problems) == (refused is not None)
     assert refused is None or refused in problems[0]
 
 
 def carried(config):
-    transports = (*estimate.transports(config, MODEL), estimate_globus.transport(config, MODEL))
+    transports = (*estimate.transports(job(config)), estimate_globus.transport(job(config)))
     return {one.name: (one.carries, one.why) for one in transports}
 
 
@@ -189,23 +193,21 @@ def test_what_globus_compute_does_not_do():
         assert carried(experiment(**settings))["Globus Compute"][0]
 
 
-def test_a_pattern_must_fit():
-    estimate.check_pattern(MODEL, parse_target("2:4"))
+def test_a_pattern_must_fit(monkeypatch):
+    monkeypatch.setattr(jobs, "open_outline", lambda settings: MODEL)
+    assert Job.of(experiment(sparsity=parse_target("2:4"))).model is MODEL
     with pytest.raises(ConfigError, match="attention.q: 4:8 needs rows that are a multiple of 8 long, got 4"):
-        estimate.check_pattern(MODEL, parse_target("4:8"))
+        Job.of(experiment(sparsity=parse_target("4:8")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_that_are_shared_are_those_that_a_forward_pass_shares(family, tmp_path):
     model = LazyModel(str(save_family(family, tmp_path)))
-    state = embed(model, windows(2), 2)
+    of = source(model, windows(2), Pruning("wanda", parse_target("0.5")), batch=2)
     with model.block(0) as block, torch.no_grad():
-        found = _statistics(model, block, 0, state, Pruning("wanda", parse_target("0.5")))
-    expected = {frozenset(names) for names, _ in found}
-    sizes = estimate.open_outline(Model(str(tmp_path))).sizes
-    assert {frozenset(names) for names in sizes.groups[0]} == expected
-    assert {frozenset(names) for names in sizes.groups[0]} == {frozenset(names) for names in shared_inputs(model)[0]}
-    assert {names[0] for names in sizes.groups[0]} == {names[0] for names in shared_inputs(model)[0]}
+        found = pruning.collect(of, block, 0, of.embedded())
+    for known in (open_outline(Model(str(tmp_path))), Skeleton(str(tmp_path))):
+        assert shared_inputs(tmp_path, known.layout)[0] == tuple(tuple(names) for names, _ in found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,9 +219,8 @@ def test_the_sizes_are_those_of_the_model(family, weights, tmp_path):
     outer = sum(p.numel() for p in model.model.parameters() if p.device.type != "meta")
     if not weights:
         (folder / "model.safetensors").unlink()
-    outline = estimate.open_outline(Model(str(folder)))
-    sizes = outline.sizes
-    assert outline.assumed is not weights
+    sizes = open_outline(Model(str(folder)))
+    assert sizes.assumed is not weights
     assert (sizes.outer + sum(sizes.blocks), sizes.outer) == (entries, outer)
     assert (sizes.hidden, sizes.vocabulary, len(sizes.blocks)) == (32, 96, 3)
     assert (sizes.stored, sizes.arithmetic) == (torch.float32, torch.float32)
@@ -270,7 +271,7 @@ def test_settings_that_matter_are_named(capsys):
     _, out, _ = output(
         capsys, ROOT / "configs" / "demo.yaml", *settings, "clients.0.data.windows=64", "evaluation.compare=[]"
     )
-    assert "raise train_configs.resource_share or server_configs.num_global_epochs" in out
+    assert "raise resource_share or num_global_epochs to reach them" in out
     assert "uniform sampling leaves 4.69 blocks a round to nobody" in out
     assert "about, compressed" in out
     assert "MPI, bible, csource, sqldocs" in out
@@ -291,7 +292,7 @@ def test_problems_of_the_values_are_errors(capsys):
 def test_every_shipped_configuration_is_estimated_or_its_model_is_asked_for(file, capsys):
     code, out, err = output(capsys, file)
     if code:
-        assert "download it first, then set `model.path` to the folder" in err
+        assert "download it first, then give the folder in `model.path`" in err
     else:
         assert "Memory" in out
 
@@ -303,7 +304,7 @@ def test_every_shipped_configuration_is_estimated_or_its_model_is_asked_for(file
             ["algorithm=consensus"],
             "each round: masks up, masks down; values up",
         ),
-        (["algorithm=gram"], "taken to share an input, by their names: self_attn.q_proj, self_attn.k_proj"),
+        (["algorithm=gram"], "linears that share an input: self_attn.q_proj, self_attn.k_proj"),
         (
             ["algorithm=gram", "gram.propagate=pruned"],
             "each round: 32 times Gram matrices up, pruned weights down; nothing down after the last",
@@ -364,17 +365,15 @@ TWO_SWEEPS = {
 def test_bytes_and_messages_are_those_of_a_run(algorithm, changes, tiny_model, tmp_path):
     """Uploads, what comes down and what is kept: the very bytes."""
     file = tiny_config(tmp_path, tiny_model, algorithm, **changes)
-    config, _ = load_config(file)
-    model = estimate.open_outline(config.model).sizes
-    folder = run(file)
-    uploads, made = events(folder, "upload"), estimate.messages(config, model)
-    for number, traffic in enumerate(estimate.traffic(config, model)):
+    of, folder = Job.of(load_config(file)[0]), run(file)
+    uploads, made = events(folder, "upload"), estimate.messages(of)
+    for number, traffic in enumerate(estimate.traffic(of)):
         mine = {client: [e for e in uploads if (e["round"], e["client"]) == (number, client)] for client in traffic.up}
         assert {client: sum(e["bytes"] for e in sent) for client, sent in mine.items()} == traffic.up
         assert {len(sent) for sent in mine.values()} == {made.count}
         assert events(folder, "round")[number]["bytes_down"] == traffic.down
     assert max(event["bytes"] for event in uploads) == made.largest
-    for one in estimate.disk(config, model):
+    for one in estimate.disk(of):
         assert not one.stays or written(folder / one.what) == one.nbytes
 
 

@@ -70,10 +70,8 @@ def _time(job: Job, found: Durations) -> Iterator[str]:
     each = duration(most) if duration(least) == duration(most) else f"{duration(least)} to {duration(most)}"
     together = f", {duration(sum(found.clients.values()))} for all in one process" if len(found.clients) > 1 else ""
     server = f"; the server prunes for {duration(found.server)}" if found.server else ""
-    yield (
-        f"time: about {each} a client on this machine's CPU{together}{server}; measured times lie between a "
-        f"{1 / SPREAD:.2g}th and {SPREAD:g} times that".replace("a 0.5th", "half")
-    )
+    yield f"time: about {each} a client on this machine's CPU{together}{server}"
+    yield f"measured times lay between {1 / SPREAD:g} and {SPREAD:g} times that"
 
 
 def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
