@@ -1,7 +1,7 @@
 """The face for Python: prune, run, validate, estimate and evaluate, as objects and exceptions (docs/python.md).
 
-Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the rule,
-the value and the fix.
+Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the
+rule, the value and the fix.
 """
 
 import difflib
@@ -150,8 +150,8 @@ def load_config(file: str | Path, **settings: Any) -> Config:
             `sparsity="2:4"`, `length=256`), or a group with its keys (`evaluation={"length": 256}`).
 
     Raises:
-        ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can be
-            run is for `validate` and `run` to say.
+        ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can
+            be run is for `validate` and `run` to say.
     """
     config, problems = read_file(Path(file), (), _nested(settings))
     refuse(file, problems)
