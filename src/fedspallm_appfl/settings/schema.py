@@ -195,9 +195,12 @@ class ServerConfigs:
         "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",
         form=DEVICE,
     )
-    aggregator: str = key("FedSpaLLMAggregator", "")
+    aggregator: str = key(
+        "FedSpaLLMAggregator",
+        "or a subclass in a file: `path/to/file.py:ClassName`; the file can import installed modules only",
+    )
     aggregator_kwargs: AggregatorKwargs = group(AggregatorKwargs)
-    scheduler: str = key("FedSpaLLMScheduler", "")
+    scheduler: str = key("FedSpaLLMScheduler", "or a subclass in a file, in the same way")
     scheduler_kwargs: SchedulerKwargs = group(SchedulerKwargs)
 
 
@@ -227,7 +230,11 @@ class Pruning:
 class TrainConfigs(Pruning):
     """Local pruning."""
 
-    trainer: str = key("FedSpaLLMTrainer", "")
+    trainer: str = key(
+        "FedSpaLLMTrainer",
+        "or a subclass in a file, in the same way, the same for every client; not over Globus Compute, where a site "
+        "runs no code of the server's",
+    )
     layer_sampling: str = key(
         "balanced",
         "`balanced`, `uniform`, `sweep`; the same for every client",
@@ -323,7 +330,7 @@ class Client(ClientConfigs):
     client_id: str = key("", "letters, digits, `-`, `_` and `.`; different for every client", form=NAME)
     endpoint_id: str | None = key(
         None,
-        "over Globus Compute: the UUID of the client's endpoint; its site names the text, so `data.text` stays empty",
+        "over Globus Compute: the UUID of the client's endpoint; its site names the text",
         form=(UUID, "the UUID that globus-compute-endpoint list shows"),
     )
 
