@@ -217,6 +217,6 @@ def examples(tmp_path):
 @pytest.mark.slow
 def test_a_stock_appfl_script_can_use_the_classes(examples):
     command = (sys.executable, "-m", "mpi4py", "examples/appfl/run_mpi.py")
-    code, out, err = finish(mpiexec(3, *command, cwd=examples))
+    code, out, err = finish(mpiexec(3, *command, cwd=examples), 500)
     assert code == 0, err
     assert "blocks [0, 1, 2] are in runs/appfl" in out
