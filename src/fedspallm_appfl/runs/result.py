@@ -28,14 +28,14 @@ class Shown:
 
     def __repr__(self) -> str:
         """Plain text."""
-        console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False)
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as captured:
             console.print(self.__rich__())
         return captured.get().rstrip()
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self.__rich__())
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
