@@ -1,8 +1,9 @@
 """How long clients and server will work: one small block step is timed on this machine, and arithmetic does the rest.
 
-Timed are a product of matrices in the model's arithmetic, a Gram matrix, and the pruner on matrices of two sizes, from which
-follows how its time grows. A forward pass over all tokens is counted by its operations. What is not counted is start-up, the
-tokenizer, messages, and reading the checkpoint.
+Timed are a product of matrices in the model's arithmetic, a Gram matrix, and the pruner on matrices of two sizes, from
+which
+follows how its time grows. A forward pass over all tokens is counted by its operations. What is not counted is start-up,
+the tokenizer, messages, and reading the checkpoint.
 
 Legend: O out features, I in features, T tokens in a window.
 """
