@@ -1,31 +1,39 @@
-"""How long clients and server will work: one small block step is timed on this machine, and arithmetic does the rest.
+"""How long clients and server will work: small steps are timed on this machine, and arithmetic does the rest.
 
-Timed are a product of matrices in the model's arithmetic, a Gram matrix, and the pruner on matrices of two sizes, from
-which
-follows how its time grows. A forward pass over all tokens is counted by its operations. What is not counted is start-up,
-the tokenizer, messages, and reading the checkpoint.
+Timed are a product of matrices in the model's arithmetic, a Gram matrix, a pass through a block of the model without its
+linears, and the pruner on square matrices of growing sides. The work of linears follows from their shapes, that of the
+pruner from how its time grows. Not counted are start-up, the tokenizer, messages, and reading the checkpoint.
 
 Legend: O out features, I in features, T tokens in a window.
 """
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor, nn
 
 from fedspallm_appfl.algorithms.algorithm import Exchange
-from fedspallm_appfl.estimates.job import Job, pruner_of
+from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
+from fedspallm_appfl.models.blockwise import embed
+from fedspallm_appfl.models.lazy_model import HollowModel
+from fedspallm_appfl.pruning.pruner import Prepared
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
-from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.settings.schema import Client, Pruning, TrainConfigs
+from fedspallm_appfl.pruning.statistics import InputGram, Statistic
+from fedspallm_appfl.settings.schema import Client, Data, Pruning, TrainConfigs
 from fedspallm_appfl.tensors.target import NM, Target
 
 SPREAD = 2.0  # measured times lay between half and twice the estimate
-SIDES = (256, 512)  # of the matrices that are timed
-SHORTEST = 0.02  # seconds; what takes less is repeated
+SIDES = (64, 128, 256, 512, 1024, 2048)  # of the matrices that are timed, as long as that does not take long
+LONGEST = 0.05  # seconds; after a step that takes more, no larger one is timed
+REPEATED = 0.03  # seconds; shorter steps are repeated
+WIDEST = 1024  # of the product that is timed
+TOKENS = 512  # of the product, and the longest window of the pass
+ENTRIES = 2**19  # hidden states of the pass
 SYMMETRIC = 9 / 16  # of the operations of a product, that a Gram matrix takes
 
 
@@ -43,22 +51,26 @@ class Durations:
 
 
 def durations(job: Job) -> Durations:
-    """Time a small step and scale it; takes about a second."""
+    """Time small steps and scale them; takes about a second for each kind of pruner among the clients."""
     machines: dict[str, Machine] = {}
-    clients = {}
-    for client in job.clients:
-        train = client.train_configs
-        machine = machines.setdefault(str(train), Machine(train, job.model.arithmetic))
-        clients[client.client_id] = sum(
-            _sweep(job, client, machine, set(assigned[client.client_id]), exchange.up)
+
+    def machine_of(train: TrainConfigs) -> Machine:
+        """Clients of the same settings share what is timed."""
+        return machines.setdefault(f"{_fitting(train)}, {train.threads}", Machine(train, job))
+
+    clients = {
+        client.client_id: sum(
+            _sweep(job, client, machine_of(client.train_configs), set(assigned[client.client_id]), exchange)
             for assigned in job.draws
             for exchange in _sweeps(job)
         )
+        for client in job.clients
+    }
     server = 0.0
     if job.algorithm.gathers:
-        machine = next(iter(machines.values()))
-        blocks = [set().union(*assigned.values()) for assigned in job.draws]
-        server = sum(_solving(job, machine, block) for changed in blocks for block in changed)
+        machine = machine_of(job.config.client_configs.train_configs)
+        changed = (set().union(*assigned.values()) for assigned in job.draws)
+        server = sum(_solving(job, machine, block) for blocks in changed for block in blocks)
     return Durations(clients, server)
 
 
@@ -67,98 +79,197 @@ def _sweeps(job: Job) -> list[Exchange]:
     return [exchange for number, exchange in enumerate(job.exchanges) if exchange.only is None or number == 0]
 
 
-def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], up: str) -> float:
+def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], exchange: Exchange) -> float:
     """Seconds of one sweep over the blocks."""
-    model, tokens = job.model, client.data.windows * client.data.length
-    last, total = max(blocks, default=-1), 0.0
-    swept = job.algorithm.gathers and job.config.gram.propagate == "pruned"
+    windows, length = windows_of(job, client)
+    tokens, last, total = windows * length, max(blocks, default=-1), 0.0
     for block in range(last + 1):
-        passes = float(block < last) + (block in blocks)
+        total += _passes(job, client, block, block in blocks, block < last) * machine.forward(
+            block, tokens, client.data
+        )
         if block in blocks:
-            inputs = [model.shapes[block][names[0]][1] for names in model.groups[block]]
-            passes += 0.5 * len(inputs) if swept else -(up == "grams" and block < last)  # collected while it goes on
-            total += sum(machine.gram(features, tokens) for features in inputs)
-            total += 0.0 if up == "grams" else _solving(job, machine, block)
-        total += passes * machine.forward(model.entries(block), tokens, client.data.length, model.hidden)
+            inputs = [job.model.shapes[block][names[0]][1] for names in job.model.groups[block]]
+            total += sum(machine.collecting(features, tokens, exchange.up == "grams") for features in inputs)
+            total += 0.0 if exchange.up == "grams" else _solving(job, machine, block)
     return total
+
+
+def _passes(job: Job, client: Client, block: int, assigned: bool, goes_on: bool) -> float:
+    """How often all tokens run through a block; a pass that collects an input ends in front of it."""
+    before = _shares_before(job, block)
+    if not job.algorithm.gathers:
+        train = client.train_configs
+        collected = assigned and pruner_of(train).statistic(train.refit) is not None
+        return goes_on + collected * before[-1]
+    if job.config.gram.propagate == "dense":
+        return 1.0 if goes_on else before[-1]
+    return job.hidden_copies * (goes_on + assigned * sum(before))
+
+
+def _shares_before(job: Job, block: int) -> list[float]:
+    """For each input of a block the share of its linears that run before."""
+    shapes, done, shares = job.model.shapes[block], 0, []
+    for names in job.model.groups[block]:
+        shares.append(done / job.model.entries(block))
+        done += sum(math.prod(shapes[name]) for name in names)
+    return shares
 
 
 def _solving(job: Job, machine: "Machine", block: int) -> float:
     """Seconds that pruning all matrices of a block takes."""
-    return sum(machine.solve(rows, features) for rows, features in job.model.shapes[block].values())
+    shapes = job.model.shapes[block]
+    return sum(
+        machine.preparing(shapes[names[0]][1]) + sum(machine.pruning(*shapes[name]) for name in names)
+        for names in job.model.groups[block]
+    )
 
 
 class Machine:
-    """How fast this machine is at the steps of one client."""
+    """How fast this machine is at the steps of clients with the same settings."""
 
-    def __init__(self, train: TrainConfigs, arithmetic: torch.dtype) -> None:
-        self._train, self._arithmetic = train, arithmetic
+    def __init__(self, train: TrainConfigs, job: Job) -> None:
+        self._train, self._job = train, job
+        self._passes: dict[tuple[int, int], float] = {}
 
-    def forward(self, entries: int, tokens: int, length: int, hidden: int) -> float:
-        """Seconds of a pass of all tokens through a block of so many entries."""
-        return tokens * (2 * entries + 4 * length * hidden) / self._products
+    def forward(self, block: int, tokens: int, data: Data) -> float:
+        """Seconds of a pass of all tokens through a block."""
+        model, length = self._job.model, min(data.length, TOKENS)
+        batch = max(1, min(data.batch, data.windows, ENTRIES // (length * model.hidden)))
+        if (batch, length) not in self._passes:
+            step = _Pass(self._job, batch, length).run
+            self._passes[batch, length] = self._seconds(step) / (batch * length)
+        attention = 4 * (data.length - length) * model.hidden  # of a longer window than was timed
+        return tokens * (self._passes[batch, length] + (2 * model.entries(block) + attention) / self._products)
 
-    def gram(self, features: int, tokens: int) -> float:
-        """Seconds to collect what the pruner needs to know of an input."""
-        kind = pruner_of(self._train).statistic(self._train.refit)
-        return SYMMETRIC * 2 * tokens * features**2 / self._grams if kind is InputGram else 0.0
+    def collecting(self, features: int, tokens: int, gram: bool) -> float:
+        """Seconds to collect what is to be known of an input; `gram` if its Gram matrix is sent."""
+        known = gram or pruner_of(self._train).statistic(self._train.refit) is InputGram
+        drift = 1 if gram and self._job.hidden_copies > 1 else 0
+        return (SYMMETRIC + drift) * 2 * tokens * features**2 / self._grams if known else 0.0
 
-    def solve(self, rows: int, features: int) -> float:
-        """Seconds to prune one matrix, its inputs being known: measured on small ones, and grown as these do."""
-        small, large = self._solves
-        growth = min(3.0, max(2.0, math.log2(large / small)))
-        side = (rows * features * features) ** (1 / 3)
-        return large * (side / SIDES[1]) ** growth
+    def preparing(self, features: int) -> float:
+        """Seconds to make the pruner ready for all matrices that take an input."""
+        return _grown(self._steps[0], features)
+
+    def pruning(self, rows: int, features: int) -> float:
+        """Seconds to prune a matrix; a pruner's time is proportional to the rows."""
+        return rows / features * _grown(self._steps[1], features)
 
     @cached_property
     def _products(self) -> float:
-        """Operations a second of a product in the model's arithmetic."""
-        a, b = (torch.ones(SIDES[1], SIDES[1], dtype=self._arithmetic) for _ in range(2))
-        return 2 * SIDES[1] ** 3 / self._seconds(lambda: a @ b)
+        """Operations a second of the widest linear, in the model's arithmetic."""
+        shapes = (shape for shapes in self._job.model.shapes.values() for shape in shapes.values())
+        rows, features = (min(side, WIDEST) for side in max(shapes, key=math.prod))
+        weight, inputs = (torch.ones(n, features, dtype=self._job.model.arithmetic) for n in (rows, TOKENS))
+        seconds = self._seconds(lambda: nn.functional.linear(inputs, weight))
+        return 2 * TOKENS * rows * features / seconds
 
     @cached_property
     def _grams(self) -> float:
         """Operations a second of a Gram matrix."""
-        gram, inputs = InputGram(SIDES[1]), torch.ones(SIDES[1], SIDES[1])
-        return SYMMETRIC * 2 * SIDES[1] ** 3 / self._seconds(lambda: gram.add(inputs))
+        side = min(self._widest, TOKENS)
+        gram, inputs = InputGram(side), torch.ones(TOKENS, side)
+        return SYMMETRIC * 2 * TOKENS * side**2 / self._seconds(lambda: gram.add(inputs))
+
+    @property
+    def _widest(self) -> int:
+        return max(features for shapes in self._job.model.shapes.values() for _, features in shapes.values())
 
     @cached_property
-    def _solves(self) -> tuple[float, float]:
-        """Seconds to prune a square matrix of either size."""
-        small, large = (self._seconds(self._solving(side)) for side in SIDES)
-        return small, large
-
-    def _solving(self, side: int) -> Callable[[], object]:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(side, side, generator=generator)
-        inputs = torch.randn(2 * side, side, generator=generator) + torch.randn(2 * side, 1, generator=generator)
-        settings = _fitting(self._train)
-
-        def solve() -> object:
-            statistic = new_statistic(settings, side, inputs.device)
-            if statistic is not None:
-                statistic.add(inputs)
-            return prepare(settings, statistic).prune(weight)
-
-        return solve
+    def _steps(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Side of a square matrix -> seconds to make the pruner ready, and to prune it."""
+        preparing: dict[int, float] = {}
+        pruning: dict[int, float] = {}
+        for side in SIDES:
+            step = _Solve(self._train, side)
+            preparing[side], pruning[side] = self._seconds(step.prepare), self._seconds(step.prune)
+            if side >= self._widest or max(preparing[side], pruning[side]) > LONGEST:
+                break
+        return preparing, pruning
 
     def _seconds(self, step: Callable[[], object]) -> float:
-        """Wall seconds of a step with the client's threads, the least of a few."""
+        """Seconds of a step with the client's threads: the least of several, as nothing makes it faster than it is."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._train.threads or before)
         try:
-            step()  # code that is loaded late
-            return min(_timed(step) for _ in range(3))
+            found, started = [_timed(step)], time.perf_counter()
+            while found[0] < LONGEST and time.perf_counter() - started < REPEATED:
+                found.append(_timed(step))
+            return min(found)
         finally:
             torch.set_num_threads(before)
 
 
 def _timed(step: Callable[[], object]) -> float:
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < SHORTEST or not count:
-        step()
-        count += 1
-    return passed / count
+    """Wall seconds or those of the CPU, whichever are fewer: other processes make the former longer."""
+    started, worked = time.perf_counter(), time.process_time()
+    step()
+    return min(time.perf_counter() - started, time.process_time() - worked)
+
+
+def _grown(timed: dict[int, float], side: int) -> float:
+    """Seconds at a side: between two that were timed by a power of it, beyond them by its square and its cube."""
+    sides = list(timed)
+    if side <= sides[0]:
+        return timed[sides[0]]
+    if side > sides[-1]:
+        return _beyond(timed, sides[-2:], side)
+    above = next(one for one in sides if one >= side)
+    below = above // 2
+    power = math.log2(timed[above] / timed[below])
+    return timed[below] * (side / below) ** power
+
+
+def _beyond(timed: dict[int, float], sides: Sequence[int], side: int) -> float:
+    """The two largest sides tell what grows with the square, as looking at entries, and with the cube, as products."""
+    small, large = (timed[one] / one**2 for one in (sides[0], sides[-1]))
+    slope = (large - small) / (sides[-1] - sides[0]) if len(sides) > 1 else 0.0
+    slope = min(max(slope, 0.0), large / sides[-1])
+    return side**2 * (large + slope * (side - sides[-1]))
+
+
+class _Pass:
+    """A pass of a few windows through the first block, without its linears."""
+
+    def __init__(self, job: Job, batch: int, length: int) -> None:
+        model = job.model
+        hollow = HollowModel(model.folder, model.layout, str(model.arithmetic).removeprefix("torch."))
+        self._block = hollow.blocks[0]
+        for linear in model.layout.blocks[0]:
+            self._block.get_submodule(linear.name).forward = _of_width(linear.shape[0])  # type: ignore[method-assign]
+        windows = torch.zeros(batch, length, dtype=torch.int64)
+        self._state = embed(hollow, windows, batch)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Do it once."""
+        self._state.calls[0][0](self._block, self._state.hidden[0])
+
+
+def _of_width(rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], rows)
+
+
+class _Solve:
+    """Pruning a square matrix, in two steps."""
+
+    def __init__(self, train: TrainConfigs, side: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._settings, self._weight = _fitting(train), torch.randn(side, side, generator=generator)
+        self._statistic: Statistic | None = new_statistic(self._settings, side, self._weight.device)
+        if self._statistic is not None:  # inputs that are alike in part, as those of a model
+            inputs = torch.randn(2 * side, side, generator=generator)
+            self._statistic.add(inputs + torch.randn(2 * side, 1, generator=generator))
+        self._ready: Prepared | None = None
+
+    def prepare(self) -> None:
+        """Once for all matrices with the same input; the statistic is used up."""
+        self._ready = prepare(self._settings, copy.deepcopy(self._statistic))
+
+    def prune(self) -> None:
+        """One matrix."""
+        assert self._ready is not None
+        self._ready.prune(self._weight)
 
 
 def _fitting(train: TrainConfigs) -> Pruning:

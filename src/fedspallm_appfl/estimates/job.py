@@ -239,3 +239,9 @@ def mask_only(client: Client) -> bool:
 def takes_no_text(client: Client) -> bool:
     """Whether a client has no text and needs none: it runs one short window (see `rounds.client`)."""
     return client.data.text is None and not needs_text(client)
+
+
+def windows_of(job: Job, client: Client) -> tuple[int, int]:
+    """Calibration windows and their length; a client without text takes one short window."""
+    without = takes_no_text(client) and not job.algorithm.pools_text
+    return (1, 2) if without else (client.data.windows, client.data.length)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, takes_no_text
+from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, windows_of
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds import UnitBytes
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
@@ -68,7 +68,7 @@ def worst(moments: Iterable[Parts]) -> Parts:
 
 def client_memory(job: Job, client: Client) -> Memory:
     """Memory of one client that is alone in its process."""
-    model, (windows, length) = job.model, _windows(job, client)
+    model, (windows, length) = job.model, windows_of(job, client)
     states, on_disk = _activations(model, windows, length, job.hidden_copies), client.data.activations == "file"
     parts = {
         "outer parts": model.outer * model.arithmetic.itemsize,
@@ -86,12 +86,6 @@ def _earlier(job: Job, client: Client) -> int:
     return min(client.comm_configs.blocks_per_message - 1, len(job.model.blocks) - 1) * max(packed)
 
 
-def _windows(job: Job, client: Client) -> tuple[int, int]:
-    """Calibration windows and their length; a client without text takes one short window."""
-    without = takes_no_text(client) and not job.algorithm.pools_text
-    return (1, 2) if without else (client.data.windows, client.data.length)
-
-
 def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:
     """Hidden states of all windows, and their token ids."""
     return windows * length * (copies * model.hidden * model.arithmetic.itemsize + torch.int64.itemsize)
@@ -99,7 +93,7 @@ def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> 
 
 def _tokens(job: Job, client: Client) -> int:
     """Tokens in a batch."""
-    windows, length = _windows(job, client)
+    windows, length = windows_of(job, client)
     return min(client.data.batch, windows) * length
 
 

@@ -225,17 +225,18 @@ class HollowModel:
         device: the CPU.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, dtype: str = "float32") -> None:
         """Build the model.
 
         Args:
             folder: the model folder; it need not hold weights.
             layout: as `find_layout` finds it.
+            dtype: of its arithmetic, a name in `DTYPES`.
 
         Raises:
             ModelError: `config.json` is not one of a model that this transformers knows.
         """
-        self.model, self.layout, self.device = without_weights(folder, "float32"), layout, torch.device("cpu")
+        self.model, self.layout, self.device = without_weights(folder, dtype), layout, torch.device("cpu")
         self.model.eval()
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
