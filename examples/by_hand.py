@@ -31,9 +31,7 @@ three ones, then four of the five twos, the first ones by index. The two in row 
 
 import torch
 
-from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
-from fedspallm_appfl.aggregation.mask_expansion import expand
-from fedspallm_appfl.tensors.target import parse_target
+import fedspallm_appfl as fs
 
 A = torch.tensor([[4.0, 0, 0, 2], [0, 6, 1, 0], [3, 0, 0, 5], [0, 2, 7, 0]])
 B = torch.tensor([[6.0, 0, 2, 0], [0, 4, 0, 1], [0, 2, 0, 7], [1, 0, 5, 0]])
@@ -42,11 +40,11 @@ C = torch.tensor([[5.0, 1, 0, 0], [0, 5, 3, 0], [0, 0, 2, 6], [0, 0, 6, 4]])
 
 def aggregate() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (votes, l0 mean, mask, result), each (4, 4)."""
-    sums = L0Sums.empty((4, 4), weighted=False)
+    sums = fs.L0Sums.empty((4, 4), weighted=False)
     for weight in (A, B, C):
         sums.add(weight, mask=weight != 0)  # no kept weight is zero here, so the mask can be read off
-    mean = l0_mean(sums)
-    mask = expand(sums.votes, sums.clients, mean.abs(), parse_target(0.5))
+    mean = fs.l0_mean(sums)
+    mask = fs.expand(sums.votes, sums.clients, mean.abs(), fs.parse_target(0.5))
     return sums.votes, mean, mask, mean * mask
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fedspallm_appfl as fs
 from fedspallm_appfl.algorithms import registry as algorithms
@@ -38,20 +39,14 @@ def test_a_plugin_is_used_in_one_process_and_sends_masks_alone(model, tmp_path):
     folder = run(tiny_config(tmp_path, model, "fedspallm", **OWN))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["pruner"] == "ria" and manifest["sparsity"] == 0.5
-    dense, pruned = fs.Config, weights(folder)
-    for name, tensor in weights_of(model).items():
+    pruned = weights(folder)
+    for name, tensor in load_file(model / "model.safetensors").items():
         kept = pruned[name] != 0
         assert torch.equal(pruned[name][kept], tensor[kept])
     uploads = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sent = sum(event["bytes"] for event in uploads if event["event"] == "upload")
     assert sent == 3 * 23_040 // 8
     assert str(RIA) in (folder / "config.yaml").read_text()
-
-
-def weights_of(model):
-    from safetensors.torch import load_file
-
-    return load_file(model / "model.safetensors")
 
 
 def test_a_plugin_is_used_by_study_validate_and_estimate(model, tmp_path, capsys):
@@ -114,9 +109,18 @@ def test_what_a_pruner_makes_is_checked_with_pruner_client_block_and_matrix(mode
 
 
 def test_what_an_algorithm_makes_is_checked_with_block_and_matrix(model, tmp_path):
-    fs.register(fs.Algorithm("mine", [fs.Exchange("weights", "weights", lambda sums, matrix: sums.votes > 0)]))
-    with pytest.raises(fs.PruningError, match="algorithm mine, block 0, .*q_proj"):
-        fs.prune(model, {"a": first_pages("bible")}, tmp_path / "run", algorithm="mine", windows=2, length=24)
+    for made, words in (
+        (lambda sums, matrix: sums.votes > 0, "got a mask alone"),
+        (lambda sums, matrix: (fs.l0_mean(sums), sums.votes), "and torch.uint8"),
+        (
+            lambda sums, matrix: (fs.l0_mean(sums), sums.votes < 9),
+            "sparsity 0.5 prunes 512 of 1024 entries, the mask 0",
+        ),
+    ):
+        fs.register(fs.Algorithm("mine", [fs.Exchange("weights", "weights", made)]))
+        with pytest.raises(fs.PruningError, match=r"algorithm mine, block 0, self_attn\.\w_proj") as caught:
+            fs.prune(model, {"a": first_pages("bible")}, tmp_path / words, algorithm="mine", windows=2, length=24)
+        assert words in str(caught.value)
 
 
 def test_plugins_that_cannot_be_used_are_named(tmp_path):
