@@ -180,7 +180,7 @@ def test_an_endpoint_runs_no_function_that_its_site_does_not_know(world, tmp_pat
     code, out, err = fedspallm("doctor", write_config(world, tmp_path, 2), *registered_anew)
     assert code == 2, out + err
     endpoint = columns(out)[1]
-    assert "not permitted" in endpoint and "into server_configs.functions" in endpoint and "online" in endpoint
+    assert "not permitted" in endpoint and "set server_configs.functions" in endpoint and "online" in endpoint
 
 
 def test_a_bucket_needs_no_account_at_a_site(world, tmp_path, fedspallm, monkeypatch):
