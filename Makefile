@@ -10,7 +10,7 @@ LIMIT := timeout --foreground --kill-after=60
 TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test globus fast lint check triton bench bench-peers clean
+.PHONY: help install demo study test globus fast lint check triton docs bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -52,6 +52,9 @@ check: lint test  ## What CI runs
 triton: install  ## The GPU kernel in Triton's interpreter, and through its compiler; needs no GPU
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
+
+docs: install  ## Write the table of all keys into docs/configuration.md
+	$(BIN)/python -m fedspallm_appfl.settings.page docs/configuration.md
 
 bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks

@@ -6,8 +6,8 @@ from benchmarks.context import Context
 from benchmarks.measure import interleave, seconds
 from benchmarks.tables import Table, met
 from benchmarks.uploads import SEVEN_B, SMALL, matrix
-from fedspallm_appfl.wire.packed import pack, unpack
-from fedspallm_appfl.wire.update import compress, make_update
+from fedspallm_appfl.wire.packed import pack
+from fedspallm_appfl.wire.update import compress, make_update, read_matrices
 
 MUST, AIM = 1.0, 4.0
 
@@ -24,16 +24,16 @@ def run(context: Context) -> Table:
         "encode, torch weight[mask]": lambda: [weight[mask] for weight, mask in pairs],
         "encode, ours": lambda: [pack(weight, mask, torch.float16) for weight, mask in pairs],
         "decode, torch masked_scatter": lambda: [
-            torch.zeros_like(weight).masked_scatter_(mask, one["values"])
+            torch.zeros_like(weight).masked_scatter_(mask, one.values)
             for (weight, mask), one in zip(pairs, packed, strict=True)
         ],
         "decode, ours, into a block's weights": lambda: [
-            unpack_weight(one, out=weight) for one, weight in zip(packed, blank, strict=True)
+            one.unpack_weight(out=weight) for one, weight in zip(packed, blank, strict=True)
         ],
-        "decode, ours, into new memory": lambda: [unpack_weight(one) for one in packed],
-        "decode with mask, ours": lambda: [unpack(one) for one in packed],
+        "decode, ours, into new memory": lambda: [one.unpack_weight() for one in packed],
+        "decode with mask, ours": lambda: [(one.unpack_weight(), one.unpack_mask()) for one in packed],
         "compress": lambda: compress(update),
-        "decompress": lambda: decompress(compressed, torch.float16),
+        "decompress": lambda: read_matrices(compressed, torch.float16),
     }
     times = interleave(2 if context.quick else 3, *(lambda work=work: seconds(work) for work in ways.values()))
     columns = ("what", "GB/s", "range", "must", "aim", "met")

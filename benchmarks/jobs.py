@@ -16,10 +16,10 @@ from benchmarks import memory
 from benchmarks.measure import seconds
 from benchmarks.models import random_windows
 from benchmarks.reference import driver
-from fedspallm_appfl.models.blockwise import prune_blocks
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.settings.schema import Pruning
-from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.rounds.pruning import prune_blocks
+from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.settings.schema import ClientSettings
 
 
 def measured(load: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, float]:
@@ -34,11 +34,11 @@ def measured(load: Callable[[], Any], work: Callable[[Any], Any]) -> dict[str, f
 
 def ours(pruner: str, folder: str, windows: torch.Tensor, blocks: list[int] | None = None) -> dict[str, float]:
     """Prune all blocks, or some; results are dropped as they come, as a client drops them once they are sent."""
-    settings = Pruning(pruner, parse_target("0.5"))
+    settings = ClientSettings(pruner, client_id="client")  # to one half
 
     def work(model: LazyModel) -> None:
         assigned = range(len(model.layout.blocks)) if blocks is None else blocks
-        for _ in prune_blocks(model, windows, set(assigned), settings):
+        for _ in prune_blocks(Source(model, windows, settings), set(assigned)):
             pass
 
     return measured(lambda: LazyModel(folder), work)

@@ -1,28 +1,28 @@
 """One block of LLaMA-2-7B on the server: 16 clients' uploads, from the first to the stored result."""
 
 from functools import partial
-
-import torch
+from pathlib import Path
 
 from benchmarks.context import Context
 from benchmarks.measure import seconds, wall_seconds
 from benchmarks.memory import peak_above
 from benchmarks.tables import Table
-from benchmarks.uploads import AGGREGATION, SEVEN_B, SMALL, one_block, receive_all, upload
-from fedspallm_appfl.estimates import memory as estimate_memory
+from benchmarks.uploads import SEVEN_B, SMALL, context, receive_all, upload
+from fedspallm_appfl.estimates.memory import closing_bytes
+from fedspallm_appfl.rounds.folds import folds
 
 CLIENTS = 16
 PEAK = "MB above the uploads, at most"
 DISTINCT = 2  # uploads in memory; the clients send one or the other
 
 
-def run(context: Context) -> Table:
-    shapes = SMALL if context.quick else SEVEN_B
+def run(where: Context) -> Table:
+    shapes = SMALL if where.quick else SEVEN_B
     uploads = [upload(shapes, seed) for seed in range(DISTINCT)]
     measured: dict[str, float] = {}
 
     def job() -> None:
-        measured[PEAK] = peak_above(partial(receive_all, shapes, CLIENTS, uploads, context.scratch))
+        measured[PEAK] = peak_above(partial(receive_all, shapes, CLIENTS, uploads, where.scratch))
 
     def on_the_wall() -> None:
         measured["seconds"] = wall_seconds(job)
@@ -37,5 +37,5 @@ def run(context: Context) -> Table:
 
 def predicted(shapes: dict[str, tuple[int, int]], clients: int) -> dict[str, float]:
     """What the package itself predicts for this job, by the names of the rows."""
-    linears = one_block(shapes).blocks[0]
-    return {PEAK: estimate_memory.closing_bytes(linears, torch.float16, clients, AGGREGATION) / 1e6}
+    [fold] = folds(context(shapes, Path()))
+    return {PEAK: closing_bytes([fold.bytes_of(0, name, clients) for name in shapes], clients) / 1e6}

@@ -5,7 +5,8 @@ import torch
 from benchmarks.context import Context
 from benchmarks.models import random_mask
 from benchmarks.tables import Table, met
-from fedspallm_appfl.wire import packed as payload
+from fedspallm_appfl.wire.packed import pack, pack_mask
+from fedspallm_appfl.wire.update import compress, make_update, update_nbytes
 
 TARGETS = {50: (1.75, 2.0), 70: (2.7, 3.2)}  # percent -> (packed, compressed)
 
@@ -16,12 +17,12 @@ def run(context: Context) -> Table:
     table = Table(f"Payload, {side} x {side}, float16", ("what", "dense MB", "MB", "ratio", "must", "met"))
     for percent, musts in TARGETS.items():
         mask = random_mask(tuple(weight.shape), weight.numel() * percent // 100, seed=percent)
-        whole = payload.make_update(0, {0: {"linear": payload.pack(weight, mask, torch.float16)}})
-        masks = payload.make_update(0, {0: {"linear": payload.pack_mask(mask)}})
+        whole = make_update(0, {0: {"linear": pack(weight, mask, torch.float16)}})
+        masks = make_update(0, {0: {"linear": pack_mask(mask)}})
         for what, update, must in zip(
-            ("packed", "compressed", "mask alone"), (whole, payload.compress(whole), masks), (*musts, None), strict=True
+            ("packed", "compressed", "mask alone"), (whole, compress(whole), masks), (*musts, None), strict=True
         ):
-            _row(table, f"{percent} %, {what}", weight.nbytes, payload.update_nbytes(update), must)
+            _row(table, f"{percent} %, {what}", weight.nbytes, update_nbytes(update), must)
     table.notes.append(
         "Normally distributed weights and a random mask, which compress less than what a pruner leaves. A mask takes one "
         "bit an entry, so that packed values and mask can give 1.78x at 50 % and 2.76x at 70 %. Clients whose pruner "

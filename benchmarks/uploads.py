@@ -9,15 +9,13 @@ from torch import Tensor
 
 from benchmarks.models import random_mask
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.rounds.folds import Aggregation
+from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.settings.schema import Pruning
-from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.settings.schema import ServerSettings
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.update import make_update
 
 Shapes = Mapping[str, tuple[int, int]]
-AGGREGATION = Aggregation(Pruning("sparsegpt", parse_target("0.5")))
 SEVEN_B = {  # the linears of a block of LLaMA-2-7B: 405 MB in float16
     **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
     "mlp.gate_proj": (11008, 4096),
@@ -49,9 +47,14 @@ def _no_dense(block: int, name: str) -> Tensor:
     raise RuntimeError("these uploads bring their values, so the server needs no dense weights")
 
 
+def context(shapes: Shapes, folder: Path) -> Context:
+    """What a server of FedSpaLLM at 50 % works with."""
+    return Context(one_block(shapes), torch.float16, ServerSettings(), folder, "cpu", _no_dense)
+
+
 def receive_all(shapes: Shapes, clients: int, uploads: list[Any], folder: Path) -> GlobalModel:
     """Let a new server take the uploads of all clients, one after another; there may be fewer uploads than clients."""
-    server = GlobalModel(one_block(shapes), torch.float16, AGGREGATION, folder, _no_dense)
+    server = GlobalModel(context(shapes, folder))
     server.begin_round(0, {f"client-{number}": [0] for number in range(clients)})
     for number in range(clients):
         server.receive(f"client-{number}", uploads[number % len(uploads)], 1)

@@ -1,6 +1,7 @@
 """Tiny models and texts that the tests make themselves; nothing is downloaded."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what is made before a test, and for processes that a test starts
@@ -8,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what is made before a test,
 import pytest
 import torch
 
+from fedspallm_appfl.algorithms import registry as algorithms
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.settings import plugins
 from helpers import processes
 
 LIMITS = {"globus": 900, "mpi": 600, "slow": 600}  # seconds, with fixtures; several times what it takes
@@ -25,6 +29,19 @@ def pytest_collection_modifyitems(items):
 def no_process_outlives_its_test():
     yield
     processes.end_all()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered():
+    """What a test's plugin adds is gone after it, so that the next one knows the built-in algorithms and pruners only."""
+    yield
+    for name in plugins.ADDED:
+        algorithms._ALGORITHMS.pop(name, None)
+        pruners._PRUNERS.pop(name, None)
+    if plugins.ADDED:
+        plugins.ADDED.clear()
+        for file in [name for name in sys.modules if name.endswith(".py")]:
+            del sys.modules[file]
 
 
 @pytest.fixture(autouse=True)

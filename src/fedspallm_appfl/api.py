@@ -1,12 +1,13 @@
 """The face for Python: prune, run, validate, estimate and evaluate, as objects and exceptions (docs/python.md).
 
-Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the rule,
-the value and the fix.
+Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the
+rule, the value and the fix.
 """
 
 import difflib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.text import are_tokens
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
 from fedspallm_appfl.runs.progress import console
@@ -81,8 +84,8 @@ def prune(
         evaluate: name -> held-out text, of the same kinds.
         overwrite: replace the results of an earlier run in the folder.
         progress: show what the command line shows while it runs.
-        **settings: keys of a configuration (see `load_config`); `sparsity`, `algorithm` and `pruner` above all. Where
-            nothing is said of it, `evaluation` takes windows of the clients' length and batch, on their device.
+        **settings: keys of a configuration (see `load_config`); `sparsity`, `algorithm` and `pruner` above all. `length` is
+            2048, or less if the model takes less; `evaluation` takes windows of that length, on the clients' device.
 
     Returns:
         Perplexities, sparsities, and the folder of the pruned model.
@@ -92,25 +95,28 @@ def prune(
         FedSpaLLMError: it fails.
     """
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
-        raw = _nested(settings)
-        own = raw.setdefault("model", {}) if isinstance(raw.get("model", {}), dict) else {}
-        own["path"] = _model_path(model, tokenizer, Path(folder))
+        place, raw = Path(folder), _nested(settings)
         raw["run_dir"] = str(run_dir)
-        texts = {name: _paths(f"clients[{name!r}]", text, Path(folder)) for name, text in clients.items()}
+        texts, held_out = _all_paths("clients", clients, place), _all_paths("evaluate", evaluate or {}, place)
         raw["clients"] = [{"client_id": name, "data": {"text": text}} for name, text in texts.items()]
-        held_out = {name: _paths(f"evaluate[{name!r}]", text, Path(folder)) for name, text in (evaluate or {}).items()}
-        data = raw.get("client_configs", {}).get("data", {})
-        device = raw.get("client_configs", {}).get("train_configs", {}).get("device", "auto")
-        raw["evaluation"] = {
-            "texts": held_out,
-            "device": device,
-            "batch": 8,
-            **{name: data[name] for name in ("length", "batch") if name in data},
-            **raw.get("evaluation", {}),
-        }
+        raw.setdefault("model", {})["path"] = _model_path(model, tokenizer, place)
+        if (
+            not isinstance(model, str | Path)
+            and tokenizer is None
+            and not all(map(are_tokens, [*texts.values(), *held_out.values()]))
+        ):
+            raise ConfigError(
+                "tokenizer: a loaded model comes with its tokenizer, as there are texts to tokenize; got None"
+            )
+        shared = raw.setdefault("client_configs", {})
+        length = shared.setdefault("data", {}).setdefault("length", _usual_length(raw["model"], clients.values()))
+        device = shared.get("train_configs", {}).get("device", "auto")
+        usual = {"texts": held_out, "length": length, "batch": 8, "device": device}
+        told = raw.get("evaluation", {})
+        raw["evaluation"] = usual | told if isinstance(told, dict) else told
         config, problems = read_config(raw)
         refuse("fs.prune", problems)
-        return run(config, overwrite=overwrite, progress=progress)
+        return _run(config, "fs.prune", overwrite, progress)
 
 
 def run(config: Config | str | Path, *, overwrite: bool = False, progress: bool = False) -> Result:
@@ -125,7 +131,10 @@ def run(config: Config | str | Path, *, overwrite: bool = False, progress: bool 
         ConfigError: lists everything that keeps it from being run.
         FedSpaLLMError: it fails.
     """
-    config, name = _opened(config)
+    return _run(*_opened(config), overwrite, progress)
+
+
+def _run(config: Config, name: str, overwrite: bool, progress: bool) -> Result:
     refuse(name, problems_of(config, globus=False, files=True, overwrite=overwrite))
     if not progress:
         return experiment.conduct(config, serial.run, overwrite)[0]
@@ -141,8 +150,8 @@ def load_config(file: str | Path, **settings: Any) -> Config:
             `sparsity="2:4"`, `length=256`), or a group with its keys (`evaluation={"length": 256}`).
 
     Raises:
-        ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can be
-            run is for `validate` and `run` to say.
+        ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can
+            be run is for `validate` and `run` to say.
     """
     config, problems = read_file(Path(file), (), _nested(settings))
     refuse(file, problems)
@@ -183,7 +192,7 @@ def evaluate(
     """
     named = texts if isinstance(texts, Mapping) else {str(texts): texts}
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
-        paths = {name: _paths(f"texts[{name!r}]", text, Path(folder)) for name, text in named.items()}
+        paths = _all_paths("texts", named, Path(folder))
         return evaluation.evaluate_folder(str(model), paths, length, **settings)
 
 
@@ -324,10 +333,48 @@ def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
             "model: it is quantized, and what is left would be rounded again; load it in float16 or bfloat16"
         )
     place = folder / (Path(model.config.name_or_path).name or "model")
-    model.save_pretrained(place)
+    with _no_bars():
+        model.save_pretrained(place)
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
     return str(place)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _usual_length(model: Mapping[str, Any], texts: Iterable[Any]) -> int:
+    """Tokens in a window where nobody says so: those of windows that are given, or 2048, or what the model takes."""
+    given = [one.shape[1] for one in texts if isinstance(one, Tensor) and one.dim() == 2]
+    if given:
+        return int(given[0])
+    try:
+        longest = Skeleton(model["path"], model.get("blocks")).longest_window
+    except ModelError:  # said where everything is checked
+        longest = None
+    return min(longest or evaluation.DEFAULT_LENGTH, evaluation.DEFAULT_LENGTH)
+
+
+def _all_paths(argument: str, texts: Any, folder: Path) -> dict[str, Paths]:
+    """Name -> where its text lies.
+
+    Raises:
+        ConfigError: these are no texts with names.
+    """
+    if not isinstance(texts, Mapping):
+        raise ConfigError(f"{argument} is a dict of names and texts, got {type(texts).__name__}")
+    return {str(name): _paths(f"{argument}[{name!r}]", text, folder) for name, text in texts.items()}
 
 
 def _paths(where: str, text: Any, folder: Path) -> Paths:

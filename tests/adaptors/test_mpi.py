@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.runs import mpi
 from helpers.experiments import UNEVEN, merge, small_config
-from helpers.paths import DEMO, TESTS
+from helpers.paths import DEMO, ROOT, TESTS
 from helpers.processes import ENVIRONMENT, end, fedspallm, finish, mpiexec, without_mpiexec
 from helpers.tiny import linears, save_tiny, tiny_config, weights
 
@@ -26,6 +26,11 @@ ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take pa
     "gram": ("gram", {"gram": {"precision": "int8"}}, "cumulative"),
     "gram sweep": ("gram", {"gram": WHOLE_GRAMS}, "latest"),
     "consensus": ("consensus", SPLIT, "latest"),
+    "own pruner": (
+        "fedspallm",
+        {"plugins": [str(ROOT / "examples/plugins/ria.py")], "client_configs": {"train_configs": {"pruner": "ria"}}},
+        "latest",
+    ),
 }
 LAYOUTS = {"one client a rank": 2, "batched": 3}  # clients of the two client ranks
 

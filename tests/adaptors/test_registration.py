@@ -8,8 +8,7 @@ from fedspallm_appfl.adaptors.registration import class_of
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.validation import globus_rules
-from fedspallm_appfl.validation.rules import check
+from fedspallm_appfl.validation.rules import check, check_for_globus
 from helpers.processes import fedspallm, finish, without_mpiexec
 from helpers.tiny import run, save_tiny, tiny_config
 
@@ -97,10 +96,10 @@ def test_a_class_that_is_not_there_ends_a_run_with_its_key(experiment, capsys):
             "nowhere.py:Mine",
             "key: there is no file FOLDER/nowhere.py; a relative path starts from the working directory",
         ),
-        ("own.py:Nobody", "key: FOLDER/own.py has no class 'Nobody', only OrderedDict, Mine, Other"),
-        ("own.py:function", "key: FOLDER/own.py has no class 'function', only OrderedDict, Mine, Other"),
-        ("own.py:Other", "key: Other of FOLDER/own.py is no subclass of collections.OrderedDict; derive it"),
-        ("empty.py:Mine", "key: FOLDER/empty.py has no class 'Mine', only none at all"),
+        ("own.py:Nobody", "key: own.py has no class 'Nobody', only OrderedDict, Mine, Other"),
+        ("own.py:function", "key: own.py has no class 'function', only OrderedDict, Mine, Other"),
+        ("own.py:Other", "key: Other of own.py is no subclass of collections.OrderedDict; derive it"),
+        ("empty.py:Mine", "key: empty.py has no class 'Mine', only none at all"),
         ("raises.py:Mine", "key: FOLDER/raises.py cannot be imported: KeyError: 'x', line 3"),
         (
             "lacks.py:Mine",
@@ -140,5 +139,5 @@ def test_a_file_is_imported_once_and_again_after_it_failed(tmp_path):
 def test_a_configuration_may_name_a_class_by_its_file_but_no_site_runs_it(experiment):
     config, problems = load_config(experiment, ["clients.0.endpoint_id=x", "clients.1.endpoint_id=y", *NAMED])
     assert not [problem for problem in problems + check(config) if "endpoint_id" not in problem]
-    [problem] = globus_rules.check(config)
+    [problem] = check_for_globus(config)
     assert problem.startswith("client_configs.train_configs.trainer: a site runs no code of the server's, got 'mine.py")

@@ -21,7 +21,7 @@ TEXT = str(DEMO / "text" / "austen" / "test.txt")
 
 def verbs():
     """Verb -> its parser."""
-    [action] = [a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    [action] = [a for a in cli.parser_of_all()._actions if isinstance(a, argparse._SubParsersAction)]
     return action.choices
 
 
@@ -48,7 +48,7 @@ def examples(parser):
 @pytest.mark.parametrize("verb", [None, *verbs()])
 def test_the_help_of_every_verb_shows_examples_that_parse(verb, fedspallm, monkeypatch):
     code, out, _ = fedspallm(*filter(None, [verb, "--help"]))
-    shown = examples(verbs()[verb] if verb else cli._parser())
+    shown = examples(verbs()[verb] if verb else cli.parser_of_all())
     assert code == 0
     assert shown
     for example in shown:
@@ -60,7 +60,7 @@ def test_the_help_of_every_verb_shows_examples_that_parse(verb, fedspallm, monke
 
 
 def test_the_examples_of_help_name_files_that_exist():
-    shown = [example for parser in (cli._parser(), *verbs().values()) for example in examples(parser)]
+    shown = [example for parser in (cli.parser_of_all(), *verbs().values()) for example in examples(parser)]
     named = {word for example in shown for word in example.split() if word.startswith(("configs/", "examples/"))}
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
@@ -152,7 +152,7 @@ def test_an_interrupt_is_no_traceback(fedspallm, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedspallm_appfl.settings.schema.load_config", interrupt)
+    monkeypatch.setattr("fedspallm_appfl.settings.reading.load_config", interrupt)
     assert fedspallm("validate", CONFIG) == (130, "", "interrupted\n")
 
 
@@ -186,13 +186,16 @@ def test_evaluate_takes_the_length_that_the_model_takes_unless_told(fedspallm):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate", "./none", "--text", TEXT, "--length", "64"], "model path './none' is not a folder here"),
+        (
+            ["evaluate", "./none", "--text", TEXT, "--length", "64"],
+            "model path './none' is no folder here and no hub name",
+        ),
         (evaluate("--text", "none.txt", "--length", "64"), "the text none.txt cannot be read"),
         (evaluate("--text", str(ROOT / ".gitignore")), "has no window of 512 tokens; give more text"),
         (evaluate("--length", "513"), "--length is at most 512 for this model (max_position_embeddings), got 513"),
         (evaluate("--length", "64", "--device", "gpu"), "gpu"),
         (evaluate("--length", "64", "--device", "cuda:x"), "cuda:x"),
-        (evaluate("--length", "64", "--device", "cuda:99"), "device cuda:99 was requested"),
+        (evaluate("--length", "64", "--device", "cuda:99"), "device cuda:99 was asked for"),
     ],
 )
 def test_what_cannot_be_evaluated_is_explained(fedspallm, words, message):
@@ -208,7 +211,7 @@ def test_a_run_directory_is_not_overwritten_unless_asked(fedspallm, tmp_path, mo
     (tmp_path / "metrics.jsonl").touch()
     code, _, err = fedspallm("run", CONFIG, f"run_dir={tmp_path}")
     assert code == 2
-    assert f"run_dir: {tmp_path} exists and is not empty; give another run_dir=..., or --overwrite to replace it" in err
+    assert f"run_dir: {tmp_path} exists and is not empty; give another run_dir, or --overwrite to replace it" in err
     assert ran == []
     assert fedspallm("run", CONFIG, "--overwrite", f"run_dir={tmp_path}")[0] == 0
     assert len(ran) == 1

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from fedspallm_appfl.validation.globus_rules import prepared
 from globus_compute_sdk.errors import DeserializationError, TaskExecutionFailed
 from globus_compute_sdk.sdk.asynchronous.compute_future import ComputeFuture
 from globus_compute_sdk.serialize import DillDataBase64
@@ -28,6 +27,7 @@ from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.validation.rules import prepared_for_globus
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 from helpers.experiments import DOMAINS, first_pages, small_config, uneven
 from helpers.globus_double.executor import Site
@@ -161,7 +161,7 @@ def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path
 
     made = []
     make = globus_worker._agent
-    monkeypatch.setattr(globus_worker, "_agent", lambda *of: made.append(of[0]["client"]) or make(*of))
+    monkeypatch.setattr(globus_worker, "_agent", lambda *of: made.append(of[0].client_id) or make(*of))
     config = write_sweep(tmp_path)
     _, aggregator = over_wire(ForgetfulWire(), config)
     assert main(["run", str(config)]) == 0
@@ -169,7 +169,7 @@ def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path
     done = aggregator.global_model.done
     for block in range(3):
         for name, packed in done.get(block).items():
-            assert torch.equal(unpack_weight(packed), alone[f"model.layers.{block}.{name}.weight"])
+            assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
     assert len(made) == 2 * 3 * (5 if forgets else 1)
     assert not globus_worker._sweeping
 
@@ -280,7 +280,7 @@ def test_the_server_names_no_text(tmp_path, monkeypatch):
     (tmp_path / "secret.txt").write_text("it " * 9999)
     (tmp_path / "site.yaml").write_text(f"clients: {{austen: {{text: {first_pages('austen')}}}}}")
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
-    config = prepared(load_config(write_config(tmp_path))[0])
+    config = prepared_for_globus(load_config(write_config(tmp_path))[0])
     connection = globus.Connection(config, None, None, "run", globus.model_hash(DEMO / "model"))
     names = [f"austen.0.{number}" for number in range(8)]
     told = {"round": 0, "exchange": 0, "assign": {"austen": "0-7"}}
@@ -300,13 +300,15 @@ def test_the_server_names_no_text(tmp_path, monkeypatch):
 def test_a_server_sends_no_code_of_its_own(tmp_path, site, monkeypatch, group, key):
     """APPFL would run what it finds under these keys."""
     monkeypatch.setenv("HOME", str(tmp_path))  # where APPFL writes such code
-    config = prepared(load_config(write_config(tmp_path))[0])
+    config = prepared_for_globus(load_config(write_config(tmp_path))[0])
     connection = globus.Connection(config, None, None, "run", globus.model_hash(DEMO / "model"))
     names = [f"austen.0.{number}" for number in range(8)]
     told = {"round": 0, "exchange": 0, "assign": {"austen": "0-7"}}
     asked = connection.request(config.clients[0], [], names) | {"down": [], "instructions": told}
     code = f"open({str(tmp_path / 'written')!r}, 'w').close()\n"
     asked["config"].setdefault(group, {}).update({f"{key}_source": code, f"{key}_name": "Mine"})
+    (tmp_path / "mine.py").write_text(code)
+    asked["config"]["train_configs"]["trainer"] = f"{tmp_path / 'mine.py'}:Mine"  # as runs on one machine may name it
     answer = globus_worker.run_exchange(json.loads(json.dumps(asked)))
     assert not (tmp_path / "written").exists()
     assert "messages" in answer
@@ -442,7 +444,7 @@ def over_wire(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
 
     def over_wire(wire, file, *overrides):
-        config = prepared(load_config(file, overrides)[0])
+        config = prepared_for_globus(load_config(file, overrides)[0])
         dense = globus.model_hash(Path(config.model.path))
         store = globus.open_store(vars(config.client_configs.comm_configs.store), "run", create=True)
         events = []
@@ -473,7 +475,7 @@ def absences(events):
 def stored(aggregator):
     done = aggregator.global_model.done
     return {
-        (block, name, part): packed[part].view(torch.uint8).tolist()
+        (block, name, part): getattr(packed, part).view(torch.uint8).tolist()
         for block in done.blocks()
         for name, packed in done.get(block).items()
         for part in ("mask", "values")

@@ -6,6 +6,7 @@ from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import same_model
+from fedspallm_appfl.settings.schema import HashedModel
 from helpers.paths import DEMO, ROOT
 
 
@@ -64,7 +65,10 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
         ("clients: {a: }\nSECRET: 1", "may have only the keys"),
         ("clients: {a: }\nmay_send:", "must be a list of"),
         ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
-        ("clients: {a: {text: x}}\npath: y", "may have only the keys clients, may_send, min_tokens, model, store"),
+        (
+            "clients: {a: {text: x}}\npath: y",
+            "may have only the keys clients, may_send, min_tokens, model, plugins, store",
+        ),
         ("clients: {a: }\nmay_send: text", "may_send .* must be a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),
         ("clients: {a: }\nmay_send: weights", r"got 'weights'; write it in brackets, e.g. may_send: \["),
@@ -137,10 +141,10 @@ def test_a_client_may_be_called_by_a_number(write):
 
 
 def test_a_model_that_is_not_there_is_looked_for_where_it_was_named():
-    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model` in the site file"):
-        same_model({"path": str(DEMO / "model"), "hash": "x/y"}, Site("./none"), "a")
-    with pytest.raises(ModelError, match="'./none' is not a folder here .* check `model.path`"):
-        same_model({"path": "./none", "hash": "x/y"}, Site(), "a")
+    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model` in the site file"):
+        same_model(HashedModel(str(DEMO / "model"), hash="x/y"), Site("./none"), "a")
+    with pytest.raises(ModelError, match="'./none' is no folder here .* check `model.path`"):
+        same_model(HashedModel("./none", hash="x/y"), Site(), "a")
 
 
 @pytest.fixture
@@ -191,7 +195,7 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     [
         ("clients:", [], "it lists no client"),
         ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is not a folder"),
-        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it has no config.json"),
+        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it holds no config.json"),
         ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty is not a model"),
         ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is not a folder here"),
         (

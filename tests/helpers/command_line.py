@@ -9,7 +9,7 @@ from fedspallm_appfl import cli
 def parse(command, monkeypatch):
     """What the real command line makes of a command that begins with `fedspallm`, without doing it."""
     parsed = []
-    build = cli._parser
+    build = cli.parser_of_all
 
     def parser_that_records():
         parser = build()
@@ -18,8 +18,7 @@ def parse(command, monkeypatch):
             verb.set_defaults(work=lambda args: parsed.append(args) or 0)
         return parser
 
-    monkeypatch.setattr(cli, "_parser", parser_that_records)
-    monkeypatch.setattr(cli, "_run_mpi", lambda args: parsed.append(args) or 0)
+    monkeypatch.setattr(cli, "parser_of_all", parser_that_records)
     assert cli.main(shlex.split(command, comments=True)[1:]) == 0
     monkeypatch.undo()
     return parsed[0]

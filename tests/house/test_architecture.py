@@ -3,9 +3,13 @@
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 
 import pytest
 
+import fedspallm_appfl as face
+from fedspallm_appfl.settings import schema
 from helpers.paths import ROOT
 
 PACKAGE = ROOT / "src" / "fedspallm_appfl"
@@ -13,7 +17,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 FOLDERS = re.findall(r"^\| `([\w/]+)` \|", PAGE, re.MULTILINE)  # from the top down
 MAY_IMPORT = {  # whole folders; who else imports one of these is wrong
     "torch": None,  # everywhere but in what has to be quick, see below
-    "transformers": {"models", "globus/server", "runs", "study", "estimate"},
+    "transformers": {"models", "globus/server", "runs", "study", "estimates", "api"},
     "appfl": {"adaptors", "globus/server", "globus/site"},
     "mpi4py": {"adaptors", "runs"},
     "globus_compute_sdk": {"globus/server"},
@@ -103,8 +107,49 @@ def reached(*names, only_top=False):
 
 def test_validate_estimate_and_site_do_not_need_appfl():
     """Importing it takes seconds."""
-    found = reached("cli/validate", "cli/estimate", "cli/site")
-    assert sorted(name for name in found if name.startswith("adaptors/")) == []
+    code = """
+import sys
+from fedspallm_appfl.cli import main
+assert main(["validate", "configs/demo.yaml"]) == main(["estimate", "configs/demo.yaml"]) == 0
+assert main(["site", "examples/globus/site.yaml"]) in (0, 2)
+print("appfl" in sys.modules)
+"""
+    assert run_python(code).splitlines()[-1] == "False"
+
+
+def test_the_face_needs_neither_torch_nor_yaml_until_it_is_used():
+    code = "import sys, fedspallm_appfl; print({'torch', 'yaml', 'rich', 'transformers'} & set(sys.modules))"
+    assert run_python(code).strip() == "set()"
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_face_offers_what_type_checkers_see():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    [checking] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        (node.module.removeprefix(f"{PACKAGE.name}."), alias.name) for node in checking.body for alias in node.names
+    }
+    assert seen == {(module, name) for module, names in face._WHERE.items() for name in names}
+
+
+NAMES = {*schema.ALGORITHMS, *schema.PRUNERS}
+
+
+def test_nobody_compares_the_name_of_an_algorithm_or_a_pruner():
+    """What follows from a choice is a fact of the object."""
+    found = [
+        f"{name}:{node.lineno}: {ast.unparse(node)}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare | ast.match_case)
+        and {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & NAMES
+    ]
+    assert found == []
 
 
 def test_settings_need_no_torch():

@@ -298,7 +298,7 @@ def evaluated(folder, model, algorithm="fedspallm", **evaluation):
         ({"texts": {"law": "gone.txt"}}, "evaluation.texts.law: the text gone.txt cannot be read"),
         ({"texts": {"law": ["word.txt"]}}, "evaluation.texts.law: .*word.txt has no whole window of 24 tokens"),
         ({"length": 65}, "evaluation.length: the model takes at most 64 tokens .*, got 65"),
-        ({"device": "cuda:7"}, "evaluation.device: device cuda:7 was requested"),
+        ({"device": "cuda:7"}, "evaluation.device: device cuda:7 was asked for"),
     ],
 )
 def test_what_the_evaluation_needs_is_looked_at_before_anything_is_pruned(

@@ -70,9 +70,9 @@ def test_the_place_on_the_node_chooses_among_the_gpus_that_are_seen(gpus, seen, 
 @pytest.mark.parametrize(
     ("seen", "asked", "message"),
     [
-        (0, "cuda", "device cuda was requested on .*, which has no visible GPU; use auto"),
-        (0, "cuda:0", "device cuda:0 was requested on .*, which has "),
-        (2, "cuda:2", "device cuda:2 was requested on .*, which has 2 visible GPUs"),
+        (0, "cuda", "device cuda was asked for on .*, where no GPU can be seen; use auto"),
+        (0, "cuda:0", "device cuda:0 was asked for on .*, where 0 GPUs can be seen"),
+        (2, "cuda:2", "device cuda:2 was asked for on .*, where 2 GPUs can be seen"),
     ],
 )
 def test_a_gpu_that_is_not_seen_is_refused(gpus, seen, asked, message):

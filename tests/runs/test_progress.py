@@ -64,7 +64,7 @@ def test_over_globus_compute_one_sees_who_is_waited_for(shown):
     text = shown(sent, answer, *(upload(client, "0-3") for client in "bbab"))
     assert text.splitlines()[:3] == [
         "round 1/1  waiting for a, b",
-        "round 1/1  client b answered after 13 min",
+        "round 1/1  client b has answered after 13 min",
         "round 1/1  client b  block 0-3  1/4",
     ]
     assert "left" not in text
@@ -77,7 +77,7 @@ def test_over_globus_compute_one_sees_who_is_waited_for(shown):
     ("seconds", "words"), [(99, "99 s"), (100, "2 min"), (5000, "83 min"), (6000, "1 h 40 min"), (7500, "2 h 5 min")]
 )
 def test_long_times_are_told_in_minutes_and_hours(seconds, words):
-    assert progress._duration(seconds) == words
+    assert progress.duration(seconds) == words
 
 
 def test_rounds_are_counted_from_one_and_all_of_them_in_the_total(shown):

@@ -10,7 +10,8 @@ from rich.console import Console
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.events import EventLog, ignore
 from fedspallm_appfl.models.export import MatrixSparsity
-from fedspallm_appfl.runs.report import Results, bytes_text, closing, sparsity_line, traffic, write_report
+from fedspallm_appfl.runs.report import bytes_text, closing, traffic, write_report
+from fedspallm_appfl.runs.result import Result, sparsity_line
 from fedspallm_appfl.settings.schema import Client, Config, Evaluation, TrainConfigs
 
 NOTES = {"4.mlp.up_proj": {"damping": 0.1}}
@@ -81,7 +82,7 @@ def config_and_results(perplexity=PERPLEXITY, layer_sampling="balanced", matrice
     )
     config.server_configs.num_global_epochs = 2
     config.client_configs.train_configs.layer_sampling = layer_sampling
-    return config, Results(perplexity, matrices, dense_bytes=320, model=Path("run/model"))
+    return config, Result(perplexity, matrices, dense_bytes=320, model=Path("run/model"))
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_the_report_says_what_was_run_and_how_it_was_measured(report):
 def test_the_report_names_blocks_that_nobody_drew(report):
     text = report(layer_sampling="uniform")
     assert "No client drew these blocks, and they stay dense: 6-8." in text
-    assert "Uniform sampling is expected to leave 2.50 of 10 blocks dense per round." in text
+    assert "Uniform sampling leaves 2.50 of 10 blocks uncovered a round in expectation." in text
     assert "Uniform sampling" not in report()
 
 

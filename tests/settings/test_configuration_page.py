@@ -4,13 +4,14 @@ import dataclasses
 import re
 
 from fedspallm_appfl.settings.schema import Client, Config
+from fedspallm_appfl.tensors.target import Target
 from helpers.paths import ROOT
 
 
 def keys(value, prefix=""):
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, Target):
             yield from keys(inner, f"{prefix}{field.name}.")
         elif field.name != "clients":
             yield f"{prefix}{field.name}", inner

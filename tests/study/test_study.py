@@ -5,22 +5,25 @@ import io
 import json
 import math
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from fedspallm_appfl import cli
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.runs import experiment
+from fedspallm_appfl.runs import evaluation, experiment
 from fedspallm_appfl.runs.report import traffic
 from fedspallm_appfl.settings.schema import Client, Config
-from fedspallm_appfl.study import plan as study
+from fedspallm_appfl.study import measure as measuring
 from fedspallm_appfl.study import plots as study_plots
 from fedspallm_appfl.study import report as study_report
 from fedspallm_appfl.study.cells import Cell, opened
 from fedspallm_appfl.study.plan import DEFAULT, Method, Plan, parse_method, planned
 from fedspallm_appfl.study.report import Study, page, spread, way_closed
+from fedspallm_appfl.tensors.target import parse_target
 from helpers.command_line import parse
 from helpers.paths import DEMO, ROOT
 from helpers.tiny import run, save_tiny, tiny_config
@@ -53,8 +56,8 @@ def test_a_name_says_algorithm_pruner_and_how_gram_sweeps(text, expected):
     [
         ("fedspalm", "got 'fedspalm'; did you mean fedspallm?"),
         ("gram_sweep", "one of fedspallm, fedprllm, fedavg, .*gram-sweep, gram-dense, magnitude; got 'gram_sweep'"),
-        ("gram+adm", r"gram\+adm: a pruner must be one of .*; got 'adm'; did you mean admm\?"),
-        ("gram+", r"a pruner must be one of .*; got ''$"),
+        ("gram+adm", r"gram\+adm: a pruner is one of .*; got 'adm'; did you mean admm\?"),
+        ("gram+", r"a pruner is one of .*; got ''$"),
         ("magnitude+wanda", "write magnitude"),
     ],
 )
@@ -79,7 +82,7 @@ def config(tmp_path_factory):
 def test_the_defaults_are_methods_that_the_demo_can_run(tmp_path):
     plan, problems = planned(DEMO_CONFIG, ["evaluation.compare=[standalone]"], DEFAULT, out=tmp_path)
     assert problems == []
-    assert (plan.targets, plan.seeds, len(plan.methods)) == (("0.5",), (0,), 9)
+    assert (plan.targets, plan.seeds, len(plan.methods)) == ((parse_target(0.5),), (0,), 9)
 
 
 def test_all_problems_of_all_combinations_are_reported_together(tmp_path, config):
@@ -106,16 +109,16 @@ def test_the_command_of_a_plan_gives_the_same_plan(tmp_path, config, monkeypatch
     overrides = ["client_configs.data.windows=4", "evaluation.texts={a: 'b c'}"]
     plan, _ = planned(config, overrides, ["fedavg", "gram+admm"], ["0.5", "2:4"], ["1", "0"], tmp_path / "out", True)
     args = parse(plan.command(), monkeypatch)
-    got = planned(cli.Path(args.config), args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, True)[0]
+    got = planned(Path(args.config), args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, True)[0]
     assert got == plan
 
 
 def test_overrides_may_stand_after_a_list_of_names(monkeypatch, tmp_path, config):
     seen = []
-    monkeypatch.setattr(study, "study", lambda plan, *_: seen.append(plan))
+    monkeypatch.setattr(measuring, "study", lambda plan, *_: seen.append(plan))
     words = ["study", str(config), "--out", str(tmp_path), "--sparsity", "0.6", "client_configs.data.windows=4"]
     assert cli.main(words) == 0
-    assert (seen[0].targets, seen[0].overrides) == (("0.6",), ("client_configs.data.windows=4",))
+    assert (seen[0].targets, seen[0].overrides) == ((parse_target(0.6),), ("client_configs.data.windows=4",))
     assert seen[0].config.client_configs.data.windows == 4
 
 
@@ -188,7 +191,7 @@ def test_plots_and_tables_are_written(done):
 
 def test_a_finished_study_is_shown_again_without_a_run(config, done, monkeypatch):
     monkeypatch.setattr(experiment, "conduct", None)
-    monkeypatch.setattr(experiment, "evaluate", None)
+    monkeypatch.setattr(evaluation, "evaluate", None)
     out, cells = done
     before = (out / "cells.jsonl").read_text()
     assert measure(config, out) == 0
@@ -241,12 +244,12 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path, capsys):
 def test_overwrite_begins_anew(config, tmp_path, monkeypatch):
     with opened(tmp_path, {"other": 1}) as file:
         file.add(Cell("x", "0.5", 0, {}))
-    monkeypatch.setattr(study, "_measure", lambda plan, file, console: made.append(dict(file.cells)))
-    monkeypatch.setattr(study, "_write", lambda *_: None)
-    monkeypatch.setattr(study, "_cells", lambda plan: [])
+    monkeypatch.setattr(measuring, "_measure", lambda plan, file, console: made.append(dict(file.cells)))
+    monkeypatch.setattr(measuring, "_write", lambda *_: None)
+    monkeypatch.setattr(measuring, "cells_of", lambda plan: [])
     made = []
     with pytest.raises(KeyError):  # nothing was measured
-        study.study(planned(config, [], ["fedavg"], out=tmp_path)[0], None, overwrite=True)
+        measuring.study(planned(config, [], ["fedavg"], out=tmp_path)[0], None, overwrite=True)
     assert made == [{}]
 
 
@@ -266,7 +269,7 @@ def made_by_hand(perplexity, seeds=(0, 1), target="0.5"):
         for method, row in perplexity.items()
         for seed, x in zip(seeds, row, strict=True)
     ]
-    algorithms = {method: parse_method(method).algorithm for method in perplexity}
+    algorithms = {method: registry.find(parse_method(method).algorithm) for method in perplexity}
     config = Config(clients=[Client(client_id=name) for name in "kl"])
     dense = Cell("dense", "", 0, {"a": 5.0, "b": 20.0})
     return Study(dense, cells, tuple(perplexity), (target,), seeds, config, "fedspallm study x.yaml", algorithms)
@@ -307,8 +310,9 @@ def test_the_table_says_what_its_numbers_are():
 
 
 def test_equal_targets_are_measured_once():
-    plan, _ = planned(DEMO_CONFIG, [], ["gram"], ["0.5", "0.50", "1/2", "02:4", "no"])
-    assert plan.targets == ("0.5", "2:4", "no")
+    plan, problems = planned(DEMO_CONFIG, [], ["gram"], ["0.5", "0.50", "1/2", "02:4", "no"])
+    assert plan.targets == (parse_target("0.5"), parse_target("2:4"))
+    assert [problem for problem in problems if "--sparsity" in problem and "got 'no'" in problem]
 
 
 @pytest.mark.parametrize(
@@ -348,8 +352,8 @@ def test_a_plan_leaves_the_configuration_as_it_was(config, tmp_path):
     plan = planned(config, [], METHODS, TARGETS, ["0"], tmp_path)[0]
     before = dataclasses.asdict(plan.config)
     for method in plan.methods:
-        made = plan.experiment(method, "2:4", 3)
+        made = plan.experiment(method, parse_target("2:4"), 3)
         assert (made.seed, made.algorithm, made.evaluation.compare) == (3, method.algorithm, [])
-        assert {client.train_configs.sparsity for client in made.clients} == {"2:4"}
+        assert {client.train_configs.sparsity for client in made.clients} == {parse_target("2:4")}
     assert dataclasses.asdict(plan.config) == before
     assert isinstance(plan, Plan)

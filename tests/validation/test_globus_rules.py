@@ -21,8 +21,7 @@ from fedspallm_appfl.models.checkpoint import config_hash, model_hash, weights_h
 from fedspallm_appfl.models.text import read_text
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.validation import globus_rules
-from fedspallm_appfl.validation.rules import check
+from fedspallm_appfl.validation.rules import check, check_for_globus, check_on_this_machine, prepared_for_globus
 from helpers.paths import DEMO, ROOT
 
 SERVER, STORE = "server_configs", "client_configs.comm_configs.store"
@@ -45,7 +44,7 @@ def demo(*overrides):
         (f"{SERVER}.preflight_deadline=-1", f"{SERVER}.preflight_deadline: seconds, greater than 0"),
         (
             "clients.1.endpoint_id=mine",
-            "clients.1.endpoint_id: the UUID that globus-compute-endpoint list shows, got 'mine'",
+            "clients.1.endpoint_id: the UUID that globus-compute-endpoint list shows; got 'mine'",
         ),
         (f"{SERVER}.functions.prune={ENDPOINTS[0][-36:]}", f"{SERVER}.functions: the two UUIDs"),
         (f"{STORE}.connector=ftp", f"{STORE}.connector: one of none, file, redis, s3, endpoint; got 'ftp'"),
@@ -70,9 +69,9 @@ def test_a_wrong_value_is_named(override, why):
 def test_every_client_needs_an_endpoint_over_globus_and_a_text_on_this_machine():
     config = demo("clients.2.endpoint_id=null", "clients.1.data.text=null")
     assert check(config) == []
-    [problem] = globus_rules.check(config)
+    [problem] = check_for_globus(config)
     assert problem.startswith("clients.2.endpoint_id: client 'csource' has no endpoint")
-    [problem] = globus_rules.check_on_this_machine(config)
+    [problem] = check_on_this_machine(config)
     assert problem.startswith("clients.1.data.text: client 'bible' has no private text here")
     assert not config.over_globus() and demo().over_globus()
 
@@ -80,7 +79,7 @@ def test_every_client_needs_an_endpoint_over_globus_and_a_text_on_this_machine()
 def test_the_example_is_one_that_works(monkeypatch):
     folder = ROOT / "examples" / "globus"
     config, problems = load_config(folder / "server.yaml")
-    assert problems + check(config) + list(globus_rules.check(config)) == []
+    assert problems + check(config) + list(check_for_globus(config)) == []
     assert list(estimate_globus.check_sizes(config)) == []
     monkeypatch.setenv("FEDSPALLM_SITE", str(folder / "site.yaml"))
     assert read_text(load_site(config.clients[0].client_id).text)
@@ -91,19 +90,19 @@ def test_the_example_is_one_that_works(monkeypatch):
 
 
 def test_an_algorithm_that_makes_no_sense_over_globus_is_refused():
-    assert list(globus_rules.check(demo("algorithm=standalone"))) == []
-    [problem] = globus_rules.check(demo("algorithm=centralized"))
+    assert list(check_for_globus(demo("algorithm=standalone"))) == []
+    [problem] = check_for_globus(demo("algorithm=centralized"))
     assert problem.startswith("algorithm: centralized has the text of all clients in one place")
 
 
 def test_a_prepared_configuration_names_no_text_and_compresses():
-    config = globus_rules.prepared(demo(f"{STORE}.connector=redis"))
+    config = prepared_for_globus(demo(f"{STORE}.connector=redis"))
     groups = [config.client_configs, *config.clients]
     assert {group.data.text for group in groups} == {None}
     assert {group.comm_configs.compression for group in groups} == {"zstd"}
     assert {group.comm_configs.max_message_bytes for group in groups} == {2**29 - 2**20}
     assert (
-        globus_rules.prepared(demo("client_configs.comm_configs.compression=none")).clients[0].comm_configs.compression
+        prepared_for_globus(demo("client_configs.comm_configs.compression=none")).clients[0].comm_configs.compression
         == "none"
     )
 

@@ -60,7 +60,7 @@ class GramSum:
 
     @staticmethod
     def closing_bytes(features: int, drift: bool) -> int:
-        """Bytes that `result` takes beside the sums: a double, then a float of every entry, then the square; the drift last."""
+        """Bytes that `result` takes beside the sums: doubles, then floats, then the square; the drift last."""
         above, square = triangle.size(features), 4 * features * features
         upper = max(12 * above, 4 * above + square) + triangle.strips_bytes(features)
         return max(upper, square + 12 * features * features) if drift else upper

@@ -92,7 +92,8 @@ class Algorithm:
         compares: models of other algorithms can be made of its uploads, for comparison.
         apart: every client's model is its own; there is no global one.
         pools_text: one participant has the text of all clients, which no federation has.
-        closing_bytes: bytes an entry that `make` takes beside the sums: its mean, and what choosing among equal votes makes.
+        closing_bytes: bytes an entry that `make` takes beside the sums: its mean, and what choosing among equal votes
+            makes.
     """
 
     name: str
@@ -136,7 +137,8 @@ class Algorithm:
     def exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:
         """The exchanges of one round.
 
-        Statistics of the dense model take one exchange. In a sweep (`gram.propagate: pruned`) an exchange is about one input
+        Statistics of the dense model take one exchange. In a sweep (`gram.propagate: pruned`) an exchange is about one
+        input
         of one block: the clients send its Gram matrix in the model that is pruned so far, get the pruned matrices, and go
         on.
 

@@ -1,5 +1,4 @@
-"""The command line, one file a verb: `fedspallm run`, `validate`, `estimate`, `study`, `prune`, `evaluate`, and for Globus Compute
-`doctor`, `site`, `functions`.
+"""The command line `fedspallm`, one file a verb.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL.

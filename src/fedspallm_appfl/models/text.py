@@ -124,7 +124,7 @@ def _token_windows(file: Path, length: int) -> Tensor:
         raise DataError(f"{file}: a tensor `tokens` of whole numbers, (n,) or (n, length), is needed; it holds {shown}")
     if tokens.dim() == 2 and tokens.shape[1] != length:
         raise DataError(
-            f"{file}: its windows have {tokens.shape[1]} tokens, the configuration wants {length}; set length"
+            f"{file}: its windows have {tokens.shape[1]} tokens, the configuration wants {length}; set the same length"
         )
     whole = tokens.numel() // length
     return tokens.reshape(-1)[: whole * length].long().view(whole, length)

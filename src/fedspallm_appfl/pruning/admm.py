@@ -1,8 +1,8 @@
 """ADMM pruning: search mask and weights together, then fit the kept weights.
 
 Source: Meng, Behdin, Wang & Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `least_squares`) and scaled weights W, the error
-`tr (X - W) C (X - W)^T` is minimized over X = Q with Q sparse; with the scaled multiplier U and the penalty rho a step is
+Models", NeurIPS 2024, algorithm 1. With the damped correlation matrix C (see `least_squares`) and scaled weights W, the
+error `tr (X - W) C (X - W)^T` is minimized over X = Q with Q sparse; with the scaled multiplier U and penalty rho a step is
 
     X = W + (Q - U - W) rho (C + rho)^-1,    Q = the largest entries of X + U,    U = X + U - Q.
 

@@ -10,8 +10,8 @@ without a mask is
 
 and the loss of any other Q is its distance from that, measured with G: pruners need not know where their target comes from.
 
-Source of the statistics: Frantar & Alistarh, "SparseGPT", ICML 2023. Legend: O out features, I in features, G a Gram matrix,
-W dense weights, Q pruned ones.
+Source of the statistics: Frantar & Alistarh, "SparseGPT", ICML 2023. Legend: O out features, I in features, G a Gram
+matrix, W dense weights, Q pruned ones.
 """
 
 from collections.abc import Mapping, Sequence

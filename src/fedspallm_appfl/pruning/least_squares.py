@@ -132,5 +132,5 @@ def slices(rows: int) -> list[slice]:
 
 
 def fitting_bytes(rows: int, features: int, start: int) -> int:
-    """Bytes that fitting a matrix takes beside its dense weight: `start` an entry, and float32 copies of a strip of rows."""
+    """Bytes that a fit takes beside the dense weight: `start` an entry, and float32 copies of a strip of rows."""
     return start * rows * features + STRIPS * 4 * min(ROWS, rows) * features

@@ -162,7 +162,10 @@ def of_function(
         fitted = _solver(settings, statistic)
 
         def prune(weight: Tensor) -> Pruned:
-            made = function(weight, settings.sparsity, *known)
+            try:
+                made = function(weight, settings.sparsity, *known)
+            except Exception as error:  # whatever somebody's own code raises
+                raise PruningError(f"pruner {name}: {type(error).__name__}: {error}") from error
             return checked(name, made, weight, settings.sparsity, keeps_weights)
 
         return Prepared(prune, torch.mul if keeps_weights else fitted)

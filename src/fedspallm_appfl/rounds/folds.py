@@ -242,7 +242,11 @@ class WeightFold(_MeanFold):
 
     def _packed(self, make: Make, sums: L0Sums, block: int, unit: str) -> Packed:
         """What is made, packed; the rest of it is dropped before the next is made."""
-        weight, mask = self._made(make, sums, block, unit)
+        made = self._made(make, sums, block, unit)
+        if not isinstance(made, tuple):
+            who = f"algorithm {self._context.settings.algorithm}, block {block}, {unit}"
+            raise PruningError(f"{who}: of weights the server makes a weight and a mask, got a mask alone")
+        weight, mask = made
         return pack(weight, mask, self._context.dtype)
 
 

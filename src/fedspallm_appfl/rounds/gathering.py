@@ -52,8 +52,8 @@ def gathered(source: Source, assigned: set[int], start: tuple[int, str] | None =
         start: (block, first linear) of the input that a sweep begins with, where those of all earlier ones are agreed on.
 
     Yields:
-        (block, first linear of an input -> its sums); of the dense model all inputs of a block at once, in a sweep one by one.
-        When a sweep goes on after a yield, the matrices of the input that it gave are agreed on.
+        (block, first linear of an input -> its sums); of the dense model all inputs of a block at once, in a sweep one by
+        one. When a sweep goes on after a yield, the matrices of the input that it gave are agreed on.
 
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.

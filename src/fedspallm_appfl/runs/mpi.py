@@ -17,7 +17,7 @@ from typing import Any
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.rounds.participants import client_settings
+from fedspallm_appfl.rounds.participants import algorithm_of, client_settings
 from fedspallm_appfl.runs.placement import batches, describe
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Client, Config
@@ -82,7 +82,16 @@ def is_server(comm: Any) -> bool:
 
 
 def send_config(comm: Any, config: Config) -> None:
-    """Give the configuration that the server checked to all ranks."""
+    """Give the configuration that the server checked to all ranks.
+
+    Raises:
+        ConfigError: it cannot be run by so many ranks, or by several at all.
+    """
+    algorithm = algorithm_of(config)
+    if algorithm.pools_text:
+        raise ConfigError(
+            f"algorithm {algorithm.name} pools the text of all clients in one process; run it without --launcher mpi"
+        )
     batches([client.client_id for client in config.clients], comm.Get_size() - 1)
     comm.bcast(config, root=0)
 

@@ -28,14 +28,14 @@ class Shown:
 
     def __repr__(self) -> str:
         """Plain text."""
-        console = Console(file=io.StringIO(), width=WIDTH, no_color=True, force_terminal=False)
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
         with console.capture() as captured:
             console.print(self.__rich__())
         return captured.get().rstrip()
 
     def _repr_html_(self) -> str:
         """The same for a notebook."""
-        console = Console(file=io.StringIO(), width=WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
         console.print(self.__rich__())
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
@@ -101,6 +101,7 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
 
 
 def perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each method, a column for each text, and the geometric mean."""
     table = Table("", *(Column(escape(text), justify="right") for text in texts))
     table.add_column("mean", justify="right", style="bold")
     for method, row in perplexity.items():
@@ -117,9 +118,11 @@ def label(method: str) -> str:
 
 
 def mean(row: Mapping[str, float]) -> float:
+    """The geometric mean over texts."""
     return statistics.geometric_mean(row.values())
 
 
 def count(number: int, what: str) -> str:
+    """A number of things in words: 2, matrix -> "2 matrices"."""
     plural = {"matrix": "matrices"}.get(what, f"{what}s")
     return f"{number} {what if number == 1 else plural}"

@@ -1,4 +1,4 @@
-"""A user's own code: plugins that register pruners or algorithms when they are imported (docs/python.md), and classes in files."""
+"""A user's own code: plugins that register pruners or algorithms when imported (docs/python.md), and classes in files."""
 
 import importlib
 import importlib.machinery
@@ -30,8 +30,8 @@ def load(plugins: Sequence[str]) -> None:
             importlib.import_module(plugin)
         except Exception as error:  # whatever the code of the module raises
             raise ConfigError(
-                f"plugins: {plugin} cannot be imported: {type(error).__name__}: {error}; name a Python file, or a module that "
-                "is installed here"
+                f"plugins: {plugin} cannot be imported: {type(error).__name__}: {error}; name a Python file, or a module "
+                "that is installed here"
             ) from error
 
 

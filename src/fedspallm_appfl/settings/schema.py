@@ -52,7 +52,7 @@ class Rule:
 
 
 def key(default: Any, says: str, **rule: Any) -> Any:
-    """A key with its default, its meaning and its rule; a class, or `list` or `dict`, as default is called for a new one."""
+    """A key with its default, meaning and rule; a class, or `list` or `dict`, as default is called for a new one."""
     metadata = {"rule": Rule(says, **rule)}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
@@ -71,7 +71,7 @@ class Model:
     path: str = key("", "folder saved by `save_pretrained`, or hub name")
     dtype: str = key(
         "auto",
-        "arithmetic of forward passes: `auto` (as stored), `float32`, `float16`, `bfloat16`; sums and Gram matrices are wider",
+        "arithmetic of forward passes: `auto` (as stored), `float32`, `float16`, `bfloat16`; sums are wider",
         choices=("auto", *DTYPES),
     )
     blocks: str | None = key(None, "dotted name of the list of decoder blocks, if the search does not find it")
@@ -93,8 +93,8 @@ class Gram:
     )
     target: str = key(
         "own",
-        "in a sweep, the outputs to match: `own`, those of the dense weights on the inputs there; `dense`, those of the dense "
-        "model",
+        "in a sweep, the outputs to match: `own`, those of the dense weights on the inputs there; `dense`, those of the "
+        "dense model",
         choices=("own", "dense"),
     )
     first_input: str = key(
@@ -195,9 +195,12 @@ class ServerConfigs:
         "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",
         form=DEVICE,
     )
-    aggregator: str = key("FedSpaLLMAggregator", "")
+    aggregator: str = key(
+        "FedSpaLLMAggregator",
+        "or a subclass in a file: `path/to/file.py:ClassName`; the file can import installed modules only",
+    )
     aggregator_kwargs: AggregatorKwargs = group(AggregatorKwargs)
-    scheduler: str = key("FedSpaLLMScheduler", "")
+    scheduler: str = key("FedSpaLLMScheduler", "or a subclass in a file, in the same way")
     scheduler_kwargs: SchedulerKwargs = group(SchedulerKwargs)
 
 
@@ -227,7 +230,11 @@ class Pruning:
 class TrainConfigs(Pruning):
     """Local pruning."""
 
-    trainer: str = key("FedSpaLLMTrainer", "")
+    trainer: str = key(
+        "FedSpaLLMTrainer",
+        "or a subclass in a file, in the same way, the same for every client; not over Globus Compute, where a site "
+        "runs no code of the server's",
+    )
     layer_sampling: str = key(
         "balanced",
         "`balanced`, `uniform`, `sweep`; the same for every client",
@@ -300,8 +307,8 @@ class CommConfigs:
     )
     compression: str = key(
         "auto",
-        "`zstd`: masks and values travel as zstandard frames if that is smaller; `none`; `auto`: `zstd` over Globus Compute, "
-        "`none` in one process and under MPI, where links are faster than the coder",
+        "`zstd`: masks and values travel as zstandard frames if that is smaller; `none`; `auto`: `zstd` over Globus "
+        "Compute, `none` in one process and under MPI, where links are faster than the coder",
         choices=("auto", "none", "zstd"),
     )
     store: Store = group(Store)
@@ -323,7 +330,7 @@ class Client(ClientConfigs):
     client_id: str = key("", "letters, digits, `-`, `_` and `.`; different for every client", form=NAME)
     endpoint_id: str | None = key(
         None,
-        "over Globus Compute: the UUID of the client's endpoint; such a client needs no `data.text` here, its site names it",
+        "over Globus Compute: the UUID of the client's endpoint; its site names the text",
         form=(UUID, "the UUID that globus-compute-endpoint list shows"),
     )
 

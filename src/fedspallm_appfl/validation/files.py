@@ -81,9 +81,13 @@ def _count_windows(
                 read_text(text)
             return None
         windows = windows_of(text, length, tokenizer)
-        check_vocabulary(windows, skeleton.vocabulary, where)
     except DataError as error:
         problems.append(f"{where}: {error}")
+        return None
+    try:
+        check_vocabulary(windows, skeleton.vocabulary, where)
+    except DataError as error:
+        problems.append(str(error))
         return None
     return len(windows)
 

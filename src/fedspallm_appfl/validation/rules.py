@@ -157,7 +157,8 @@ def check_for_globus(config: Config) -> Iterator[str]:
     """Problems of the values for a run over Globus Compute."""
     if config.algorithm in algorithms.names() and algorithm_of(config).pools_text:
         yield (
-            f"algorithm: {config.algorithm} has the text of all clients in one place, which Globus Compute is there to avoid"
+            f"algorithm: {config.algorithm} has the text of all clients in one place, which Globus Compute is there to "
+            "avoid"
         )
     trainer = config.client_configs.train_configs.trainer
     if trainer != TrainConfigs.trainer:

@@ -1,7 +1,7 @@
 """What rests on disk: packed blocks, what a client was sent, Gram matrices, and sums between rounds.
 
-Each is a folder of safetensors files. A file appears under its name only when it is complete, so a run that was killed leaves
-no half of one.
+Each is a folder of safetensors files. A file appears under its name only when it is complete, so a run that was killed
+leaves no half of one.
 
 Legend: I in features.
 """
