@@ -83,8 +83,9 @@ def _dense(source: Source, assigned: set[int]) -> Gathered:
             if index == 0:
                 found |= public
                 public.clear()
+            del grams  # a client that stands still here holds no matrix that it has given
             yield index, found
-            del grams, found
+            del found
 
 
 @torch.no_grad()
