@@ -5,8 +5,8 @@ import pytest
 from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
-from fedspallm_appfl.globus.site.worker import same_model
-from fedspallm_appfl.settings.schema import HashedModel
+from fedspallm_appfl.globus.site.worker import require_consent, same_model
+from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT
 
 
@@ -44,6 +44,15 @@ def test_what_tells_which_words_occur_leaves_only_where_the_site_says_so(write):
     write("clients: {a: }\nmay_send: []")
     with pytest.raises(ConfigError, match="does not send masks; use another algorithm, or add them to"):
         load_site("a").require_consent("a", {"masks"})
+
+
+def test_a_site_knows_the_plugins_that_its_own_file_names(write):
+    told = ClientSettings(client_id="a", pruner="ria")
+    write("clients: {a: }")
+    with pytest.raises(ConfigError, match="a pruner is one of .*, or of a plugin that `plugins` names; got 'ria'"):
+        require_consent(told, load_site("a"))
+    write(f"clients: {{a: }}\nplugins: [{ROOT}/examples/plugins/ria.py]\nmay_send: [masks]")
+    require_consent(told, load_site("a"))
 
 
 def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
