@@ -198,7 +198,7 @@ def evaluate(
 
 @dataclass(frozen=True, repr=False)
 class Estimate(Shown):
-    """What a run would send, how much memory it would take and how long (docs/estimate.md).
+    """What a run would send, how much memory it would take and how long (docs/configuration.md).
 
     Attributes:
         job: the experiment and the outline of its model.

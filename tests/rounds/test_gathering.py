@@ -1,5 +1,7 @@
 """Statistics of a client's inputs, dense or in a sweep, against models that are whole in memory and hooks."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -303,3 +305,11 @@ def test_an_input_that_is_always_zero_is_no_reason_to_stop(pruner, precision_rou
     made, mask = prune({"q": weight}, sums, Pruning(pruner, parse_target(0.5)), precision_rounded)["q"]
     assert made.isfinite().all()
     assert int(mask.sum()) == 16
+
+
+def test_a_client_that_stands_still_holds_no_statistics_that_it_has_given(tmp_path):
+    model = LazyModel(str(save_family("opt", tmp_path)))
+    given = dense_grams(model, TEXT, {0, 1}, groups_of(model))
+    _, sums = next(given)
+    kept = [weakref.ref(sums.pop(name).upper) for name in list(sums)]
+    assert kept and all(one() is None for one in kept)

@@ -68,10 +68,10 @@ def _time(job: Job, found: Durations) -> Iterator[str]:
     """How long it takes here, with the spread of that."""
     least, most = min(found.clients.values()), max(found.clients.values())
     each = duration(most) if duration(least) == duration(most) else f"{duration(least)} to {duration(most)}"
-    together = f", {duration(sum(found.clients.values()))} for all in one process" if len(found.clients) > 1 else ""
-    server = f"; the server prunes for {duration(found.server)}" if found.server else ""
-    yield f"time: about {each} a client on this machine's CPU{together}{server}"
-    yield f"measured times lay between {1 / SPREAD:g} and {SPREAD:g} times that"
+    together = f", {duration(sum(found.clients.values()))} for all" if len(found.clients) > 1 else ""
+    server = f", {duration(found.server)} for the server" if found.server else ""
+    spread = f"runs took {1 / SPREAD:g} to {SPREAD:g} times that"
+    yield f"time on this CPU: {each} a client{together}{server}; {spread}"
 
 
 def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
