@@ -130,9 +130,13 @@ def test_a_text_that_is_not_utf_8_says_at_which_byte(tmp_path):
 def test_a_token_without_an_embedding_is_refused():
     check_vocabulary(WINDOWS, 60, "client a")
     check_vocabulary(WINDOWS[:0], 0, "client a")
-    message = "client a: the tokenizer gives token 59, the model has 59; the tokenizer in .* does not match the model"
+    message = (
+        "client a: the text has tokens from 0 to 59, the model those from 0 to 58; tokenizer and model do not belong"
+    )
     with pytest.raises(DataError, match=message):
         check_vocabulary(WINDOWS, 59, "client a")
+    with pytest.raises(DataError, match="the text has tokens from -1 to 58, "):
+        check_vocabulary(WINDOWS - 1, 60, "client a")
 
 
 @pytest.mark.parametrize("content", [None, "", "not JSON", "{}", '{"added_tokens": []}'])

@@ -7,6 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange
 from fedspallm_appfl.algorithms.registry import BUILT_IN
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
@@ -411,3 +413,22 @@ def test_statistics_that_no_text_gives_end_with_a_reason(tmp_path, pruner, preci
         packed[part] = change(packed[part])
         with pytest.raises(PruningError, match="server, block 0, up: "):
             model.receive("ann", update, 1)
+
+
+@pytest.mark.parametrize("expansion", ["matrix", "row"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_an_algorithm_that_misses_the_target_is_named(tmp_path, monkeypatch, expansion, more):
+    """Its mask prunes an entry more or less than it should, although nobody asked for it."""
+
+    def combine(votes, matrix):
+        dense = matrix.dense()
+        kept = torch.ones(dense.numel(), dtype=torch.bool)
+        kept[: matrix.target.zeros(dense.numel()) + more] = False
+        return dense, kept.view(dense.shape)
+
+    mine = Algorithm("mine", [Exchange("masks", "weights", combine)], expands=True)
+    monkeypatch.setitem(registry._ALGORITHMS, "mine", mine)
+    model = server(tmp_path, "mine", {"ann": [0], "bob": [0], "cy": [0]}, expansion=expansion)
+    message = f"algorithm mine, block 0, q: sparsity 0.5 prunes 12 of 24 entries, the mask {12 + more}"
+    with pytest.raises(PruningError, match=message):
+        send(model, [(client, masks(client, [0])) for client in SAMPLES])
