@@ -148,7 +148,53 @@ def test_what_cannot_be_pruned_is_refused_with_argument_value_and_fix(model, tmp
     refused(fs.ModelError, "meta device", model=empty, clients={"a": tokens})
     loaded.config.quantization_config = {"quant_method": "some"}
     refused(fs.ModelError, "quantized", model=loaded, clients={"a": tokens})
+    refused(fs.ConfigError, "looks like a file, others do not", clients={"a": ["a.txt", "some words"]})
+    refused(fs.ConfigError, "the text", "cannot be found: File name too long", clients={"a": "words " * 100})
+    refused(fs.ConfigError, "path: model and clients say that", path="x", clients={"a": tokens})
+    refused(fs.ConfigError, "names are texts and differ", clients={1: tokens, "1": tokens})
+    refused(fs.ConfigError, "gram: expected keys and values", clients={"a": tokens}, gram="x", precision="fp32")
+    for wrong in (lambda: fs.run(3), lambda: fs.estimate(None), lambda: fs.evaluate(loaded, {"a": tokens})):
+        with pytest.raises(fs.ConfigError, match="got "):
+            wrong()
+    with pytest.raises(fs.ConfigError, match="windows: at least 1, got -1"):
+        fs.evaluate(DEMO / "model", {"a": tokens}, length=24, windows=-1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_look_like_no_files_are_texts(model, tmp_path):
+    words = "The quick brown fox jumps over the lazy dog. "
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    texts = {"a": ["", words * 30, words], "b": [words * 8]}  # an empty line, and one longer than a name of a file
+    fs.prune(
+        AutoModelForCausalLM.from_pretrained(model),
+        texts,
+        tmp_path / "run",
+        tokenizer=tokenizer,
+        **(HOW | {"windows": 1}),
+    )
+
+
+def test_a_model_that_was_written_again_is_read_again(texts, tmp_path):
+    first = fs.prune(save_tiny(tmp_path / "model"), texts, tmp_path / "first", **HOW)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "elsewhere")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "elsewhere" / file).write_bytes((tmp_path / "model" / file).read_bytes())
+    again = fs.prune(tmp_path / "model", texts, tmp_path / "again", **HOW)
+    elsewhere = fs.prune(tmp_path / "elsewhere", texts, tmp_path / "third", **HOW)
+    assert written(again.model) == written(elsewhere.model) != written(first.model)
+
+
+def test_a_configuration_may_be_changed_by_hand(tmp_path):
+    config = fs.load_config(small_config(tmp_path))
+    config.clients[0].data.text = first_pages("bible")
+    config.clients[0].train_configs.sparsity = config.client_configs.train_configs.sparsity = 0.7
+    assert [problem for problem in fs.validate(config) if "sparsity" not in problem] == []
+    config.seed = "x"
+    assert fs.validate(config) == ["seed: expected int, got 'x'"]
 
 
 def test_a_run_directory_is_not_overwritten_unless_asked(model, texts, tmp_path):

@@ -16,31 +16,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.errors import ConfigError, ModelError, refuse
+from fedspallm_appfl.errors import ConfigError, ModelError, first_line, refuse
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import are_tokens
+from fedspallm_appfl.models.text import TOKENS, are_tokens
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
 from fedspallm_appfl.runs.progress import console
 from fedspallm_appfl.runs.result import Result, Shown
 from fedspallm_appfl.settings.reading import load_config as read_file
 from fedspallm_appfl.settings.reading import read_config
+from fedspallm_appfl.settings.rules import wrong_values
 from fedspallm_appfl.settings.schema import (
     AggregatorKwargs,
     CommConfigs,
     Config,
     Data,
+    Evaluation,
     Gram,
     Model,
     Paths,
     SchedulerKwargs,
     ServerConfigs,
     TrainConfigs,
+    plain,
 )
 from fedspallm_appfl.validation import files as with_files
 from fedspallm_appfl.validation import rules
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | Path | Sequence[str] | Sequence[Path] | Tensor
+LONGEST_NAME = 255  # bytes that file systems allow
 GROUPS: dict[str, type] = {  # where a setting is looked for by its own name, in this order
     "": Config,
     "client_configs.train_configs": TrainConfigs,
@@ -94,6 +98,8 @@ def prune(
         ConfigError: lists everything that keeps it from being run.
         FedSpaLLMError: it fails.
     """
+    if taken := {"path", "text", "client_id"} & set(settings):
+        raise ConfigError(f"{', '.join(sorted(taken))}: model and clients say that; leave it out")
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
         place, raw = Path(folder), _nested(settings)
         raw["run_dir"] = str(run_dir)
@@ -112,7 +118,7 @@ def prune(
         length = shared.setdefault("data", {}).setdefault("length", _usual_length(raw["model"], clients.values()))
         device = shared.get("train_configs", {}).get("device", "auto")
         usual = {"texts": held_out, "length": length, "batch": 8, "device": device}
-        told = raw.get("evaluation", {})
+        told = raw.get("evaluation") or {}
         raw["evaluation"] = usual | told if isinstance(told, dict) else told
         config, problems = read_config(raw)
         refuse("fs.prune", problems)
@@ -159,7 +165,7 @@ def load_config(file: str | Path, **settings: Any) -> Config:
 
 
 def validate(config: Config | str | Path, *, files: bool = True) -> list[str]:
-    """Everything that keeps an experiment from being run; nothing if it can be.
+    """Everything that keeps an experiment from being run; nothing if it can be. Wrong keys and types are told first, alone.
 
     Args:
         config: the experiment, or its YAML file.
@@ -168,10 +174,12 @@ def validate(config: Config | str | Path, *, files: bool = True) -> list[str]:
     Raises:
         ConfigError: the file cannot be read as YAML.
     """
-    if not isinstance(config, Config):
+    if isinstance(config, str | Path):
         config, problems = read_file(Path(config))
-        if problems:
-            return problems
+    else:
+        config, problems = read_config(plain(config) if isinstance(config, Config) else config)
+    if problems:
+        return problems
     return problems_of(config, config.over_globus(), files, overwrite=True)
 
 
@@ -190,7 +198,14 @@ def evaluate(
         DataError: a text cannot be read or is too short, or the length is not one for this model.
         ModelError: the model cannot be read.
     """
-    named = texts if isinstance(texts, Mapping) else {str(texts): texts}
+    if not isinstance(model, str | Path):
+        raise ConfigError(f"model is a folder or a hub name, got {type(model).__name__}")
+    known = {"windows": None, "batch": 8, "device": "auto", "dtype": "auto"}
+    if unknown := set(settings) - set(known):
+        raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; valid here are {', '.join(known)}")
+    rules_of = Evaluation(**{"length": length or 2, **{name: settings[name] for name in settings if name != "dtype"}})
+    refuse("fs.evaluate", list(wrong_values(rules_of, "", [])))
+    named = {str(texts): texts} if isinstance(texts, str | Path) else texts
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
         paths = _all_paths("texts", named, Path(folder))
         return evaluation.evaluate_folder(str(model), paths, length, **settings)
@@ -272,10 +287,18 @@ def prepared(config: Config, globus: bool) -> Config:
 
 
 def _opened(config: Config | str | Path) -> tuple[Config, str]:
-    """The configuration, and what messages call it."""
-    if isinstance(config, Config):
-        return config, "the configuration"
-    return load_config(config), str(config)
+    """The configuration, and what messages call it.
+
+    Raises:
+        ConfigError: it is none, or holds values of wrong types.
+    """
+    if isinstance(config, str | Path):
+        return load_config(config), str(config)
+    if not isinstance(config, Config):
+        raise ConfigError(f"a configuration is a Config or the path of a YAML file, got {type(config).__name__}")
+    made, problems = read_config(plain(config))  # its values may have been set by hand
+    refuse("the configuration", problems)
+    return made, "the configuration"
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +308,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: there is no setting of a name; names the nearest one.
     """
     raw: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name, value in plain(settings).items():
         path = next((path for path, kind in GROUPS.items() if name in _names(kind)), None)
         if path is None:
             known = sorted({one for kind in GROUPS.values() for one in _names(kind)})
@@ -293,7 +316,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else "docs/configuration.md has all of them"
             raise ConfigError(f"there is no setting {name!r}; {hint}")
         for group in (path, "server_configs") if name == "device" else (path,):  # a device for all
-            _put(raw, f"{group}.{name}".lstrip("."), str(value) if isinstance(value, Path) else value)
+            _merge(raw, [*filter(None, group.split(".")), name], value)
     return raw
 
 
@@ -301,14 +324,20 @@ def _names(kind: type) -> set[str]:
     return {one.name for one in fields(kind)}
 
 
-def _put(raw: dict[str, Any], path: str, value: Any) -> None:
-    """Set a value, or merge a group of them."""
-    *groups, last = path.split(".")
+def _merge(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a value, or merge a group of them.
+
+    Raises:
+        ConfigError: what holds the key is no group.
+    """
+    *groups, last = path
     for group in groups:
         raw = raw.setdefault(group, {})
-    if isinstance(value, Mapping):
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{group}: expected keys and values, got {raw!r}")
+    if isinstance(value, Mapping) and value:
         for name, one in value.items():
-            _put(raw, f"{last}.{name}", one)
+            _merge(raw, [last, str(name)], one)
     else:
         raw[last] = value
 
@@ -322,7 +351,9 @@ def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
     """
     if isinstance(model, str | Path):
         return str(model)
-    if not hasattr(model, "save_pretrained"):
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"model is a folder, a hub name or a loaded PreTrainedModel, got {type(model).__name__}")
     if any(one.device.type == "meta" for one in model.parameters()):
         raise ModelError(
@@ -332,11 +363,14 @@ def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
         raise ModelError(
             "model: it is quantized, and what is left would be rounded again; load it in float16 or bfloat16"
         )
-    place = folder / (Path(model.config.name_or_path).name or "model")
-    with _no_bars():
-        model.save_pretrained(place)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(place)
+    place = folder / "model"
+    try:
+        with _no_bars():
+            for part in (model, tokenizer):
+                if part is not None:
+                    part.save_pretrained(place)
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        raise ModelError(f"model: it cannot be saved to a temporary folder: {first_line(error)}") from error
     return str(place)
 
 
@@ -374,6 +408,8 @@ def _all_paths(argument: str, texts: Any, folder: Path) -> dict[str, Paths]:
     """
     if not isinstance(texts, Mapping):
         raise ConfigError(f"{argument} is a dict of names and texts, got {type(texts).__name__}")
+    if len(set(map(str, texts))) < len(texts):
+        raise ConfigError(f"{argument}: names are texts and differ, got {list(texts)}")
     return {str(name): _paths(f"{argument}[{name!r}]", text, folder) for name, text in texts.items()}
 
 
@@ -392,8 +428,14 @@ def _paths(where: str, text: Any, folder: Path) -> Paths:
             f"{where} is a file, a folder, a list of files, a list of texts, or a tensor of token ids; got "
             f"{'an empty ' if isinstance(text, Sequence) and not text else ''}{type(text).__name__}"
         )
-    if any(_is_file(one) for one in text):
+    files = [_is_file(one) for one in text]
+    if all(files):
         return [str(one) for one in text]
+    if any(files):
+        one = text[files.index(True)]
+        raise ConfigError(
+            f"{where} is a list of files or a list of texts; {str(one)!r} looks like a file, others do not"
+        )
     file = folder / f"{_count(folder)}.txt"
     file.write_text("\n".join(text), "utf-8")
     return str(file)
@@ -403,12 +445,15 @@ def _is_file(one: str | Path) -> bool:
     """Whether an item of a list names a file, be it there or not; texts have spaces."""
     if isinstance(one, Path):
         return True
-    short = len(one) < 1024 and "\n" not in one
-    return short and (one.endswith((".txt", ".safetensors")) or Path(one).exists())
+    if not one or "\n" in one or len(one.encode()) > LONGEST_NAME:
+        return False
+    return one.endswith((".txt", TOKENS)) or Path(one).exists()
 
 
 def _written_tokens(where: str, tokens: Tensor, folder: Path) -> str:
-    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.dim() not in (1, 2):
+    whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    there = tokens.layout == torch.strided and tokens.device.type != "meta"
+    if not whole or not there or tokens.dim() not in (1, 2):
         raise ConfigError(
             f"{where}: token ids are whole numbers, (n,) or (windows, length); got {tokens.dtype} {list(tokens.shape)}"
         )

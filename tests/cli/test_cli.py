@@ -211,7 +211,10 @@ def test_a_run_directory_is_not_overwritten_unless_asked(fedspallm, tmp_path, mo
     (tmp_path / "metrics.jsonl").touch()
     code, _, err = fedspallm("run", CONFIG, f"run_dir={tmp_path}")
     assert code == 2
-    assert f"run_dir: {tmp_path} exists and is not empty; give another run_dir, or --overwrite to replace it" in err
+    assert (
+        f"run_dir: {tmp_path} exists and is not empty; give another run_dir, or --overwrite (overwrite=True in Python)"
+        in err
+    )
     assert ran == []
     assert fedspallm("run", CONFIG, "--overwrite", f"run_dir={tmp_path}")[0] == 0
     assert len(ran) == 1

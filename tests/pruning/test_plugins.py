@@ -88,6 +88,9 @@ WRONG = {  # what a function makes of a weight -> what is said
     ),
     "kept": ("(weight + 1, ~fs.select(weight.abs(), target, False))", "it changed kept weights"),
     "error": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "nothing": ("None", "the mask is bool of shape [32, 32], True = kept; got NoneType"),
+    "nan": ("(weight * float('nan'), ~fs.select(weight.abs(), target, False))", "NaN or infinity"),
+    "changed": ("[inputs.squares.zero_(), ~fs.select(weight.abs(), target, False)][1]", "it changed the statistic"),
 }
 
 
@@ -97,8 +100,8 @@ def test_what_a_pruner_makes_is_checked_with_pruner_client_block_and_matrix(mode
     plugin = tmp_path / "own.py"
     plugin.write_text(
         "import torch\nimport fedspallm_appfl as fs\n"
-        "@fs.pruner('mine', keeps_weights=True)\n"
-        f"def mine(weight, target):\n    return {made}\n"
+        "@fs.pruner('mine', needs=fs.InputNorms, keeps_weights=True)\n"
+        f"def mine(weight, target, inputs):\n    return {made}\n"
     )
     texts = {name: first_pages(name) for name in DOMAINS[:2]}
     settings = {"plugins": [str(plugin)], "pruner": "mine", "windows": 2, "length": 24}
@@ -110,8 +113,10 @@ def test_what_a_pruner_makes_is_checked_with_pruner_client_block_and_matrix(mode
 
 def test_what_an_algorithm_makes_is_checked_with_block_and_matrix(model, tmp_path):
     for made, words in (
-        (lambda sums, matrix: sums.votes > 0, "got a mask alone"),
-        (lambda sums, matrix: (fs.l0_mean(sums), sums.votes), "and torch.uint8"),
+        (lambda sums, matrix: sums.votes < 1, "makes a weight and a mask here, got a mask"),
+        (lambda sums, matrix: (fs.l0_mean(sums), sums.votes), "True = kept; got uint8"),
+        (lambda sums, matrix: (fs.l0_mean(sums) / 0, sums.votes < 1), "without NaN or infinity"),
+        (lambda sums, matrix: 1 / 0, "ZeroDivisionError: division by zero"),
         (
             lambda sums, matrix: (fs.l0_mean(sums), sums.votes < 9),
             "sparsity 0.5 prunes 512 of 1024 entries, the mask 0",
@@ -143,9 +148,46 @@ def test_names_that_are_taken_or_no_names_are_refused():
         with pytest.raises(fs.ConfigError, match="built in|letters"):
             fs.pruner(name)(lambda weight, target: weight > 0)
     with pytest.raises(fs.ConfigError, match="built in"):
-        fs.register(fs.Algorithm("gram", [fs.Exchange("weights")]))
-    with pytest.raises(fs.ConfigError, match="name its exchanges"):
-        fs.register(fs.Algorithm("mine", []))
-    with pytest.raises(ValueError, match="an exchange sends one of"):
-        fs.Exchange("text")
+        fs.register(fs.Algorithm("gram", [fs.Exchange("grams")], accumulates=False))
+    for made, words in (
+        (lambda: fs.Exchange("text"), "an exchange sends one of"),
+        (lambda: fs.Exchange("weights", make=3), "is a function of sums and matrix"),
+        (lambda: fs.Algorithm("mine", []), "name its exchanges"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("weights")]), "an exchange of weights needs a `make`"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("masks")]), "an exchange of masks needs a `make`"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("masks", "masks", max)]), "ends in weights"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("values")]), "that the exchange before sent down"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("grams", make=max)]), "take no `make`"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("weights", "weights", max)] * 2), "set accumulates=False"),
+        (lambda: fs.Algorithm("mine", [fs.Exchange("grams"), fs.Exchange("grams")]), "stands alone"),
+        (lambda: fs.register("mine"), "got str"),
+        (lambda: fs.register(fs.Algorithm("dense", [fs.Exchange("grams")])), "built in"),
+        (lambda: fs.pruner(lambda weight, target: weight > 0), "write @fs.pruner"),
+        (lambda: fs.pruner("mine", needs="gram"), "InputNorms, InputGram or None; got 'mine', 'gram'"),
+    ):
+        with pytest.raises(fs.ConfigError, match=words):
+            made()
     assert algorithms.names() == algorithms.BUILT_IN and registry.names() == registry.BUILT_IN
+
+
+def test_a_function_may_write_into_its_weight(model, tmp_path):
+    texts = {"a": first_pages("bible")}
+
+    @fs.pruner("mine", keeps_weights=True)
+    def mine(weight, target):
+        return ~fs.select(weight.abs_().mul_(3.0), target, per_row=False)
+
+    own = fs.prune(model, texts, tmp_path / "own", pruner="mine", windows=2, length=24)
+    built_in = fs.prune(model, texts, tmp_path / "built-in", pruner="magnitude", windows=2, length=24)
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "built-in")[name]) for name, tensor in weights(tmp_path / "own").items()
+    )
+    assert own.sparsity == built_in.sparsity
+
+
+def test_a_pruner_that_cannot_make_up_for_a_mask_is_refused_by_consensus(model, tmp_path):
+    fs.pruner("mine")(lambda weight, target: (weight * 2, ~fs.select(weight.abs(), target, False)))
+    with pytest.raises(fs.ConfigError, match="mine cannot make up for a mask that others chose"):
+        fs.prune(
+            model, {"a": first_pages("bible")}, tmp_path, pruner="mine", algorithm="consensus", windows=2, length=24
+        )

@@ -6,12 +6,13 @@ built-in ones are one file each; `registry` finds them by name.
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.target import Target
 
@@ -63,13 +64,15 @@ class Exchange:
         """Refuse what no upload or answer is.
 
         Raises:
-            ValueError: `up` or `down` is none of the valid words.
+            ConfigError: `up` or `down` is none of the valid words, or `make` cannot be called.
         """
         if self.up not in UPLOADS or self.down not in DOWN:
-            raise ValueError(
+            raise ConfigError(
                 f"an exchange sends one of {', '.join(UPLOADS)} up, and weights, masks or None down; got {self.up!r}, "
                 f"{self.down!r}"
             )
+        if self.make is not None and not callable(self.make):
+            raise ConfigError(f"an exchange's `make` is a function of sums and matrix, got {self.make!r}")
 
     def concerns(self, block: int) -> bool:
         """Whether it is about a block."""
@@ -109,6 +112,39 @@ class Algorithm:
     pools_text: bool = False
     closing_bytes: int = 6
 
+    def __post_init__(self) -> None:
+        """Refuse exchanges of which no model comes.
+
+        Raises:
+            ConfigError: says which rule is broken.
+        """
+        for broken, rule in self._rules():
+            if broken:
+                raise ConfigError(f"algorithm {self.name}: {rule}")
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """What the exchanges must fulfil: (whether they do not, the rule)."""
+        if not self.round or not all(isinstance(one, Exchange) for one in self.round):
+            yield True, f"name its exchanges, a list of Exchange; got {self.round!r}"
+            return
+        ups, last = [one.up for one in self.round], self.round[-1]
+        agreed = [bool(number) and self.round[number - 1].down == "masks" for number in range(len(ups))]
+        own = self.apart or self.pools_text
+        yield "grams" in ups and len(ups) > 1, "an exchange of Gram matrices stands alone"
+        yield any(one.make and one.up in ("grams", "values") for one in self.round), "grams and values take no `make`"
+        yield any(one.up == "masks" and not one.make for one in self.round), "an exchange of masks needs a `make`"
+        yield (
+            any(one.up == "values" and not ok for one, ok in zip(self.round, agreed, strict=True)),
+            ("values travel under a mask that the exchange before sent down"),
+        )
+        yield (
+            any(one.up == "weights" and bool(one.make) == own for one in self.round),
+            ("an exchange of weights needs a `make`, and has none where models are apart or text is pooled"),
+        )
+        yield last.down == "masks", "the last exchange ends in weights: let it send weights down, or nothing"
+        yield self.compares and set(ups) != {"weights"}, "only uploads of weights serve for comparison"
+        yield self.accumulates and len(ups) > 1, "only one exchange can be added up over rounds; set accumulates=False"
+
     @property
     def title(self) -> str:
         """What tables call it."""
@@ -128,11 +164,6 @@ class Algorithm:
     def votes(self) -> bool:
         """Whether masks of several clients are combined, so that some entries are zero by agreement."""
         return any(exchange.make is not None for exchange in self.round)
-
-    @property
-    def whole_model_once(self) -> bool:
-        """Whether it needs one round in which every client prunes every block."""
-        return not self.federates
 
     def exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:
         """The exchanges of one round.

@@ -18,6 +18,15 @@ _ALGORITHMS: dict[str, Algorithm] = {
     )
 }
 BUILT_IN = tuple(_ALGORITHMS)
+RESERVED = (
+    "dense",
+    "global",
+    "masks",
+    "sums",
+    "magnitude",
+    "gram-sweep",
+    "gram-dense",
+)  # rows, stores, names in a study
 COMPARISONS = (references.STANDALONE.name, fedavg.ALGORITHM.name)  # can be made of uploads that serve for comparison
 
 
@@ -43,15 +52,14 @@ def register(algorithm: Algorithm) -> Algorithm:
     """Add an algorithm, in place of an earlier one of that name unless that is built in.
 
     Raises:
-        ConfigError: the name is that of a built-in algorithm, or not made of letters, digits, '-' and '_'; or it has no
-            exchange, or gathers statistics in one of several.
+        ConfigError: it is none, or its name is taken or not made of letters, digits, '-' and '_'.
     """
-    if algorithm.name in BUILT_IN:
+    if not isinstance(algorithm, Algorithm):
+        raise ConfigError(f"an algorithm is an Algorithm, got {type(algorithm).__name__}")
+    if algorithm.name in (*BUILT_IN, *RESERVED):
         raise ConfigError(f"an algorithm {algorithm.name} is built in; give your own another name")
     if not algorithm.name.replace("-", "_").isidentifier():
         raise ConfigError(f"an algorithm's name has letters, digits, '-' and '_', got {algorithm.name!r}")
-    if not algorithm.round or (algorithm.gathers and len(algorithm.round) > 1):
-        raise ConfigError(f"algorithm {algorithm.name}: name its exchanges; one with Gram matrices stands alone")
     _ALGORITHMS[algorithm.name] = algorithm
     ADDED.add(algorithm.name)
     return algorithm

@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="run_dir of the finished run")
     parser.add_argument("--sparsity", nargs="+", required=True, metavar="TARGET", help="ratios in [0, 1), or n:m")
-    parser.add_argument("--pruner", default=None, help="sparsegpt, admm or wanda (default: that of the run)")
+    parser.add_argument("--pruner", default=None, help="one that needs statistics (default: that of the run)")
     parser.add_argument("--overwrite", action="store_true", help="replace models that are there already")
     parser.set_defaults(work=work)
 

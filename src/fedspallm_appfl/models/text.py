@@ -62,7 +62,11 @@ def text_files(paths: str | Sequence[str]) -> list[Path]:
     """
     files: list[Path] = []
     for path in map(_expanded, [paths] if isinstance(paths, str) else paths):
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        try:
+            found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"the text {str(path)[:80]!r} cannot be found: {why}; name a file or a folder") from error
         if not found:
             raise DataError(f"the folder {path} has no .txt file; name a text file or a folder with .txt files")
         files.extend(found)

@@ -8,8 +8,9 @@ them by name.
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Pruner:
         prepare: (settings, statistic) -> `Prepared`; uses the statistic up, as its memory is worked in.
         keeps_weights: kept weights stay as they were, so that a mask says all that it did.
         fits: least squares on the kept weights are a part of it, and `refit` has nothing to add.
+        compensates: given a mask that others chose, it makes up for what is pruned; else kept weights stay dense there.
         factors: it factors the Gram matrix without damping it until that succeeds, so a rounded sum has to be lifted first.
         working_bytes: (O, I) -> bytes that pruning a matrix takes beside its dense weight and what was prepared.
         prepared_bytes: I -> bytes that are made of the statistic beside it, for all linears that take the input.
@@ -61,6 +63,7 @@ class Pruner:
     prepare: Callable[[Pruning, Any], Prepared]
     keeps_weights: bool = False
     fits: bool = False
+    compensates: bool = True
     factors: bool = False
     working_bytes: Callable[[int, int], int] = lambda rows, features: 14 * rows * features
     prepared_bytes: Callable[[int], int] = lambda features: 0
@@ -111,6 +114,8 @@ class Pruner:
         if wanted is InputGram and not isinstance(statistic, InputGram):
             raise TypeError(f"{self.name} needs the Gram matrix of the inputs")
         if not self.refits(settings.refit):
+            if self.needs is InputNorms and isinstance(statistic, InputGram):
+                statistic = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
             return self.prepare(settings, statistic)
         assert isinstance(statistic, InputGram)
         if self.needs is InputNorms:
@@ -159,19 +164,55 @@ def of_function(
 
     def prepare(settings: Pruning, statistic: Statistic | None) -> Prepared:
         known = () if statistic is None else (statistic,)
-        fitted = _solver(settings, statistic)
 
         def prune(weight: Tensor) -> Pruned:
-            try:
-                made = function(weight, settings.sparsity, *known)
-            except Exception as error:  # whatever somebody's own code raises
-                raise PruningError(f"pruner {name}: {type(error).__name__}: {error}") from error
-            return checked(name, made, weight, settings.sparsity, keeps_weights)
+            made = function(weight.clone(), settings.sparsity, *known)  # a copy, as functions write into arguments
+            return made if isinstance(made, tuple) else (weight, made)
 
-        return Prepared(prune, torch.mul if keeps_weights else fitted)
+        return Prepared(prune, torch.mul if keeps_weights else _solver(settings, statistic))
 
-    facts = {"factors": needs is InputGram, **facts}
+    known = needs is InputGram
+    facts = {"factors": known, "compensates": known and not keeps_weights, **facts}
     return Pruner(name, needs, prepare, keeps_weights, **facts)
+
+
+def guarded(pruner: Pruner) -> Pruner:
+    """The same pruner, with everything checked that somebody's own code makes.
+
+    Its errors become `PruningError`s that name it, and so do a wrong shape, dtype or number of zeros, kept weights that
+    are not as promised, and a statistic that was changed although other linears share it.
+    """
+    who = f"pruner {pruner.name}"
+
+    def prepare(settings: Pruning, statistic: Any) -> Prepared:
+        with named(who):
+            made = pruner.prepare(settings, statistic)
+        if not isinstance(made, Prepared):
+            raise PruningError(f"{who}: prepare returns a Prepared, got {type(made).__name__}")
+        parts = [] if statistic is None else [one for one in vars(statistic).values() if isinstance(one, Tensor)]
+        versions = [one._version for one in parts]
+
+        def prune(weight: Tensor) -> Pruned:
+            with named(who):
+                found = made.prune(weight)
+            if [one._version for one in parts] != versions:
+                raise PruningError(f"{who}: it changed the statistic, which other linears share; work on a copy")
+            return checked(pruner.name, found, weight, settings.sparsity, pruner.keeps_weights)
+
+        return replace(made, prune=prune)
+
+    return replace(pruner, prepare=prepare)
+
+
+@contextmanager
+def named(who: str) -> Iterator[None]:
+    """Name somebody's own code in its errors."""
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as error:  # whatever it raises
+        raise PruningError(f"{who}: {type(error).__name__}: {error}") from error
 
 
 def _solver(settings: Pruning, statistic: Statistic | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -191,7 +232,7 @@ def checked(name: str, made: Any, weight: Tensor, target: Target, keeps_weights:
 
     Args:
         name: of the pruner.
-        made: a mask, or (pruned weight, mask).
+        made: (pruned weight, mask).
         weight: (O, I) float32, the dense weight.
         target: how many entries to prune.
         keeps_weights: whether kept weights have to be as they were.
@@ -202,18 +243,22 @@ def checked(name: str, made: Any, weight: Tensor, target: Target, keeps_weights:
     Raises:
         PruningError: shape, dtype or number of zeros is wrong, or kept weights are not what was promised.
     """
-    pruned, mask = made if isinstance(made, tuple) and len(made) == 2 else (weight, made)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise PruningError(f"pruner {name}: it returns a mask, or a weight and a mask; got {_described(made)}")
+    pruned, mask = made
     check_mask(f"pruner {name}", mask, tuple(weight.shape), target)
     if not isinstance(pruned, Tensor) or pruned.shape != weight.shape:
         raise PruningError(f"pruner {name}: the weight has shape {list(weight.shape)}, got {_described(pruned)}")
     pruned = pruned.float() * mask
+    if not bool(pruned.isfinite().all()):
+        raise PruningError(f"pruner {name}: kept weights hold NaN or infinity")
     if keeps_weights and not torch.equal(pruned, weight.float() * mask):
         raise PruningError(f"pruner {name}: it changed kept weights; return the mask alone, or set keeps_weights=False")
     return pruned, mask
 
 
-def check_mask(who: str, mask: Any, shape: tuple[int, ...], target: Target) -> None:
-    """Refuse a mask of a wrong shape, dtype or number of zeros.
+def check_mask(who: str, mask: Any, shape: tuple[int, ...], target: Target, also: int | None = None) -> None:
+    """Refuse a mask of a wrong shape, dtype or number of zeros; `also` is another number that is right.
 
     Raises:
         PruningError: says who made it, what it has to be and what it is.
@@ -221,7 +266,7 @@ def check_mask(who: str, mask: Any, shape: tuple[int, ...], target: Target) -> N
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise PruningError(f"{who}: the mask is bool of shape {list(shape)}, True = kept; got {_described(mask)}")
     zeros, expected = mask.numel() - int(mask.count_nonzero()), target.zeros(mask.numel())
-    if zeros != expected:
+    if zeros not in (expected, also):
         raise PruningError(f"{who}: sparsity {target} prunes {expected} of {mask.numel()} entries, the mask {zeros}")
     if isinstance(target, NM) and bool((mask.reshape(-1, target.group).sum(1) != target.kept).any()):
         raise PruningError(f"{who}: the mask does not keep {target} in every group of a row")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.pruning import admm, magnitude, sparsegpt, wanda
-from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, of_function
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, guarded, of_function
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic
 from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import Pruning
@@ -40,11 +40,13 @@ def register(pruner: Pruner) -> Pruner:
     Raises:
         ConfigError: the name is that of a built-in pruner, or not made of letters, digits, '-' and '_'.
     """
+    if not isinstance(pruner, Pruner):
+        raise ConfigError(f"a pruner is a Pruner, or a function under @fs.pruner(name); got {type(pruner).__name__}")
     if pruner.name in BUILT_IN:
         raise ConfigError(f"a pruner {pruner.name} is built in; give your own another name")
     if not pruner.name.replace("-", "_").isidentifier():
         raise ConfigError(f"a pruner's name has letters, digits, '-' and '_', got {pruner.name!r}")
-    _PRUNERS[pruner.name] = pruner
+    _PRUNERS[pruner.name] = guarded(pruner)
     ADDED.add(pruner.name)
     return pruner
 
@@ -62,6 +64,10 @@ def pruner(
     Raises:
         ConfigError: the name is taken.
     """
+    if not isinstance(name, str) or needs not in (None, InputNorms, InputGram):
+        raise ConfigError(
+            f"write @fs.pruner(name, needs=...) with a name and InputNorms, InputGram or None; got {name!r}, {needs!r}"
+        )
 
     def decorate(function: Rule) -> Rule:
         register(of_function(name, function, needs, keeps_weights))

@@ -186,6 +186,12 @@ class LocalClient:
         return draw_windows(windows, of.windows, self.settings.seed, of.client_id)
 
 
+def forget() -> None:
+    """Drop models and tokenizers that clients of this process share: their files may change before the next run."""
+    _dense_model.cache_clear()
+    _tokenizer.cache_clear()
+
+
 @lru_cache(maxsize=4)
 def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
     return LazyModel(path, blocks, dtype, device)

@@ -24,7 +24,7 @@ from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.pruning import from_sums
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.pruning.pruner import Pruned
+from fedspallm_appfl.pruning.pruner import Pruned, check_mask, named
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.sparsity import row_counts
@@ -150,22 +150,20 @@ class _MatrixFold:
             PruningError: shape, dtype or number of zeros is wrong.
         """
         context = self._context
-        made = make(sums, context.matrix(block, unit))
-        weight, mask = made if isinstance(made, tuple) else (made, made)
-        where = f"algorithm {context.settings.algorithm}, block {block}, {unit}"
-        shape = context.shape(block, unit)
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape or weight.shape != mask.shape:
-            raise PruningError(
-                f"{where}: the server makes a weight of shape {list(shape)} and a mask, bool, True = kept; got "
-                f"{list(weight.shape)} and {mask.dtype} {list(mask.shape)}"
-            )
-        zeros, expected = mask.numel() - int(mask.count_nonzero()), context.settings.sparsity.zeros(mask.numel())
-        if zeros != expected and zeros != self._zeros_by_row(sums):
-            raise PruningError(
-                f"{where}: sparsity {context.settings.sparsity} prunes {expected} of {mask.numel()} entries, the mask "
-                f"{zeros}"
-            )
-        return made
+        who, shape = f"algorithm {context.settings.algorithm}, block {block}, {unit}", context.shape(block, unit)
+        by_row = self._zeros_by_row(sums)  # before the sums are used up
+        with named(who):
+            made = make(sums, context.matrix(block, unit))
+        weight, mask = made if isinstance(made, tuple) and len(made) == 2 else (None, made)
+        check_mask(who, mask, shape, context.settings.sparsity, by_row)
+        if (weight is None) != (self._exchange.down == "masks"):
+            wanted = "a mask" if self._exchange.down == "masks" else "a weight and a mask"
+            raise PruningError(f"{who}: the server makes {wanted} here, got {'a mask' if weight is None else 'both'}")
+        if weight is None:
+            return mask
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape or not bool(weight.isfinite().all()):
+            raise PruningError(f"{who}: the server makes a weight of shape {list(shape)} without NaN or infinity")
+        return weight, mask
 
     def _zeros_by_row(self, sums: L0Sums | Votes) -> int | None:
         """Zeros where rows are compared by themselves: all clients may have pruned more of a row than the target."""
@@ -242,11 +240,7 @@ class WeightFold(_MeanFold):
 
     def _packed(self, make: Make, sums: L0Sums, block: int, unit: str) -> Packed:
         """What is made, packed; the rest of it is dropped before the next is made."""
-        made = self._made(make, sums, block, unit)
-        if not isinstance(made, tuple):
-            who = f"algorithm {self._context.settings.algorithm}, block {block}, {unit}"
-            raise PruningError(f"{who}: of weights the server makes a weight and a mask, got a mask alone")
-        weight, mask = made
+        weight, mask = self._made(make, sums, block, unit)
         return pack(weight, mask, self._context.dtype)
 
 

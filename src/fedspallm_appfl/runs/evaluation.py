@@ -12,7 +12,7 @@ from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
-from fedspallm_appfl.models.text import held_out_windows, tokenizer_for, windows_of
+from fedspallm_appfl.models.text import check_vocabulary, held_out_windows, tokenizer_for, windows_of
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.validation.files import too_long
 
@@ -96,7 +96,7 @@ def evaluate_folder(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Measured:
-    """Perplexity of a model folder on text files, for `fedspallm evaluate`.
+    """Perplexity of a model folder on texts.
 
     Args:
         folder: model folder or hub name.
@@ -122,5 +122,7 @@ def evaluate_folder(
         raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
     tokenizer = tokenizer_for(lazy.skeleton.folder, *texts.values())
     cut = {name: windows_of(text, length, tokenizer)[:windows] for name, text in texts.items()}
+    for name, of in cut.items():
+        check_vocabulary(of, lazy.skeleton.vocabulary, name)
     rows = perplexities(lazy, cut, batch=batch)
     return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))

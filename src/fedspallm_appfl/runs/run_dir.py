@@ -42,7 +42,10 @@ def problem(config: Config, overwrite: bool) -> str | None:
     except (OSError, ValueError) as error:
         return f"run_dir: {folder} cannot be used: {error}; name another folder"
     if not overwrite:
-        return f"run_dir: {folder} exists and is not empty; give another run_dir, or --overwrite to replace it"
+        return (
+            f"run_dir: {folder} exists and is not empty; give another run_dir, or --overwrite (overwrite=True in Python) "
+            "to replace it"
+        )
     return None
 
 

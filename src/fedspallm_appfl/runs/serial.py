@@ -7,8 +7,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.placement import describe
 from fedspallm_appfl.settings.schema import Config
@@ -25,6 +28,15 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     Returns:
         The aggregator, with the global model in it.
     """
+    threads = torch.get_num_threads()
+    try:
+        return _run(config, state_dir, on_event)
+    finally:
+        forget()
+        torch.set_num_threads(threads)
+
+
+def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     agents_of = load()
     server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event

@@ -40,6 +40,8 @@ def written(page: str) -> str:
     Raises:
         ValueError: the page has no marks.
     """
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the page has no marks {BEGIN.strip()} and {END.strip()}")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{table()}{END}{after}"

@@ -28,7 +28,7 @@ def load(plugins: Sequence[str]) -> None:
             continue
         try:
             importlib.import_module(plugin)
-        except Exception as error:  # whatever the code of the module raises
+        except (Exception, SystemExit) as error:  # whatever the code of the module raises
             raise ConfigError(
                 f"plugins: {plugin} cannot be imported: {type(error).__name__}: {error}; name a Python file, or a module "
                 "that is installed here"
@@ -56,7 +56,7 @@ def import_file(file: str, key: str) -> types.ModuleType:
     sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
     try:
         importlib.machinery.SourceFileLoader(name, name).exec_module(module)
-    except Exception as error:  # whatever the code of the file raises
+    except (Exception, SystemExit) as error:  # whatever the code of the file raises
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         where = f", line {lines[-1]}" if lines else ""

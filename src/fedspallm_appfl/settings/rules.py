@@ -61,7 +61,7 @@ def _broken(rule: Rule, value: Any, plugins: list[str]) -> str | None:
     """What is wrong with a value, or None; an empty value is one that nobody gave."""
     if value is None:
         return None
-    if rule.choices and value not in rule.choices and not (rule.extensible and (plugins or value in ADDED)):
+    if rule.choices and value not in rule.choices and not (rule.extensible and (plugins or ADDED)):
         return f"one of {', '.join(rule.choices)}; got {value!r}"
     if rule.form and not re.fullmatch(rule.form[0], str(value), re.ASCII):
         return f"{rule.form[1]}; got {value!r}"

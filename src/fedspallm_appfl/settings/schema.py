@@ -10,6 +10,7 @@ Nothing here imports torch: a wrong key or value is refused at once. `reading` m
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.tensors.target import Target, parse_target
@@ -493,4 +494,4 @@ def plain(settings: Any) -> Any:
         return {name: plain(value) for name, value in settings.items()}
     if isinstance(settings, list | tuple):
         return [plain(value) for value in settings]
-    return str(settings) if isinstance(settings, Target) else settings
+    return str(settings) if isinstance(settings, Target | Path) else settings

@@ -82,7 +82,13 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"client_configs.train_configs.pruner: with {keeping[0]} no weight changes, so {name} has nothing to average; "
             "choose another pruner, refit, or algorithm fedprllm"
         )
-    if algorithm.whole_model_once:
+    fixed = [c.train_configs.pruner for c in config.clients if not pruners.find(c.train_configs.pruner).compensates]
+    if fixed and algorithm.changes_weights and not keeping:
+        yield (
+            f"client_configs.train_configs.pruner: {fixed[0]} cannot make up for a mask that others chose, as {name} asks; "
+            "choose another pruner, or one that needs InputGram"
+        )
+    if not algorithm.federates:
         yield from _whole_model_once(config)
 
 

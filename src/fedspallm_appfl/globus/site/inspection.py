@@ -23,7 +23,7 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
     """
     checks: dict[str, dict[str, Any]] = {}
     try:
-        site = load_site(request["client"])
+        site = load_site(str(request.get("client", "")))
         settings = told(request)
         require_consent(settings, site)
     except FedSpaLLMError as error:
@@ -63,11 +63,12 @@ def _look_at_text(request: dict[str, Any], settings: ClientSettings, site: Site)
 
 
 def _look_at_store(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
-    """Read what the server has placed, place something for it to read."""
+    """Read what the server has placed, place something for it to read; what was read goes nowhere."""
     store = site_store(request, site)
     if store is None:
         return "not used"
     [name] = request["names"]
     with store:
-        store.put(name, store.get(GREETING))
+        store.get(GREETING)
+        store.put(name, b"reached")
     return "reached"

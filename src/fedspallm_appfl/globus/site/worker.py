@@ -22,7 +22,7 @@ from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import FederationError, FedSpaLLMError, ModelError
+from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
 from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
@@ -129,7 +129,13 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
     Raises:
         ConfigError: it does, or names a pruner or an algorithm that is not known here.
     """
-    plugins.load(site.plugins)
+    try:
+        plugins.load(site.plugins)
+    except ConfigError as error:  # its words may tell what is private
+        raise ConfigError(
+            f"client {settings.client_id}: a plugin that the site file names cannot be imported; at the site, "
+            "python FILE says why"
+        ) from error
     site.require_consent(settings.client_id, sendings(settings))
     if algorithms.find(settings.algorithm).gathers:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
