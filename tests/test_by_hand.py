@@ -31,7 +31,7 @@ def test_wrong_shapes_and_targets_are_refused():
     for wrong, words in (
         (lambda: fs.sparsegpt(WEIGHT, GRAM[:4], 0.5), "I = 16, got"),
         (lambda: fs.wanda(WEIGHT, GRAM, 0.5), "I = 16, got"),
-        (lambda: fs.magnitude(WEIGHT[0], 0.5), "weight is a matrix"),
+        (lambda: fs.magnitude(WEIGHT[0], 0.5), "weight is a tensor"),
         (lambda: fs.magnitude(WEIGHT, "3:5"), "5"),
         (lambda: fs.magnitude(WEIGHT, 1.0), r"\[0, 1\)"),
     ):

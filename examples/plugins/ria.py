@@ -1,9 +1,9 @@
-"""RIA as a pruner of one's own: relative importance and activations.
+"""RIA as a pruner of your own: relative importance and activations.
 
 Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024. Name
 this file under `plugins` in a configuration, then `ria` is a pruner like any other (docs/python.md):
 
-    fedspallm run configs/demo.yaml plugins=[examples/plugins/ria.py] client_configs.train_configs.pruner=ria
+    fedspallm run configs/demo.yaml 'plugins=[examples/plugins/ria.py]' client_configs.train_configs.pruner=ria
 """
 
 from torch import Tensor

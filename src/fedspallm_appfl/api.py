@@ -1,4 +1,4 @@
-"""The face for Python: prune, run, validate, estimate and evaluate, as objects and exceptions (docs/python.md).
+"""The Python API: prune, run, validate, estimate and evaluate, as objects and exceptions (docs/python.md).
 
 Nothing is printed, except the progress that is asked for. What cannot be run raises a `FedSpaLLMError` that states the
 rule, the value and the fix.
@@ -6,8 +6,7 @@ rule, the value and the fix.
 
 import difflib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from fedspallm_appfl.models.text import TOKENS, are_tokens
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
 from fedspallm_appfl.runs.progress import console
-from fedspallm_appfl.runs.result import Result, Shown
+from fedspallm_appfl.runs.result import Result, Shown, no_bars
 from fedspallm_appfl.settings.reading import load_config as read_file
 from fedspallm_appfl.settings.reading import read_config
 from fedspallm_appfl.settings.rules import wrong_values
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | Path | Sequence[str] | Sequence[Path] | Tensor
+GUESSED = {"rounds": "num_global_epochs", "epochs": "num_global_epochs"}  # what people write for it
 LONGEST_NAME = 255  # bytes that file systems allow
 GROUPS: dict[str, type] = {  # where a setting is looked for by its own name, in this order
     "": Config,
@@ -159,6 +159,8 @@ def load_config(file: str | Path, **settings: Any) -> Config:
         ConfigError: the file cannot be read, or lists every unknown key and value of a wrong type. Whether the values can
             be run is for `validate` and `run` to say.
     """
+    if not isinstance(file, str | Path):
+        raise ConfigError(f"a configuration is read from a YAML file, got {type(file).__name__}")
     config, problems = read_file(Path(file), (), _nested(settings))
     refuse(file, problems)
     return config
@@ -312,7 +314,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         path = next((path for path, kind in GROUPS.items() if name in _names(kind)), None)
         if path is None:
             known = sorted({one for kind in GROUPS.values() for one in _names(kind)})
-            near = difflib.get_close_matches(name, known, n=1)
+            near = [GUESSED[name]] if name in GUESSED else difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "docs/configuration.md has all of them"
             raise ConfigError(f"there is no setting {name!r}; {hint}")
         for group in (path, "server_configs") if name == "device" else (path,):  # a device for all
@@ -365,27 +367,13 @@ def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
         )
     place = folder / "model"
     try:
-        with _no_bars():
+        with no_bars():
             for part in (model, tokenizer):
                 if part is not None:
                     part.save_pretrained(place)
     except (RuntimeError, ValueError, OSError, AttributeError) as error:
         raise ModelError(f"model: it cannot be saved to a temporary folder: {first_line(error)}") from error
     return str(place)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _usual_length(model: Mapping[str, Any], texts: Iterable[Any]) -> int:

@@ -1,4 +1,4 @@
-"""The mathematics alone: prune one matrix that one holds, without files, clients or a configuration.
+"""The pruners as functions of one matrix, without files, clients or a configuration.
 
 Legend: O out features, I in features.
 """
@@ -103,8 +103,8 @@ def _gram(weight: Tensor, gram: Tensor) -> InputGram:
 def _pruned(
     name: str, weight: Tensor, statistic: Statistic | None, target: Target | float | str, **settings: float
 ) -> Pruned:
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight is a matrix (O, I) of floats, got {weight.dtype} {list(weight.shape)}")
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight is a tensor (O, I) of floats, got {getattr(weight, 'dtype', type(weight))}")
     parsed = target if isinstance(target, Target) else parse_target(target)
     if problem := check_divides(parsed, weight.shape[1]):
         raise ValueError(problem)

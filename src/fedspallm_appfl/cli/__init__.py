@@ -44,7 +44,7 @@ def parser_of_all() -> argparse.ArgumentParser:
         "Prune one large language model on text that stays where it is (FedSpaLLM on APPFL).",
         "fedspallm run configs/demo.yaml",
         "fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=0.7 run_dir=runs/demo-70",
-        "mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
+        "mpiexec --oversubscribe -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
     )
     parser.add_argument("--version", action="version", version=f"fedspallm-appfl {__version__}")
     verbs = parser.add_subparsers(dest="command", required=True, metavar="VERB")

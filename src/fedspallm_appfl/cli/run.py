@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
         "Run an experiment and write model, report and metrics to its run_dir.",
         "fedspallm run configs/demo.yaml",
         "fedspallm run configs/demo.yaml client_configs.train_configs.sparsity=2:4 run_dir=runs/demo-2-4",
-        "mpiexec -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
+        "mpiexec --oversubscribe -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
         "fedspallm run configs/llama2_7b_globus.yaml --launcher globus",
     )
     add_config(parser)

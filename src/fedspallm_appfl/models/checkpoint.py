@@ -56,7 +56,9 @@ def _from_hub(name: str, weights: bool, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if not is_hub_name(name):
-        raise ModelError(f"model path {name!r} is no folder here and no hub name (owner/model); check {key}")
+        raise ModelError(
+            f"model path {name!r} is no folder here and no hub name (owner/model, e.g. openai-community/gpt2); check {key}"
+        )
     try:
         only = None if weights else SMALL
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))

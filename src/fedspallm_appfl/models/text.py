@@ -40,9 +40,12 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust library behind it raises bare exceptions
         raise ModelError(f"{folder} has no readable tokenizer: {first_line(error)}") from error
+    if len(tokenizer) < 2:  # made of nothing where there are no files of one
+        raise ModelError(f"{folder} has no tokenizer; save the model's tokenizer there")
+    return tokenizer
 
 
 def read_text(paths: str | Sequence[str]) -> str:

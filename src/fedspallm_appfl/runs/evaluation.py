@@ -117,9 +117,9 @@ def evaluate_folder(
     longest = lazy.skeleton.longest_window or math.inf
     length = length or int(min(longest, DEFAULT_LENGTH))
     if length > longest:
-        raise DataError(f"--length is at most {longest} for this model (max_position_embeddings), got {length}")
+        raise DataError(f"length is at most {longest} for this model (max_position_embeddings), got {length}")
     if length < 2:
-        raise DataError("--length is at least 2, since the first token of a window is not predicted; got 1")
+        raise DataError("length is at least 2, since the first token of a window is not predicted; got 1")
     tokenizer = tokenizer_for(lazy.skeleton.folder, *texts.values())
     cut = {name: windows_of(text, length, tokenizer)[:windows] for name, text in texts.items()}
     for name, of in cut.items():

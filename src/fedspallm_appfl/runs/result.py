@@ -2,7 +2,8 @@
 
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,20 @@ class Shown:
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 @dataclass(frozen=True, repr=False)
 class Result(Shown):
     """The results of a run.
@@ -74,7 +89,8 @@ class Result(Shown):
 
         if not (self.model / "config.json").is_file():
             raise ModelError(f"{self.model} holds a model for each client: load one of its folders")
-        return AutoModelForCausalLM.from_pretrained(self.model, **kwargs)
+        with no_bars():
+            return AutoModelForCausalLM.from_pretrained(self.model, **kwargs)
 
     def __rich__(self) -> RenderableType:
         """Perplexity, sparsity and where the model is."""
