@@ -260,22 +260,21 @@ def test_a_factorization_that_keeps_failing_names_client_block_and_matrix(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the larger corpora are not part of the repository")
-@pytest.mark.parametrize("sparsity", [0.5, 0.7])
-def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path, sparsity):
+def test_fedspallm_beats_standalone_on_other_text_and_another_model(tmp_path):
     domains = ("bible", "manpages", "pgdocs", "pycode")
     changes = {
         "model": {"path": str(SHARED / "models/tiny-llama"), "dtype": "float32"},
         "client_configs": {
-            "train_configs": {"threads": 2, "sparsity": sparsity},
+            "train_configs": {"threads": 2, "sparsity": 0.7},
             "data": {"windows": 32, "length": 256, "batch": 8},
         },
         "clients": [{"client_id": d, "data": {"text": str(SHARED / f"corpora/{d}/calib.txt")}} for d in domains],
         "evaluation": {
             "texts": {d: str(SHARED / f"corpora/{d}/test.txt") for d in (*domains, "wiki")},
             "length": 256,
-            "windows": 60,
+            "windows": 30,
             "batch": 8,
-            "compare": ["standalone", "fedavg"],
+            "compare": ["standalone"],
         },
     }
     folder = run(small_config(tmp_path, 4, **changes))
