@@ -35,10 +35,9 @@ def no_process_outlives_its_test():
 def nothing_stays_registered():
     """What a test's plugin adds is gone after it, so that the next one knows the built-in algorithms and pruners only."""
     yield
-    for name in plugins.ADDED:
-        algorithms._ALGORITHMS.pop(name, None)
-        pruners._PRUNERS.pop(name, None)
     if plugins.ADDED:
+        algorithms.REGISTRY.remove_added()
+        pruners.REGISTRY.remove_added()
         plugins.ADDED.clear()
         for file in [name for name in sys.modules if name.endswith(".py")]:
             del sys.modules[file]

@@ -105,19 +105,14 @@ def prune(
         raw["run_dir"] = str(run_dir)
         texts, held_out = _all_paths("clients", clients, place), _all_paths("evaluate", evaluate or {}, place)
         raw["clients"] = [{"client_id": name, "data": {"text": text}} for name, text in texts.items()]
-        raw.setdefault("model", {})["path"] = _model_path(model, tokenizer, place)
-        if (
-            not isinstance(model, str | Path)
-            and tokenizer is None
-            and not all(map(are_tokens, [*texts.values(), *held_out.values()]))
-        ):
-            raise ConfigError(
-                "tokenizer: a loaded model comes with its tokenizer, as there are texts to tokenize; got None"
-            )
+        raw.setdefault("model", {})["path"] = _model_path(
+            model, tokenizer, [*texts.values(), *held_out.values()], place
+        )
         shared = raw.setdefault("client_configs", {})
-        length = shared.setdefault("data", {}).setdefault("length", _usual_length(raw["model"], clients.values()))
-        device = shared.get("train_configs", {}).get("device", "auto")
-        usual = {"texts": held_out, "length": length, "batch": 8, "device": device}
+        data, device = shared.setdefault("data", {}), shared.get("train_configs", {}).get("device", "auto")
+        if "length" not in data:
+            data["length"] = _usual_length(raw["model"], clients.values())
+        usual = {"texts": held_out, "length": data["length"], "batch": 8, "device": device}
         told = raw.get("evaluation") or {}
         raw["evaluation"] = usual | told if isinstance(told, dict) else told
         config, problems = read_config(raw)
@@ -202,11 +197,11 @@ def evaluate(
     """
     if not isinstance(model, str | Path):
         raise ConfigError(f"model is a folder or a hub name, got {type(model).__name__}")
-    known = {"windows": None, "batch": 8, "device": "auto", "dtype": "auto"}
+    known = ("windows", "batch", "device", "dtype")
     if unknown := set(settings) - set(known):
         raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; valid here are {', '.join(known)}")
-    rules_of = Evaluation(**{"length": length or 2, **{name: settings[name] for name in settings if name != "dtype"}})
-    refuse("fs.evaluate", list(wrong_values(rules_of, "", [])))
+    asked = Evaluation(length=length or 2, **{name: settings[name] for name in settings if name != "dtype"})
+    refuse("fs.evaluate", list(wrong_values(asked, "", [])))
     named = {str(texts): texts} if isinstance(texts, str | Path) else texts
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
         paths = _all_paths("texts", named, Path(folder))
@@ -344,11 +339,11 @@ def _merge(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
         raw[last] = value
 
 
-def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Where the model lies; one in memory is saved first.
+def _model_path(model: Any, tokenizer: Any, texts: Sequence[Paths], folder: Path) -> str:
+    """Where the model lies; one in memory is saved first, with the tokenizer that the texts need.
 
     Raises:
-        ConfigError: it is no model.
+        ConfigError: it is no model, or there is no tokenizer.
         ModelError: its weights are not there, or quantized.
     """
     if isinstance(model, str | Path):
@@ -364,6 +359,10 @@ def _model_path(model: Any, tokenizer: Any, folder: Path) -> str:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             "model: it is quantized, and what is left would be rounded again; load it in float16 or bfloat16"
+        )
+    if tokenizer is None and not all(map(are_tokens, texts)):
+        raise ConfigError(
+            "tokenizer: a loaded model comes with its tokenizer, as there are texts to tokenize; got None"
         )
     place = folder / "model"
     try:

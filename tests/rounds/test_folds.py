@@ -427,7 +427,7 @@ def test_an_algorithm_that_misses_the_target_is_named(tmp_path, monkeypatch, exp
         return dense, kept.view(dense.shape)
 
     mine = Algorithm("mine", [Exchange("masks", "weights", combine)], expands=True)
-    monkeypatch.setitem(registry._ALGORITHMS, "mine", mine)
+    monkeypatch.setitem(registry.REGISTRY._known, "mine", mine)
     model = server(tmp_path, "mine", {"ann": [0], "bob": [0], "cy": [0]}, expansion=expansion)
     message = f"algorithm mine, block 0, q: sparsity 0.5 prunes 12 of 24 entries, the mask {12 + more}"
     with pytest.raises(PruningError, match=message):

@@ -3,49 +3,22 @@
 from fedspallm_appfl.algorithms import consensus, fedavg, fedprllm, fedspallm, gram, references
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.settings.plugins import ADDED
+from fedspallm_appfl.settings.plugins import Registry
 
-_ALGORITHMS: dict[str, Algorithm] = {
-    one.name: one
-    for one in (
-        fedspallm.ALGORITHM,
-        fedprllm.ALGORITHM,
-        fedavg.ALGORITHM,
-        consensus.ALGORITHM,
-        gram.ALGORITHM,
-        references.STANDALONE,
-        references.CENTRALIZED,
-    )
-}
-BUILT_IN = tuple(_ALGORITHMS)
-RESERVED = (
-    "dense",
-    "global",
-    "masks",
-    "sums",
-    "magnitude",
-    "gram-sweep",
-    "gram-dense",
-)  # rows, stores, names in a study
+_BUILT_IN = (
+    fedspallm.ALGORITHM,
+    fedprllm.ALGORITHM,
+    fedavg.ALGORITHM,
+    consensus.ALGORITHM,
+    gram.ALGORITHM,
+    references.STANDALONE,
+    references.CENTRALIZED,
+)
+# Rows of a table, stores of a run, and names in a study.
+RESERVED = ("dense", "global", "masks", "sums", "magnitude", "gram-sweep", "gram-dense")
 COMPARISONS = (references.STANDALONE.name, fedavg.ALGORITHM.name)  # can be made of uploads that serve for comparison
-
-
-def names() -> tuple[str, ...]:
-    """All algorithms, the built-in ones first."""
-    return tuple(_ALGORITHMS)
-
-
-def find(name: str) -> Algorithm:
-    """The algorithm of a name.
-
-    Raises:
-        ConfigError: there is none; lists those that there are.
-    """
-    if name not in _ALGORITHMS:
-        raise ConfigError(
-            f"an algorithm is one of {', '.join(_ALGORITHMS)}, or of a plugin that `plugins` names; got {name!r}"
-        )
-    return _ALGORITHMS[name]
+REGISTRY: Registry[Algorithm] = Registry("an algorithm", {one.name: one for one in _BUILT_IN}, RESERVED)
+BUILT_IN, names, find = REGISTRY.built_in, REGISTRY.names, REGISTRY.find
 
 
 def register(algorithm: Algorithm) -> Algorithm:
@@ -56,10 +29,5 @@ def register(algorithm: Algorithm) -> Algorithm:
     """
     if not isinstance(algorithm, Algorithm):
         raise ConfigError(f"an algorithm is an Algorithm, got {type(algorithm).__name__}")
-    if algorithm.name in (*BUILT_IN, *RESERVED):
-        raise ConfigError(f"an algorithm {algorithm.name} is built in; give your own another name")
-    if not algorithm.name.replace("-", "_").isidentifier():
-        raise ConfigError(f"an algorithm's name has letters, digits, '-' and '_', got {algorithm.name!r}")
-    _ALGORITHMS[algorithm.name] = algorithm
-    ADDED.add(algorithm.name)
+    REGISTRY.add(algorithm.name, algorithm)
     return algorithm

@@ -88,9 +88,8 @@ class Pruner:
 
     def solving_bytes(self, rows: int, features: int, refit: bool) -> int:
         """Bytes that pruning a matrix (O, I) takes beside its dense weight and what is ready."""
-        fitting = (
-            least_squares.fitting_bytes(rows, features, 9) if self.refits(refit) else 0
-        )  # solution, mask, where it started from
+        each = 9  # bytes an entry: solution, mask, where it started from
+        fitting = least_squares.fitting_bytes(rows, features, each) if self.refits(refit) else 0
         return max(self.working_bytes(rows, features), fitting)
 
     def why_no_refit(self) -> str | None:
@@ -113,15 +112,14 @@ class Pruner:
         wanted = self.statistic(settings.refit)
         if wanted is InputGram and not isinstance(statistic, InputGram):
             raise TypeError(f"{self.name} needs the Gram matrix of the inputs")
+        known = statistic
+        if self.needs is InputNorms and isinstance(statistic, InputGram):
+            known = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
+        prepared = self.prepare(settings, known)
         if not self.refits(settings.refit):
-            if self.needs is InputNorms and isinstance(statistic, InputGram):
-                statistic = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
-            return self.prepare(settings, statistic)
+            return prepared
         assert isinstance(statistic, InputGram)
-        if self.needs is InputNorms:
-            norms = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
-            return _refitted(self.prepare(settings, norms), settings, mirror(statistic.upper))
-        return _refitted(self.prepare(settings, statistic), settings, statistic.matrix())
+        return _refitted(prepared, settings, statistic.matrix() if known is statistic else mirror(statistic.upper))
 
 
 def _refitted(prepared: Prepared, settings: Pruning, gram: Tensor) -> Prepared:

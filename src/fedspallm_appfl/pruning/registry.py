@@ -9,45 +9,23 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.pruning import admm, magnitude, sparsegpt, wanda
 from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, guarded, of_function
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic
-from fedspallm_appfl.settings.plugins import ADDED
+from fedspallm_appfl.settings.plugins import Registry
 from fedspallm_appfl.settings.schema import Pruning
 
-_PRUNERS: dict[str, Pruner] = {one.name: one for one in (sparsegpt.PRUNER, admm.PRUNER, wanda.PRUNER, magnitude.PRUNER)}
-BUILT_IN = tuple(_PRUNERS)
-
-
-def names() -> tuple[str, ...]:
-    """All pruners, the built-in ones first."""
-    return tuple(_PRUNERS)
-
-
-def find(name: str) -> Pruner:
-    """The pruner of a name.
-
-    Raises:
-        ConfigError: there is none; lists those that there are.
-    """
-    if name not in _PRUNERS:
-        raise ConfigError(
-            f"a pruner is one of {', '.join(_PRUNERS)}, or of a plugin that `plugins` names; got {name!r}"
-        )
-    return _PRUNERS[name]
+_BUILT_IN = (sparsegpt.PRUNER, admm.PRUNER, wanda.PRUNER, magnitude.PRUNER)
+REGISTRY: Registry[Pruner] = Registry("a pruner", {one.name: one for one in _BUILT_IN})
+BUILT_IN, names, find = REGISTRY.built_in, REGISTRY.names, REGISTRY.find
 
 
 def register(pruner: Pruner) -> Pruner:
     """Add a pruner, in place of an earlier one of that name unless that is built in.
 
     Raises:
-        ConfigError: the name is that of a built-in pruner, or not made of letters, digits, '-' and '_'.
+        ConfigError: it is none, or its name is taken or not made of letters, digits, '-' and '_'.
     """
     if not isinstance(pruner, Pruner):
         raise ConfigError(f"a pruner is a Pruner, or a function under @fs.pruner(name); got {type(pruner).__name__}")
-    if pruner.name in BUILT_IN:
-        raise ConfigError(f"a pruner {pruner.name} is built in; give your own another name")
-    if not pruner.name.replace("-", "_").isidentifier():
-        raise ConfigError(f"a pruner's name has letters, digits, '-' and '_', got {pruner.name!r}")
-    _PRUNERS[pruner.name] = guarded(pruner)
-    ADDED.add(pruner.name)
+    REGISTRY.add(pruner.name, guarded(pruner))
     return pruner
 
 
@@ -62,7 +40,7 @@ def pruner(
         keeps_weights: it chooses a mask and leaves kept weights as they are; then masks alone travel.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken or none, or `needs` is no statistic.
     """
     if not isinstance(name, str) or needs not in (None, InputNorms, InputGram):
         raise ConfigError(

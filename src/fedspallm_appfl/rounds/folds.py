@@ -6,6 +6,7 @@ one exchange's. Which fold it is follows from what goes up; what is made of comp
 Legend: O out features, I in features.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,7 +162,11 @@ class _MatrixFold:
             raise PruningError(f"{who}: the server makes {wanted} here, got {'a mask' if weight is None else 'both'}")
         if weight is None:
             return mask
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape or not bool(weight.isfinite().all()):
+        if (
+            not isinstance(weight, Tensor)
+            or tuple(weight.shape) != shape
+            or not math.isfinite(largest_magnitude(weight))
+        ):
             raise PruningError(f"{who}: the server makes a weight of shape {list(shape)} without NaN or infinity")
         return weight, mask
 

@@ -44,15 +44,7 @@ class RunProgress(_Shown):
         self._uploads = 0
         self._bursts = False
         self._places: list[Event] = []
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = _bar(console, "{task.percentage:3.0f} %")
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
@@ -131,15 +123,7 @@ class StudyProgress(_Shown):
         self._cells = cells
         self._done = 0
         self._what, self._began = "", 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._bar = _bar(console, "{task.completed}/{task.total}")
         self._task = self._bar.add_task("dense", total=cells)
 
     def begins(self, what: str) -> None:
@@ -153,6 +137,19 @@ class StudyProgress(_Shown):
         self._bar.update(self._task, completed=self._done)
         line = f"{self._done}/{self._cells}  {self._what}  {result}  {time.monotonic() - self._began:.1f} s"
         self._console.print(line, highlight=False, markup=False)
+
+
+def _bar(console: Console, amount: str) -> Progress:
+    """A bar that is gone at the end, with what is done in the words of `amount`; nothing without a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn(amount),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _absence(event: Event) -> str:

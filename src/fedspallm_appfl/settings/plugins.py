@@ -7,10 +7,58 @@ import traceback
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from fedspallm_appfl.errors import ConfigError
 
+T = TypeVar("T")
 ADDED: set[str] = set()  # algorithms and pruners that code has registered in this process
+
+
+class Registry(Generic[T]):
+    """Algorithms or pruners by name: the built-in ones first, then those that code adds.
+
+    Attributes:
+        built_in: names of those that come with the package.
+    """
+
+    def __init__(self, what: str, built_in: dict[str, T], reserved: Sequence[str] = ()) -> None:
+        """What they are, with an article, for messages; those that are built in; other names that nobody may take."""
+        self.built_in = tuple(built_in)
+        self._what, self._known, self._reserved = what, dict(built_in), reserved
+
+    def names(self) -> tuple[str, ...]:
+        """All names, the built-in ones first."""
+        return tuple(self._known)
+
+    def find(self, name: str) -> T:
+        """The one of a name.
+
+        Raises:
+            ConfigError: there is none; lists those that there are.
+        """
+        if name not in self._known:
+            raise ConfigError(
+                f"{self._what} is one of {', '.join(self._known)}, or of a plugin that `plugins` names; got {name!r}"
+            )
+        return self._known[name]
+
+    def add(self, name: str, one: T) -> None:
+        """Add one, in place of an earlier one of that name unless that is built in.
+
+        Raises:
+            ConfigError: the name is taken, or not made of letters, digits, '-' and '_'.
+        """
+        if name in (*self.built_in, *self._reserved):
+            raise ConfigError(f"{self._what} {name} is built in; give your own another name")
+        if not name.replace("-", "_").isidentifier():
+            raise ConfigError(f"{self._what}'s name has letters, digits, '-' and '_', got {name!r}")
+        self._known[name] = one
+        ADDED.add(name)
+
+    def remove_added(self) -> None:
+        """Leave the built-in ones."""
+        self._known = {name: self._known[name] for name in self.built_in}
 
 
 def load(plugins: Sequence[str]) -> None:
