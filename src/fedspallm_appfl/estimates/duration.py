@@ -236,7 +236,10 @@ class _Pass:
         hollow = HollowModel(model.folder, model.layout, str(model.arithmetic).removeprefix("torch."))
         self._block = hollow.blocks[0]
         for linear in model.layout.blocks[0]:
-            self._block.get_submodule(linear.name).forward = _of_width(linear.shape[0])
+            if linear.part is None:
+                self._block.get_submodule(linear.name).forward = _of_width(linear.shape[0])
+            else:
+                self._block.get_submodule(linear.part.module).forward = _as_wide
         windows = torch.zeros(batch, length, dtype=torch.int64)
         self._state = embed(hollow, windows, batch)
 
@@ -248,6 +251,10 @@ class _Pass:
 
 def _of_width(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], rows)
+
+
+def _as_wide(hidden: Tensor, *routing: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
 
 
 class _Solve:

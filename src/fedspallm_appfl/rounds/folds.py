@@ -23,13 +23,13 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
-from fedspallm_appfl.pruning import from_sums
+from fedspallm_appfl.pruning import from_sums, magnitude
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.pruner import Pruned, check_mask, named
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.sparsity import row_counts
-from fedspallm_appfl.tensors.target import NM
+from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
 from fedspallm_appfl.wire.store import GramStore, PackedStore, SumsT, load_sums, save_sums
@@ -37,6 +37,7 @@ from fedspallm_appfl.wire.update import Check, check_gram, check_matrix, check_v
 
 GLOBAL, MASKS, STATISTICS = "global", "masks", "statistics"  # folders of the server's state
 DOWN = {None: GLOBAL, "weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
+TOKENS_A_UNIT = 64  # of a client's weight in the mean of an expert's matrix: sums have a range
 Stores = dict[str, dict[str, Packed]]  # store -> linear -> what was made of it
 
 
@@ -72,7 +73,7 @@ class Context:
 
     def shape(self, block: int, name: str) -> tuple[int, int]:
         """(O, I) of a linear."""
-        return self.layout.shapes(block)[name]
+        return self.layout.linear(block, name).shape
 
     @property
     def cumulative(self) -> bool:
@@ -119,6 +120,47 @@ class Fold(Protocol):
     def close(self, block: int, unit: str, sums: Any) -> tuple[Stores, dict[str, int]]:
         """What is made of complete sums: matrices for each store, and facts for the report. The sums are used up."""
 
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Go on without a client that sent nothing of an expert."""
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """What is made of an expert of which no client sent anything."""
+
+
+def expert_weight(tokens: int) -> int:
+    """The weight of a client in the mean of an expert's matrix, by the tokens that reached it there."""
+    return -(-tokens // TOKENS_A_UNIT)
+
+
+def without_clients(context: Context, store: str, block: int, name: str) -> Packed:
+    """An expert's matrix that no client sent: as an earlier round left it, else pruned by magnitude or dense.
+
+    Args:
+        context: what folds share.
+        store: whose matrix.
+        block: its block.
+        name: its linear.
+    """
+    before = PackedStore(context.folder / store).get(block, name) or {}
+    if name in before:
+        return before[name]
+    weight, settings = context.dense_float(block, name), context.settings
+    return unseen(weight, settings.sparsity, settings.unreached == "dense", context.dtype)
+
+
+def unseen(weight: Tensor, target: Target, dense: bool, dtype: torch.dtype) -> Packed:
+    """An expert's matrix of whose inputs nobody knows enough.
+
+    Args:
+        weight: (O, I) float32, of the dense model.
+        target: ratio or n:m.
+        dense: it stays as it is; else its smallest weights go.
+        dtype: dtype of the checkpoint.
+    """
+    if dense:
+        return pack(weight, torch.ones_like(weight, dtype=torch.bool), dtype)
+    return pack(*magnitude.prune(weight, target), dtype)
+
 
 class _MatrixFold:
     """What folds of single matrices share."""
@@ -130,6 +172,12 @@ class _MatrixFold:
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
         return tuple(linear.name for linear in self._context.layout.blocks[block])
+
+    def _is_expert(self, block: int, unit: str) -> bool:
+        return self._context.layout.linear(block, unit).expert
+
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its part is not in the sums."""
 
     def _entries(self, block: int, unit: str) -> int:
         rows, columns = self._context.shape(block, unit)
@@ -185,7 +233,11 @@ class _MeanFold(_MatrixFold):
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
         self._weighted = context.settings.weights == "sample_size"
-        self._no_sums = L0Sums.empty((0, 0), self._weighted)
+        self._no_sums = L0Sums.empty((0, 0), True)
+
+    def _weights(self, block: int, unit: str) -> bool:
+        """Whether clients have other weights than 1 in the mean of a matrix."""
+        return self._weighted or self._is_expert(block, unit)
 
     def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
         """Ranges of the fixed-point sums."""
@@ -207,7 +259,8 @@ class WeightFold(_MeanFold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of all entries; a packed matrix for each store."""
         entries, made = self._entries(block, unit), len(self._makes) * self._packed_bytes(block, unit)
-        return UnitBytes(L0Sums.entry_bytes(self._weighted, clients) * entries, self._closing * entries, made)
+        each = L0Sums.entry_bytes(self._weights(block, unit), clients)
+        return UnitBytes(each * entries, self._closing * entries, made)
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
@@ -222,7 +275,8 @@ class WeightFold(_MeanFold):
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
-        return L0Sums.empty(self._context.shape(block, unit), self._weighted, clients, self._context.device)
+        weighted = self._weights(block, unit)
+        return L0Sums.empty(self._context.shape(block, unit), weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold weights and mask."""
@@ -242,6 +296,15 @@ class WeightFold(_MeanFold):
             assert make is not None, "weights that are kept as they come have a fold of their own"
             stores[store] = {unit: self._packed(make, sums, block, unit)}
         return stores, facts
+
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its own model has the matrix nevertheless."""
+        for algorithm in self._apart:
+            keep_unreached(self._context, algorithm, client, block, unit)
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """The same for each store."""
+        return {store: {unit: without_clients(self._context, store, block, unit)} for store in self._makes}
 
     def _packed(self, make: Make, sums: L0Sums, block: int, unit: str) -> Packed:
         """What is made, packed; the rest of it is dropped before the next is made."""
@@ -287,6 +350,12 @@ class VoteFold(_MatrixFold):
         facts = {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
         return {DOWN[self._exchange.down]: {unit: packed}}, facts
 
+    def unreached(self, block: int, unit: str) -> Stores:
+        """A mask, or a matrix."""
+        store = DOWN[self._exchange.down]
+        packed = without_clients(self._context, store, block, unit)
+        return {store: {unit: replace(packed, values=None) if store == MASKS else packed}}
+
 
 class ValueFold(_MeanFold):
     """Values under masks that were agreed on into their mean."""
@@ -299,7 +368,7 @@ class ValueFold(_MeanFold):
         """Sums of kept entries alone."""
         entries = self._entries(block, unit)
         kept = entries - self._context.settings.sparsity.zeros(entries)
-        sums = L0Sums.entry_bytes(self._weighted, clients) * kept
+        sums = L0Sums.entry_bytes(self._weights(block, unit), clients) * kept
         return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
 
     def check(self, client: str, block: int, unit: str) -> Check:
@@ -308,7 +377,8 @@ class ValueFold(_MeanFold):
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
-        return L0Sums.empty((1, self._agreed(block, unit).kept), self._weighted, clients, self._context.device)
+        kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
+        return L0Sums.empty((1, kept), weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
@@ -320,6 +390,10 @@ class ValueFold(_MeanFold):
         """The mean of the values."""
         values = l0_mean(sums).view(-1).to(self._context.dtype).cpu()
         return {GLOBAL: {unit: replace(self._agreed(block, unit), values=values)}}, {}
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """Dense weights under the mask."""
+        return {GLOBAL: {unit: self._agreed(block, unit).with_values(self._context.dense(block, unit))}}
 
     def _agreed(self, block: int, unit: str) -> Packed:
         return (self._masks.get(block, unit) or {})[unit]
@@ -344,10 +418,24 @@ class KeepFold(WeightFold):
         """Nothing is left to do."""
         return {}, {}
 
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its model has the matrix nevertheless."""
+        keep_unreached(self._context, self._algorithm, client, block, unit)
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """Nothing is left to do."""
+        return {}
+
 
 def keep(context: Context, algorithm: Algorithm, client: str, block: int, linears: Mapping[str, Packed]) -> None:
     """Store matrices of one client."""
     PackedStore(context.folder / (algorithm.store_of(client) or GLOBAL)).add(block, linears)
+
+
+def keep_unreached(context: Context, algorithm: Algorithm, client: str, block: int, unit: str) -> None:
+    """Store what one client's model has of an expert that it sent nothing of."""
+    store = algorithm.store_of(client) or GLOBAL
+    keep(context, algorithm, client, block, {unit: without_clients(context, store, block, unit)})
 
 
 class GramFold:
@@ -361,6 +449,14 @@ class GramFold:
             for block, inputs in enumerate(context.groups)
             for names in inputs
         }
+
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its part is not in the sums."""
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """All matrices that take the input."""
+        names = self._linears(block, unit)
+        return {GLOBAL: {name: without_clients(self._context, GLOBAL, block, name) for name in names}}
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums are first made a square, which is then pruned with; the sums are gone by then."""

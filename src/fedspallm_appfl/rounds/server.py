@@ -20,20 +20,27 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, folds
+from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, expert_weight, folds
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
-from fedspallm_appfl.wire.packed import Packed
+from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.store import PackedStore
-from fedspallm_appfl.wire.update import check_update, compress, make_update, update_nbytes
+from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
 
 
 @dataclass
 class _Open:
-    """A unit that some clients have sent and others still owe."""
+    """A unit that some clients have sent and others still owe.
 
-    sums: Any
+    Attributes:
+        clients: how many will send it at most.
+        missing: clients that still owe it.
+        sums: None until the first has sent something of it.
+    """
+
+    clients: int
     missing: set[str]
+    sums: Any = None
 
 
 @dataclass
@@ -180,7 +187,7 @@ class GlobalModel:
         if isinstance(update, Mapping) and not update:
             return 0
         expected = {
-            block: {unit: self._fold.check(client, block, unit) for unit in self._units(block)}
+            block: {unit: self._check_of(client, block, unit) for unit in self._units(block)}
             for block in self.round.assigned[client]
             if self.exchange.concerns(block)
         }
@@ -195,6 +202,11 @@ class GlobalModel:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
         return update_nbytes(update)
+
+    def _check_of(self, client: str, block: int, unit: str) -> Check:
+        """How an upload of a unit is checked."""
+        check = self._fold.check(client, block, unit)
+        return check_expert(check) if self.context.layout.linear(block, unit).expert else check
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round; what it has sent counts, unit by unit.
@@ -318,19 +330,33 @@ class GlobalModel:
             )
         return samples if self.settings.weights == "sample_size" else 1
 
+    @staticmethod
+    def _weight(packed: Any, weight: int) -> int:
+        """The weight of an upload: of an expert's matrix by the tokens that reached it."""
+        tokens = packed.tokens if isinstance(packed, Packed) else None
+        return weight if tokens is None else expert_weight(tokens)
+
     def _guard(self, client: str, block: int, name: str, packed: Any, weight: int) -> None:
+        if isinstance(packed, Unreached):
+            return
         sums = self._open[block, name].sums if (block, name) in self._open else None
         try:
-            self._fold.guard(sums, packed, weight)
+            self._fold.guard(sums, packed, self._weight(packed, weight))
         except ValueError as error:
             raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
 
     def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         if (block, unit) not in self._open:
             clients = self.round.clients_of(block) - self.round.given_up
-            self._open[block, unit] = _Open(self._fold.open(block, unit, len(clients)), clients)
+            self._open[block, unit] = _Open(len(clients), clients)
         matrix = self._open[block, unit]
-        self._fold.add(matrix.sums, client, block, unit, packed, weight)
+        if isinstance(packed, Unreached):
+            self._fold.leave_out(client, block, unit)
+            self._note(block, {}, {"left_out": 1})
+        else:
+            if matrix.sums is None:
+                matrix.sums = self._fold.open(block, unit, matrix.clients)
+            self._fold.add(matrix.sums, client, block, unit, packed, self._weight(packed, weight))
         matrix.missing.discard(client)
         if not matrix.missing:
             del matrix  # its sums are dropped as soon as they have been used
@@ -339,7 +365,11 @@ class GlobalModel:
     def _close(self, block: int, unit: str) -> None:
         """Make matrices of the sums of a unit."""
         give_back()  # what the uploads left behind; the steps to come are the largest
-        stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
+        if self._open[block, unit].sums is None:
+            del self._open[block, unit]
+            stores, facts = self._fold.unreached(block, unit), {"unreached": 1}
+        else:
+            stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
         ready = self._ready.setdefault(block, {})
         for store, linears in stores.items():
             ready.setdefault(store, {}).update(linears)
@@ -353,7 +383,7 @@ class GlobalModel:
         """Add to what the report says of a block."""
         noted = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
         for name, count in facts.items():
-            noted[name] += count
+            noted[name] = noted.get(name, 0) + count
         for packed in linears.values():
             zeros = packed.entries - packed.kept
             noted["zeros"] += zeros

@@ -15,7 +15,7 @@ from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry
-from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
+from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
 from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import model_table
@@ -124,7 +124,22 @@ def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore,
     packed = PackedStore(folder)
     for block, leader in store.units():
         _prune_input(config, target, skeleton, store, packed, block, leader)
+    for block in packed.blocks():
+        _add_unseen(config, target, skeleton, packed, block)
     return packed
+
+
+def _add_unseen(config: Config, target: Target, skeleton: Skeleton, packed: PackedStore, block: int) -> None:
+    """Add experts of which there are no sums, because too few tokens reached them."""
+    done = packed.get(block) or {}
+    linears = [one for one in skeleton.layout.blocks[block] if one.expert and one.name not in done]
+    dense = config.server_configs.aggregator_kwargs.unreached == "dense"
+    made = {
+        linear.name: unseen(skeleton.dense_weight(block, linear).float(), target, dense, skeleton.stored_dtype)
+        for linear in linears
+    }
+    if made:
+        packed.add(block, made)
 
 
 def _config(run: Path, pruner: str | None) -> Config:
@@ -184,7 +199,7 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
     for block, linears in enumerate(skeleton.layout.blocks):
         done = packed.get(block) or {}
         for linear in linears:
-            if linear.name not in done and (done or skeleton.key(block, linear.name) in before):
+            if linear.name not in done and (done or skeleton.place(block, linear).name in before):
                 raise ModelError(
                     f"{run / STATISTICS} lacks the statistics of block {block}, {linear.name}; run the experiment again"
                 )

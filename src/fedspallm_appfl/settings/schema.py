@@ -135,6 +135,12 @@ class AggregatorKwargs:
         "what a later round does with the sums of earlier ones: `latest` replaces them, `cumulative` adds to them",
         choices=("latest", "cumulative"),
     )
+    unreached: str = key(
+        "magnitude",
+        "mixtures of experts: an expert that too few tokens of every client reach is pruned by `magnitude`, or stays "
+        "`dense`",
+        choices=("magnitude", "dense"),
+    )
     expansion: str = key(
         "matrix", "`matrix` or `row`: the group in which entries compete in mask expansion", choices=("matrix", "row")
     )
@@ -225,6 +231,12 @@ class Pruning:
     )
     iterations: int = key(60, "ADMM: steps at most; fewer are faster, more a little better", least=1, most=MOST)
     refit: bool = key(False, "least squares on the kept weights after SparseGPT or Wanda")
+    min_tokens: int = key(
+        32,
+        "mixtures of experts: a client leaves an expert to others that fewer of its tokens reach",
+        least=1,
+        most=MOST,
+    )
 
 
 @dataclass

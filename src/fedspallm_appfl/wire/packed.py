@@ -7,6 +7,8 @@
   values: the server takes them from its own copy of the dense model. Under a mask that was agreed on before, values come
   without one.
 
+A matrix of an expert also says how many tokens reached it, and one that too few reached says only that.
+
 Legend: O out features, I in features.
 """
 
@@ -31,11 +33,13 @@ class Packed:
         shape: (O, I).
         mask: (ceil(O * I / 8),) uint8 on the CPU; None for values under a mask that both sides have.
         values: (kept,) in the dtype of the checkpoint, on the CPU; None where the mask alone says all.
+        tokens: those that reached an expert; None for a matrix that all tokens reach.
     """
 
     shape: tuple[int, int]
     mask: Tensor | None = None
     values: Tensor | None = None
+    tokens: int | None = None
 
     @property
     def bits(self) -> Tensor:
@@ -83,6 +87,22 @@ class Packed:
         """As it travels."""
         parts = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: part for name, part in parts.items() if part is not None} | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """What a client sends of an expert that too few of its tokens reached, in the place of a matrix or of statistics.
+
+    Attributes:
+        tokens: how many did.
+    """
+
+    tokens: int
+    nbytes = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels."""
+        return {"unreached": self.tokens}
 
 
 def pack(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Packed:
