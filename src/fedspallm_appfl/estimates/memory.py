@@ -75,7 +75,7 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = (moment for block in range(len(model.blocks)) for moment in _at_work(job, client, block))
+    work = (moment for block in model.layout.pruned for moment in _at_work(job, client, block))
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
@@ -83,7 +83,7 @@ def _earlier(job: Job, client: Client) -> int:
     """Blocks that are packed and wait for the last one of their message."""
     tables = (job.up(exchange, mask_only(client)) for exchange in job.exchanges)
     packed = (sum(units.values()) for table in tables for units in table.values())
-    return min(client.comm_configs.blocks_per_message - 1, len(job.model.blocks) - 1) * max(packed)
+    return min(client.comm_configs.blocks_per_message - 1, len(job.model.layout.pruned) - 1) * max(packed)
 
 
 def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:
@@ -130,7 +130,7 @@ def _statistic_bytes(model: Outline, train: TrainConfigs, block: int) -> list[in
 
 def forward_bytes(model: Outline, block: int) -> int:
     """Bytes a token inside a block, at most: in its MLP, where all that widened is alive and one more is made of it."""
-    shapes = model.shapes[block].values()
+    shapes = [linear.shape for linear in model.linears[block]]
     widest = max(map(max, shapes))
     widening = sum(rows == widest for rows, _ in shapes)
     return model.arithmetic.itemsize * ((widening + 1) * widest + 2 * model.hidden)

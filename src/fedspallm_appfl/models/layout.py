@@ -41,7 +41,7 @@ class Layout:
 
     Attributes:
         path: dotted name of the list of blocks, e.g. `model.layers`.
-        blocks: for each of the L blocks its prunable linears, in the order of definition.
+        blocks: for each of the L blocks its prunable linears, in the order of definition; none where all stay dense.
     """
 
     path: str
@@ -54,6 +54,11 @@ class Layout:
     def parameter(self, block: int, linear: str) -> str:
         """Full name of a linear's weight in the model."""
         return f"{self.path}.{block}.{linear}.weight"
+
+    @property
+    def pruned(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """Shape (O, I) of every linear, of each block that has some to prune."""
+        return {block: self.shapes(block) for block, linears in enumerate(self.blocks) if linears}
 
 
 def find_layout(model: nn.Module, path: str | None = None) -> Layout:
@@ -84,13 +89,6 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
             "tensor are not supported); if these are not the decoder blocks, set `model.blocks` to the right list"
         )
     return layout
-
-
-def left_dense(model: nn.Module, layout: Layout) -> list[str]:
-    """Weights of the first block that are matrices or larger and are not pruned, e.g. experts stored as one tensor."""
-    pruned = {f"{linear.name}.weight" for linear in layout.blocks[0]}
-    block = _module_list(model, layout.path)[0]
-    return [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim > 1 and name not in pruned]
 
 
 def _linears(block: nn.Module, outside: set[int]) -> list[Linear]:
