@@ -39,6 +39,7 @@ from fedspallm_appfl.settings.schema import (
     Gram,
     Model,
     Paths,
+    Prune,
     SchedulerKwargs,
     ServerConfigs,
     TrainConfigs,
@@ -63,6 +64,7 @@ GROUPS: dict[str, type] = {  # where a setting is looked for by its own name, in
     "server_configs.scheduler_kwargs": SchedulerKwargs,
     "gram": Gram,
     "model": Model,
+    "prune": Prune,
 }
 
 

@@ -47,8 +47,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
         self.settings: ServerSettings = build(ServerSettings, OmegaConf.to_container(configs, resolve=True))
         self.on_event: OnEvent = ignore
-        model, state_dir = self.settings.model, self.settings.state_dir
-        self.skeleton = Skeleton(model.path, model.blocks)
+        state_dir = self.settings.state_dir
+        self.skeleton = Skeleton.of(self.settings)
         self._own_folder = None if state_dir else tempfile.TemporaryDirectory(prefix="fedspallm-")
         gathers = registry.find(self.settings.algorithm).gathers
         context = Context(
@@ -202,6 +202,6 @@ class FedSpaLLMAggregator(BaseAggregator):
 
     def _begin(self) -> None:
         s = self.settings
-        blocks = len(self.skeleton.layout.blocks)
+        blocks = list(self.skeleton.layout.pruned)
         assigned = draw(s.layer_sampling, s.seed, self.round, s.rounds, s.roster, blocks)
         self.global_model.begin_round(self.round, assigned)

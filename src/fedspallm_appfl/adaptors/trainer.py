@@ -120,7 +120,7 @@ class FedSpaLLMTrainer(BaseTrainer):
             )
 
     def _own_draw(self, index: int) -> list[int]:
-        settings, blocks = self.settings, len(self.client.model.layout.blocks)
+        settings, blocks = self.settings, list(self.client.model.layout.pruned)
         if not settings.roster:
             raise ConfigError(
                 f"client {self.client_id}: the server sent no assignment, and train_configs.roster (client id -> share) "

@@ -76,7 +76,7 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = (moment for block in range(len(model.blocks)) for moment in _at_work(job, client, block))
+    work = (moment for block in model.layout.pruned for moment in _at_work(job, client, block))
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
@@ -84,7 +84,7 @@ def _earlier(job: Job, client: Client) -> int:
     """Blocks that are packed and wait for the last one of their message."""
     tables = (job.up(exchange, mask_only(client)) for exchange in job.exchanges)
     packed = (sum(units.values()) for table in tables for units in table.values())
-    return min(client.comm_configs.blocks_per_message - 1, len(job.model.blocks) - 1) * max(packed)
+    return min(client.comm_configs.blocks_per_message - 1, len(job.model.layout.pruned) - 1) * max(packed)
 
 
 def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:
@@ -141,14 +141,16 @@ def _statistic_bytes(model: Outline, train: TrainConfigs, block: int) -> tuple[d
     """Bytes of what is known of inputs: of those that are collected together, and the most that is made for an expert."""
     pruner, shapes = pruner_of(train), model.shapes[block]
     each = {names[0]: pruner.statistic_bytes(shapes[names[0]][1], train.refit) for names in model.groups[block]}
-    alone = [names[0] for names in model.groups[block] if _of_an_expert(model, block, names)]
-    pairs = [each[first] + each[last] for first, last in zip(alone[::2], alone[1::2], strict=True)]
-    return {name: size for name, size in each.items() if name not in alone}, max(pairs, default=0)
+    of_expert: dict[int, int] = {}
+    for name in list(each):
+        if (part := model.layout.linear(block, name).part) is not None:
+            of_expert[part.expert] = of_expert.get(part.expert, 0) + each.pop(name)
+    return each, max(of_expert.values(), default=0)
 
 
 def forward_bytes(model: Outline, block: int) -> int:
     """Bytes a token inside a block, at most: in its MLP, where all that widened is alive and one more is made of it."""
-    shapes = model.shapes[block].values()
+    shapes = [linear.shape for linear in model.linears[block]]
     widest = max(map(max, shapes))
     widening = sum(rows == widest for rows, _ in shapes)
     return model.arithmetic.itemsize * ((widening + 1) * widest + 2 * model.hidden)
@@ -195,7 +197,7 @@ def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
     forward = _tokens(job, client) * statistics_bytes(model, block, norms=False)
     yield {"one block": _block(model, block)} | grams | {"forward passes": forward} | inputs
     packed = sum(job.up(exchange)[block].values())
-    yield grams | {"packed statistics": packed + packing_bytes(max(features))} | inputs
+    yield grams | {"packed statistics": packed + packing_bytes(max(features, default=0))} | inputs
     if alone:
         pair = {
             "Gram matrices": sum(map(InputGram.nbytes, alone[:2])),

@@ -91,7 +91,7 @@ def _up_share(job: Job) -> Share:
 
 
 def _down_share(job: Job) -> Share:
-    return lambda exchange, _: zstd_share(job.target, job.model.stored, exchange.down or "weights")
+    return lambda exchange, _: zstd_share(job.sparsity.default, job.model.stored, exchange.down or "weights")
 
 
 def _uploads(job: Job, exchange: Exchange, share: Share) -> dict[str, dict[int, float]]:

@@ -91,7 +91,7 @@ def exchange_share(job: Job, exchange: Exchange, masks_alone: bool) -> float:
     if exchange.up == "grams":
         return ZSTD_GRAMS[job.config.gram.precision]
     parts = "masks" if masks_alone and exchange.up == "weights" else exchange.up
-    return zstd_share(job.target, job.model.stored, parts)
+    return zstd_share(job.sparsity.default, job.model.stored, parts)
 
 
 def zstd_share(target: Target, dtype: torch.dtype, parts: str = "weights") -> float:
@@ -130,7 +130,7 @@ def messages(job: Job) -> Messages:
         ConfigError: a matrix, or the statistics of an input, exceed the limit on the way up or down.
     """
     comm = job.config.client_configs.comm_configs
-    for table in travelling(job.config, job.model.shapes, job.model.stored, job.model.groups):
+    for table in travelling(job.config, job.model.layout.pruned, job.model.stored, job.model.groups):
         plan(table, comm.blocks_per_message, comm.max_message_bytes)
     masks_alone = all(map(mask_only, job.config.clients))
     sent = []

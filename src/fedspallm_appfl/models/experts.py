@@ -90,39 +90,41 @@ def is_inside(name: str) -> bool:
 
 
 def gates(block: nn.Module) -> set[str]:
-    """Linears that choose experts or weigh them: beside experts, with one output for each of them or a single one."""
-    found = set()
-    for path, module in block.named_modules():
-        if is_fused(module):
-            count = len(module.down_proj)
-        elif isinstance(module, nn.ModuleList) and re.search(LISTED, f"{path}.0"):
-            count = len(module)
-        else:
-            continue
+    """Linears that choose experts or weigh them: routers, and beside experts what has one output for each, or one."""
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    found = {name for name in linears if "router" in name.lower()}
+    for path, count in _mixtures(block):
         around = path.rpartition(".")[0]
-        found |= {
-            name
-            for name, one in block.named_modules()
-            if isinstance(one, nn.Linear)
-            and not name.startswith(f"{path}.")
-            and name.startswith(f"{around}." if around else "")
-            and ("router" in name.lower() or one.out_features in (1, count))
-        }
+        for name, module in linears.items():
+            beside = name.startswith(f"{around}." if around else "") and not name.startswith(f"{path}.")
+            if beside and module.out_features in (1, count):
+                found.add(name)
     return found
+
+
+def _mixtures(block: nn.Module) -> Iterator[tuple[str, int]]:
+    """Dotted name of whatever holds experts, and their number."""
+    for path, module in block.named_modules():
+        if isinstance(module, nn.ModuleList) and is_inside(f"{path}.0"):
+            yield path, len(module)
+    for name, parameter in block.named_parameters():
+        if _is_stacked(block, name, parameter):
+            yield name.rpartition(".")[0], len(parameter)
 
 
 def unreadable(block: nn.Module) -> list[str]:
     """Tensors of several matrices whose module does not tell which tokens go to which of them."""
-    owners = dict(block.named_modules())
     return [
         name
         for name, parameter in block.named_parameters()
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and _is_strange(owners[name.rpartition(".")[0]])
+        if _is_stacked(block, name, parameter) and not is_fused(block.get_submodule(name.rpartition(".")[0]))
     ]
 
 
-def _is_strange(owner: nn.Module) -> bool:
-    return not is_fused(owner) and not isinstance(owner, nn.modules.conv._ConvNd)
+def _is_stacked(block: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter holds several matrices."""
+    owner = block.get_submodule(name.rpartition(".")[0])
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(owner, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True)

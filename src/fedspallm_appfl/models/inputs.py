@@ -138,15 +138,18 @@ class SharedInputs:
                 )
             first = [linear for linear in linears if linear.part is not None and linear.part.first]
             last = [linear for linear in linears if linear not in first]
-            before, after = self._new(first[0]), self._new(last[0])
+            before, after = (self._new(some[0]) if some else None for some in (first, last))
             for states, indices in zip(hidden, chosen, strict=True):
                 inputs = Routed(states, indices).of(expert)
-                if len(inputs):
+                if before is not None:
                     before.add(inputs)
+                if after is not None:
                     after.add(experts.inner(module, expert, inputs))
-            yield [linear.name for linear in first], before
+            if before is not None:
+                yield [linear.name for linear in first], before
             del before  # not kept once it was used
-            yield [linear.name for linear in last], after
+            if after is not None:
+                yield [linear.name for linear in last], after
             del after
 
 
@@ -162,8 +165,9 @@ def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], list[Linear
 def _groups_of_experts(linears: tuple[Linear, ...]) -> Iterator[tuple[str, ...]]:
     """Linears of experts in one tensor that share an input, in the order of `SharedInputs.of_experts`."""
     for mine in _by_expert(linears).values():
-        yield tuple(linear.name for linear in mine if linear.part is not None and linear.part.first)
-        yield tuple(linear.name for linear in mine if linear.part is not None and not linear.part.first)
+        for first in (True, False):
+            if names := tuple(linear.name for linear in mine if linear.part is not None and linear.part.first == first):
+                yield names
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ class Layout:
 
     Attributes:
         path: dotted name of the list of blocks, e.g. `model.layers`.
-        blocks: for each of the L blocks its prunable linears, in the order of definition.
+        blocks: for each of the L blocks its prunable linears, in the order of definition; none where all stay dense.
     """
 
     path: str
@@ -82,6 +82,11 @@ class Layout:
     def parameter(self, block: int, linear: Linear) -> str:
         """Full name of the parameter that holds a linear's weight."""
         return f"{self.path}.{block}.{linear.parameter}"
+
+    @property
+    def pruned(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """Shape (O, I) of every linear, of each block that has some to prune."""
+        return {block: self.shapes(block) for block, linears in enumerate(self.blocks) if linears}
 
 
 def find_layout(model: nn.Module, path: str | None = None) -> Layout:
@@ -104,12 +109,6 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not name.startswith(f"{found}.")
     }
-    for index, block in enumerate(blocks):
-        if unreadable := experts.unreadable(block):
-            raise ModelError(
-                f"block {index} of {type(model).__name__}.{found} holds the experts of a mixture in {unreadable[0]}, and "
-                "its module does not tell which tokens go to which of them: this model is not supported"
-            )
     layout = Layout(found, tuple(tuple(_linears(block, outside)) for block in blocks))
     if not all(layout.blocks):
         bare = [index for index, linears in enumerate(layout.blocks) if not linears]
@@ -118,13 +117,6 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
             "if these are not the decoder blocks, set `model.blocks` to the right list"
         )
     return layout
-
-
-def left_dense(model: nn.Module, layout: Layout) -> list[str]:
-    """Weights of the first block that are matrices or larger and are not pruned, e.g. experts stored as one tensor."""
-    pruned = {linear.parameter for linear in layout.blocks[0]}
-    block = _module_list(model, layout.path)[0]
-    return [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim > 1 and name not in pruned]
 
 
 def _linears(block: nn.Module, outside: set[int]) -> Iterator[Linear]:

@@ -8,6 +8,7 @@ are any, and drops them afterwards. A block can thus be pruned in place without 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.experts import is_fused
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
 from fedspallm_appfl.models.stored import Piece, Place, Stored, place, read
+from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
+
+
+class Chosen(Protocol):
+    """Settings that say which model it is and what of it is pruned."""
+
+    @property
+    def model(self) -> Model:
+        """The dense model."""
+
+    @property
+    def prune(self) -> Prune:
+        """Which matrices are pruned."""
 
 
 class Skeleton:
@@ -27,29 +42,39 @@ class Skeleton:
     Attributes:
         folder: the model folder.
         model: the model, parameters on the meta device.
-        layout: its blocks and their prunable linears.
+        found: its blocks and their prunable linears.
+        layout: the same with the linears that are pruned.
         files: the checkpoint.
         stored_dtype: dtype of the prunable weights in the checkpoint.
     """
 
-    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto") -> None:
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", prune: Prune | None = None) -> None:
         """Build the skeleton of a model.
 
         Args:
             path: folder or hub name.
             blocks: dotted name of the list of decoder blocks; None to search for it.
             dtype: `auto` (as stored) or a name in `DTYPES`, for the parts that are built in a dtype.
+            prune: which linears are pruned; None for all.
 
         Raises:
             ModelError: the folder is not a model, its architecture is unknown, or its blocks cannot be found.
+            ConfigError: a pattern of `prune` means no linear.
         """
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
         self.model = without_weights(self.folder, dtype)
-        self.layout = find_layout(self.model, blocks)
+        self.found = find_layout(self.model, blocks)
+        self.layout = choose(self.found, prune or Prune(), self.model)
         self._stored = Stored(self.model, self.files)
         self._pieces = self._match()
         self.stored_dtype = self._one_dtype()
+
+    @classmethod
+    def of(cls, settings: Chosen) -> "Skeleton":
+        """The skeleton of the model of an experiment, or of what one of its sides is told."""
+        model = settings.model
+        return cls(model.path, model.blocks, model.dtype, settings.prune)
 
     def _one_dtype(self) -> torch.dtype:
         """The dtype of all prunable weights in the checkpoint.
@@ -121,7 +146,14 @@ class LazyModel:
         device: where it runs.
     """
 
-    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str,
+        blocks: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        prune: Prune | None = None,
+    ) -> None:
         """Build the model and read its outer parts.
 
         Args:
@@ -129,11 +161,12 @@ class LazyModel:
             blocks: dotted name of the list of decoder blocks; None to search for it.
             dtype: `auto` (as stored) or a name in `DTYPES`.
             device: where it runs.
+            prune: which linears are pruned; None for all.
 
         Raises:
             ModelError: as `Skeleton` does.
         """
-        self.skeleton = Skeleton(path, blocks, dtype)
+        self.skeleton = Skeleton(path, blocks, dtype, prune)
         self.model = self.skeleton.model
         self.layout: Layout = self.skeleton.layout
         self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
@@ -142,6 +175,12 @@ class LazyModel:
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
         self.model.tie_weights()
         self._fill_buffers()
+
+    @classmethod
+    def of(cls, settings: Chosen, device: str) -> "LazyModel":
+        """The model of an experiment, or of what one of its sides is told."""
+        model = settings.model
+        return cls(model.path, model.blocks, model.dtype, device, settings.prune)
 
     @property
     def vocabulary(self) -> int:

@@ -21,7 +21,7 @@ from fedspallm_appfl.models.text import are_tokens, check_vocabulary, draw_windo
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
-from fedspallm_appfl.settings.schema import ClientSettings, Pooled
+from fedspallm_appfl.settings.schema import ClientSettings, Pooled, Prune
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
@@ -82,7 +82,8 @@ class LocalClient:
         self.settings = settings
         self._use_threads()
         model = settings.model
-        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash)
+        chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
+        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash, chosen)
         windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
@@ -101,9 +102,8 @@ class LocalClient:
         With values whatever the pruner, as all clients must send equally many messages.
         """
         layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
-        shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
         groups = self._source.groups
-        bytes_of = sizes(self.exchanges[exchange], shapes, settings.sparsity, dtype, groups, settings.gram)
+        bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
         return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes)
 
     def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
@@ -193,8 +193,11 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=4)
-def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
-    return LazyModel(path, blocks, dtype, device)
+def _dense_model(
+    path: str, blocks: str | None, dtype: str, device: str, model_hash: str, chosen: tuple[tuple[str, ...], ...]
+) -> LazyModel:
+    include, ignore = map(list, chosen)
+    return LazyModel(path, blocks, dtype, device, Prune(include, ignore))
 
 
 @lru_cache(maxsize=4)

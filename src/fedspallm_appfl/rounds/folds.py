@@ -69,7 +69,11 @@ class Context:
 
     def matrix(self, block: int, name: str) -> Matrix:
         """What the arithmetic of an exchange may ask of a matrix."""
-        return Matrix(self.settings.sparsity, self.settings.expansion, partial(self.dense_float, block, name))
+        return Matrix(self.target(block, name), self.settings.expansion, partial(self.dense_float, block, name))
+
+    def target(self, block: int, name: str) -> Target:
+        """The sparsity of a matrix."""
+        return self.settings.sparsity.of(block, name)
 
     def shape(self, block: int, name: str) -> tuple[int, int]:
         """(O, I) of a linear."""
@@ -145,7 +149,7 @@ def without_clients(context: Context, store: str, block: int, name: str) -> Pack
     if name in before:
         return before[name]
     weight, settings = context.dense_float(block, name), context.settings
-    return unseen(weight, settings.sparsity, settings.unreached == "dense", context.dtype)
+    return unseen(weight, context.target(block, name), settings.unreached == "dense", context.dtype)
 
 
 def unseen(weight: Tensor, target: Target, dense: bool, dtype: torch.dtype) -> Packed:
@@ -186,7 +190,7 @@ class _MatrixFold:
     def _packed_bytes(self, block: int, unit: str) -> int:
         """Bytes of a matrix with values once packed."""
         context, entries = self._context, self._entries(block, unit)
-        return packed_size(context.shape(block, unit), context.settings.sparsity.zeros(entries), context.dtype)
+        return packed_size(context.shape(block, unit), context.target(block, unit).zeros(entries), context.dtype)
 
     @property
     def _algorithm(self) -> Algorithm:
@@ -200,11 +204,11 @@ class _MatrixFold:
         """
         context = self._context
         who, shape = f"algorithm {context.settings.algorithm}, block {block}, {unit}", context.shape(block, unit)
-        by_row = self._zeros_by_row(sums)  # before the sums are used up
+        by_row = self._zeros_by_row(sums, block, unit)  # before the sums are used up
         with named(who):
             made = make(sums, context.matrix(block, unit))
         weight, mask = made if isinstance(made, tuple) and len(made) == 2 else (None, made)
-        check_mask(who, mask, shape, context.settings.sparsity, by_row)
+        check_mask(who, mask, shape, context.target(block, unit), by_row)
         if (weight is None) != (self._exchange.down == "masks"):
             wanted = "a mask" if self._exchange.down == "masks" else "a weight and a mask"
             raise PruningError(f"{who}: the server makes {wanted} here, got {'a mask' if weight is None else 'both'}")
@@ -218,12 +222,12 @@ class _MatrixFold:
             raise PruningError(f"{who}: the server makes a weight of shape {list(shape)} without NaN or infinity")
         return weight, mask
 
-    def _zeros_by_row(self, sums: L0Sums | Votes) -> int | None:
+    def _zeros_by_row(self, sums: L0Sums | Votes, block: int, unit: str) -> int | None:
         """Zeros where rows are compared by themselves: all clients may have pruned more of a row than the target."""
-        settings, votes = self._context.settings, sums.votes if isinstance(sums, L0Sums) else sums.pruned
-        if settings.expansion != "row" or isinstance(settings.sparsity, NM):
+        target, votes = self._context.target(block, unit), sums.votes if isinstance(sums, L0Sums) else sums.pruned
+        if self._context.settings.expansion != "row" or isinstance(target, NM):
             return None
-        counts = row_counts(settings.sparsity, *votes.shape).to(votes.device)
+        counts = row_counts(target, *votes.shape).to(votes.device)
         return int(torch.maximum(counts, (votes == sums.clients).sum(1)).sum())
 
 
@@ -267,7 +271,7 @@ class WeightFold(_MeanFold):
         context, alone = self._context, client in self._context.settings.mask_only
 
         def check(packed: Any, where: str) -> Packed:
-            shape, target = context.shape(block, unit), context.settings.sparsity
+            shape, target = context.shape(block, unit), context.target(block, unit)
             checked = check_matrix(packed, where, shape, context.dtype, target, alone)
             return checked.with_values(context.dense(block, unit)) if alone else checked
 
@@ -326,7 +330,7 @@ class VoteFold(_MatrixFold):
         """A mask of the right shape and sparsity."""
         context = self._context
         return lambda packed, where: check_matrix(
-            packed, where, context.shape(block, unit), context.dtype, context.settings.sparsity, mask_only=True
+            packed, where, context.shape(block, unit), context.dtype, context.target(block, unit), mask_only=True
         )
 
     def open(self, block: int, unit: str, clients: int) -> Votes:
@@ -367,7 +371,7 @@ class ValueFold(_MeanFold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of kept entries alone."""
         entries = self._entries(block, unit)
-        kept = entries - self._context.settings.sparsity.zeros(entries)
+        kept = entries - self._context.target(block, unit).zeros(entries)
         sums = L0Sums.entry_bytes(self._weights(block, unit), clients) * kept
         return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
 
@@ -460,11 +464,15 @@ class GramFold:
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums are first made a square, which is then pruned with; the sums are gone by then."""
-        settings, features = self._context.settings, self._features[block, unit]
+        context, settings, features = self._context, self._context.settings, self._features[block, unit]
         shapes = [self._context.shape(block, name) for name in self._linears(block, unit)]
         sums = GramSum.nbytes(features, settings.gram.drift)
         pruning = from_sums.working_bytes(shapes, settings, settings.gram.drift) - sums
-        zeros = [settings.sparsity.zeros(rows * columns) for rows, columns in shapes]
+        linears = self._linears(block, unit)
+        zeros = [
+            context.target(block, name).zeros(rows * columns)
+            for name, (rows, columns) in zip(linears, shapes, strict=True)
+        ]
         made = sum(packed_size(shape, count, self._context.dtype) for shape, count in zip(shapes, zeros, strict=True))
         return UnitBytes(sums, max(GramSum.closing_bytes(features, settings.gram.drift), pruning), made)
 
@@ -503,14 +511,17 @@ class GramFold:
             else:
                 store.save(block, linears, total, self._rounded)
         weights = {name: context.dense_float(block, name) for name in linears}
-        pruned = prune_input(
-            weights, total, context.settings, self._rounded, context.settings.threads, f"block {block}, {unit}"
-        )
+        pruned = prune_input(weights, total, context.settings, self._rounded, context.settings.threads, (block, unit))
         return {GLOBAL: {name: pack(*made, context.dtype) for name, made in pruned.items()}}, {}
 
 
 def prune_input(
-    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, threads: int | None, where: str
+    weights: Mapping[str, Tensor],
+    sums: Sums,
+    settings: Pruning,
+    rounded: bool,
+    threads: int | None,
+    unit: tuple[int, str],
 ) -> dict[str, Pruned]:
     """Prune all matrices that take one input with the server's threads (see `pruning.from_sums.prune`).
 
@@ -519,8 +530,9 @@ def prune_input(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    where = f"block {unit[0]}, {unit[1]}"
     try:
-        pruned = from_sums.prune(weights, sums, settings, rounded)
+        pruned = from_sums.prune(weights, sums, settings, rounded, unit[0])
     except PruningError as error:
         raise PruningError(f"server, {where}: {error}") from error
     for name, (weight, _) in pruned.items():

@@ -55,16 +55,16 @@ def needs_text(client: Client) -> bool:
     return pruners.find(client.train_configs.pruner).needs is not None
 
 
-def draws(config: Config, blocks: int) -> Draws:
-    """The blocks of each participant in each round."""
+def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
+    """The blocks of each participant in each round, of those that have something to prune."""
     rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
     return [draw(strategy, config.seed, index, rounds, roster(config), blocks) for index in range(rounds)]
 
 
-def uncovered(config: Config, blocks: int) -> list[int]:
+def uncovered(config: Config, blocks: int | Sequence[int]) -> list[int]:
     """Blocks that no client prunes in any round, with the layers that the run will draw."""
     drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
-    return sorted(set(range(blocks)) - drawn)
+    return sorted(set(range(blocks) if isinstance(blocks, int) else blocks) - drawn)
 
 
 def server_settings(config: Config, state_dir: Path) -> ServerSettings:
@@ -77,6 +77,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
     server, train, comm = config.server_configs, config.client_configs.train_configs, config.client_configs.comm_configs
     own = {
         "model": config.model,
+        "prune": config.prune,
         "algorithm": config.algorithm,
         "gram": config.gram,
         "comparisons": comparisons(config),
@@ -111,6 +112,7 @@ def client_settings(
         "client_id": client.client_id,
         "device": device,
         "model": config.model,
+        "prune": config.prune,
         "data": {**plain(client.data), "pool": plain(pool(config))},
         "comm": {**plain(client.comm_configs), "max_message_bytes": message_bytes},
         "seed": config.seed,

@@ -19,7 +19,7 @@ from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.models.blockwise import Activations, Stop, advance
 from fedspallm_appfl.models.inputs import SharedInputs
 from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.pruning.pruner import Prepared
+from fedspallm_appfl.pruning.pruner import Prepared, by_target
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.statistics import Statistic
 from fedspallm_appfl.rounds.source import Agreed, Source, check_statistics
@@ -112,10 +112,11 @@ def _prune_group(
     if tokens is not None and tokens < block.source.settings.min_tokens:
         return {name: Unreached(tokens) for name in names}
     try:
-        prepared = prepare(block.source.settings, statistic)
-        for name in names:
-            done[name] = replace(_prune_linear(block, block.linears[name], prepared), tokens=tokens)
-            block.source.model.skeleton.files.release()
+        for settings, alike, known in by_target(block.source.settings, block.index, names, statistic):
+            prepared = prepare(settings, known)
+            for name in alike:
+                done[name] = replace(_prune_linear(block, block.linears[name], prepared), tokens=tokens)
+                block.source.model.skeleton.files.release()
     except PruningError as error:
         raise PruningError(f"{block.source.where(block.index, name)}: {error}") from error
     return done

@@ -132,7 +132,7 @@ class GlobalModel:
             limit: bytes of a message.
         """
         context, settings = self.context, self.settings
-        shapes = {block: context.layout.shapes(block) for block in range(len(context.layout.blocks))}
+        shapes = context.layout.pruned
         bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
         return plan(bytes_of, blocks_per_message, limit)
 
@@ -384,10 +384,10 @@ class GlobalModel:
         noted = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
         for name, count in facts.items():
             noted[name] = noted.get(name, 0) + count
-        for packed in linears.values():
+        for name, packed in linears.items():
             zeros = packed.entries - packed.kept
             noted["zeros"] += zeros
-            noted["over_target"] += max(0, zeros - self.settings.sparsity.zeros(packed.entries))
+            noted["over_target"] += max(0, zeros - self.context.target(block, name).zeros(packed.entries))
 
     def _finish_block(self, block: int) -> None:
         """Store what this exchange made of a block."""

@@ -16,7 +16,7 @@ from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.packed import Packed, Shapes, Unreached, pack, pack_mask, pack_values, packed_sizes
 from fedspallm_appfl.wire.update import Unit
@@ -101,7 +101,7 @@ _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
 def sizes(
     exchange: Exchange,
     shapes: Mapping[int, Shapes],
-    target: Target,
+    sparsity: Sparsity,
     dtype: torch.dtype,
     groups: Groups = (),
     gram: Gram | None = None,
@@ -111,7 +111,7 @@ def sizes(
     Args:
         exchange: the exchange.
         shapes: for each block (O, I) of each linear.
-        target: sparsity.
+        sparsity: the target of each matrix.
         dtype: dtype of the checkpoint.
         groups: linears that share an input, for `grams`.
         gram: which statistics, for `grams`.
@@ -127,4 +127,4 @@ def sizes(
             for block in shapes
             if exchange.concerns(block)
         }
-    return {block: packed_sizes(linears, target, dtype, exchange.up) for block, linears in shapes.items()}
+    return {block: packed_sizes(linears, sparsity, dtype, exchange.up, block) for block, linears in shapes.items()}

@@ -32,7 +32,7 @@ def held_out(config: Config) -> dict[str, Tensor]:
     settings = config.evaluation
     if not settings.texts:
         return {}
-    skeleton = Skeleton(config.model.path, config.model.blocks)
+    skeleton = Skeleton.of(config)
     for problem in too_long("evaluation.length", settings.length, skeleton.longest_window):
         raise ConfigError(problem)
     try:
@@ -58,7 +58,7 @@ def evaluate(
         log: gets an event for each model.
     """
     device = choose_device(config.evaluation.device, 0)
-    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
+    lazy = LazyModel.of(config, device)
     rows = {}
     for number, (method, pruned) in enumerate(methods.items(), 1):
         rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)

@@ -24,7 +24,7 @@ from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import absence_line, closing, write_report
 from fedspallm_appfl.runs.result import Result
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.wire.store import PackedStore
 
 Launch = Callable[[Config, Path, OnEvent], Any]
@@ -135,17 +135,24 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     """
     matrices = save_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
+    sparsity = config.client_configs.train_configs.sparsity
+    targets = [
+        str(sparsity.of(block, linear.name))
+        for block, linears in enumerate(skeleton.layout.blocks)
+        for linear in linears
+    ]
     manifest = {
         "model": config.model.path,
         "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
-        "target": str(config.client_configs.train_configs.sparsity),
+        "target": str(sparsity),
         "pruner": config.pruners(),
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,
-        "matrices": [matrix.to_dict() for matrix in matrices],
+        "prune": plain(config.prune),
+        "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return matrices

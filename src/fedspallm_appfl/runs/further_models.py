@@ -22,8 +22,9 @@ from fedspallm_appfl.runs.report import model_table
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.tensors.target import Target, parse_target
-from fedspallm_appfl.validation.files import indivisible
+from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.validation.files import unfit
 from fedspallm_appfl.validation.rules import check
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import GramStore, PackedStore
@@ -36,17 +37,17 @@ class Model:
     """A model to be made.
 
     Attributes:
-        target: the target.
+        target: the target of each matrix.
         folder: where it goes.
     """
 
-    target: Target
+    target: Sparsity
     folder: Path
 
     @property
     def text(self) -> str:
-        """Its target."""
-        return str(self.target)
+        """Its target, or the default one."""
+        return str(self.target.default)
 
     def is_there(self) -> bool:
         """Whether it has been made; what was interrupted has no manifest."""
@@ -71,7 +72,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
         ModelError: a model cannot be written.
     """
     config = _config(run, pruner)
-    skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
+    skeleton, store = Skeleton.of(config), GramStore(run / STATISTICS)
     models = _models(run, config, targets, skeleton.layout)
     with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
         _require_absent(models, overwrite)
@@ -95,8 +96,9 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 
 def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
     """What is to be made, each once."""
-    aims = dict.fromkeys(_target(text, layout) for text in targets)
-    return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target))}") for target in aims]
+    given = config.client_configs.train_configs.sparsity
+    aims = dict.fromkeys(_target(text, layout, given) for text in targets)
+    return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target.default))}") for target in aims]
 
 
 def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
@@ -107,12 +109,12 @@ def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
         )
 
 
-def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
+def pruned(config: Config, target: Sparsity, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
     """Prune the whole model with stored sums.
 
     Args:
         config: names the pruner and its settings.
-        target: ratio or n:m.
+        target: of each matrix.
         skeleton: the dense model.
         store: sums of all clients.
         folder: where the packed blocks go.
@@ -129,17 +131,16 @@ def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore,
     return packed
 
 
-def _add_unseen(config: Config, target: Target, skeleton: Skeleton, packed: PackedStore, block: int) -> None:
+def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: PackedStore, block: int) -> None:
     """Add experts of which there are no sums, because too few tokens reached them."""
     done = packed.get(block) or {}
     linears = [one for one in skeleton.layout.blocks[block] if one.expert and one.name not in done]
     dense = config.server_configs.aggregator_kwargs.unreached == "dense"
-    made = {
-        linear.name: unseen(skeleton.dense_weight(block, linear).float(), target, dense, skeleton.stored_dtype)
-        for linear in linears
-    }
-    if made:
-        packed.add(block, made)
+    for linear in linears:
+        weight = skeleton.dense_weight(block, linear).float()
+        done[linear.name] = unseen(weight, target.of(block, linear.name), dense, skeleton.stored_dtype)
+    if linears:
+        packed.save(block, done)
 
 
 def _config(run: Path, pruner: str | None) -> Config:
@@ -161,12 +162,13 @@ def _config(run: Path, pruner: str | None) -> Config:
     return config
 
 
-def _target(text: str, layout: Layout) -> Target:
+def _target(text: str, layout: Layout, given: Sparsity) -> Sparsity:
+    """A target in the place of the default one of the run; what it says of some matrices stands."""
     try:
-        target = parse_target(text)
+        target = given.with_default(parse_target(text))
     except ValueError as error:
         raise ConfigError(f"--sparsity: {error}") from error
-    for problem in indivisible(layout.blocks, target):
+    for problem in unfit(layout, target):
         raise ConfigError(problem)
     return target
 
@@ -177,7 +179,7 @@ def folder_name(text: str) -> str:
 
 
 def _prune_input(
-    config: Config, target: Target, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
+    config: Config, target: Sparsity, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
 ) -> None:
     """Prune the matrices that take one input."""
     found = store.load(block, leader)
@@ -188,7 +190,7 @@ def _prune_input(
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
     settings = replace(train, sparsity=target)
-    made = prune_input(weights, moved, settings, rounded, train.threads, f"block {block}, {leader}")
+    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader))
     packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
 
 

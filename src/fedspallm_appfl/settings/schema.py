@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.tensors.target import Target, parse_target
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 Paths = str | list[str]
 
@@ -76,6 +77,22 @@ class Model:
         choices=("auto", *DTYPES),
     )
     blocks: str | None = key(None, "dotted name of the list of decoder blocks, if the search does not find it")
+
+
+@dataclass
+class Prune:
+    """Which matrices are pruned; the others stay dense."""
+
+    include: list[str] = key(
+        list,
+        "patterns of the matrices to prune: blocks (`7`, `0-3`), names (`self_attn`, `*.down_proj`) or both "
+        "(`blocks.0-3.down_proj`); empty means all",
+    )
+    ignore: list[str] = key(list, "patterns of matrices that stay dense, of those that `include` names")
+    keep_zeros: bool = key(
+        True,
+        "weights that are zero in the dense model are pruned first and stay zero, so that its sparsity is not lost",
+    )
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,11 @@ class Pruning:
     pruner: str = key(
         "sparsegpt", "`sparsegpt`, `admm`, `wanda`, `magnitude`, or one of a plugin", choices=PRUNERS, extensible=True
     )
-    sparsity: Target = key(parse_target("0.5"), "share in [0, 1), or n:m; the same for every client")
+    sparsity: Sparsity = key(
+        parse_target("0.5"),
+        "share in [0, 1), or n:m; or a mapping of patterns to targets, of which the last that fits decides: "
+        '`{default: 0.5, "blocks.0-1": 0.3, "*.down_proj": 2:4}`; the same for every client',
+    )
     damping: float = key(
         0.01,
         "added to the diagonal of the Gram matrix, as a share of its mean (SparseGPT) or of each entry (ADMM, `refit`)",
@@ -237,6 +258,16 @@ class Pruning:
         least=1,
         most=MOST,
     )
+
+    @property
+    def own_target(self) -> Target:
+        """The target, in the settings of one matrix (see `at`)."""
+        assert isinstance(self.sparsity, Target), "settings of a matrix are made by `at`"
+        return self.sparsity
+
+    def at(self, block: int, name: str) -> "Pruning":
+        """How one matrix is pruned."""
+        return dataclasses.replace(self, sparsity=self.sparsity.of(block, name))
 
 
 @dataclass
@@ -387,6 +418,7 @@ class Config:
     )
     gram: Gram = group(Gram)
     model: Model = group(Model)
+    prune: Prune = group(Prune)
     server_configs: ServerConfigs = group(ServerConfigs)
     client_configs: ClientConfigs = group(ClientConfigs)
     clients: list[Client] = field(default_factory=list)
@@ -439,6 +471,7 @@ class ClientSettings(TrainConfigs):
     Attributes:
         client_id: its id.
         model: the dense model.
+        prune: which matrices are pruned.
         data: its text.
         comm: its messages.
         seed: the experiment's.
@@ -451,6 +484,7 @@ class ClientSettings(TrainConfigs):
 
     client_id: str = ""
     model: HashedModel = group(HashedModel)
+    prune: Prune = group(Prune)
     data: OwnData = group(OwnData)
     comm: CommConfigs = group(CommConfigs)
     seed: int = 0
@@ -467,6 +501,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
 
     Attributes:
         model: the dense model.
+        prune: which matrices are pruned.
         algorithm: name of the algorithm.
         gram: which statistics clients send, for algorithms that gather them.
         comparisons: algorithms whose models are made of the same uploads, beside the global one.
@@ -483,6 +518,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     """
 
     model: Model = group(Model)
+    prune: Prune = group(Prune)
     algorithm: str = "fedspallm"
     gram: Gram = group(Gram)
     comparisons: list[str] = field(default_factory=list)
@@ -500,6 +536,8 @@ class ServerSettings(AggregatorKwargs, Pruning):
 
 def plain(settings: Any) -> Any:
     """Settings as dicts, lists and values that YAML and JSON know; `reading.build` makes them again."""
+    if isinstance(settings, Targets):
+        return settings.plain()
     if dataclasses.is_dataclass(settings) and not isinstance(settings, Target):
         return {one.name: plain(getattr(settings, one.name)) for one in dataclasses.fields(settings)}
     if isinstance(settings, dict):

@@ -110,7 +110,7 @@ def _run(config: Config, method: Method) -> Cell:
     zeros, entries = _from_manifests(Path(config.run_dir))
     return Cell(
         method.name,
-        str(config.client_configs.train_configs.sparsity),
+        str(config.client_configs.train_configs.sparsity.default),
         config.seed,
         results.perplexity[config.algorithm],
         zeros,
@@ -138,7 +138,7 @@ def _from_manifests(run: Path) -> tuple[int, int]:
 
 def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums: Path, gathering: Cell) -> Cell:
     """Make a model from stored sums, and check and measure it as a run would."""
-    skeleton, sparsity = Skeleton(config.model.path, config.model.blocks), config.client_configs.train_configs.sparsity
+    skeleton, sparsity = Skeleton.of(config), config.client_configs.train_configs.sparsity
     with run_dir.claimed(config, overwrite=True) as run:
         memory, started = Memory(), time.monotonic()
         packed = further_models.pruned(config, sparsity, skeleton, GramStore(sums), run / "state")
@@ -151,7 +151,7 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
     return dataclasses.replace(
         gathering,
         method=method.name,
-        target=str(sparsity),
+        target=str(sparsity.default),
         perplexity=perplexity,
         zeros=zeros,
         entries=entries,

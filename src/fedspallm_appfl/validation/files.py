@@ -8,7 +8,8 @@ import torch
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
-from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.choice import unmatched
+from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.text import (
     are_tokens,
@@ -23,7 +24,8 @@ from fedspallm_appfl.rounds.participants import algorithm_of
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.settings import schema
 from fedspallm_appfl.settings.schema import Config, Paths
-from fedspallm_appfl.tensors.target import Target, check_divides
+from fedspallm_appfl.tensors.target import check_divides
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.messages import plan
 from fedspallm_appfl.wire.packed import Shapes, packed_sizes
 
@@ -34,8 +36,10 @@ def check_with_files(config: Config) -> list[str]:
     skeleton = tokenizer = None
     try:
         if config.model.path and config.model.dtype in ("auto", *schema.DTYPES):
-            skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+            skeleton = Skeleton.of(config)
             tokenizer = load_tokenizer(skeleton.folder) if _has_words(config) else None
+    except ConfigError as error:
+        problems.append(str(error))
     except FedSpaLLMError as error:
         problems.append(f"model: {error}")
     if skeleton is not None:
@@ -99,13 +103,12 @@ def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
         return
     if algorithm_of(config).gathers:
         yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
-    yield from indivisible(layout.blocks, config.client_configs.train_configs.sparsity)
+    yield from unfit(layout, config.client_configs.train_configs.sparsity)
     if config.gram.precision not in ("fp32", "bf16", "int8"):  # the same
         return
-    shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
     alone = tuple(tuple((linear.name,) for linear in linears) for linears in layout.blocks)
     try:  # that some share an input does not change which statistics are the largest
-        for table in travelling(config, shapes, skeleton.stored_dtype, alone):
+        for table in travelling(config, layout.pruned, skeleton.stored_dtype, alone):
             plan(table, max(1, comm.blocks_per_message), comm.max_message_bytes)
     except ConfigError as error:
         yield f"client_configs.comm_configs.max_message_bytes: {error}"
@@ -124,14 +127,14 @@ def travelling(
         dtype: dtype of the checkpoint.
         groups: linears that share an input.
     """
-    target = config.client_configs.train_configs.sparsity
+    sparsity = config.client_configs.train_configs.sparsity
     made = algorithm_of(config).exchanges(groups, config.gram)
     answered = len(made) - (config.server_configs.num_global_epochs == 1)
     for number, exchange in enumerate(made):
-        yield sizes(exchange, shapes, target, dtype, groups, config.gram)
+        yield sizes(exchange, shapes, sparsity, dtype, groups, config.gram)
         if exchange.down is not None and number < answered:
             yield {
-                block: packed_sizes(shapes[block], target, dtype, exchange.down)
+                block: packed_sizes(shapes[block], sparsity, dtype, exchange.down, block)
                 for block in shapes
                 if exchange.concerns(block)
             }
@@ -149,10 +152,17 @@ def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:
             )
 
 
-def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:
-    """The linears whose rows a pattern n:m does not fit."""
-    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
-    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
+def unfit(layout: Layout, sparsity: Sparsity) -> Iterator[str]:
+    """What of the targets does not fit the model: rows that n:m does not divide, patterns that mean no matrix."""
+    where = "client_configs.train_configs.sparsity"
+    found = {
+        (linear.name, check_divides(sparsity.of(block, linear.name), linear.shape[1])): None
+        for block, linears in enumerate(layout.blocks)
+        for linear in linears
+    }
+    yield from (f"{where}: {name}: {problem}" for name, problem in found if problem)
+    if isinstance(sparsity, Targets):
+        yield from (f"{where}: {problem}" for problem in unmatched(layout, [one for one, _ in sparsity.others]))
 
 
 def too_long(what: str, length: int, longest: int | None) -> list[str]:

@@ -1,9 +1,9 @@
 """What a run will do, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
-from fedspallm_appfl.models.layout import left_dense
+from fedspallm_appfl.models.choice import by_kind, in_words, left_dense
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
@@ -11,23 +11,30 @@ from fedspallm_appfl.settings.schema import Config
 
 def forecast(config: Config) -> list[str]:
     """What a run will prune."""
-    skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+    skeleton = Skeleton.of(config)
     blocks = skeleton.layout.blocks
     entries = sum(linear.entries for block in blocks for linear in block)
-    names = ", ".join(linear.name for linear in blocks[0])
     lines = [
         headline(config),
         *_notices(config),
-        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
+        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
+        *_listed([(", ".join(linear.name for linear in linears),) for linears in blocks]),
     ]
-    dense = left_dense(skeleton.model, skeleton.layout)
-    if dense:
-        lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
-    return [*lines, *left_out(config, len(blocks))]
+    dense = left_dense(skeleton.model, skeleton.found, skeleton.layout)
+    if any(dense):
+        lines += ["leaves dense inside the blocks:", *_listed([in_words(of) for of in dense])]
+    return [*lines, *left_out(config, list(skeleton.layout.pruned))]
 
 
-def left_out(config: Config, blocks: int) -> Iterator[str]:
-    """Which blocks stay dense because no client is assigned them."""
+def _listed(blocks: list[tuple[str, ...]]) -> Iterator[str]:
+    """A line for each kind of block that has something to list."""
+    for indices, parts in by_kind(blocks):
+        if any(parts):
+            yield f"  block{'s' * (len(indices) > 1)} {to_text(indices)}: {'; '.join(parts)}"
+
+
+def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
+    """Which of the blocks that have something to prune stay dense because no client is assigned them."""
     missed = uncovered(config, blocks)
     if missed:
         yield (
@@ -35,7 +42,7 @@ def left_out(config: Config, blocks: int) -> Iterator[str]:
             "raise resource_share or num_global_epochs to reach them"
         )
     if config.client_configs.train_configs.layer_sampling == "uniform":
-        expected = expected_uncovered(roster(config), blocks)
+        expected = expected_uncovered(roster(config), len(blocks))
         yield f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation"
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -140,10 +140,13 @@ def packed_size(shape: tuple[int, int], zeros: int, dtype: torch.dtype) -> int:
     return -(-entries // 8) + (entries - zeros) * dtype.itemsize
 
 
-def packed_sizes(shapes: Shapes, target: Target, dtype: torch.dtype, parts: str = "weights") -> dict[str, int]:
+def packed_sizes(
+    shapes: Shapes, sparsity: Sparsity, dtype: torch.dtype, parts: str = "weights", block: int = 0
+) -> dict[str, int]:
     """Bytes of each matrix of a block once packed: its mask and `values` (`weights`), or one of the two."""
     entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
     masks = {name: packed_size(shapes[name], count, dtype) for name, count in entries.items()}
-    whole = {name: packed_size(shapes[name], target.zeros(count), dtype) for name, count in entries.items()}
+    zeros = {name: sparsity.of(block, name).zeros(count) for name, count in entries.items()}
+    whole = {name: packed_size(shapes[name], count, dtype) for name, count in zeros.items()}
     values = {name: whole[name] - masks[name] for name in shapes}
     return {"weights": whole, "masks": masks, "values": values}[parts]
