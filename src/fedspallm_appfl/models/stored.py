@@ -29,7 +29,7 @@ class Piece:
     Attributes:
         key: its name in the checkpoint.
         expert: index along the first dimension of the parameter that it fills; None for all.
-        rows: rows of that expert's part; None for all.
+        rows: rows of the parameter, or of that expert's part of it; None for all.
         swapped: its last two dimensions are those of the parameter the other way round.
     """
 
@@ -99,7 +99,9 @@ class Stored:
 
     def key(self, name: str) -> str | None:
         """Name in the checkpoint of what has one; it may be an older name or differ by the base's prefix."""
-        return next((self._todays[option] for option in self._options(name) if option in self._todays), None)
+        options = self._options(name)
+        renamed = next((self._todays[option] for option in options if option in self._todays), None)
+        return renamed or next((option for option in options if option in self._files), None)
 
     def _options(self, name: str) -> tuple[str, ...]:
         return name, name.removeprefix(self._prefix), self._prefix + name
@@ -122,7 +124,7 @@ class Stored:
             return (Piece(key, swapped=stored != shape),)
         if step is None:
             return ()
-        found = self._of_experts(step, sources, shape)
+        found = self._joined(step, sources, shape)
         if not found:
             raise ModelError(
                 f"{self._files.folder}: transformers makes {name} of {', '.join(map(str, step.source_patterns))} in a way "
@@ -130,22 +132,24 @@ class Stored:
             )
         return found
 
-    def _of_experts(self, step: Any, sources: dict[str, list[str]], shape: tuple[int, ...]) -> tuple[Piece, ...]:
-        """One piece for each expert and pattern, in a tensor (E, rows, columns); empty if it is made in another way."""
+    def _joined(self, step: Any, sources: dict[str, list[str]], shape: tuple[int, ...]) -> tuple[Piece, ...]:
+        """The pieces that are put one above the other, of each expert if there are some; empty if it is made otherwise."""
         kinds = tuple(type(operation) for operation in step.operations)
-        if kinds not in ((MergeModulelist,), (MergeModulelist, Concatenate)) or len(shape) != 3:
+        if kinds not in ((MergeModulelist,), (MergeModulelist, Concatenate), (Concatenate,)):
             return ()
+        experts = kinds[0] is MergeModulelist
+        matrix = shape[1:] if experts else shape
         pieces, top = [], 0
         for pattern in step.source_patterns:
             keys = sorted(sources[pattern], key=_by_number)
             sizes = {self._files.shape_and_dtype(key)[0] for key in keys}
-            if len(keys) != shape[0] or len(sizes) != 1 or next(iter(sizes))[1:] != shape[2:]:
+            if len(keys) != (shape[0] if experts else 1) or len(sizes) != 1 or next(iter(sizes))[1:] != matrix[1:]:
                 return ()
             height = next(iter(sizes))[0]
-            rows = None if height == shape[1] else (top, top + height)
-            pieces += [Piece(key, expert, rows) for expert, key in enumerate(keys)]
+            rows = None if height == matrix[0] else (top, top + height)
+            pieces += [Piece(key, expert if experts else None, rows) for expert, key in enumerate(keys)]
             top += height
-        return tuple(pieces) if top == shape[1] else ()
+        return tuple(pieces) if top == matrix[0] else ()
 
 
 def _by_number(key: str) -> list[tuple[int, str]]:
@@ -154,9 +158,18 @@ def _by_number(key: str) -> list[tuple[int, str]]:
 
 
 def place(linear: Linear, pieces: Sequence[Piece]) -> Place:
-    """Where a matrix lies, of the pieces that fill its parameter."""
+    """Where a matrix lies, of the pieces that fill its parameter.
+
+    Raises:
+        ModelError: the matrix itself is in pieces.
+    """
     part = linear.part
     if part is None:
+        if len(pieces) > 1:
+            raise ModelError(
+                f"{linear.name} is stored as {', '.join(piece.key for piece in pieces)}: a matrix that transformers puts "
+                "together is not supported"
+            )
         [piece] = pieces
         return Place(piece.key, None, None, linear.transposed != piece.swapped)
     piece = next(one for one in pieces if one.expert in (None, part.expert) and one.rows in (None, part.rows))
@@ -172,6 +185,7 @@ def read(pieces: Sequence[Piece], files: CheckpointFiles, shape: torch.Size) -> 
         return stored.transpose(-1, -2) if pieces[0].swapped else stored
     whole = torch.empty(shape, dtype=files.shape_and_dtype(pieces[0].key)[1])
     for piece in pieces:
-        part = whole[piece.expert] if piece.rows is None else whole[piece.expert, slice(*piece.rows)]
+        part = whole if piece.expert is None else whole[piece.expert]
+        part = part if piece.rows is None else part[slice(*piece.rows)]
         part.copy_(files.read(piece.key))
     return whole
