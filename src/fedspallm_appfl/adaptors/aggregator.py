@@ -13,6 +13,7 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -48,6 +49,7 @@ class FedSpaLLMAggregator(BaseAggregator):
         self.settings: ServerSettings = build(ServerSettings, OmegaConf.to_container(configs, resolve=True))
         self.on_event: OnEvent = ignore
         model, state_dir = self.settings.model, self.settings.state_dir
+        custom_code.allow_for(model)
         self.skeleton = Skeleton(model.path, model.blocks)
         self._own_folder = None if state_dir else tempfile.TemporaryDirectory(prefix="fedspallm-")
         gathers = registry.find(self.settings.algorithm).gathers

@@ -78,7 +78,7 @@ def _dense(source: Source, assigned: set[int]) -> Gathered:
             grams = done.pop()
             leaders = [names[0] for names in source.groups[index]]
             for name in leaders:
-                check_statistic(grams[name], source.where(index, name))
+                check_statistic(grams[name], source.where(index, name), source.model.skeleton, index)
             found = {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
             if index == 0:
                 found |= public
@@ -181,7 +181,7 @@ def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bo
             if drift is not None and states.dense is not None and twin is not None:
                 before = inputs_of(twin, linear, states.dense, number, index, states.dense.hidden[number])
                 drift.addmm_((before - inputs).T, inputs)
-    check_statistic(gram, source.where(index, linear.name))
+    check_statistic(gram, source.where(index, linear.name), model.skeleton, index)
     return Sums(gram.upper, gram.tokens, drift)
 
 

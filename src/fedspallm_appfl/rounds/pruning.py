@@ -97,7 +97,8 @@ def _prune_block(block: _Block, state: Activations) -> dict[str, PrunedLinear]:
     give_back()  # what the forward pass used; the solve allocates other sizes
     for names, statistic in statistics:
         if statistic is not None:
-            check_statistic(statistic, block.source.where(block.index, names[0]))
+            skeleton = block.source.model.skeleton
+            check_statistic(statistic, block.source.where(block.index, names[0]), skeleton, block.index)
     while statistics:
         names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
         done |= _prune_group(block, names, statistic)

@@ -21,7 +21,7 @@ from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import STATISTICS
-from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs import card, evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.runs.progress import StudyProgress
 from fedspallm_appfl.runs.report import traffic
 from fedspallm_appfl.settings.schema import Config
@@ -73,10 +73,10 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
         serial.load()  # not in the seconds and memory of the first cell
         gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
         for method, target, seed in todo:
-            if (method.name, str(target), seed) in file.cells:  # made in the run of another one
-                progress.ends("measured with another")
-                continue
             progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
+            if (method.name, str(target), seed) in file.cells:
+                progress.ends("measured in the run of another method")
+                continue
             config = plan.experiment(method, target, seed)
             if seed in gathered and method.shares_uploads:
                 cell = _from_sums(config, method, texts, *gathered[seed])
@@ -160,6 +160,7 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
         costs.read()
         zeros, entries = _from_manifests(run)
         perplexity = evaluation.evaluate(config, texts, {method.algorithm: packed.get}, ignore)[method.algorithm]
+        card.write(run, config, {method.algorithm: perplexity})
         _drop(config, "state")
     return dataclasses.replace(
         gathering,

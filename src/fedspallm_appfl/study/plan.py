@@ -245,7 +245,10 @@ def _files(plan: Plan) -> Iterator[str]:
     """What shows once model and text are opened."""
     if not plan.config.evaluation.texts:
         yield "evaluation.texts: a study compares perplexities; name some held-out text"
-    yield from check_with_files(plan.experiment(plan.methods[0], plan.targets[0], plan.seeds[0]))
+    strictest = max(
+        plan.methods, key=lambda method: registry.find(method.algorithm).gathers
+    )  # asks for enough tokens too
+    yield from check_with_files(plan.experiment(strictest, plan.targets[0], plan.seeds[0]))
     with suppress(FedSpaLLMError):  # said above
         blocks = Skeleton(plan.config.model.path, plan.config.model.blocks).layout.blocks
         for target in plan.targets[1:]:

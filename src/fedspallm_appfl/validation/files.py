@@ -8,6 +8,7 @@ import torch
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.text import (
@@ -34,6 +35,7 @@ def check_with_files(config: Config) -> list[str]:
     skeleton = tokenizer = None
     try:
         if config.model.path and config.model.dtype in ("auto", *schema.DTYPES):
+            custom_code.allow_for(config.model)
             skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
             tokenizer = load_tokenizer(skeleton.folder) if _has_words(config) else None
     except FedSpaLLMError as error:

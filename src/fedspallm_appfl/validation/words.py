@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.models.layout import left_dense
-from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 
@@ -20,10 +20,17 @@ def forecast(config: Config) -> list[str]:
         *_notices(config),
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
     ]
+    if named := replaced_attention(skeleton.model):
+        lines.append(attention_words(named))
     dense = left_dense(skeleton.model, skeleton.layout)
     if dense:
         lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
     return [*lines, *left_out(config, len(blocks))]
+
+
+def attention_words(named: str) -> str:
+    """That another attention runs than the model's configuration names."""
+    return f"config.json names {named}, which cannot run here: sdpa takes its place, which computes the same"
 
 
 def left_out(config: Config, blocks: int) -> Iterator[str]:
