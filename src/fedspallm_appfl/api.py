@@ -21,6 +21,7 @@ from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.text import TOKENS, are_tokens
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
@@ -191,7 +192,8 @@ def evaluate(
         model: folder or hub name.
         texts: name -> held-out text, of the kinds that `prune` takes; or one file.
         length: tokens in a window; None for 2048, or what the model takes if that is less.
-        **settings: `windows`, `batch`, `dtype`, `device`, as `fedspallm evaluate` takes them.
+        **settings: `windows`, `batch`, `dtype`, `device`, `blocks` and `trust_remote_code`, as `fedspallm evaluate` takes
+            them.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
@@ -199,10 +201,11 @@ def evaluate(
     """
     if not isinstance(model, str | Path):
         raise ConfigError(f"model is a folder or a hub name, got {type(model).__name__}")
-    known = ("windows", "batch", "device", "dtype")
+    checked, others = ("windows", "batch", "device"), ("dtype", "blocks", "trust_remote_code")
+    known = (*checked, *others)
     if unknown := set(settings) - set(known):
         raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; valid here are {', '.join(known)}")
-    asked = Evaluation(length=length or 2, **{name: settings[name] for name in settings if name != "dtype"})
+    asked = Evaluation(length=length or 2, **{name: settings[name] for name in settings if name in checked})
     refuse("fs.evaluate", list(wrong_values(asked, "", [])))
     named = {str(texts): texts} if isinstance(texts, str | Path) else texts
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
@@ -383,6 +386,7 @@ def _usual_length(model: Mapping[str, Any], texts: Iterable[Any]) -> int:
     if given:
         return int(given[0])
     try:
+        custom_code.allow_for(Model(path=model["path"], trust_remote_code=model.get("trust_remote_code") is True))
         longest = Skeleton(model["path"], model.get("blocks")).longest_window
     except ModelError:  # said where everything is checked
         longest = None

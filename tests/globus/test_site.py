@@ -4,8 +4,11 @@ import pytest
 
 from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.globus.site import worker
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import require_consent, same_model
+from fedspallm_appfl.models import custom_code
+from fedspallm_appfl.models.checkpoint import model_hash
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT
 
@@ -76,7 +79,7 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
         ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
         (
             "clients: {a: {text: x}}\npath: y",
-            "may have only the keys clients, may_send, min_tokens, model, plugins, store",
+            "may have only the keys clients, may_send, min_tokens, model, plugins, store, trust_remote_code",
         ),
         ("clients: {a: }\nmay_send: text", "may_send .* must be a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),
@@ -228,3 +231,14 @@ def test_a_hub_name_is_not_looked_up(checked, monkeypatch):
 
 def test_the_site_file_of_the_examples_is_right(capsys):
     assert cli.main(["site", str(ROOT / "examples" / "globus" / "site.yaml"), "--model", str(DEMO / "model")]) == 0
+
+
+@pytest.mark.parametrize("own", ["", "trust_remote_code: true"])
+def test_the_site_alone_lets_code_of_a_model_run(write, monkeypatch, own):
+    """Whatever the server's configuration says."""
+    monkeypatch.setattr(custom_code, "_allowed", set())
+    write(f"model: {DEMO / 'model'}\nclients: {{a: {{text: x}}}}\n{own}")
+    model = HashedModel("elsewhere", trust_remote_code=True, hash=model_hash(DEMO / "model"))
+    made = worker._with_own(ClientSettings(client_id="a", model=model, device="cpu"), load_site("a"))
+    assert custom_code.allowed(DEMO / "model") is bool(own)
+    assert made.model.trust_remote_code is False

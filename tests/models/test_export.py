@@ -184,6 +184,39 @@ def test_links_become_files_and_what_is_read_only_stays_so(tmp_path, monkeypatch
     assert_equal(tensors_of(out), tensors_of(dense) | pruned_tensors(skeleton, store))
 
 
+def test_subfolders_are_copied_without_weights_and_without_what_lies_elsewhere(tmp_path):
+    dense = save_family("llama", tmp_path / "dense")
+    templates = dense / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("tools")
+    (templates / "link.jinja").symlink_to("tools.jinja")
+    (templates / "weights.bin").write_bytes(b"w")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret.txt").write_text("s")
+    (templates / "secret.txt").symlink_to(tmp_path / "elsewhere" / "secret.txt")
+    (dense / "folder").symlink_to(tmp_path / "elsewhere")
+    (dense / ".hidden").mkdir()
+    (dense / ".hidden" / "x.txt").write_text("x")
+    (dense / "README.md").write_text("the base")
+    write_model(Skeleton(str(dense)), PackedStore(tmp_path / "none"), out := tmp_path / "out")
+    copied = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    weights_and_config = {"model.safetensors", "config.json", "generation_config.json"}
+    templates = {f"additional_chat_templates/{name}.jinja" for name in ("tools", "link")}
+    assert copied == {*weights_and_config, *templates, "README.base.md"}
+    assert not any(file.is_symlink() for file in out.rglob("*"))
+
+
+def test_templates_of_a_model_in_the_hubs_cache_are_copied(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    dense = save_family("llama", snapshot)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (dense / "templates").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "t").write_text("template")
+    (dense / "templates" / "t.jinja").symlink_to("../../../blobs/t")
+    write_model(Skeleton(str(dense)), PackedStore(tmp_path / "none"), tmp_path / "out")
+    assert (tmp_path / "out" / "templates" / "t.jinja").read_text() == "template"
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_run_that_is_killed_while_it_writes_leaves_no_file_that_looks_whole(pickled, tmp_path, monkeypatch):
     def killed(*args):

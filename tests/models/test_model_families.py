@@ -1,19 +1,25 @@
 """Every model family: the lazy model is the real one, and the blockwise sweep is a whole-model oracle's."""
 
+import json
+import re
+import sys
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError, PruningError
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.layout import find_layout
-from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import perplexities
-from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.settings.schema import Model, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
-from helpers.families import FAMILIES, save_family, windows
+from helpers.families import FAMILIES, GROUPED, save_family, windows
 from helpers.oracles import column_blocks, sparsegpt
 from helpers.rounds import prune_blocks
 
@@ -142,6 +148,87 @@ def test_blocks_that_cannot_be_found_are_an_error_that_names_the_key(tmp_path):
         find_layout(two, "middle")
 
 
+def test_of_several_towers_the_text_model_is_pruned(tmp_path):
+    """A text model beside one for images: blocks, limit and perplexity are those of the text model."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**GROUPED, "num_hidden_layers": 2},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    lazy, ids = LazyModel(str(tmp_path)), windows()
+    assert lazy.layout.path == "model.language_model.layers"
+    assert lazy.skeleton.longest_window == 64
+    with torch.no_grad():
+        logits = load(tmp_path)(input_ids=ids, use_cache=False).logits[:, :-1]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp()
+    assert perplexities(lazy, {"text": ids})["text"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "my_wrapper.inner."])
+def test_names_with_the_prefix_of_a_wrapper_are_explained(wrapper, tmp_path):
+    folder = save_family("llama", tmp_path)
+    state = {f"{wrapper}{name}": tensor for name, tensor in load(folder).state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"the prefix `{re.escape(wrapper)}` .* without it all of them match: save"):
+        Skeleton(str(folder))
+    save_file({name.replace(wrapper, ""): t for name, t in state.items()}, folder / "model.safetensors")
+    assert Skeleton(str(folder)).find_key("lm_head.weight")
+
+
+def test_a_model_that_is_called_quantized_is_refused_whatever_its_weights_are(tmp_path):
+    folder = save_family("llama", tmp_path)
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"quantization_config \(gptq\).* remove quantization_config from config.json"):
+        Skeleton(str(folder))
+
+
+def test_flash_attention_that_cannot_run_gives_way_to_sdpa(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = save_family("llama", tmp_path)
+    expected = perplexities(LazyModel(str(folder)), {"text": windows()})
+    change_config(folder, attn_implementation="flash_attention_2")
+    lazy = LazyModel(str(folder))
+    assert replaced_attention(lazy.model) == "flash_attention_2"
+    assert perplexities(lazy, {"text": windows()}) == expected
+
+
+def with_code(folder):
+    """Turn a model into one that needs a class of its own."""
+    names = {"AutoConfig": "own_config.Own", "AutoModelForCausalLM": "own_model.OwnModel"}
+    change_config(folder, model_type="own", auto_map=names)
+    config = "from transformers import LlamaConfig\n\n\nclass Own(LlamaConfig):\n    model_type = 'own'\n"
+    model = "from transformers import LlamaForCausalLM\nfrom .own_config import Own\n\n\n"
+    (folder / "own_config.py").write_text(config)
+    (folder / "own_model.py").write_text(model + "class OwnModel(LlamaForCausalLM):\n    config_class = Own\n")
+    return folder
+
+
+def test_code_of_a_model_folder_runs_only_where_it_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr(custom_code, "_allowed", set())
+    folder = with_code(save_family("llama", tmp_path / "own"))
+    expected = perplexities(LazyModel(str(save_family("llama", tmp_path / "llama"))), {"text": windows()})
+    for settings in (Model(path=str(folder)), Model(path=str(tmp_path / "llama"), trust_remote_code=True)):
+        custom_code.allow_for(settings)
+        with pytest.raises(ModelError, match="needs Python code of its own .* set model.trust_remote_code to true"):
+            Skeleton(str(folder))
+    assert not (tmp_path / "modules").exists()
+    custom_code.allow_for(Model(path=str(folder), trust_remote_code=True))
+    lazy = LazyModel(str(folder))
+    assert type(lazy.model).__name__ == "OwnModel"
+    assert perplexities(lazy, {"text": windows()}) == expected
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def test_a_weight_tied_to_one_outside_the_blocks_is_not_pruned():
     model = nn.Module()
     model.outer = nn.Linear(4, 4)
@@ -167,7 +254,8 @@ def test_activations_that_are_not_finite_name_client_block_and_linear(tmp_path):
     whole = load(folder)
     whole.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     whole.save_pretrained(folder)
-    with pytest.raises(PruningError, match=r"client ward, block 1, mlp.down_proj: its inputs hold NaN or infinity"):
+    blamed = "block 1, mlp.down_proj: its inputs hold NaN or infinity, because model.layers.1.mlp.up_proj.weight in"
+    with pytest.raises(PruningError, match=f"client ward, {blamed}"):
         list(
             prune_blocks(LazyModel(str(folder)), windows(), {1, 2}, Pruning("wanda", parse_target(0.5)), client="ward")
         )

@@ -231,6 +231,9 @@ def test_a_sweep_that_prunes_nothing_gives_the_dense_statistics(family):
             assert not sums.drift.any()
 
 
+BLAMED = r"client ann, block 1, mlp.down_proj: its inputs .* NaN or infinity, because model.layers.1.mlp.up_proj.weight"
+
+
 @pytest.mark.parametrize("which", ["dense", "sweep"])
 def test_inputs_that_are_not_finite_name_client_block_and_linear(tmp_path, which):
     folder = save_family("llama", tmp_path)
@@ -239,7 +242,7 @@ def test_inputs_that_are_not_finite_name_client_block_and_linear(tmp_path, which
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = LazyModel(str(folder))
     groups = groups_of(model)
-    with pytest.raises(PruningError, match="client ann, block 1, mlp.down_proj: its inputs hold NaN or infinity"):
+    with pytest.raises(PruningError, match=BLAMED):
         if which == "dense":
             list(dense_grams(model, TEXT, {0, 1, 2}, groups, client="ann"))
         else:

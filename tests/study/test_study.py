@@ -107,9 +107,12 @@ def test_a_study_needs_text_to_measure_on(tmp_path):
 
 def test_the_command_of_a_plan_gives_the_same_plan(tmp_path, config, monkeypatch):
     overrides = ["client_configs.data.windows=4", "evaluation.texts={a: 'b c'}"]
-    plan, _ = planned(config, overrides, ["fedavg", "gram+admm"], ["0.5", "2:4"], ["1", "0"], tmp_path / "out", True)
+    plan, _ = planned(
+        config, overrides, ["fedavg", "gram+admm"], ["0.5", "2:4"], ["1", "0"], tmp_path / "out", ["fedavg"]
+    )
     args = parse(plan.command(), monkeypatch)
-    got = planned(Path(args.config), args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, True)[0]
+    words = args.overrides, args.algorithms, args.sparsity, args.seeds, args.out, args.keep_models
+    got = planned(Path(args.config), *words)[0]
     assert got == plan
 
 
@@ -175,6 +178,32 @@ def test_sums_are_gathered_once_a_seed(done):
     assert len([path for path in (out / "runs").iterdir() if (path / "report.md").exists()]) == len(cells) - 6
 
 
+def test_shared_uploads_give_what_runs_of_their_own_give(config, tmp_path):
+    words = [
+        "study",
+        str(config),
+        "--algorithms",
+        "standalone",
+        "fedavg",
+        "fedspallm",
+        "fedavg+wanda",
+        "--sparsity",
+        "0.5",
+    ]
+    assert cli.main([*words, "--out", str(tmp_path / "apart")]) == 0
+    assert cli.main([*words, "--out", str(tmp_path / "shared"), "--share-uploads"]) == 0
+    apart, shared = (
+        {cell["method"]: cell for cell in json.loads((tmp_path / name / "study.json").read_text())["cells"]}
+        for name in ("apart", "shared")
+    )
+    for what in ("perplexity", "up", "down"):
+        assert {name: cell[what] for name, cell in shared.items()} == {name: cell[what] for name, cell in apart.items()}
+    runs = {name: cell["run_of"] for name, cell in shared.items()}
+    assert runs == {"standalone": "fedspallm", "fedavg": "fedspallm", "fedspallm": "", "fedavg+wanda": ""}
+    assert len(list((tmp_path / "shared" / "runs").iterdir())) == 2
+    assert "| fedavg ‡ |" in (tmp_path / "shared" / "study.md").read_text()
+
+
 def test_models_and_sums_are_not_left_on_disk(done):
     out, _ = done
     assert [path for path in out.rglob("*") if path.suffix == ".safetensors"] == []
@@ -203,10 +232,11 @@ def test_a_study_that_was_killed_goes_on_with_what_is_missing(config, tmp_path, 
     (tmp_path / "cells.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])
     ran, conduct = [], experiment.conduct
     monkeypatch.setattr(experiment, "conduct", lambda c, *a, **k: ran.append(c.run_dir) or conduct(c, *a, **k))
-    assert measure(config, tmp_path, "--keep-models") == 0
+    assert measure(config, tmp_path, "--keep-models", "gram+admm") == 0
     assert [path.rsplit("/")[-1] for path in ran] == ["gram-2-4-seed1"]  # the sums are gathered anew
-    assert (tmp_path / "runs" / "gram+admm-0.5-seed1" / "model" / "model.safetensors").is_file()
-    timed = ("client_seconds", "server_seconds", "memory_bytes", "stored")
+    kept = [path.parent.parent.name for path in tmp_path.rglob("model.safetensors")]
+    assert sorted(kept) == ["gram+admm-0.5-seed1", "gram+admm-2-4-seed1"]
+    timed = ("client_seconds", "server_seconds", "cpu_seconds", "memory_bytes", "stored")
     now = json.loads((tmp_path / "study.json").read_text())["cells"]
     for cell in now:
         earlier = done[1][cell["method"], cell["target"], cell["seed"]]
@@ -263,7 +293,7 @@ def test_without_matplotlib_nothing_begins(config, tmp_path, monkeypatch, capsys
 def made_by_hand(perplexity, seeds=(0, 1), target="0.5"):
     """A study of one target from the geometric means of each method, a number a seed; texts a and b are x/2 and 2x."""
     same = {"zeros": 5, "entries": 10, "up": {"k": 30, "l": 50}, "down": {"k": 0, "l": 2}, "weights": 10}
-    same |= {"client_seconds": 1.5, "memory_bytes": 10**6}
+    same |= {"client_seconds": 1.5, "memory_bytes": 10**6, "cpu_seconds": 3.0}
     cells = [
         Cell(method, target, seed, {"a": x / 2, "b": 2 * x}, server_seconds=seed, **same)
         for method, row in perplexity.items()
@@ -335,8 +365,8 @@ def test_the_page_by_hand():
     text = page(made_by_hand({"standalone": (20, 30), "centralized": (10, 20), "fedspallm": (15, 22)}))
     assert "| dense | 5.00 | 20.00 | 10.00 | - | 0.0000 % |" in text
     assert "| fedspallm | 9.25 ± 2.47 | 37.00 ± 9.90 | 18.50 ± 4.95 | 65 ± 21 % | 50.0000 % |" in text
-    assert "| fedspallm | 40 B | 1 B | 32.00 | 1.5 ± 0.0 | 0.5 ± 0.7 | 1.0 MB |" in text
-    assert "| standalone | - | - | - | 1.5 ± 0.0 | 0.5 ± 0.7 | 1.0 MB |" in text
+    assert "| fedspallm | 40 B | 1 B | 32.00 | 1.5 ± 0.0 | 0.5 ± 0.7 | 3.0 ± 0.0 | 1.0 MB |" in text
+    assert "| standalone | - | - | - | 1.5 ± 0.0 | 0.5 ± 0.7 | 3.0 ± 0.0 | 1.0 MB |" in text
     assert "†" not in text
 
 

@@ -31,6 +31,12 @@ def add(verbs: Any) -> None:
         default="auto",
         help="arithmetic (default: as stored, but float32 for float16 on a CPU)",
     )
+    parser.add_argument(
+        "--blocks", metavar="NAME", help="dotted name of the list of decoder blocks (default: a search)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model folder brings along"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.set_defaults(work=work)
 
@@ -43,7 +49,8 @@ def work(args: argparse.Namespace) -> int:
     from fedspallm_appfl.runs.evaluation import evaluate_folder
 
     texts = {text: text for text in args.text}
-    measured = evaluate_folder(args.model, texts, args.length, args.windows, args.batch, args.dtype, args.device)
+    how = args.length, args.windows, args.batch, args.dtype, args.device, args.blocks, args.trust_remote_code
+    measured = evaluate_folder(args.model, texts, *how)
     table = Table(title=f"Perplexity of {escape(args.model)}", title_justify="left")
     table.add_column("text", overflow="fold")
     table.add_column("perplexity", justify="right")

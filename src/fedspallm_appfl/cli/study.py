@@ -28,23 +28,31 @@ def add(verbs: Any) -> None:
     parser.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN_DIR-study)")
-    parser.add_argument("--keep-models", action="store_true", help="leave the pruned models in DIR/runs")
+    parser.add_argument(
+        "--keep-models", nargs="*", metavar="NAME", help="leave the pruned models in DIR/runs; of these methods only"
+    )
+    parser.add_argument(
+        "--share-uploads",
+        action="store_true",
+        help="make models of standalone and fedavg of the uploads in the run of fedspallm, which saves their runs",
+    )
     parser.add_argument("--overwrite", action="store_true", help="start over instead of continuing an earlier study")
     parser.set_defaults(work=work)
 
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    lists = {name: getattr(args, name) or [] for name in ("algorithms", "sparsity", "seeds")}
+    lists = {name: getattr(args, name) or [] for name in ("algorithms", "sparsity", "seeds", "keep_models")}
     late = [word for words in lists.values() for word in words if "=" in word]  # overrides after a list of names
-    names, targets, seeds = ([word for word in words if "=" not in word] for words in lists.values())
+    names, targets, seeds, keep = ([word for word in words if "=" not in word] for words in lists.values())
     overrides = [*args.overrides, *late]
     well_formed(args.config, overrides)
 
     from fedspallm_appfl.study import measure, plan
 
+    kept = None if args.keep_models is None else keep
     found, problems = plan.planned(
-        Path(args.config), overrides, names or plan.DEFAULT, targets, seeds, args.out, args.keep_models
+        Path(args.config), overrides, names or plan.DEFAULT, targets, seeds, args.out, kept, args.share_uploads
     )
     refuse(args.config, problems)
     measure.study(found, console(), args.overwrite)

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
@@ -95,6 +96,7 @@ def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
     Raises:
         ModelError: the model cannot be opened.
     """
+    custom_code.allow_for(settings)
     folder = resolve_model(settings.path, weights=False)
     try:
         CheckpointFiles(folder)

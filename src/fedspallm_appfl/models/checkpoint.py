@@ -24,7 +24,7 @@ SAMPLE = 64  # values from the beginning of each tensor
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, and not used
-SMALL = ["*.json", "*.model", "*.txt"]  # configuration and tokenizer
+SMALL = ["*.json", "*.model", "*.txt", "*.py"]  # configuration, tokenizer, and code of the model's own
 
 
 def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") -> Path:

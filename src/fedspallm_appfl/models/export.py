@@ -3,7 +3,7 @@
 Every safetensors shard of the dense checkpoint is copied as a file, and each pruned matrix is written over its bytes in
 the copy, one after the other. The model is never built, dense tensors are never read, and one matrix is in memory at a
 time. A pickled checkpoint is first converted to one safetensors file. All other files in the folder (config, tokenizer,
-licence) are copied unchanged.
+licence, chat templates in subfolders) are copied unchanged; the model's card becomes README.base.md.
 
 The new folder has the size of the dense one, because zeros are stored. Only the uploads are smaller.
 """
@@ -30,6 +30,7 @@ from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
+CARD, BASE_CARD = "README.md", "README.base.md"  # the card of the base model makes room for that of the pruned one
 DTYPE_NAMES = {  # as in the header of a safetensors file
     torch.float64: "F64",
     torch.float32: "F32",
@@ -88,11 +89,10 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
         OSError: the disk is full, or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in skeleton.folder.iterdir():
-        about_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
-        if file.is_file() and not about_weights and not file.name.startswith("."):
-            with _partial(folder / file.name) as partial:
-                shutil.copy(file, partial)
+    for name, file in _companions(skeleton.folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with _partial(folder / name) as partial:
+            shutil.copy(file, partial)
     files = skeleton.files
     for shard in ["model.safetensors"] if files.pickled else files.shards:
         source = skeleton.folder / (next(iter(files.shards)) if files.pickled else shard)
@@ -103,6 +103,30 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
                 shutil.copyfile(source, partial)  # content only: the source may be a link or read-only
             _put_in(skeleton, pruned, partial)
             shutil.copymode(source, partial)
+
+
+def _companions(source: Path, inside: str = "") -> Iterator[tuple[str, Path]]:
+    """What lies beside the weights and in subfolders, as (name in the new folder, file); hidden files are left out.
+
+    A link to a folder is not entered, and a link in a subfolder is followed only where it stays within the model, so that
+    nothing else of this machine lands in a folder that may be passed on.
+    """
+    cached = source.parent.name == "snapshots"  # of the hub's cache, where files are links to `blobs`
+    home = (source.parents[1] if cached else source).resolve()
+    for file in sorted((source / inside).iterdir()):
+        name = f"{inside}/{file.name}" if inside else file.name
+        about_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
+        if file.name.startswith((".", "__pycache__")) or about_weights or _older_card(source, name):
+            continue
+        if file.is_dir() and not file.is_symlink():
+            yield from _companions(source, name)
+        elif file.is_file() and (not inside or file.resolve().is_relative_to(home)):
+            yield BASE_CARD if name == CARD else name, file
+
+
+def _older_card(source: Path, name: str) -> bool:
+    """Whether a file is the card of a base model's base model, which gives way to that of the base model."""
+    return name == BASE_CARD and (source / CARD).is_file()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from fedspallm_appfl.models.activations import HiddenStates
 from fedspallm_appfl.models.blockwise import Activations, Stop, embed
 from fedspallm_appfl.models.experts import Routed
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.models.lazy_model import HollowModel
+from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
 from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
 
 PROBE = 8  # tokens of the pass that finds out which linears share an input
@@ -197,17 +197,28 @@ def shared_inputs(folder: Path, layout: Layout) -> Groups:
     return tuple(found)
 
 
-def check_statistic(statistic: Statistic, where: str) -> None:
+def check_statistic(statistic: Statistic, where: str, skeleton: Skeleton, block: int) -> None:
     """Refuse statistics that no pruner can use.
 
+    Args:
+        statistic: of an input.
+        where: what errors begin with.
+        skeleton: the model, whose weights are looked at where the input is not finite.
+        block: the input's block.
+
     Raises:
-        PruningError: no token reached the input, or it holds NaN or infinity; says `where`.
+        PruningError: no token reached the input, or it holds NaN or infinity; says `where`, and which weight is to blame.
     """
     if statistic.tokens == 0:
         raise PruningError(
             f"{where}: no token of the calibration text reached it, so it cannot be pruned by its inputs"
         )
     if not bool(statistic.diagonal().isfinite().all()):
+        if weight := skeleton.not_finite(block):
+            raise PruningError(
+                f"{where}: its inputs hold NaN or infinity, because {weight} in {skeleton.folder} does; fetch or save the "
+                "model again"
+            )
         raise PruningError(
             f"{where}: its inputs hold NaN or infinity; look at the calibration text and at `model.dtype` "
             "(float16 overflows at 65504, bfloat16 and float32 do not)"

@@ -1,6 +1,7 @@
 """Find the decoder blocks and the prunable linears of any causal LM, by structure: the only architecture-aware file.
 
-Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears. Prunable are the
+Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears, or the only one in
+the text model where there are towers for images or sound too. Prunable are the
 linears inside a block (`nn.Linear`, and GPT-2's `Conv1D`, whose weight is stored transposed), unless their weight is tied
 to one outside the blocks, and the matrices of the experts of a mixture, which lie in tensors of three dimensions
 (`experts`). Embeddings, norms, head, biases, and the routers and gates of mixtures are never pruned.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError
@@ -138,6 +140,8 @@ def _search(model: nn.Module) -> str:
         nested = any(name.startswith(f"{outer}.") for outer in candidates)
         if isinstance(module, nn.ModuleList) and not nested and _alike(module):
             candidates.append(name)
+    if len(candidates) > 1:
+        candidates = _of_text_model(model, candidates) or candidates
     if len(candidates) == 1:
         return candidates[0]
     what = f"found {len(candidates)}: {', '.join(candidates)}" if candidates else "found none"
@@ -145,6 +149,13 @@ def _search(model: nn.Module) -> str:
         f"looked in {type(model).__name__} for one outermost nn.ModuleList whose members have one class and contain "
         f"linears, {what}; set `model.blocks` to the dotted name of the decoder blocks, e.g. model.layers"
     )
+
+
+def _of_text_model(model: nn.Module, names: list[str]) -> list[str]:
+    """Those inside the text model, where a model has other towers too: transformers says which module it is."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {f"{path}." for path, module in model.named_modules() if module is decoder and path}
+    return [name for name in names if name.startswith(tuple(inside))]
 
 
 def _alike(modules: nn.ModuleList) -> bool:

@@ -5,16 +5,18 @@ read from the checkpoint. `block(i)` reads the weights of one block, replaces th
 are any, and drops them afterwards. A block can thus be pruned in place without a copy of the dense one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.experts import is_fused
@@ -22,6 +24,10 @@ from fedspallm_appfl.models.layout import Layout, Linear, find_layout
 from fedspallm_appfl.models.stored import Piece, Place, Stored, place, read
 from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
+
+REPLACED = "_fedspallm_replaced_attention"  # attribute of a configuration
+
+WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")  # of torch.compile, DataParallel and FSDP
 
 
 class Chosen(Protocol):
@@ -74,6 +80,7 @@ class Skeleton:
     def of(cls, settings: Chosen) -> "Skeleton":
         """The skeleton of the model of an experiment, or of what one of its sides is told."""
         model = settings.model
+        custom_code.allow_for(model)
         return cls(model.path, model.blocks, model.dtype, settings.prune)
 
     def _one_dtype(self) -> torch.dtype:
@@ -104,7 +111,7 @@ class Skeleton:
     @property
     def longest_window(self) -> int | None:
         """Tokens that the model takes at most; None if it has no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def read(self, name: str) -> Tensor:
         """A parameter of the model, in the dtype of the checkpoint; maybe a view of the mapped file."""
@@ -123,8 +130,19 @@ class Skeleton:
             elif name not in tied:
                 missing.append(name)
         if missing:
-            raise ModelError(_what_is_missing(self.folder, self.model, missing))
+            raise ModelError(_what_is_missing(self.folder, self.model, missing, self.files.keys()))
         return matched
+
+    def not_finite(self, through: int) -> str | None:
+        """Name in the checkpoint of the first weight, up to a block, that holds NaN or infinity; None if none does."""
+        blocks = f"{self.layout.path}."
+        for name, pieces in self._pieces.items():
+            block = int(name.removeprefix(blocks).split(".")[0]) if name.startswith(blocks) else 0
+            for piece in pieces if block <= through else ():
+                weight = self.files.read(piece.key)
+                if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                    return piece.key
+        return None
 
     def dense_matrix(self, block: int, name: str) -> Tensor:
         """The dense weight of the linear of that name."""
@@ -298,16 +316,52 @@ def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
         dtype: `auto` (as `config.json` says) or a name in `DTYPES`.
 
     Raises:
-        ModelError: the installed transformers does not support the model.
+        ModelError: the installed transformers does not support the model, it is quantized, or it needs code of its own that
+            is not allowed to run.
     """
+    trusted = custom_code.allowed(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         config.use_cache = False
         kind = config.dtype if dtype == "auto" else DTYPES[dtype]
+        _replace_attention(config)
         with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trusted)
     except Exception as error:  # config.json may hold anything, and every model class fails differently
-        raise ModelError(f"{folder} cannot be built as a causal LM by this transformers: {error}") from error
+        why = custom_code.refusal(folder) or f"{folder} cannot be built as a causal LM by this transformers: {error}"
+        raise ModelError(why) from error
+    _require_plain(folder, config)
+    return model
+
+
+def replaced_attention(model: PreTrainedModel) -> str | None:
+    """The attention that `config.json` names where it cannot run here and sdpa runs in its place."""
+    return getattr(model.config, REPLACED, None)
+
+
+def _replace_attention(config: PretrainedConfig) -> None:
+    """Take sdpa for flash attention where that is not installed or there is no GPU; both compute the same."""
+    named = config._attn_implementation or ""
+    if "flash" in named and not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        config._attn_implementation = "sdpa"
+        setattr(config, REPLACED, named)
+
+
+def _require_plain(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a model that its configuration calls quantized.
+
+    Raises:
+        ModelError: it does, whatever the weights are: the pruned folder could not be loaded.
+    """
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return
+    settings = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    raise ModelError(
+        f"{folder}: config.json has a quantization_config ({settings.get('quant_method', 'unknown method')}), and a "
+        "quantized model cannot be pruned; take the model from before quantization. If its weights are plain numbers "
+        "already, remove quantization_config from config.json"
+    )
 
 
 @contextmanager
@@ -330,12 +384,28 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str]) -> str:
+def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str], keys: Iterable[str]) -> str:
+    lacks = f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
+    if wrapper := _wrapper(missing, keys):
+        return (
+            f"{lacks}; names in the checkpoint carry the prefix `{wrapper}` of a wrapper such as torch.compile or "
+            f"DataParallel, and without it all of them match: save the tensors again under key.replace({wrapper!r}, '')"
+        )
     return (
-        f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}; the checkpoint does "
-        "not match config.json, or an old version wrote it: in that case load it with transformers and save it again with "
-        "save_pretrained"
+        f"{lacks}; the checkpoint does not match config.json: fetch or save the model again. transformers would fill what "
+        "is missing with random numbers"
     )
+
+
+def _wrapper(missing: list[str], keys: Iterable[str]) -> str | None:
+    """What to take out of the names in a checkpoint so that nothing is missing; None if that does not help."""
+    stored = list(keys)
+    first = max(missing, key=len)
+    before = {key.removesuffix(first) for key in stored if key.endswith(f".{first}")}
+    for wrapper in (*WRAPPERS, *sorted(before)):
+        if set(missing) <= {key.replace(wrapper, "") for key in stored if wrapper in key}:
+            return wrapper
+    return None
 
 
 def _tied_names(model: nn.Module) -> list[str]:

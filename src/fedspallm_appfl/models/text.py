@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedspallm_appfl.errors import DataError, ModelError, first_line
+from fedspallm_appfl.models import custom_code
 
 TOKENS = ".safetensors"
 
@@ -40,9 +41,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=custom_code.allowed(folder))
     except Exception as error:  # the Rust library behind it raises bare exceptions
-        raise ModelError(f"{folder} has no readable tokenizer: {first_line(error)}") from error
+        why = custom_code.refusal(folder) or f"{folder} has no readable tokenizer: {first_line(error)}"
+        raise ModelError(why) from error
     if len(tokenizer) < 2:  # made of nothing where there are no files of one
         raise ModelError(f"{folder} has no tokenizer; save the model's tokenizer there")
     return tokenizer

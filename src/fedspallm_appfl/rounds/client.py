@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.text import are_tokens, check_vocabulary, draw_windows, load_tokenizer, windows_of
@@ -83,6 +84,7 @@ class LocalClient:
         self._use_threads()
         model = settings.model
         chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
+        custom_code.allow_for(model)
         self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash, chosen)
         windows = self._private_windows()
         self.samples = len(windows)

@@ -537,6 +537,10 @@ def prune_input(
         raise PruningError(f"server, {where}: {error}") from error
     for name, (weight, _) in pruned.items():
         if not bool(weight.isfinite().all()):
+            if not bool(weights[name].isfinite().all()):
+                raise PruningError(
+                    f"server, {where}: the weights of {name} in the checkpoint hold NaN or infinity; fetch the model again"
+                )
             raise PruningError(f"server, {where}: pruning {name} gave NaN or infinity; raise `damping`")
     return pruned
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.models.blockwise import Activations, Stop, advance, embed
-from fedspallm_appfl.models.inputs import PROBE, SharedInputs, check_statistic, inputs_of
+from fedspallm_appfl.models.inputs import PROBE, SharedInputs, inputs_of
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.statistics import InputGram
@@ -209,7 +209,7 @@ def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bo
     taken = _taken(source, linear, gram)
     if isinstance(taken, Unreached):
         return taken
-    check_statistic(gram, source.where(index, linear.name))
+    check_statistics(source, index, [([linear.name], gram)])
     return replace(taken, drift=drift)
 
 

@@ -66,4 +66,4 @@ def check_statistics(source: Source, index: int, found: Sequence[tuple[list[str]
     """Refuse what no pruner can use, before anything of the block is pruned; an expert may be reached by no token."""
     for names, statistic in found:
         if statistic.tokens or not source.model.layout.linear(index, names[0]).expert:
-            check_statistic(statistic, source.where(index, names[0]))
+            check_statistic(statistic, source.where(index, names[0]), source.model.skeleton, index)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
 from fedspallm_appfl.models.text import check_vocabulary, held_out_windows, tokenizer_for, windows_of
@@ -95,6 +96,8 @@ def evaluate_folder(
     batch: int = 8,
     dtype: str = "auto",
     device: str = "auto",
+    blocks: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Measured:
     """Perplexity of a model folder on texts.
 
@@ -106,14 +109,18 @@ def evaluate_folder(
         batch: windows in a forward pass.
         dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        blocks: dotted name of the list of decoder blocks; None to search for it.
+        trust_remote_code: run Python code that the model folder brings along.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
     """
     where = choose_device(device, 0)
-    if dtype == "auto" and where == "cpu" and Skeleton(folder).stored_dtype == torch.float16:
+    if trust_remote_code:
+        custom_code.allow(folder)
+    if dtype == "auto" and where == "cpu" and Skeleton(folder, blocks).stored_dtype == torch.float16:
         dtype = "float32"
-    lazy = LazyModel(folder, None, dtype, where)
+    lazy = LazyModel(folder, blocks, dtype, where)
     longest = lazy.skeleton.longest_window or math.inf
     length = length or int(min(longest, DEFAULT_LENGTH))
     if length > longest:

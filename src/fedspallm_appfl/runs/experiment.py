@@ -14,17 +14,18 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.models.export import MatrixSparsity, save_model
-from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
 from fedspallm_appfl.rounds.folds import STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.runs import run_dir
+from fedspallm_appfl.runs import card, run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import absence_line, closing, write_report
 from fedspallm_appfl.runs.result import Result
 from fedspallm_appfl.settings.schema import Config, plain
+from fedspallm_appfl.validation.words import attention_words
 from fedspallm_appfl.wire.store import PackedStore
 
 Launch = Callable[[Config, Path, OnEvent], Any]
@@ -78,6 +79,8 @@ def conduct(
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds})
         aggregator = launch(config, folder / "state", log)
+        if named := replaced_attention(aggregator.skeleton.model):
+            log({"event": "notice", "text": attention_words(named)})
         statistics_folder = folder / "state" / STATISTICS
         if statistics_folder.is_dir():
             statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
@@ -86,6 +89,7 @@ def conduct(
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         perplexity = evaluate(config, texts, methods, log) if texts else {}
         dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
+        _write_cards(config, folder, perplexity, log)
         results = Result(_with_means(perplexity), matrices, dense_bytes, place)
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
@@ -105,6 +109,19 @@ def _write(
         store = model.store(algorithm.store_of(client) or "")
         matrices = write_pruned(config, skeleton, store, folder / "models" / client)
     return matrices, folder / "models"
+
+
+def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, float]], log: EventLog) -> None:
+    """Write the card of the model, or of each client's: the dense model's perplexity stands beside its own."""
+    algorithm = algorithm_of(config)
+    dense = {name: perplexity[name] for name in DENSE if name in perplexity}
+    if not algorithm.apart:
+        mine = {config.algorithm: perplexity[config.algorithm]} if perplexity else {}
+        card.write(folder, config, dense | mine)
+        return
+    for client in _whole(config, log):
+        row = perplexity.get(algorithm.store_of(client) or "")
+        card.write(folder / "models" / client, config, dense | {"this model": row} if row else {})
 
 
 def _whole(config: Config, log: EventLog) -> list[str]:

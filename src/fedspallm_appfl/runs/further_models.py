@@ -16,7 +16,7 @@ from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry
 from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
-from fedspallm_appfl.runs import evaluation, experiment, run_dir
+from fedspallm_appfl.runs import card, evaluation, experiment, run_dir
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import model_table
 from fedspallm_appfl.settings import plugins
@@ -88,6 +88,9 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
                 shutil.rmtree(packed.folder, ignore_errors=True)
         with RunProgress(console, 1, 1) as progress:
             rows = evaluation.evaluate(config, texts, methods, progress) if texts else {}
+        for model in models:
+            measured = {"dense": rows["dense"], "this model": rows[model.text]} if rows else {}
+            card.write(model.folder, config, measured)
     title = f"Perplexity, {config.pruners()} with the statistics of {run}"
     console.print(model_table(title, rows, matrices))
     for model in models:

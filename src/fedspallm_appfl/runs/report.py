@@ -265,10 +265,11 @@ def _notes(log: EventLog) -> list[str]:
         for event in log.of("upload")
         for linear, notes in event["notes"].items()
     ]
+    notices = [event["text"] for event in log.of("notice")]
     if not rows:
-        return []
+        return ["## Unusual events", *notices] if notices else []
     head = "Matrices whose first factorization failed, with the damping that worked."
-    return ["## Unusual events", head, markdown(["client", "round", "block.linear", ""], rows)]
+    return ["## Unusual events", *notices, head, markdown(["client", "round", "block.linear", ""], rows)]
 
 
 def _settings(config: Config, log: EventLog) -> str:

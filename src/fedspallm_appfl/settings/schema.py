@@ -77,6 +77,11 @@ class Model:
         choices=("auto", *DTYPES),
     )
     blocks: str | None = key(None, "dotted name of the list of decoder blocks, if the search does not find it")
+    trust_remote_code: bool = key(
+        False,
+        "run Python code that the model folder brings along (`auto_map` in its config.json) on server and clients; over "
+        "Globus Compute a site decides for itself (`trust_remote_code` in its site file)",
+    )
 
 
 @dataclass

@@ -41,7 +41,11 @@ class Cell:
         memory_bytes: most resident memory of the process, server and clients in one, until the model was written, above
             what it held when the cell began; None if the system does not report it.
         stored: made from sums that another cell of this seed has gathered. Bytes and client seconds are those of that cell;
-            `server_seconds` and `memory_bytes` cover only pruning from the sums.
+            `server_seconds`, `memory_bytes` and `cpu_seconds` cover only pruning from the sums.
+        cpu_seconds: processor time of all threads until the pruned model was written, from when the cell began; None in
+            a study of an older version.
+        run_of: the method in whose run it was measured, of the same uploads; bytes, seconds and memory are those of that
+            run, and no model was written to count zeros in. Empty for a run of its own.
     """
 
     method: str
@@ -57,6 +61,8 @@ class Cell:
     server_seconds: float = 0.0
     memory_bytes: int | None = None
     stored: bool = False
+    cpu_seconds: float | None = None
+    run_of: str = ""
 
     @property
     def key(self) -> Key:

@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import STATISTICS
-from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs import card, evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.runs.progress import StudyProgress
 from fedspallm_appfl.runs.report import traffic
 from fedspallm_appfl.settings.schema import Config
@@ -74,17 +74,23 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
         gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
         for method, target, seed in todo:
             progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
+            if (method.name, str(target), seed) in file.cells:
+                progress.ends("measured in the run of another method")
+                continue
             config = plan.experiment(method, target, seed)
             if seed in gathered and method.shares_uploads:
                 cell = _from_sums(config, method, texts, *gathered[seed])
             else:
                 _forget(plan, gathered)
-                cell = _run(config, method)
+                cell, *others = _run(config, method, plan.companions(method))
+                for other in others:
+                    if other.key not in file.cells:
+                        file.add(other)
                 if method.shares_uploads:
                     gathered[seed] = Path(config.run_dir) / STATISTICS, cell
             file.add(cell)
             progress.ends(f"perplexity {cell.mean:.2f}")
-            if not plan.keep_models:
+            if method.name not in plan.keep_models:
                 _drop(config, "model", "models")
         _forget(plan, gathered)
 
@@ -101,14 +107,14 @@ def _drop(config: Config, *names: str) -> None:
         shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
 
 
-def _run(config: Config, method: Method) -> Cell:
-    """Run one experiment."""
-    memory = Memory()
-    results, log = experiment.conduct(config, serial.run, True, memory, dense=False)
+def _run(config: Config, method: Method, companions: Sequence[Method]) -> list[Cell]:
+    """Run one experiment: its cell, and those of methods that are measured from its uploads."""
+    costs = Costs()
+    results, log = experiment.conduct(config, serial.run, True, costs, dense=False)
     up, down = traffic(log)
     client_seconds = sum(event["seconds"] for event in log.of("upload"))
     zeros, entries = _from_manifests(Path(config.run_dir))
-    return Cell(
+    cell = Cell(
         method.name,
         str(config.client_configs.train_configs.sparsity.default),
         config.seed,
@@ -120,8 +126,15 @@ def _run(config: Config, method: Method) -> Cell:
         sum(matrix.entries for matrix in results.matrices),
         client_seconds,
         round(_seconds(log) - client_seconds, 4),
-        memory.bytes,
+        costs.bytes,
+        cpu_seconds=costs.cpu_seconds,
     )
+    return [cell, *(_beside(cell, one.name, results.perplexity[one.algorithm]) for one in companions)]
+
+
+def _beside(cell: Cell, method: str, perplexity: Mapping[str, float]) -> Cell:
+    """The cell of a method that was measured in the run of another; no model of it is written."""
+    return dataclasses.replace(cell, method=method, perplexity=perplexity, zeros=0, entries=0, run_of=cell.method)
 
 
 def _seconds(log: EventLog) -> float:
@@ -140,13 +153,14 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
     """Make a model from stored sums, and check and measure it as a run would."""
     skeleton, sparsity = Skeleton.of(config), config.client_configs.train_configs.sparsity
     with run_dir.claimed(config, overwrite=True) as run:
-        memory, started = Memory(), time.monotonic()
+        costs, started = Costs(), time.monotonic()
         packed = further_models.pruned(config, sparsity, skeleton, GramStore(sums), run / "state")
         experiment.write_pruned(config, skeleton, packed, run)
         seconds = time.monotonic() - started
-        memory.read()
+        costs.read()
         zeros, entries = _from_manifests(run)
         perplexity = evaluation.evaluate(config, texts, {method.algorithm: packed.get}, ignore)[method.algorithm]
+        card.write(run, config, {method.algorithm: perplexity})
         _drop(config, "state")
     return dataclasses.replace(
         gathering,
@@ -156,28 +170,32 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
         zeros=zeros,
         entries=entries,
         server_seconds=round(seconds, 4),
-        memory_bytes=memory.bytes,
+        memory_bytes=costs.bytes,
+        cpu_seconds=costs.cpu_seconds,
         stored=True,
     )
 
 
-class Memory:
-    """The most memory that the process has had above what it held when this was made.
+class Costs:
+    """The most memory that the process has had above what it held when this was made, and its processor time since.
 
-    As a listener of events it reads that when the pruned models are written.
+    As a listener of events it reads both when the pruned models are written.
 
     Attributes:
         bytes: resident; None where the system does not say.
+        cpu_seconds: of all threads.
     """
 
     def __init__(self) -> None:
         self.bytes: int | None = None
+        self.cpu_seconds = 0.0
         self._start: int | None = None
         gc.collect()
         give_back()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             self._start = _resident("VmRSS")
+        self._began = time.process_time()
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
@@ -185,7 +203,8 @@ class Memory:
             self.read()
 
     def read(self) -> None:
-        """Note the most so far."""
+        """Note both."""
+        self.cpu_seconds = round(time.process_time() - self._began, 4)
         self.bytes = None if self._start is None else _resident("VmHWM") - self._start
 
 

@@ -81,7 +81,8 @@ class Plan:
         targets: ratios or n:m, a table each.
         seeds: what mean and spread are over.
         out: the study's folder.
-        keep_models: leave the pruned models on disk.
+        keep_models: methods whose pruned models stay on disk.
+        share_uploads: methods that make their models of the same uploads are measured in one run.
     """
 
     config: Config
@@ -91,12 +92,14 @@ class Plan:
     targets: tuple[Target, ...]
     seeds: tuple[int, ...]
     out: Path
-    keep_models: bool = False
+    keep_models: tuple[str, ...] = ()
+    share_uploads: bool = False
 
     def experiment(self, method: Method, target: Target, seed: int) -> Config:
         """The configuration of one cell."""
         made = copy.deepcopy(self.config)
-        made.algorithm, made.seed, made.evaluation.compare = method.algorithm, seed, []
+        made.algorithm, made.seed = method.algorithm, seed
+        made.evaluation.compare = [other.algorithm for other in self.companions(method)]
         asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target)
         made.gram = asked if registry.find(method.algorithm).gathers else Gram()
         for owner in (made.client_configs, *made.clients):
@@ -104,6 +107,12 @@ class Plan:
             owner.train_configs.pruner = method.pruner or owner.train_configs.pruner
         made.run_dir = str(self.out / RUNS / f"{method.name}-{folder_name(str(target))}-seed{seed}")
         return made
+
+    def companions(self, method: Method) -> list[Method]:
+        """Methods that are measured in the run of another one, from its uploads."""
+        if not (self.share_uploads and registry.find(method.algorithm).compares):
+            return []
+        return [one for one in self.methods if one.algorithm in registry.COMPARISONS and one.pruner == method.pruner]
 
     def settings(self) -> dict[str, Any]:
         """What all cells have in common, in plain types."""
@@ -120,8 +129,9 @@ class Plan:
         """The command that measures the same."""
         words = ["fedspallm", "study", str(self.source)]
         words += ["--algorithms", *(method.name for method in self.methods), "--sparsity", *map(str, self.targets)]
+        words += ["--share-uploads"] * self.share_uploads
+        words += ["--keep-models", *self.keep_models] if self.keep_models else []
         words += ["--seeds", *map(str, self.seeds), "--out", str(self.out)]
-        words += ["--keep-models"] * self.keep_models
         return shlex.join([*words, *self.overrides])
 
 
@@ -155,7 +165,8 @@ def planned(
     sparsity: Sequence[str] = (),
     seeds: Sequence[str] = (),
     out: Path | None = None,
-    keep_models: bool = False,
+    keep_models: Sequence[str] | None = None,
+    share_uploads: bool = False,
 ) -> tuple[Plan, list[str]]:
     """Read what a study shall measure.
 
@@ -166,7 +177,8 @@ def planned(
         sparsity: targets; empty for that of the configuration.
         seeds: whole numbers; empty for that of the configuration.
         out: the study's folder; None for the configuration's run_dir with `-study` after it.
-        keep_models: leave the pruned models on disk.
+        keep_models: methods whose pruned models stay on disk; empty for all, None for none.
+        share_uploads: methods that make their models of the same uploads are measured in one run.
 
     Returns:
         The plan, and everything that keeps some cell of it from being run.
@@ -187,7 +199,11 @@ def planned(
             targets.append(parse_target(text))
         except ValueError as error:
             found.append(f"--sparsity: {error}")
+    strange = [name for name in keep_models or () if name not in algorithms]
+    found += [f"--keep-models: {name} is no method of this study; they are {', '.join(algorithms)}" for name in strange]
     found += [f"--seeds: whole numbers from 0, got {seed!r}" for seed in seeds if not seed.isdecimal()]
+    if share_uploads and config.server_configs.num_global_epochs > 1:
+        found.append("--share-uploads: uploads of later rounds differ by method; leave it out, or set one round")
     if out is None and not config.run_dir:
         found.append("--out: name a folder for the results, e.g. --out runs/study")
     plan = Plan(
@@ -198,7 +214,8 @@ def planned(
         tuple(dict.fromkeys(targets)) or (config.client_configs.train_configs.sparsity.default,),
         tuple(dict.fromkeys(int(seed) for seed in seeds if seed.isdecimal())) or (config.seed,),
         out or Path(f"{config.run_dir}-study"),
-        keep_models,
+        () if keep_models is None else tuple(dict.fromkeys(keep_models or algorithms)),
+        share_uploads,
     )
     return plan, found if malformed or not methods else [*found, *_problems(plan)]
 
@@ -230,16 +247,24 @@ def _files(plan: Plan) -> Iterator[str]:
     """What shows once model and text are opened."""
     if not plan.config.evaluation.texts:
         yield "evaluation.texts: a study compares perplexities; name some held-out text"
-    yield from check_with_files(plan.experiment(plan.methods[0], plan.targets[0], plan.seeds[0]))
+    strictest = max(
+        plan.methods, key=lambda method: registry.find(method.algorithm).gathers
+    )  # asks for enough tokens too
+    yield from check_with_files(plan.experiment(strictest, plan.targets[0], plan.seeds[0]))
     with suppress(FedSpaLLMError):  # said above
         layout, given = Skeleton.of(plan.config).layout, plan.config.client_configs.train_configs.sparsity
         for target in plan.targets[1:]:
             yield from unfit(layout, given.with_default(target))
 
 
+def _when(method: Method) -> tuple[bool, bool]:
+    """What stands where: a method that others are measured with before them."""
+    return method.shares_uploads, not registry.find(method.algorithm).compares
+
+
 def cells_of(plan: Plan) -> Iterator[tuple[Method, Target, int]]:
     """Seed by seed, so that means over few seeds can be seen early; what shares uploads stands together."""
     for seed in plan.seeds:
-        for method in sorted(plan.methods, key=lambda method: method.shares_uploads):
+        for method in sorted(plan.methods, key=_when):
             for target in plan.targets:
                 yield method, target, seed

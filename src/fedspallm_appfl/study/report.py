@@ -180,20 +180,22 @@ def _way(study: Study, method: str, target: str) -> str:
 
 
 def _sparsity(cells: Sequence[Cell]) -> str:
-    return ", ".join(dict.fromkeys(f"{100 * cell.sparsity:.4f} %" for cell in cells))
+    return ", ".join(dict.fromkeys(f"{100 * cell.sparsity:.4f} %" if cell.entries else NONE for cell in cells))
 
 
 def _cost(study: Study, target: str) -> str:
     rows = []
     for method in study.methods:
         cells, sends = study.of(method, target), study.sends(method)
-        stored = any(cell.stored for cell in cells)
+        mark = " †" * any(cell.stored for cell in cells) + " ‡" * any(cell.run_of for cell in cells)
         sent = [_bytes(cells, lambda c: c.up_a_client), _bytes(cells, lambda c: c.down_a_client), _bits(cells)]
         seconds = [spread([cell.client_seconds for cell in cells]), spread([cell.server_seconds for cell in cells])]
-        name = f"{method} †" if stored else method
         memory = _memory([cell.memory_bytes for cell in cells])
-        rows.append([name, *(sent if sends else [NONE] * 3), *(s.text(1) for s in seconds), memory])
-    head = ["", "up per client", "down per client", "bits up per weight", "client seconds", "server seconds", "memory"]
+        rows.append(
+            [f"{method}{mark}", *(sent if sends else [NONE] * 3), *(s.text(1) for s in seconds), _cpu(cells), memory]
+        )
+    sent_heads, cost_heads = ["up per client", "down per client", "bits up per weight"], ["CPU seconds", "memory"]
+    head = ["", *sent_heads, "client seconds", "server seconds", *cost_heads]
     return markdown(head, rows)
 
 
@@ -203,6 +205,11 @@ def _bytes(cells: Sequence[Cell], count: Callable[[Cell], float]) -> str:
 
 def _bits(cells: Sequence[Cell]) -> str:
     return f"{statistics.mean(cell.bits_up for cell in cells):.2f}"
+
+
+def _cpu(cells: Sequence[Cell]) -> str:
+    known = [cell.cpu_seconds for cell in cells if cell.cpu_seconds is not None]
+    return spread(known).text(1) if known else NONE
 
 
 def _memory(counts: Iterable[int | None]) -> str:
@@ -226,15 +233,20 @@ def _ran(study: Study) -> str:
         "sent. Neither is federated, so only `study.json` has their bytes.",
         "- One process runs the server and all clients in turn. Client seconds are the total time of all clients for their "
         "messages: forward passes, pruning, packing. Server seconds are the remaining wall time from when all "
-        "clients had opened model and text until the pruned model was written and read back. Memory is the peak of the "
-        "process until then, above what it held when the cell began. Evaluation is in "
-        "none of them.",
+        "clients had opened model and text until the pruned model was written and read back. CPU seconds are the processor "
+        "time of all threads from the beginning of the cell until then. Memory is the peak of the process until then, "
+        "above what it held when the cell began. Evaluation is in none of them.",
     ]
     if any(cell.stored for cell in study.cells):
         lines.append(
             "- † made from sums gathered once per seed: the uploads of `gram` serve all targets and pruners. Bytes "
-            "and client seconds are those of that one upload; count them once. Server seconds and memory cover only "
-            "pruning from the sums."
+            "and client seconds are those of that one upload; count them once. Server seconds, CPU seconds and memory "
+            "cover only pruning from the sums."
+        )
+    if runs := sorted({cell.run_of for cell in study.cells if cell.run_of}):
+        lines.append(
+            f"- ‡ made of the uploads in the run of `{'` or `'.join(runs)}`: bytes, seconds and memory are those of that "
+            "run, and no model was written to count zeros in."
         )
     return "\n".join([lines[0], "", *lines[1:]])
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.models.choice import by_kind, in_words, left_dense
-from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 
@@ -20,6 +20,8 @@ def forecast(config: Config) -> list[str]:
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
         *_listed([(", ".join(linear.name for linear in linears),) for linears in blocks]),
     ]
+    if named := replaced_attention(skeleton.model):
+        lines.append(attention_words(named))
     dense = left_dense(skeleton.model, skeleton.found, skeleton.layout)
     if any(dense):
         lines += ["leaves dense inside the blocks:", *_listed([in_words(of) for of in dense])]
@@ -31,6 +33,11 @@ def _listed(blocks: list[tuple[str, ...]]) -> Iterator[str]:
     for indices, parts in by_kind(blocks):
         if any(parts):
             yield f"  block{'s' * (len(indices) > 1)} {to_text(indices)}: {'; '.join(parts)}"
+
+
+def attention_words(named: str) -> str:
+    """That another attention runs than the model's configuration names."""
+    return f"config.json names {named}, which cannot run here: sdpa takes its place, which computes the same"
 
 
 def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:

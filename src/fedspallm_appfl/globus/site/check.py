@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import is_hub_name, resolve_model
 from fedspallm_appfl.models.text import are_tokens, load_tokenizer, read_text, text_files, windows_of
 
@@ -80,6 +81,8 @@ def _tokenizer(shared: Site, model: Path | None) -> Any:
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder here; name one")
     folders = [resolve_model(str(folder)) for folder in (model, _folder(shared)) if folder]
+    if folders and shared.trust_remote_code:
+        custom_code.allow(folders[0])
     return load_tokenizer(folders[0]) if folders else None
 
 

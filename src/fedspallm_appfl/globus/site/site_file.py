@@ -9,6 +9,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
+    trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
 
 Relative paths start from the folder of the file.
@@ -32,7 +33,7 @@ from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins"}
+KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
@@ -51,6 +52,7 @@ class Site:
         may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
         plugins: files or modules that add pruners or algorithms here.
+        trust_remote_code: code of the model folder may run here.
     """
 
     model: str | None = None
@@ -59,6 +61,7 @@ class Site:
     may_send: frozenset[str] = frozenset(UPLOADS)
     min_tokens: int | None = None
     plugins: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -207,6 +210,7 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         may_send=_sendings(content, who),
         min_tokens=_min_tokens(content.get("min_tokens"), who),
         plugins=_plugins(content.get("plugins"), file, who),
+        trust_remote_code=_yes_or_no(content.get("trust_remote_code", False), who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -233,6 +237,12 @@ def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise ConfigError(f"{who}plugins in the site file is a list of Python files or modules")
     return tuple(_whole(file, one, who) if one.endswith(".py") else one for one in named or ())
+
+
+def _yes_or_no(named: Any, who: str) -> bool:
+    if not isinstance(named, bool):
+        raise ConfigError(f"{who}trust_remote_code in the site file must be true or false")
+    return named
 
 
 def _min_tokens(named: Any, who: str) -> int | None:

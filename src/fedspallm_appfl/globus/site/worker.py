@@ -26,6 +26,7 @@ from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError,
 from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
+from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import model_hash
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.client import LocalClient
@@ -150,15 +151,21 @@ def _agent(settings: ClientSettings, site: Site) -> Any:
     _load_appfl()
     from fedspallm_appfl.adaptors.agents import client_agent
 
+    return client_agent(_with_own(settings, site))
+
+
+def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
+    """What the client is told, with the paths and decisions of this site in the place of the server's."""
     client = settings.client_id
     site.require_text(client, pruners.find(settings.pruner))
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
     settings.agreed = None  # nor one that is written to
     settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
+    settings.model.trust_remote_code = False  # the site file says what may run here
     settings.model.path = str(same_model(settings.model, site, client))
     settings.device = choose_device(settings.device, 0)
-    return client_agent(settings)
+    return settings
 
 
 @lru_cache(maxsize=1)
@@ -182,6 +189,8 @@ def same_model(model: HashedModel, site: Site, client: str) -> Path:
             f"client {client}: the model in {folder} is not the server's, {what} differ ({here}, expected "
             f"{model.hash}); name a copy of the server's model in the site file: model: FOLDER"
         )
+    if site.trust_remote_code:
+        custom_code.allow(folder)
     return folder
 
 
