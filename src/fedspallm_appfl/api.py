@@ -22,7 +22,6 @@ from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import TOKENS, are_tokens
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
 from fedspallm_appfl.runs.progress import console
@@ -44,6 +43,7 @@ from fedspallm_appfl.settings.schema import (
     TrainConfigs,
     plain,
 )
+from fedspallm_appfl.texts.files import ENDINGS, HUB, TOKENS, are_tokens, endings
 from fedspallm_appfl.validation import files as with_files
 from fedspallm_appfl.validation import rules
 
@@ -81,7 +81,7 @@ def prune(
 
     Args:
         model: a folder, a hub name, or a loaded model, which is left as it is.
-        clients: id -> its text: a UTF-8 file, a folder of .txt files, a list of files, a list of strings that are texts
+        clients: id -> its text: a file, a folder, a data set, a list of these, a list of strings that are texts
             themselves, or token ids, int (n,) or (windows, length).
         run_dir: folder for the results.
         tokenizer: of a loaded model, where there are texts to tokenize.
@@ -113,6 +113,7 @@ def prune(
         if "length" not in data:
             data["length"] = _usual_length(raw["model"], clients.values())
         usual = {"texts": held_out, "length": data["length"], "batch": 8, "device": device}
+        usual |= {name: data[name] for name in ("bos", "field") if name in data}
         told = raw.get("evaluation") or {}
         raw["evaluation"] = usual | told if isinstance(told, dict) else told
         config, problems = read_config(raw)
@@ -189,7 +190,7 @@ def evaluate(
         model: folder or hub name.
         texts: name -> held-out text, of the kinds that `prune` takes; or one file.
         length: tokens in a window; None for 2048, or what the model takes if that is less.
-        **settings: `windows`, `batch`, `dtype`, `device`, as `fedspallm evaluate` takes them.
+        **settings: `windows`, `batch`, `dtype`, `device`, `bos`, `field`, as `fedspallm evaluate` takes them.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
@@ -197,7 +198,7 @@ def evaluate(
     """
     if not isinstance(model, str | Path):
         raise ConfigError(f"model is a folder or a hub name, got {type(model).__name__}")
-    known = ("windows", "batch", "device", "dtype")
+    known = ("windows", "batch", "device", "bos", "field", "dtype")
     if unknown := set(settings) - set(known):
         raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; valid here are {', '.join(known)}")
     asked = Evaluation(length=length or 2, **{name: settings[name] for name in settings if name != "dtype"})
@@ -434,7 +435,7 @@ def _is_file(one: str | Path) -> bool:
         return True
     if not one or "\n" in one or len(one.encode()) > LONGEST_NAME:
         return False
-    return one.endswith((".txt", TOKENS)) or Path(one).exists()
+    return one.startswith(HUB) or endings(one)[0] in (*ENDINGS, TOKENS) or Path(one).exists()
 
 
 def _written_tokens(where: str, tokens: Tensor, folder: Path) -> str:

@@ -13,9 +13,10 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates.job import Job, mask_only
-from fedspallm_appfl.models.text import tokenizer_for, windows_of
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.tensors.target import NM, Target
+from fedspallm_appfl.texts.tokenizer import tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, about_how_many
 from fedspallm_appfl.validation.files import travelling
 from fedspallm_appfl.wire.grams import gram_size
 from fedspallm_appfl.wire.messages import plan
@@ -282,6 +283,7 @@ def evaluation_windows(job: Job) -> dict[str, int] | None:
         return dict.fromkeys(settings.texts, settings.windows)
     try:
         tokenizer = tokenizer_for(folder, *settings.texts.values())
-        return {name: len(windows_of(text, settings.length, tokenizer)) for name, text in settings.texts.items()}
+        cut = Cut(settings.length, settings.bos, settings.field)
+        return {name: about_how_many(text, cut, tokenizer) for name, text in settings.texts.items()}
     except FedSpaLLMError:
         return None

@@ -17,11 +17,14 @@ import torch
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.models.text import are_tokens, check_vocabulary, draw_windows, load_tokenizer, windows_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.settings.schema import ClientSettings, Pooled
+from fedspallm_appfl.texts.checks import check_vocabulary
+from fedspallm_appfl.texts.drawing import draw
+from fedspallm_appfl.texts.tokenizer import forget_tokenizers, tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, forget_windows
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
@@ -175,28 +178,24 @@ class LocalClient:
         if data.text is None and not data.pool and pruner.needs is None:
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
             return torch.zeros(1, 2, dtype=torch.int64)
-        own = Pooled(self.settings.client_id, data.text, data.windows)
+        own = Pooled(self.settings.client_id, data.text, data.field, data.windows)
         return torch.cat([self._drawn(one) for one in data.pool or [own]])
 
     def _drawn(self, of: Pooled) -> torch.Tensor:
-        text, folder = of.text or [], self.model.skeleton.folder
-        tokenizer = None if are_tokens(text) else _tokenizer(folder, self.settings.model.hash)
-        windows = windows_of(text, self.settings.data.length, tokenizer)
-        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {of.client_id}")
-        return draw_windows(windows, of.windows, self.settings.seed, of.client_id)
+        data, text, skeleton = self.settings.data, of.text or [], self.model.skeleton
+        cut = Cut(data.length, data.bos, of.field, data.control_words)
+        windows = draw(text, cut, tokenizer_for(skeleton.folder, text), of.windows, self.settings.seed, of.client_id)
+        check_vocabulary(windows, skeleton.vocabulary, f"client {of.client_id}")
+        return windows
 
 
 def forget() -> None:
-    """Drop models and tokenizers that clients of this process share: their files may change before the next run."""
+    """Drop models, tokenizers and windows that clients of this process share: files may change before the next run."""
     _dense_model.cache_clear()
-    _tokenizer.cache_clear()
+    forget_tokenizers()
+    forget_windows()
 
 
 @lru_cache(maxsize=4)
 def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
     return LazyModel(path, blocks, dtype, device)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(folder: Path, model_hash: str) -> Any:
-    return load_tokenizer(folder)

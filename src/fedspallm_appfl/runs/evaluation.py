@@ -12,8 +12,10 @@ from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
-from fedspallm_appfl.models.text import check_vocabulary, held_out_windows, tokenizer_for, windows_of
 from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows
+from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, windows_of
 from fedspallm_appfl.validation.files import too_long
 
 DEFAULT_LENGTH = 2048
@@ -40,10 +42,8 @@ def held_out(config: Config) -> dict[str, Tensor]:
     except ConfigError as error:
         raise ConfigError(f"evaluation.device: {error}") from error
     known = tokenizer_for(skeleton.folder, *settings.texts.values()), skeleton.vocabulary
-    return {
-        name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
-        for name, text in settings.texts.items()
-    }
+    cut = Cut(settings.length, settings.bos, settings.field)
+    return {name: held_out_windows(name, text, cut, settings.windows, *known) for name, text in settings.texts.items()}
 
 
 def evaluate(
@@ -75,16 +75,19 @@ class Measured:
         length: tokens in a window.
         windows: windows of all texts together.
         dtype: arithmetic.
+        begin: how windows begin, in words; empty for texts that were tokenized already.
     """
 
     perplexity: dict[str, float]
     length: int
     windows: int
     dtype: str
+    begin: str = ""
 
     def how(self) -> str:
         """How it was measured, in words."""
-        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic"
+        begin = f"; {self.begin}" if self.begin else ""
+        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic{begin}"
 
 
 def evaluate_folder(
@@ -95,6 +98,8 @@ def evaluate_folder(
     batch: int = 8,
     dtype: str = "auto",
     device: str = "auto",
+    bos: str = "auto",
+    field: str | None = None,
 ) -> Measured:
     """Perplexity of a model folder on texts.
 
@@ -106,6 +111,8 @@ def evaluate_folder(
         batch: windows in a forward pass.
         dtype: arithmetic; `auto` is as stored, but float32 for float16 on a CPU, which is slow at it.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        bos: `auto`, `first` or `never` (see `texts.windows.Cut`).
+        field: column of records.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
@@ -121,8 +128,10 @@ def evaluate_folder(
     if length < 2:
         raise DataError("length is at least 2, since the first token of a window is not predicted; got 1")
     tokenizer = tokenizer_for(lazy.skeleton.folder, *texts.values())
-    cut = {name: windows_of(text, length, tokenizer)[:windows] for name, text in texts.items()}
+    how = Cut(length, bos, field)
+    cut = {name: windows_of(text, how, tokenizer, windows) for name, text in texts.items()}
     for name, of in cut.items():
         check_vocabulary(of, lazy.skeleton.vocabulary, name)
     rows = perplexities(lazy, cut, batch=batch)
-    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))
+    begin = beginning_words(tokenizer, bos) if tokenizer is not None else ""
+    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."), begin)

@@ -14,12 +14,15 @@ from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
+from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.rounds.participants import algorithm_of, participants, roster
 from fedspallm_appfl.runs.result import Result, count, label, mean, perplexity_table, sparsity_line
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
+from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
 from fedspallm_appfl.validation.words import headline, how
 
 
@@ -119,7 +122,19 @@ def _how_measured(config: Config) -> str:
     settings = config.evaluation
     some = "All windows" if settings.windows is None else f"At most {count(settings.windows, 'window')}"
     again = "" if algorithm_of(config).apart else " The last row again:"
-    return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
+    begin = _beginning(config, settings.bos, *settings.texts.values())
+    return (
+        f"{some} of {settings.length} tokens of each text{begin}; the first token of a window is not predicted.{again}"
+    )
+
+
+def _beginning(config: Config, bos: str, *texts: Paths | None) -> str:
+    """How windows of texts begin, in words; nothing of texts that are tokenized, or where the tokenizer is not here."""
+    try:
+        tokenizer = tokenizer_for(resolve_model(config.model.path), *filter(None, texts))
+    except FedSpaLLMError:
+        return ""
+    return f"; {beginning_words(tokenizer, bos)}" if tokenizer is not None else ""
 
 
 def _measure_again(config: Config) -> str:
@@ -129,7 +144,9 @@ def _measure_again(config: Config) -> str:
         shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
     )
     windows = f" --windows {settings.windows}" if settings.windows else ""
-    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}"
+    bos = f" --bos {settings.bos}" if settings.bos != "auto" else ""
+    field = f" --field {shlex.quote(settings.field)}" if settings.field else ""
+    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}{bos}{field}"
     return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
 
 
@@ -278,8 +295,9 @@ def _settings(config: Config, log: EventLog) -> str:
     )
     seconds = log.events[-1]["time"] if log.events else 0.0
     data = {(client.data.windows, client.data.length) for client in config.clients}
+    begin = "".join(dict.fromkeys(_beginning(config, client.data.bos, client.data.text) for client in config.clients))
     calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     return (
-        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}. The resolved "
+        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}{begin}. The resolved "
         f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
     )

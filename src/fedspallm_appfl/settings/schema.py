@@ -20,6 +20,8 @@ Paths = str | list[str]
 ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
 DTYPES = ("float32", "float16", "bfloat16")
+BOSES = ("auto", "first", "never")
+BOS = "begin-of-sequence: `auto`: each window begins as the tokenizer begins a text; `first`: the whole text does; `never`"
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
 MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
@@ -262,7 +264,16 @@ class Data:
     """Private text of a client and what is taken from it."""
 
     text: Paths | None = key(
-        None, "private text: a UTF-8 file, a folder of .txt files, or a list of these; usually set for each client"
+        None,
+        "private text: a file, a folder, a pattern, a data set, or a list of these ([formats](#text)); usually set for "
+        "each client",
+    )
+    field: str | None = key(
+        None, "column of records that holds the text; empty means `text`, or else the only column with text"
+    )
+    bos: str = key("auto", BOS, choices=BOSES)
+    control_words: bool = key(
+        False, "`true`: words in the text such as `</s>` become control tokens; `false`: they are text like any other"
     )
     windows: int = key(128, "calibration windows drawn from it", least=1, most=MOST)
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
@@ -340,7 +351,11 @@ class Client(ClientConfigs):
 class Evaluation:
     """Held-out text on which the server measures perplexity."""
 
-    texts: dict[str, Paths] = key(dict, "name -> held-out text: file, folder or list")
+    texts: dict[str, Paths] = key(
+        dict, "name -> held-out text, as `data.text`, or `wikitext2`, `ptb`, `c4` as papers cut them"
+    )
+    field: str | None = key(None, "as `data.field`")
+    bos: str = key("auto", BOS, choices=BOSES)
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
     windows: int | None = key(None, "at most so many windows of each text; empty takes all", least=1, most=MOST)
     batch: int = key(1, "windows in a forward pass", least=1, most=MOST)
@@ -406,6 +421,7 @@ class Pooled:
 
     client_id: str = ""
     text: Paths | None = None
+    field: str | None = None
     windows: int = 0
 
 

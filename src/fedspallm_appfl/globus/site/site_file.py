@@ -5,7 +5,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
 
     model: ~/models/Llama-2-7b-hf      # if this site's copy is not at the server's model.path
     clients:                           # the clients of this endpoint
-      hospital-a: {text: notes/}
+      hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
@@ -15,6 +15,7 @@ Relative paths start from the folder of the file.
 """
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -30,9 +31,11 @@ from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store
+from fedspallm_appfl.texts.files import is_online
 
 SITE = "FEDSPALLM_SITE"
 KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins"}
+CLIENT_KEYS = {"text", "field"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
@@ -51,6 +54,7 @@ class Site:
         may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
         plugins: files or modules that add pruners or algorithms here.
+        field: column of records that holds the text; None for the server's `data.field`.
     """
 
     model: str | None = None
@@ -59,6 +63,7 @@ class Site:
     may_send: frozenset[str] = frozenset(UPLOADS)
     min_tokens: int | None = None
     plugins: tuple[str, ...] = ()
+    field: str | None = None
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -136,8 +141,10 @@ class Site:
     def _private_names(self) -> set[str]:
         """Paths and names of all files in the folders of the text; a name may be a patient's and may have spaces."""
         names = set()
-        for root in (Path(path).expanduser() for path in self.text or []):
-            for file in root.rglob("*") if root.is_dir() else ():
+        for path in self.text or []:
+            root = Path(path).expanduser()
+            matched = glob.iglob(str(root), recursive=True) if glob.has_magic(str(root)) else ()  # noqa: PTH207
+            for file in root.rglob("*") if root.is_dir() else map(Path, matched):
                 names |= {str(file), str(file.resolve())}
                 names |= {file.name} if len(file.name) > SHORT_NAME else set()
         return names
@@ -176,16 +183,21 @@ class SiteFile:
         """The entry of one client.
 
         Raises:
-            ConfigError: it does not list the client, or the entry has a key other than `text`.
+            ConfigError: it does not list the client, or the entry has a key other than `text` and `field`.
         """
         if client not in self.clients:
             known = ", ".join(self.clients) or "none"
             raise ConfigError(f"client {client}: the site file of this endpoint lists {known}; add it under `clients`")
         own = self.clients[client] or {}
-        if not isinstance(own, dict) or set(own) - {"text"}:  # the entry may hold a path, so the message omits it
-            raise ConfigError(f"client {client}: under clients in the site file a client has only the key `text`")
+        if not isinstance(own, dict) or set(own) - CLIENT_KEYS:  # the entry may hold a path, so the message omits it
+            raise ConfigError(
+                f"client {client}: under clients in the site file a client has only the keys `text` and `field`"
+            )
         texts = [_whole(self.file, text, f"client {client}: ") for text in _listed(own.get("text"))]
-        return replace(self.shared, text=texts or None)
+        column = own.get("field")
+        if not isinstance(column, str | None):
+            raise ConfigError(f"client {client}: `field` in the site file must be the name of a column")
+        return replace(self.shared, text=texts or None, field=column)
 
 
 def read_site_file(file: Path, who: str) -> SiteFile:
@@ -292,7 +304,9 @@ def _listed(paths: Any) -> list[str]:
 
 
 def _whole(file: Path, path: str, who: str) -> str:
-    """An absolute path; the working directory of a worker is the endpoint's."""
+    """An absolute path; the working directory of a worker is the endpoint's. A data set of the hub is left as it is."""
+    if is_online(path):
+        return path
     try:
         return str(file.resolve().parent / Path(path).expanduser())
     except RuntimeError as error:

@@ -153,6 +153,7 @@ def _agent(settings: ClientSettings, site: Site) -> Any:
     client = settings.client_id
     site.require_text(client, pruners.find(settings.pruner))
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
+    settings.data.field = site.field or settings.data.field
     settings.agreed = None  # nor one that is written to
     settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
