@@ -178,7 +178,7 @@ class LocalClient:
         if data.text is None and not data.pool and pruner.needs is None:
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
             return torch.zeros(1, 2, dtype=torch.int64)
-        own = Pooled(self.settings.client_id, data.text, data.field, data.windows)
+        own = Pooled(self.settings.client_id, data.text, data.windows, data.field)
         return torch.cat([self._drawn(one) for one in data.pool or [own]])
 
     def _drawn(self, of: Pooled) -> torch.Tensor:

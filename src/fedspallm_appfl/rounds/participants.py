@@ -32,7 +32,7 @@ def participants(config: Config) -> list[Client]:
 def pool(config: Config) -> list[Pooled]:
     """Whose text the one participant has, where the text is pooled."""
     clients = config.clients if algorithm_of(config).pools_text else []
-    return [Pooled(client.client_id, client.data.text, client.data.field, client.data.windows) for client in clients]
+    return [Pooled(client.client_id, client.data.text, client.data.windows, client.data.field) for client in clients]
 
 
 def comparisons(config: Config) -> list[str]:

@@ -421,8 +421,8 @@ class Pooled:
 
     client_id: str = ""
     text: Paths | None = None
-    field: str | None = None
     windows: int = 0
+    field: str | None = None
 
 
 @dataclass
