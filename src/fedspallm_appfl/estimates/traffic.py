@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates.job import Job, mask_only
+from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.texts.tokenizer import tokenizer_for
@@ -48,7 +49,21 @@ def traffic(job: Job) -> list[RoundTraffic]:
     """What travels in each round, with the layers that the run will draw."""
     uploads = {client.client_id: _uploads(job, mask_only(client)) for client in job.clients}
     down = [_down(job, job.exchanges)] * (job.rounds - 1) + [_down(job, job.exchanges[:-1])]
-    return [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
+    made = [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
+    return [*made[:-1], replace(made[-1], down=made[-1].down + final(job))]
+
+
+def final(job: Job) -> int:
+    """Bytes of the finished model that a client lacks when it measures it on its own text."""
+    if not own_windows(job.config):
+        return 0
+    last = job.exchanges[-1]
+    if last.down is None:
+        rounds, table = job.draws, {block: job.packed(block, "weights") for block in job.model.shapes}
+    else:
+        rounds, table = job.draws[-1:], job.down(last)
+    mine = {block for assigned in rounds for blocks in assigned.values() for block in blocks}
+    return sum(sum(table[block].values()) for block in mine if block in table)
 
 
 def _uploads(job: Job, masks_alone: bool) -> dict[int, tuple[int, float]]:

@@ -17,6 +17,7 @@ import torch
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
@@ -28,6 +29,8 @@ from fedspallm_appfl.texts.windows import Cut, forget_windows
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
+
+FEWEST = 2  # windows to measure on: of a single one no loss leaves a client
 
 
 @dataclass
@@ -71,6 +74,7 @@ class LocalClient:
         settings: what it was told.
         agreed: pruned blocks that the server has sent.
         masks: masks that the server has sent, of blocks whose values are still to come.
+        final: the model that it measures at the end: what was agreed on, or its own.
         exchanges: what travels in a round.
         samples: calibration windows, its sample size.
     """
@@ -86,12 +90,13 @@ class LocalClient:
         self._use_threads()
         model = settings.model
         self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash)
-        windows = self._private_windows()
+        windows, self._own_windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
         self.agreed = AgreedBlocks(dtype, shared)
         self.masks = AgreedBlocks(dtype, shared and shared / "masks")
         algorithm = registry.find(settings.algorithm)
+        self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         self.exchanges = algorithm.exchanges(groups, settings.gram)
         self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks)
@@ -169,22 +174,41 @@ class LocalClient:
             down = self.exchanges[update["exchange"]].down
             (self.masks if down == "masks" else self.agreed).take(update)
 
+    def measure(self) -> dict[str, Any]:
+        """The dense and the final model on windows of its text that were kept out of calibration.
+
+        Returns:
+            `{"tokens": number, "dense": loss, "pruned": loss}`, losses summed over the tokens that are predicted; tokens is
+            0 if the text has fewer than `FEWEST` such windows.
+        """
+        self._use_threads()
+        if len(self._own_windows) < FEWEST:
+            return {"tokens": 0, "dense": 0.0, "pruned": 0.0}
+        text, batch = {"own": self._own_windows}, self.settings.data.batch
+        dense, pruned = (losses(self.model, text, of, batch)["own"] for of in (lambda block: None, self.final.get))
+        return {"tokens": dense.tokens, "dense": dense.total, "pruned": pruned.total}
+
     def _use_threads(self) -> None:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
 
-    def _private_windows(self) -> torch.Tensor:
+    def _private_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to prune with, and those that are kept out."""
         data, pruner = self.settings.data, pruners.find(self.settings.pruner)
         if data.text is None and not data.pool and pruner.needs is None:
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
-            return torch.zeros(1, 2, dtype=torch.int64)
+            return torch.zeros(1, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64)
         own = Pooled(self.settings.client_id, data.text, data.windows, data.field)
-        return torch.cat([self._drawn(one) for one in data.pool or [own]])
+        of = data.pool or [own]
+        drawn = [self._drawn(one) for one in of]
+        parts = [(windows[: one.windows], windows[one.windows :]) for one, windows in zip(of, drawn, strict=True)]
+        return torch.cat([used for used, _ in parts]), torch.cat([kept_out for _, kept_out in parts])
 
     def _drawn(self, of: Pooled) -> torch.Tensor:
         data, text, skeleton = self.settings.data, of.text or [], self.model.skeleton
         cut = Cut(data.length, data.bos, of.field, data.control_words)
-        windows = draw(text, cut, tokenizer_for(skeleton.folder, text), of.windows, self.settings.seed, of.client_id)
+        tokenizer, spare = tokenizer_for(skeleton.folder, text), self.settings.own_windows
+        windows = draw(text, cut, tokenizer, of.windows, self.settings.seed, of.client_id, spare)
         check_vocabulary(windows, skeleton.vocabulary, f"client {of.client_id}")
         return windows
 

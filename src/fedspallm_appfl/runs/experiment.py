@@ -21,6 +21,7 @@ from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, parti
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
+from fedspallm_appfl.runs.own_text import own_texts
 from fedspallm_appfl.runs.progress import RunProgress
 from fedspallm_appfl.runs.report import absence_line, closing, write_report
 from fedspallm_appfl.runs.result import Result
@@ -86,7 +87,7 @@ def conduct(
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         perplexity = evaluate(config, texts, methods, log) if texts else {}
         dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
-        results = Result(_with_means(perplexity), matrices, dense_bytes, place)
+        results = Result(_with_means(perplexity), matrices, dense_bytes, place, own_texts(log))
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")

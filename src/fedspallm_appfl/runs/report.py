@@ -18,8 +18,9 @@ from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.models.export import MatrixSparsity
-from fedspallm_appfl.rounds.participants import algorithm_of, participants, roster
-from fedspallm_appfl.runs.result import Result, count, label, mean, perplexity_table, sparsity_line
+from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, participants, roster
+from fedspallm_appfl.runs import own_text
+from fedspallm_appfl.runs.result import Result, count, label, mean, own_table, perplexity_table, sparsity_line
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
@@ -44,6 +45,8 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
     for event in log.of("round"):
         for client in up:
             down[client] = down.get(client, 0) + event["bytes_down"]
+    for event in log.of("measured"):
+        down[event["client"]] = down.get(event["client"], 0) + event["bytes_down"]
     return up, down
 
 
@@ -57,9 +60,9 @@ def closing(config: Config, results: Result, log: EventLog) -> Group:
         f"the dense prunable weights take {bytes_text(results.dense_bytes)}"
     )
     texts = list(config.evaluation.texts)
-    if not texts:
-        return Group(Text(_title(config)), Text(lines))
-    return Group(Text(_title(config)), perplexity_table(texts, results.perplexity), Text(lines))
+    tables = [perplexity_table(texts, results.perplexity)] if texts else []
+    tables += [own_table(results.own)] if results.own else []
+    return Group(Text(_title(config)), *tables, Text(lines))
 
 
 def model_table(
@@ -87,6 +90,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),
+        *_own_text(config, results, log),
         "## Sparsity",
         _sparsity(config, results.matrices, log),
         "## Bytes",
@@ -116,6 +120,21 @@ def _perplexity(config: Config, results: Result) -> list[str]:
     ]
     again = [_measure_again(config)] if results.model.name == "model" else []
     return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
+
+
+def _own_text(config: Config, results: Result, log: EventLog) -> list[str]:
+    """What the clients have measured where their text lies."""
+    missing = own_text.notes(log)
+    if not (results.own or missing):
+        return []
+    of = "its own model" if algorithm_of(config).apart else "the pruned model"
+    words = (
+        f"Each client measured the dense model and {of} on up to {count(own_windows(config), 'window')} of its text that "
+        "were kept out of pruning. Sums of losses and numbers of tokens were all that it sent."
+    )
+    table = [markdown(own_text.HEAD, own_text.rows(results.own, 3))] if results.own else []
+    absent = ["Not measured:\n\n" + "\n".join(map(_cell, missing))] if missing else []
+    return [f"## {own_text.TITLE}", *table, words, *absent]
 
 
 def _how_measured(config: Config) -> str:
@@ -185,6 +204,8 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
         ]
         for r in log.of("round")
     ]
+    final = sum(event["bytes_down"] for event in log.of("measured"))
+    per_round += [["model to measure", "0", f"{final:,}"]] if final else []
     return "\n\n".join(
         [
             markdown(["client", "up", "down"], rows),

@@ -356,6 +356,13 @@ class Evaluation:
     )
     field: str | None = key(None, "as `data.field`")
     bos: str = key("auto", BOS, choices=BOSES)
+    own_windows: int | None = key(
+        None,
+        "windows of its own text that each client keeps out of calibration, to compare the pruned model with the dense one "
+        "where the text lies ([docs](#evaluation-where-the-text-lies)); 0 for none; empty means 8 without `texts`, else 0",
+        least=0,
+        most=MOST,
+    )
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
     windows: int | None = key(None, "at most so many windows of each text; empty takes all", least=1, most=MOST)
     batch: int = key(1, "windows in a forward pass", least=1, most=MOST)
@@ -450,6 +457,7 @@ class ClientSettings(TrainConfigs):
         gram: which statistics to send, for algorithms that gather them.
         rounds: number of rounds.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
+        own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
     """
 
@@ -462,6 +470,7 @@ class ClientSettings(TrainConfigs):
     gram: Gram = group(Gram)
     rounds: int = 1
     roster: dict[str, float] = field(default_factory=dict)
+    own_windows: int = 0
     agreed: str | None = None
 
 
@@ -483,6 +492,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
         compression: `zstd` compresses what goes down.
+        own_windows: windows of their texts on which clients measure at the end.
         state_dir: folder for packed blocks and sums; None for a temporary one.
     """
 
@@ -499,6 +509,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     threads: int | None = None
     max_message_bytes: int = 2**29
     compression: str = "none"
+    own_windows: int = 0
     state_dir: str | None = None
 
 

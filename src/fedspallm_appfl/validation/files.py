@@ -10,7 +10,7 @@ from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.rounds.participants import algorithm_of
+from fedspallm_appfl.rounds.participants import algorithm_of, own_windows
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.settings import schema
 from fedspallm_appfl.settings.schema import Client, Config
@@ -81,7 +81,7 @@ def _look_at_text(config: Config, client: Client, tokenizer: Any, skeleton: Skel
     except DataError as error:
         raise DataError(f"client {name}: {error}") from error
     cut = Cut(data.length, data.bos, data.field, data.control_words)
-    windows = draw(text, cut, tokenizer, data.windows, config.seed, name)
+    windows = draw(text, cut, tokenizer, data.windows, config.seed, name, own_windows(config))
     check_vocabulary(windows, skeleton.vocabulary, f"client {name}")
 
 

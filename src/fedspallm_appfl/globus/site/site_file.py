@@ -8,6 +8,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
       hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site
+    evaluation: false                  # the pruned model is not measured on text of this site; true if left out
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
 
@@ -34,7 +35,7 @@ from fedspallm_appfl.settings.schema import Store
 from fedspallm_appfl.texts.files import is_online
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins"}
+KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "evaluation"}
 CLIENT_KEYS = {"text", "field"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
@@ -55,6 +56,7 @@ class Site:
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
         plugins: files or modules that add pruners or algorithms here.
         field: column of records that holds the text; None for the server's `data.field`.
+        evaluation: clients may measure the pruned model on their text, and tell the sum of losses.
     """
 
     model: str | None = None
@@ -64,6 +66,7 @@ class Site:
     min_tokens: int | None = None
     plugins: tuple[str, ...] = ()
     field: str | None = None
+    evaluation: bool = True
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -219,6 +222,7 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         may_send=_sendings(content, who),
         min_tokens=_min_tokens(content.get("min_tokens"), who),
         plugins=_plugins(content.get("plugins"), file, who),
+        evaluation=_evaluation(content.get("evaluation", True), who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -245,6 +249,12 @@ def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise ConfigError(f"{who}plugins in the site file is a list of Python files or modules")
     return tuple(_whole(file, one, who) if one.endswith(".py") else one for one in named or ())
+
+
+def _evaluation(named: Any, who: str) -> bool:
+    if not isinstance(named, bool):
+        raise ConfigError(f"{who}evaluation in the site file is true or false")
+    return named
 
 
 def _min_tokens(named: Any, who: str) -> int | None:

@@ -45,7 +45,8 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             load, in order) and `instructions`.
 
     Returns:
-        `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
+        `{"messages": [{"payload", "metadata"}]}`, after the last round `{"losses": ...}`, or `{"error": ...}` with the
+        stack, without the private text's path.
     """
     site, client, store, exchange = Site(), None, None, 0
     messages: list[dict[str, Any]] = []
@@ -54,6 +55,8 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         settings = told(request)
         require_consent(settings, site)
         store = site_store(request, site)
+        if "measure" in request["instructions"]:
+            return {"losses": _losses(request, settings, site, store)}
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site))
         client = amid.agent.trainer.client  # opens model and text
@@ -146,6 +149,31 @@ def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
     return open_store({**request["store"], **site.store}, request["run"])
 
 
+def _losses(request: dict[str, Any], settings: ClientSettings, site: Site, store: DataStore | None) -> dict[str, Any]:
+    """Measure the finished model on the client's own text.
+
+    Raises:
+        ConfigError: the site does not allow it.
+    """
+    if not site.evaluation:
+        raise ConfigError(f"client {settings.client_id}: this site does not measure models on its text")
+    agent = _agent(settings, site)
+    _load(agent, request["down"], store, set())
+    client = agent.trainer.client
+    for place in request["final"]:
+        client.final.take(fetched(place, store, "the server"))
+    return client.measure()
+
+
+def _load(agent: Any, places: list[dict[str, Any]], store: DataStore | None, loaded: set[str]) -> None:
+    """Load what went down, except what was loaded."""
+    for place in places:
+        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
+        if digest not in loaded:
+            agent.load_parameters(fetched(place, store, "the server"))
+            loaded.add(digest)
+
+
 def _agent(settings: ClientSettings, site: Site) -> Any:
     _load_appfl()
     from fedspallm_appfl.adaptors.agents import client_agent
@@ -188,11 +216,7 @@ def same_model(model: HashedModel, site: Site, client: str) -> Path:
 
 def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
     agent = amid.agent
-    for place in request["down"]:
-        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
-        if digest not in amid.loaded:
-            agent.load_parameters(fetched(place, store, "the server"))
-            amid.loaded.add(digest)
+    _load(agent, request["down"], store, amid.loaded)
     agent.load_parameters(({}, request["instructions"]))
     number, total = 0, 1
     while number < total:
