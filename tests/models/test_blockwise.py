@@ -255,7 +255,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("calls", [["ac", "ab", "abc", "abc"], ["abc", "ab", "c", "abc"], ["b", "a", "c", "cab"]])
 def test_a_linear_that_only_some_batches_call_sees_all_its_tokens(calls):
     linears = tuple(Linear(name, (4, 4), False) for name in "abc")
-    model = SimpleNamespace(layout=Layout("", (linears,)), device=torch.device("cpu"))
+    model = SimpleNamespace(layout=Layout("", (linears,)), device=torch.device("cpu"), skeleton=None)
     state = Activations([torch.ones(1, 5, 4)] * len(calls), [[Call((None, called), {})] for called in calls])
     source = SimpleNamespace(model=model, settings=WANDA, kept=list, where="{} {}".format)
     found = pruning.collect(source, Branching(), 0, state)

@@ -327,7 +327,9 @@ def test_the_resolved_configuration_spells_out_defaults_and_merged_clients(read)
     assert resolved["server_configs"]["aggregator_kwargs"] == {
         "weights": "equal",
         "fold": "latest",
+        "unreached": "magnitude",
         "expansion": "matrix",
     }
     given = {"text": ["b.txt", "more"], "windows": 7, "batch": 3}
-    assert resolved["clients"][1]["data"] == given | {"length": 2048, "activations": "memory"}
+    read_as = {"field": None, "bos": "auto", "control_words": False}
+    assert resolved["clients"][1]["data"] == given | read_as | {"length": 2048, "activations": "memory"}

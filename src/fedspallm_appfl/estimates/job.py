@@ -15,8 +15,7 @@ from torch import nn
 
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models import custom_code
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
@@ -96,7 +95,7 @@ def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
     Raises:
         ModelError: the model cannot be opened.
     """
-    custom_code.allow_for(settings)
+    allow_code_of(settings)
     folder = resolve_model(settings.path, weights=False)
     try:
         CheckpointFiles(folder)

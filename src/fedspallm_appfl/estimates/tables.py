@@ -20,8 +20,8 @@ from fedspallm_appfl.estimates.memory import Memory, Parts
 from fedspallm_appfl.estimates.over_globus import INLINE_LIMIT, Worker
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
-from fedspallm_appfl.runs.progress import duration
-from fedspallm_appfl.runs.report import bytes_text
+from fedspallm_appfl.reports.progress import duration
+from fedspallm_appfl.reports.report import bytes_text
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {"weights": "pruned weights", "masks": "masks", "values": "values", "grams": "Gram matrices"}

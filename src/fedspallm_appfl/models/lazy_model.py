@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models import custom_code
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.experts import is_fused
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
 from fedspallm_appfl.models.stored import Piece, Place, Stored, place, read
+from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
 
@@ -80,7 +80,7 @@ class Skeleton:
     def of(cls, settings: Chosen) -> "Skeleton":
         """The skeleton of the model of an experiment, or of what one of its sides is told."""
         model = settings.model
-        custom_code.allow_for(model)
+        allow_code_of(model)
         return cls(model.path, model.blocks, model.dtype, settings.prune)
 
     def _one_dtype(self) -> torch.dtype:

@@ -79,6 +79,7 @@ class Piece:
         units: its (block, linear) pairs.
         nbytes: bytes of its tensors.
         exchange: the exchange of the round that made it.
+        store: where its matrices are; empty for what the exchange sends down.
     """
 
     round_index: int
@@ -87,6 +88,7 @@ class Piece:
     units: list[Unit]
     nbytes: int
     exchange: int = 0
+    store: str = ""
 
 
 class GlobalModel:
@@ -118,6 +120,7 @@ class GlobalModel:
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
         self._received: set[tuple[str, int, str]] = set()
         self._facts: dict[int, dict[str, Any]] = {}
+        self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
 
     @property
     def exchange(self) -> Exchange:
@@ -272,19 +275,26 @@ class GlobalModel:
             block: {name: packed.nbytes for name, packed in self._stored(block).items() if name in names}
             for block, names in sorted(self.round.closed.items())
         }
-        parts = plan(sizes, len(sizes), limit)
-        pieces = [
-            Piece(
-                self.round.index,
-                number,
-                len(parts),
-                units,
-                sum(sizes[block][name] for block, name in units),
-                self.round.exchange,
-            )
-            for number, units in enumerate(parts)
-        ]
+        if self._down_store == GLOBAL:
+            self._held |= {(block, name) for block, names in sizes.items() for name in names}
+        pieces = _pieces(sizes, limit, self.round.index, self.round.exchange)
         return [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+
+    def final(self, client: str, limit: int) -> list[Piece]:
+        """What a client lacks of the finished model, or of its own where each has one, in pieces.
+
+        Raises:
+            ConfigError: one matrix exceeds the limit.
+        """
+        own = registry.find(self.settings.algorithm).store_of(client)
+        store, held = self.store(own or GLOBAL), set() if own else self._held
+        matrices = {block: store.get(block) or {} for block in store.blocks()}
+        sizes = {
+            block: {name: packed.nbytes for name, packed in linears.items() if (block, name) not in held}
+            for block, linears in matrices.items()
+        }
+        lacking = {block: linears for block, linears in sizes.items() if linears}
+        return _pieces(lacking, limit, self.settings.rounds, 0, own or GLOBAL)
 
     @property
     def _compresses(self) -> bool:
@@ -302,12 +312,18 @@ class GlobalModel:
 
     def load_piece(self, piece: Piece) -> dict[str, Any]:
         """One piece of the update to send down, ready for the wire."""
+        if self._compresses and piece.store:
+            return compress(self._made(piece))
         if self._compresses:
             return torch.load(self._file_of(piece), weights_only=True)
         return self._made(piece)
 
     def _made(self, piece: Piece) -> dict[str, Any]:
-        stored = {block: self._stored(block, piece.exchange) for block in {block for block, _ in piece.units}}
+        blocks_of = {block for block, _ in piece.units}
+        if piece.store:
+            stored = {block: self.store(piece.store).get(block) or {} for block in blocks_of}
+        else:
+            stored = {block: self._stored(block, piece.exchange) for block in blocks_of}
         blocks: dict[int, dict[str, Packed]] = {}
         for block, name in piece.units:
             blocks.setdefault(block, {})[name] = stored[block][name]
@@ -394,6 +410,7 @@ class GlobalModel:
         del self._closed[block]
         for store, linears in self._ready.pop(block).items():
             self.store(store).add(block, linears)
+            self._held -= {(block, name) for name in linears} if store == GLOBAL else set()
             self.round.closed.setdefault(block, []).extend(linears if store == self._down_store else ())
         later = self.exchanges[self.round.exchange + 1 :]
         if any(exchange.concerns(block) for exchange in later):
@@ -407,3 +424,15 @@ class GlobalModel:
     @property
     def _down_store(self) -> str | None:
         return DOWN[self.exchange.down] if self.exchange.down else None
+
+
+def _pieces(
+    sizes: Mapping[int, Mapping[str, int]], limit: int, round_index: int, exchange: int, store: str = ""
+) -> list[Piece]:
+    """Matrices, as block -> linear -> bytes, in pieces of at most `limit` bytes."""
+    parts = plan(sizes, max(1, len(sizes)), limit)
+    bytes_of = [sum(sizes[block][name] for block, name in units) for units in parts]
+    return [
+        Piece(round_index, number, len(parts), units, bytes_of[number], exchange, store)
+        for number, units in enumerate(parts)
+    ]

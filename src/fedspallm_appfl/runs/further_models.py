@@ -15,10 +15,11 @@ from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry
+from fedspallm_appfl.reports import card
+from fedspallm_appfl.reports.progress import RunProgress
+from fedspallm_appfl.reports.report import model_table
 from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
-from fedspallm_appfl.runs import card, evaluation, experiment, run_dir
-from fedspallm_appfl.runs.progress import RunProgress
-from fedspallm_appfl.runs.report import model_table
+from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config

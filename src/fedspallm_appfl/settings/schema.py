@@ -21,6 +21,8 @@ Paths = str | list[str]
 ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
 DTYPES = ("float32", "float16", "bfloat16")
+BOSES = ("auto", "first", "never")
+BOS = "begin-of-sequence: `auto`: each window begins as the tokenizer begins a text; `first`: the whole text does; `never`"
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
 MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
@@ -310,7 +312,16 @@ class Data:
     """Private text of a client and what is taken from it."""
 
     text: Paths | None = key(
-        None, "private text: a UTF-8 file, a folder of .txt files, or a list of these; usually set for each client"
+        None,
+        "private text: a file, a folder, a pattern, a data set, or a list of these ([formats](#text)); usually set for "
+        "each client",
+    )
+    field: str | None = key(
+        None, "column of records that holds the text; empty means `text`, or else the only column with text"
+    )
+    bos: str = key("auto", BOS, choices=BOSES)
+    control_words: bool = key(
+        False, "`true`: words in the text such as `</s>` become control tokens; `false`: they are text like any other"
     )
     windows: int = key(128, "calibration windows drawn from it", least=1, most=MOST)
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
@@ -388,7 +399,18 @@ class Client(ClientConfigs):
 class Evaluation:
     """Held-out text on which the server measures perplexity."""
 
-    texts: dict[str, Paths] = key(dict, "name -> held-out text: file, folder or list")
+    texts: dict[str, Paths] = key(
+        dict, "name -> held-out text, as `data.text`, or `wikitext2`, `ptb`, `c4` as papers cut them"
+    )
+    field: str | None = key(None, "as `data.field`")
+    bos: str = key("auto", BOS, choices=BOSES)
+    own_windows: int | None = key(
+        None,
+        "windows of its own text that each client keeps out of calibration, to compare the pruned model with the dense one "
+        "where the text lies ([docs](#evaluation-where-the-text-lies)); 0 for none; empty means 8 without `texts`, else 0",
+        least=0,
+        most=MOST,
+    )
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
     windows: int | None = key(None, "at most so many windows of each text; empty takes all", least=1, most=MOST)
     batch: int = key(1, "windows in a forward pass", least=1, most=MOST)
@@ -456,6 +478,7 @@ class Pooled:
     client_id: str = ""
     text: Paths | None = None
     windows: int = 0
+    field: str | None = None
 
 
 @dataclass
@@ -484,6 +507,7 @@ class ClientSettings(TrainConfigs):
         gram: which statistics to send, for algorithms that gather them.
         rounds: number of rounds.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
+        own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
     """
 
@@ -497,6 +521,7 @@ class ClientSettings(TrainConfigs):
     gram: Gram = group(Gram)
     rounds: int = 1
     roster: dict[str, float] = field(default_factory=dict)
+    own_windows: int = 0
     agreed: str | None = None
 
 
@@ -519,6 +544,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
         compression: `zstd` compresses what goes down.
+        own_windows: windows of their texts on which clients measure at the end.
         state_dir: folder for packed blocks and sums; None for a temporary one.
     """
 
@@ -536,6 +562,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     threads: int | None = None
     max_message_bytes: int = 2**29
     compression: str = "none"
+    own_windows: int = 0
     state_dir: str | None = None
 
 

@@ -20,10 +20,11 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.reports import card
+from fedspallm_appfl.reports.progress import StudyProgress
+from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.rounds.folds import STATISTICS
-from fedspallm_appfl.runs import card, evaluation, experiment, further_models, run_dir, serial
-from fedspallm_appfl.runs.progress import StudyProgress
-from fedspallm_appfl.runs.report import traffic
+from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report
 from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened

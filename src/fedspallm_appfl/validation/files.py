@@ -11,21 +11,17 @@ from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.models.choice import unmatched
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import (
-    are_tokens,
-    check_vocabulary,
-    held_out_windows,
-    load_tokenizer,
-    read_text,
-    too_few,
-    windows_of,
-)
-from fedspallm_appfl.rounds.participants import algorithm_of
+from fedspallm_appfl.rounds.participants import algorithm_of, own_windows
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.settings import schema
-from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.tensors.target import check_divides
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
+from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows, look_at
+from fedspallm_appfl.texts.drawing import draw
+from fedspallm_appfl.texts.files import are_tokens
+from fedspallm_appfl.texts.tokenizer import load_tokenizer
+from fedspallm_appfl.texts.windows import Cut
 from fedspallm_appfl.wire.messages import plan
 from fedspallm_appfl.wire.packed import Shapes, packed_sizes
 
@@ -46,18 +42,19 @@ def check_with_files(config: Config) -> list[str]:
         problems += _sizes(config, skeleton)
     longest = skeleton.longest_window if skeleton else None
     for client in config.clients:
-        where, data, text = f"client {client.client_id}", client.data, client.data.text
-        if not text:
-            continue
-        found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
-        if found is not None and found < data.windows:
-            problems.append(too_few(client.client_id, data.windows, data.length, found))
-        problems += too_long(f"{where}: data.length", data.length, longest)
-    length = config.evaluation.length
-    for name, text in config.evaluation.texts.items():
+        if client.data.text:
+            try:
+                _look_at_text(config, client, tokenizer, skeleton)
+            except DataError as error:
+                problems.append(str(error))
+            problems += too_long(f"client {client.client_id}: data.length", client.data.length, longest)
+    evaluation = config.evaluation
+    length = evaluation.length
+    for name, text in evaluation.texts.items():
         try:
-            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 0 else ()
-            held_out_windows(name, text, length, *known)
+            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 1 else ()
+            cut = Cut(length, evaluation.bos, evaluation.field)
+            held_out_windows(name, text, cut, evaluation.windows, *known)
         except DataError as error:
             problems.append(str(error))
     if config.evaluation.texts:
@@ -74,26 +71,22 @@ def _has_words(config: Config) -> bool:
         return True
 
 
-def _count_windows(
-    where: str, text: Paths, length: int, tokenizer: Any, skeleton: Skeleton | None, problems: list[str]
-) -> int | None:
-    """Windows in a text; None if it cannot be read or counted."""
+def _look_at_text(config: Config, client: Client, tokenizer: Any, skeleton: Skeleton | None) -> None:
+    """Draw a client's windows, as it will, where model and values allow.
+
+    Raises:
+        DataError: its text cannot be read or is too short.
+    """
+    name, data, text = client.client_id, client.data, client.data.text or []
     try:
-        words = not are_tokens(text)
-        if skeleton is None or length < 1 or (words and tokenizer is None):
-            if words:
-                read_text(text)
-            return None
-        windows = windows_of(text, length, tokenizer)
+        if skeleton is None or data.length < 2 or data.windows < 1 or (tokenizer is None and not are_tokens(text)):
+            look_at(text, data.field)
+            return
     except DataError as error:
-        problems.append(f"{where}: {error}")
-        return None
-    try:
-        check_vocabulary(windows, skeleton.vocabulary, where)
-    except DataError as error:
-        problems.append(str(error))
-        return None
-    return len(windows)
+        raise DataError(f"client {name}: {error}") from error
+    cut = Cut(data.length, data.bos, data.field, data.control_words)
+    windows = draw(text, cut, tokenizer, data.windows, config.seed, name, own_windows(config))
+    check_vocabulary(windows, skeleton.vocabulary, f"client {name}")
 
 
 def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:

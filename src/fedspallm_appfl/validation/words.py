@@ -7,6 +7,7 @@ from fedspallm_appfl.models.choice import by_kind, in_words, left_dense
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.texts.files import text_files
 
 
 def forecast(config: Config) -> list[str]:
@@ -54,7 +55,12 @@ def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
 
 
 def _notices(config: Config) -> Iterator[str]:
-    """What the algorithm means for the rest of the configuration."""
+    """What the algorithm means for the rest of the configuration, and what is not read."""
+    texts = {f"client {client.client_id}": client.data.text for client in config.clients if client.data.text}
+    texts |= {f"evaluation.texts.{name}": text for name, text in config.evaluation.texts.items()}
+    for where, text in texts.items():
+        if left := text_files(text).left_out_words():
+            yield f"{where}: not text, left out: {left}"
     if config.evaluation.compare and not comparisons(config):
         yield (
             f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} cannot be made of the uploads of "

@@ -234,3 +234,21 @@ def _checked_values(packed: Mapping[str, Any], where: str, kept: int, dtype: tor
     values = inflated(packed, "values", where, kept, dtype)
     require(largest_magnitude(values) < float("inf"), where, "the values hold NaN or infinity")
     return values
+
+
+def checked_losses(client: str, losses: Any) -> dict[str, Any]:
+    """Refuse what is not the measurement of a client.
+
+    Args:
+        client: who sent it.
+        losses: what arrived; `{"tokens": number, "dense": sum of losses, "pruned": sum of losses}`.
+
+    Raises:
+        UpdateError: it has other keys or types.
+    """
+    sender = f"client {client}"
+    require(isinstance(losses, Mapping) and set(losses) == {"tokens", "dense", "pruned"}, sender, "these are no losses")
+    require(type(losses["tokens"]) is int and losses["tokens"] >= 0, sender, "`tokens` is not a number of tokens")
+    for name in ("dense", "pruned"):
+        require(type(losses[name]) is float and not losses[name] < 0, sender, f"`{name}` is not a sum of losses")
+    return dict(losses)
