@@ -19,7 +19,7 @@ from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_m
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
-from fedspallm_appfl.models.lazy_model import Skeleton, without_weights
+from fedspallm_appfl.models.lazy_model import Skeleton, known_layout, without_weights
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.rounds.folds import Context, Fold, folds
@@ -100,7 +100,7 @@ def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
         CheckpointFiles(folder)
     except ModelError:
         model = without_weights(folder, "auto")
-        found = find_layout(model, settings.blocks)
+        found = known_layout(folder, find_layout(model, settings.blocks))
         layout = choose(found, prune or Prune(), model)
         return _outline(folder, model, layout, found, next(model.parameters()).dtype, settings, True)
     skeleton = Skeleton(str(folder), settings.blocks, settings.dtype, prune)

@@ -7,6 +7,7 @@ are any, and drops them afterwards. A block can thus be pruned in place without 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,9 +18,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, config_hash, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
+from fedspallm_appfl.models.probe import Probed, probe
 from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
 
@@ -64,7 +66,7 @@ class Skeleton:
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
         self.model = without_weights(self.folder, dtype)
-        self.found = find_layout(self.model, blocks)
+        self.found = known_layout(self.folder, find_layout(self.model, blocks))
         self.layout = choose(self.found, prune or Prune(), self.model)
         self._todays_names = _todays_names(self.model, self.files)
         self._key_of = self._match_keys()
@@ -292,6 +294,25 @@ class HollowModel:
     def vocabulary(self) -> int:
         """Number of token ids that the model has an embedding for."""
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+
+def known_layout(folder: Path, found: Layout) -> Layout:
+    """A layout with the linears whose inputs can be known, and with what blocks return.
+
+    Args:
+        folder: the model folder; it needs no weights.
+        found: as `find_layout` finds it.
+
+    Raises:
+        ModelError: the model cannot be run block by block.
+    """
+    return _probed(folder, found, config_hash(folder)).known(found)
+
+
+@lru_cache(maxsize=8)
+def _probed(folder: Path, found: Layout, config: str) -> Probed:
+    hollow = HollowModel(folder, found)
+    return probe(hollow, hollow.vocabulary)
 
 
 def without_weights(folder: Path, dtype: str) -> PreTrainedModel:

@@ -151,6 +151,8 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,
+        "zeros_before": sum(matrix.zeros_before for matrix in matrices),
+        "zeros_back": sum(matrix.zeros_back for matrix in matrices),
         "prune": plain(config.prune),
         "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }

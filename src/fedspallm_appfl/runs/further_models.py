@@ -176,7 +176,7 @@ def _prune_input(
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
     settings = replace(train, sparsity=target)
-    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader))
+    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader), config.prune.keep_zeros)
     packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
 
 
