@@ -57,7 +57,7 @@ def prune(
 
 
 def _search(
-    weight: Tensor, target: Target, correlation: Correlation, steps: int, zero: Tensor | None
+    weight: Tensor, target: Target, correlation: Correlation, steps: int, zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Z (O, I) float32 and the mask after the last step, from a scaled weight."""
     state = weight.clone()

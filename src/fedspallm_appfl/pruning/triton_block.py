@@ -124,10 +124,13 @@ def _solve_tile(
     here = out < out_features
     weights = tl.load(columns + column * out_features + out[None, :], (column < width) & here[None, :], 0.0)
     costs = tl.load(importance + column, column < width, 0.0)
-    free = tl.load(kept + column * out_features + out[None, :], (column < width) & here[None, :], 1) != 0
+    if n > 0:
+        free = tl.load(kept + column * out_features + out[None, :], (column < width) & here[None, :], True)
     tl.debug_barrier()  # all threads have read before any of them writes: a column may be written by other threads
     for first in range(0, width, m):
-        scores = tl.where(free, weights * weights * costs, -1.0)
+        scores = weights * weights * costs
+        if n > 0:
+            scores = tl.where(free, scores, -1.0)
         for j in range(first, first + m):
             reach = tl.load(upper + j * upper_row + column * upper_column, column < width, 0.0)
             diagonal = tl.load(upper + j * (upper_row + upper_column))
@@ -138,7 +141,7 @@ def _solve_tile(
                 before = (scores < score) | ((scores == score) & (column < j))
                 group = (column >= first) & (column < first + m)
                 keep = tl.sum((group & before).to(tl.int32), 0) >= m - n
-                keep = keep & (tl.sum(tl.where(column == j, free, False).to(tl.int32), 0) > 0)
+                keep = keep & (tl.sum(((column == j) & free).to(tl.int32), 0) > 0)
                 tl.store(kept + j * out_features + out, keep, here)
             else:
                 keep = tl.load(kept + j * out_features + out, here, True)
