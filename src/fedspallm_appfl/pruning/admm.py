@@ -92,7 +92,7 @@ def _step(state: Tensor, weight: Tensor, mask: Tensor, shrinkage: Tensor) -> Non
         state[rows].add_(weight[rows]).addmm_(kept, shrinkage)
 
 
-def _largest(state: Tensor, target: Target, zero: Tensor | None) -> Tensor:
+def _largest(state: Tensor, target: Target, zero: Tensor | None = None) -> Tensor:
     """(O, I) bool, True at the entries to keep."""
     if zero is None:
         return ~select(state.abs(), target, per_row=False)
