@@ -82,7 +82,7 @@ def config_and_results(perplexity=PERPLEXITY, layer_sampling="balanced", matrice
     )
     config.server_configs.num_global_epochs = 2
     config.client_configs.train_configs.layer_sampling = layer_sampling
-    return config, Result(perplexity, matrices, dense_bytes=320, model=Path("run/model"))
+    return config, Result(perplexity, matrices, block_weights=250, dense_bytes=320, model=Path("run/model"))
 
 
 @pytest.fixture
@@ -124,13 +124,16 @@ def test_traffic_is_summed_up_and_down_for_each_client(log):
 @pytest.mark.parametrize(
     ("matrices", "line"),
     [
-        (MATRICES, "70 of 140 weights in 7 matrices are zero (50.0000 %); 3 matrices left dense, 35.0000 % of all"),
-        (MATRICES[:2], "20 of 40 weights in 2 matrices are zero (50.0000 %)"),
+        (
+            MATRICES,
+            "70 of 250 {} (28.00 %): 50.0000 % of 140 in the 7 matrices that were pruned; 3 matrices left dense",
+        ),
+        (MATRICES[:2], "20 of 250 {} (8.00 %): 50.0000 % of 40 in the 2 matrices that were pruned"),
         ([matrix(0, zeros=0)], "no matrix was pruned"),
     ],
 )
 def test_sparsity_is_said_in_exact_counts(matrices, line):
-    assert sparsity_line(matrices) == line
+    assert sparsity_line(matrices, 250) == line.format("weights in the blocks are zero")
 
 
 def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):

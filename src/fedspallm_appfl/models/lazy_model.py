@@ -106,6 +106,11 @@ class Skeleton:
         return place(linear, self._pieces[self.layout.parameter(block, linear)])
 
     @property
+    def block_weights(self) -> int:
+        """All weights in the decoder blocks, prunable or not."""
+        return sum(parameter.numel() for parameter in self.model.get_submodule(self.layout.path).parameters())
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids with an embedding."""
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]

@@ -47,8 +47,8 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, {manifest['target']} sparse",
         f"{base}, pruned with fedspallm-appfl {__version__} in a federation of {len(config.clients)} clients, "
-        f"{how(config)}: {manifest['zeros']:,} of {manifest['prunable']:,} weights in {len(manifest['matrices'])} matrices "
-        f"are zero ({100 * manifest['sparsity']:.4f} %).",
+        f"{how(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
+        f"{100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices that could be pruned.",
         *_perplexities(config, perplexity),
         "## Use",
         USE,

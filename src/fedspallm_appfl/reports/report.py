@@ -79,14 +79,17 @@ def closing(config: Config, results: Result, log: EventLog) -> Group:
 
 def _zeros(results: Result) -> list[str]:
     """Sentences: what is zero, and what became of the zeros of the dense model."""
-    return [sparsity_line(results.matrices), *filter(None, [zeros_line(results.matrices)])]
+    return [sparsity_line(results.matrices, results.block_weights), *filter(None, [zeros_line(results.matrices)])]
 
 
 def model_table(
-    title: str, perplexity: Mapping[str, Mapping[str, float]], matrices: Mapping[str, Sequence[MatrixSparsity]]
+    title: str,
+    perplexity: Mapping[str, Mapping[str, float]],
+    matrices: Mapping[str, Sequence[MatrixSparsity]],
+    block_weights: int,
 ) -> Group:
     """Models for several targets: perplexity of each on each text if it was measured, and its sparsity."""
-    lines = "\n".join(f"{target}: {sparsity_line(of)}" for target, of in matrices.items())
+    lines = "\n".join(f"{target}: {sparsity_line(of, block_weights)}" for target, of in matrices.items())
     if not perplexity:
         return Group(Text(lines))
     texts = list(next(iter(perplexity.values())))

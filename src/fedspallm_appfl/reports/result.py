@@ -63,6 +63,7 @@ class Result(Shown):
     Attributes:
         perplexity: method -> text -> perplexity; `standalone` is the geometric mean over the clients' own models.
         matrices: sparsity of each prunable matrix, read back from disk.
+        block_weights: all weights in the decoder blocks, prunable or not.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
         own: client -> perplexities on its own held-out text, and `all`; empty if nobody has measured.
@@ -70,6 +71,7 @@ class Result(Shown):
 
     perplexity: Mapping[str, Mapping[str, float]]
     matrices: Sequence[MatrixSparsity]
+    block_weights: int
     dense_bytes: int
     model: Path
     own: Mapping[str, OwnText] = field(default_factory=dict)
@@ -97,7 +99,7 @@ class Result(Shown):
 
     def __rich__(self) -> RenderableType:
         """Perplexity, sparsity and where the model is."""
-        lines = Text(f"{sparsity_line(self.matrices)}\nmodel: {self.model}")
+        lines = Text(f"{sparsity_line(self.matrices, self.block_weights)}\nmodel: {self.model}")
         if not self.perplexity:
             return lines
         return Group(
@@ -105,18 +107,17 @@ class Result(Shown):
         )
 
 
-def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
-    """Exact sparsity of the pruned matrices as a sentence."""
+def sparsity_line(matrices: Sequence[MatrixSparsity], block_weights: int) -> str:
+    """Exact sparsity of all weights in the blocks and of the pruned matrices, as a sentence."""
     pruned = [matrix for matrix in matrices if matrix.zeros]
     zeros, entries = sum(m.zeros for m in pruned), sum(m.entries for m in pruned)
     if not pruned:
         return "no matrix was pruned"
     dense = f"; {count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
-    everything = sum(matrix.entries for matrix in matrices)
-    if dense:
-        dense += f", {100 * zeros / everything:.4f} % of all"
-    share = f"{100 * zeros / entries:.4f} %"
-    return f"{zeros:,} of {entries:,} weights in {count(len(pruned), 'matrix')} are zero ({share}){dense}"
+    return (
+        f"{zeros:,} of {block_weights:,} weights in the blocks are zero ({100 * zeros / block_weights:.2f} %): "
+        f"{100 * zeros / entries:.4f} % of {entries:,} in the {count(len(pruned), 'matrix')} that were pruned{dense}"
+    )
 
 
 def zeros_line(matrices: Sequence[MatrixSparsity]) -> str | None:

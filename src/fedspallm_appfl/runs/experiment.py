@@ -90,9 +90,10 @@ def conduct(
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         perplexity = evaluate(config, texts, methods, log) if texts else {}
-        dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
+        skeleton = aggregator.skeleton
+        dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
         _write_cards(config, folder, perplexity, log)
-        results = Result(_with_means(perplexity), matrices, dense_bytes, place, own_texts(log))
+        results = Result(_with_means(perplexity), matrices, skeleton.block_weights, dense_bytes, place, own_texts(log))
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
@@ -167,6 +168,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "fedspallm_appfl": __version__,
         "target": str(sparsity),
         "pruner": config.pruners(),
+        "block_weights": skeleton.block_weights,
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,

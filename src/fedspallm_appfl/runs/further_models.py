@@ -93,7 +93,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
             measured = {"dense": rows["dense"], "this model": rows[model.text]} if rows else {}
             card.write(model.folder, config, measured)
     title = f"Perplexity, {config.pruners()} with the statistics of {run}"
-    console.print(model_table(title, rows, matrices))
+    console.print(model_table(title, rows, matrices, skeleton.block_weights))
     for model in models:
         console.print(f"model   {model.folder / 'model'}", highlight=False, markup=False)
 
