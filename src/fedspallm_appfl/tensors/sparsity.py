@@ -155,7 +155,9 @@ def exact(mask: Tensor, zero: Tensor, target: Target) -> Tensor:
     Returns:
         (O, I) bool, True = kept; the first of the zeros are pruned.
     """
-    order = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(zero, 1.0).masked_fill_(mask, 2.0)
+    if mask.numel() - int(mask.count_nonzero()) == target.zeros(mask.numel()):
+        return mask
+    order = torch.zeros_like(mask, dtype=torch.uint8).masked_fill_(zero, 1).masked_fill_(mask, 2)
     return ~select(order, target, per_row=False)
 
 
