@@ -47,7 +47,9 @@ SMALL = {  # under all names that configurations give to these sizes
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "num_heads"], 4),
     **dict.fromkeys(["intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "d_ff"], 48),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"], 24),
-    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "intermediate_size_mlp"], 4),
+    **dict.fromkeys(
+        ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "intermediate_size_mlp"], 4
+    ),
     **dict.fromkeys(["num_experts_per_tok", "top_k", "moe_k", "moe_topk", "num_key_value_heads"], 2),
     **dict.fromkeys(["n_shared_experts", "num_shared_experts", "n_group", "topk_group", "first_k_dense_replace"], 1),
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "mamba_d_state", "mamba_dt_rank", "state_size"], 16),
@@ -99,7 +101,9 @@ def loss(model: nn.Module) -> float:
 
 def mixture(block: nn.Module) -> tuple[str, nn.Module] | None:
     """The module of a block that holds experts in tensors of three dimensions, and its name."""
-    stacked = [name for name, parameter in block.named_parameters() if name.endswith("down_proj") and parameter.ndim == 3]
+    stacked = [
+        name for name, parameter in block.named_parameters() if name.endswith("down_proj") and parameter.ndim == 3
+    ]
     return (stacked[0].rpartition(".")[0], block.get_submodule(stacked[0].rpartition(".")[0])) if stacked else None
 
 
@@ -109,7 +113,9 @@ def inputs_of(model: nn.Module, block: nn.Module, names: list[str]) -> dict[str,
     chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
     modules = {name: block.get_submodule(name) for name in names if not is_stacked(block, name)}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, seen=seen[name]: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+        module.register_forward_pre_hook(
+            lambda _, args, seen=seen[name]: seen.append(args[0].reshape(-1, args[0].shape[-1]))
+        )
         for name, module in modules.items()
     ]
     found = mixture(block)
@@ -221,7 +227,9 @@ def fault(family: str, folder: Path) -> str:
         if not hasattr(one, "mask") or int((~one.mask).sum()) != one.mask.numel() // 2:
             return f"block {index}, {name} has not exactly half of its entries pruned"
         if not torch.equal(one.mask, mask):
-            return f"block {index}, {name}: {int((one.mask != mask).sum())} entries of the mask differ from the oracle's"
+            return (
+                f"block {index}, {name}: {int((one.mask != mask).sum())} entries of the mask differ from the oracle's"
+            )
         store.add(index, {name: pack(one.weight, one.mask, torch.float32)})
     save_model(lazy.skeleton, store, folder / "pruned")
     written = t.AutoModelForCausalLM.from_pretrained(folder / "pruned", dtype=torch.float32).eval()
@@ -260,7 +268,10 @@ def page(found: dict[str, tuple[str, str]]) -> str:
     kinds = ("right", "refused", "wrong", "traceback", "not built")
     of = {kind: [family for family in found if found[family][0] == kind] for kind in kinds}
     mixtures = [family for family in of["right"] if found[family][1]]
-    rows = [f"| {family} | {found[family][0]} | {found[family][1]} |" for family in (*of["refused"], *of["wrong"], *of["traceback"])]
+    rows = [
+        f"| {family} | {found[family][0]} | {found[family][1]} |"
+        for family in (*of["refused"], *of["wrong"], *of["traceback"])
+    ]
     return "\n\n".join(
         [
             "# Model families",

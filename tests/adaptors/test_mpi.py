@@ -17,7 +17,7 @@ from fedspallm_appfl.runs import mpi
 from helpers.experiments import UNEVEN, merge, small_config
 from helpers.paths import DEMO, ROOT, TESTS
 from helpers.processes import ENVIRONMENT, end, fedspallm, finish, mpiexec, without_mpiexec
-from helpers.tiny import linears, save_tiny, tiny_config, weights
+from helpers.tiny import events, linears, save_tiny, tiny_config, weights
 
 pytestmark = [pytest.mark.mpi, without_mpiexec]
 WHOLE_GRAMS = {"precision": "fp32", "propagate": "pruned", "target": "dense"}
@@ -107,6 +107,8 @@ def test_mpi_gives_the_bits_of_one_process(runs, name):
     assert main(["run", config, *overrides]) == 0
     assert same_files(serial, over_mpi, "model/model.safetensors", "manifest.json")
     same_statistics(serial, over_mpi)
+    here, there = ({one["client"]: one | {"time": 0} for one in events(at, "measured")} for at in (serial, over_mpi))
+    assert here == there != {}
 
 
 def test_the_server_says_what_it_does_in_plain_text(runs):

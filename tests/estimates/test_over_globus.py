@@ -270,6 +270,7 @@ def federation(
     store = {"connector": "file", "folder": str(folder / "store")}
     changes = {
         "gram": gram,
+        "evaluation": {"own_windows": 0},
         "server_configs": {"num_global_epochs": rounds},
         "client_configs": {
             "train_configs": {"pruner": pruner, "layer_sampling": "uniform"},

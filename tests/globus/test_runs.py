@@ -33,7 +33,7 @@ from helpers.experiments import DOMAINS, first_pages, small_config, uneven
 from helpers.globus_double.executor import Site
 from helpers.paths import DEMO
 from helpers.s3_double import BUCKET, keys, s3_service
-from helpers.tiny import run, save_tiny
+from helpers.tiny import events, run, save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
@@ -66,8 +66,8 @@ def write_site(site, clients, **more):
 
 
 def write_config(folder, **changes):
-    """Three clients with endpoints and, for runs on this machine, with their texts."""
-    file = small_config(folder, 3, first_pages, **changes)
+    """Three clients with endpoints and, for runs on this machine, with their texts; they measure nothing unless asked."""
+    file = small_config(folder, 3, first_pages, **{"evaluation": {"own_windows": 0}, **changes})
     config = yaml.safe_load(file.read_text())
     for client, endpoint in zip(config["clients"], ENDPOINTS.values(), strict=True):
         client["endpoint_id"] = endpoint
@@ -98,7 +98,7 @@ def s3():
 
 def write_uneven(folder, **comm):
     comm = {"max_message_bytes": 140_000, **comm}
-    return write_config(folder, **uneven(first_pages), client_configs={"comm_configs": comm})
+    return write_config(folder, **uneven(first_pages), client_configs={"comm_configs": comm}, evaluation={})
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,32 @@ def test_globus_gives_the_bits_of_one_process(tmp_path, site, capsys, monkeypatc
     sizes = [len(text) for _, text in site.sent]
     assert max(sizes) > 10**6 if connector == "none" else max(sizes) < 3 * 10**4
     assert not any("secret" in text for _, text in site.sent)
+    here, there = (measured(folder) for folder in (tmp_path / "run", one_process))
+    assert here == there and len(here) == 3
+
+
+def measured(folder):
+    """Client -> its sums; the bytes that went down differ by the compression."""
+    return {
+        event["client"]: {key: event[key] for key in ("tokens", "dense", "pruned")}
+        for event in events(folder, "measured")
+    }
+
+
+def test_a_site_can_forbid_to_measure_and_the_run_goes_on(tmp_path, site, capsys):
+    write_site(site, DOMAINS[:3], evaluation=False)
+    config = write_config(tmp_path, evaluation={})
+    assert over_globus(config) == 0, capsys.readouterr().err
+    assert measured(tmp_path / "run") == {}
+    report = (tmp_path / "run" / "report.md").read_text("utf-8")
+    assert f"- {DOMAINS[0]}: client {DOMAINS[0]}: this site does not measure models on its text" in report
+
+
+def test_each_measures_its_own_model_where_each_has_one(tmp_path, site, capsys):
+    config = write_config(tmp_path, algorithm="standalone", evaluation={})
+    assert over_globus(config) == 0, capsys.readouterr().err
+    run(config, f"run_dir={tmp_path / 'here'}")
+    assert measured(tmp_path / "run") == measured(tmp_path / "here")
 
 
 @pytest.mark.parametrize("algorithm", ["consensus", "gram", "standalone"])

@@ -123,7 +123,6 @@ def traffic(job: Job) -> list[RoundTraffic]:
     down = [0] * job.rounds
     for turn in turns(job):
         down[turn.round] += turn.down if _inline(job) else turn.loaded
-    down[-1] += messages.final(job)
     return [dataclasses.replace(one, down=size) for one, size in zip(messages.traffic(job), down, strict=True)]
 
 

@@ -22,6 +22,7 @@ from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
 from fedspallm_appfl.reports.progress import duration
 from fedspallm_appfl.reports.report import bytes_text
+from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {"weights": "pruned weights", "masks": "masks", "values": "values", "grams": "Gram matrices"}
@@ -56,6 +57,11 @@ def _what_travels(job: Job) -> Iterator[str]:
         yield f"a client sends {made.count} messages a round, the largest of {bytes_text(made.largest)}"
     except ConfigError:
         pass  # the table of transports says so
+    if own_windows(job.config):
+        yield (
+            "after the last round each client measures the model on its own text: at most "
+            f"{bytes_text(traffic.final(job))} down to each"
+        )
     if job.algorithm.gathers:
         inputs = "; ".join(", ".join(names) for names in job.model.groups[min(job.model.layout.pruned)])
         yield f"linears that share an input: {inputs}"
@@ -136,7 +142,8 @@ def _globus(job: Job) -> Table:
     """Tasks, submissions, and where the bytes lie."""
     tasks, store = over_globus.tasks(job), job.config.client_configs.comm_configs.store
     table = Table("", "", show_header=False, title="Over Globus Compute", title_justify="left")
-    table.add_row("tasks", f"{_tasks(tasks)}; before them {tasks.exchange} more ask the sites")
+    measuring = f", after them {tasks.exchange} more measure the model" if own_windows(job.config) else ""
+    table.add_row("tasks", f"{_tasks(tasks)}; before them {tasks.exchange} more ask the sites{measuring}")
     table.add_row("submissions", _submissions(tasks))
     table.add_row("a task or its result", f"up to {bytes_text(tasks.largest)}{_fits(tasks.largest, store.connector)}")
     if store.connector != "none":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,8 +49,7 @@ def traffic(job: Job) -> list[RoundTraffic]:
     """What travels in each round, with the layers that the run will draw."""
     uploads = {client.client_id: _uploads(job, mask_only(client)) for client in job.clients}
     down = [_down(job, job.exchanges)] * (job.rounds - 1) + [_down(job, job.exchanges[:-1])]
-    made = [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
-    return [*made[:-1], replace(made[-1], down=made[-1].down + final(job))]
+    return [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
 
 
 def final(job: Job) -> int:

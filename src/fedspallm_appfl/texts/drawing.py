@@ -95,13 +95,13 @@ def _from_cells(
     if content.size // size < TIMES * count:
         return None
     begin = first_ids(tokenizer) if cut.bos == "auto" else []
-    windows: list[list[int]] = []
+    windows: list[Tensor] = []
     for first, last in _cells(content.size, size, generator):
         if len(windows) == count + spare:
             break
         ids = _window(content, cut, tokenizer, first, last, need, generator)
-        windows += [ids] if ids else []
-    return begun(torch.tensor(windows, dtype=torch.int32), begin[: cut.length - 1]) if len(windows) >= count else None
+        windows += [torch.tensor(ids, dtype=torch.int32)] if ids else []
+    return begun(torch.stack(windows), begin[: cut.length - 1]) if windows and len(windows) >= count else None
 
 
 def _cells(whole: int, size: int, generator: Generator) -> Iterator[tuple[int, int]]:

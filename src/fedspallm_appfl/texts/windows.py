@@ -82,7 +82,9 @@ def in_order(content: Content, cut: Cut, tokenizer: Any, most: int | None = None
             break
     whole = len(ids) // cut.length
     whole = whole if most is None else min(whole, most)
-    windows = torch.tensor(ids[: whole * cut.length], dtype=torch.int32).view(whole, cut.length)
+    if not whole:  # there is no tensor on no memory
+        return torch.empty(0, cut.length, dtype=torch.int32)
+    windows = torch.frombuffer(ids, dtype=torch.int32, count=whole * cut.length).view(whole, cut.length)
     return begun(windows, begin) if cut.bos == "auto" else windows
 
 
