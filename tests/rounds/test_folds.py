@@ -226,7 +226,9 @@ def test_gram_prunes_as_if_all_texts_were_in_one_place(tmp_path, pruner):
 def test_a_weight_that_is_not_finite_is_not_blamed_on_the_statistics():
     weight = torch.ones(2, 4)
     weight[0, 0] = torch.nan
-    with pytest.raises(PruningError, match="server, block 2, up: the weights of up in the checkpoint hold NaN or infinity"):
+    with pytest.raises(
+        PruningError, match="server, block 2, up: the weights of up in the checkpoint hold NaN or infinity"
+    ):
         prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), False, None, "block 2, up")
 
 

@@ -231,6 +231,7 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
         for linear in linears:
             key = skeleton.key(block, linear.name)
             manifest.append(_check_matrix(written, key, block, linear, packed.get(linear.name)))
+        written.release()  # or all pages that were read would stay resident
     return manifest
 
 
