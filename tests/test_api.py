@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedspallm_appfl as fs
-from fedspallm_appfl.models.text import cut_windows
+from fedspallm_appfl.texts.windows import Cut, windows_of
 from helpers.experiments import DOMAINS, first_pages, small_config
 from helpers.paths import DEMO
 from helpers.tiny import events, run, save_tiny, tiny_config, weights
@@ -44,7 +44,7 @@ def test_texts_and_models_may_be_in_memory(model, texts, tmp_path, capfd):
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(DEMO / "model")
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     words = {name: text.read_text("utf-8") for name, text in texts.items()}
-    windows = {name: cut_windows(tokenizer, word, 24) for name, word in words.items()}
+    windows = {name: windows_of(str(text), Cut(24), tokenizer) for name, text in texts.items()}
     capfd.readouterr()
     wanted = written(fs.prune(model, texts, tmp_path / "run", **HOW).model)
     for given in (

@@ -21,13 +21,12 @@ from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
-from fedspallm_appfl.models import custom_code
+from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import TOKENS, are_tokens
+from fedspallm_appfl.reports.progress import console
+from fedspallm_appfl.reports.result import Result, Shown, no_bars
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
-from fedspallm_appfl.runs.progress import console
-from fedspallm_appfl.runs.result import Result, Shown, no_bars
 from fedspallm_appfl.settings.reading import load_config as read_file
 from fedspallm_appfl.settings.reading import read_config
 from fedspallm_appfl.settings.rules import wrong_values
@@ -40,11 +39,13 @@ from fedspallm_appfl.settings.schema import (
     Gram,
     Model,
     Paths,
+    Prune,
     SchedulerKwargs,
     ServerConfigs,
     TrainConfigs,
     plain,
 )
+from fedspallm_appfl.texts.files import ENDINGS, HUB, TOKENS, are_tokens, endings
 from fedspallm_appfl.validation import files as with_files
 from fedspallm_appfl.validation import rules
 
@@ -64,6 +65,7 @@ GROUPS: dict[str, type] = {  # where a setting is looked for by its own name, in
     "server_configs.scheduler_kwargs": SchedulerKwargs,
     "gram": Gram,
     "model": Model,
+    "prune": Prune,
 }
 
 
@@ -82,7 +84,7 @@ def prune(
 
     Args:
         model: a folder, a hub name, or a loaded model, which is left as it is.
-        clients: id -> its text: a UTF-8 file, a folder of .txt files, a list of files, a list of strings that are texts
+        clients: id -> its text: a file, a folder, a data set, a list of these, a list of strings that are texts
             themselves, or token ids, int (n,) or (windows, length).
         run_dir: folder for the results.
         tokenizer: of a loaded model, where there are texts to tokenize.
@@ -114,6 +116,7 @@ def prune(
         if "length" not in data:
             data["length"] = _usual_length(raw["model"], clients.values())
         usual = {"texts": held_out, "length": data["length"], "batch": 8, "device": device}
+        usual |= {name: data[name] for name in ("bos", "field") if name in data}
         told = raw.get("evaluation") or {}
         raw["evaluation"] = usual | told if isinstance(told, dict) else told
         config, problems = read_config(raw)
@@ -190,8 +193,8 @@ def evaluate(
         model: folder or hub name.
         texts: name -> held-out text, of the kinds that `prune` takes; or one file.
         length: tokens in a window; None for 2048, or what the model takes if that is less.
-        **settings: `windows`, `batch`, `dtype`, `device`, `blocks` and `trust_remote_code`, as `fedspallm evaluate` takes
-            them.
+        **settings: `windows`, `batch`, `dtype`, `device`, `bos`, `field`, `blocks` and `trust_remote_code`, as
+            `fedspallm evaluate` takes them.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
@@ -199,7 +202,7 @@ def evaluate(
     """
     if not isinstance(model, str | Path):
         raise ConfigError(f"model is a folder or a hub name, got {type(model).__name__}")
-    checked, others = ("windows", "batch", "device"), ("dtype", "blocks", "trust_remote_code")
+    checked, others = ("windows", "batch", "device", "bos", "field"), ("dtype", "blocks", "trust_remote_code")
     known = (*checked, *others)
     if unknown := set(settings) - set(known):
         raise ConfigError(f"there is no setting {', '.join(sorted(unknown))}; valid here are {', '.join(known)}")
@@ -384,7 +387,7 @@ def _usual_length(model: Mapping[str, Any], texts: Iterable[Any]) -> int:
     if given:
         return int(given[0])
     try:
-        custom_code.allow_for(Model(path=model["path"], trust_remote_code=model.get("trust_remote_code") is True))
+        allow_code_of(Model(path=model["path"], trust_remote_code=model.get("trust_remote_code") is True))
         longest = Skeleton(model["path"], model.get("blocks")).longest_window
     except ModelError:  # said where everything is checked
         longest = None
@@ -438,7 +441,7 @@ def _is_file(one: str | Path) -> bool:
         return True
     if not one or "\n" in one or len(one.encode()) > LONGEST_NAME:
         return False
-    return one.endswith((".txt", TOKENS)) or Path(one).exists()
+    return one.startswith(HUB) or endings(one)[0] in (*ENDINGS, TOKENS) or Path(one).exists()
 
 
 def _written_tokens(where: str, tokens: Tensor, folder: Path) -> str:

@@ -14,13 +14,15 @@ from fedspallm_appfl.algorithms.algorithm import Matrix
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.models.text import cut_windows, draw_windows, load_tokenizer, read_text
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.participants import comparisons
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import ClientSettings, Gram, HashedModel, OwnData, Pooled, Pruning
 from fedspallm_appfl.tensors.bitmask import to_bits
 from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.texts.drawing import draw
+from fedspallm_appfl.texts.tokenizer import load_tokenizer
+from fedspallm_appfl.texts.windows import Cut
 from fedspallm_appfl.validation.rules import check
 from fedspallm_appfl.validation.words import forecast
 from fedspallm_appfl.wire.packed import pack_mask
@@ -61,8 +63,7 @@ def zeros_of(folder):
 
 def own_windows(model, client, count, length=24):
     """The calibration windows of a client of `tiny_config`."""
-    text = read_text(str(first_pages(client)))
-    return draw_windows(cut_windows(load_tokenizer(model), text, length), count, 0, client)
+    return draw(str(first_pages(client)), Cut(length), load_tokenizer(model), count, 0, client)
 
 
 @pytest.mark.parametrize(("name", "sparsity"), list(zip(TRAINED, ("0.7", "2:4") * 3, strict=True)))

@@ -194,7 +194,7 @@ def test_what_globus_compute_does_not_do():
 
 
 def test_a_pattern_must_fit(monkeypatch):
-    monkeypatch.setattr(jobs, "open_outline", lambda settings: MODEL)
+    monkeypatch.setattr(jobs, "open_outline", lambda *settings: MODEL)
     assert Job.of(experiment(sparsity=parse_target("2:4"))).model is MODEL
     with pytest.raises(ConfigError, match="attention.q: 4:8 needs rows that are a multiple of 8 long, got 4"):
         Job.of(experiment(sparsity=parse_target("4:8")))
@@ -205,7 +205,7 @@ def test_inputs_that_are_shared_are_those_that_a_forward_pass_shares(family, tmp
     model = LazyModel(str(save_family(family, tmp_path)))
     of = source(model, windows(2), Pruning("wanda", parse_target("0.5")), batch=2)
     with model.block(0) as block, torch.no_grad():
-        found = pruning.collect(of, block, 0, of.embedded())
+        found = list(pruning.collect(of, block, 0, of.embedded()))
     for known in (open_outline(Model(str(tmp_path))), Skeleton(str(tmp_path))):
         assert shared_inputs(tmp_path, known.layout)[0] == tuple(tuple(names) for names, _ in found)
 

@@ -7,8 +7,8 @@ from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.globus.site import worker
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import require_consent, same_model
-from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT
 
@@ -68,10 +68,10 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
     [
         ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
         ("{}", "lists none; add it"),
-        ("clients: {a: {texts: x}}", "has only the key `text`"),
-        ("clients: {a: SECRET}", "has only the key `text`"),
-        ("clients: {a: [SECRET]}", "has only the key `text`"),
-        ("clients: {a: {SECRET: 1}}", "has only the key `text`"),
+        ("clients: {a: {texts: x}}", "has only the keys `text` and `field`"),
+        ("clients: {a: SECRET}", "has only the keys `text` and `field`"),
+        ("clients: {a: [SECRET]}", "has only the keys `text` and `field`"),
+        ("clients: {a: {SECRET: 1}}", "has only the keys `text` and `field`"),
         ("clients: {a: }\nstore: [SECRET]", "must have keys of their own"),
         ("clients: {a: }\nmodel: [SECRET]", "a folder or a hub name"),
         ("clients: {a: }\nSECRET: 1", "may have only the keys"),
@@ -180,7 +180,7 @@ def test_a_site_can_look_at_its_file_alone(checked, tmp_path):
     file = f"model: {DEMO / 'model'}\nclients: {{a: {{text: notes}}, b: }}\nmay_send: [masks]\nmin_tokens: 8192"
     code, [a, b], err = checked(file, "--length", "64")
     assert (code, err) == (0, "")
-    assert a[2:4] == ["2", "2,002"] and int(a[4]) >= 400 // 64
+    assert a[2:4] == ["2", "2,003"] and int(a[4]) >= 400 // 64
     assert a[6:] == b[6:] == ["masks", "8,192 tokens"]
     assert b[1].startswith("none") and b[2:5] == ["-"] * 3
     assert checked("clients: {a: {text: notes}}", "--length", "64")[1][0][4] == "-"
@@ -198,7 +198,7 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     assert [problem.strip()[2:10] for problem in problems] == [f"client {name}" for name in "abcd"]
     assert f"{tmp_path}/gone.txt cannot be read: No such file" in problems[0]
     assert f"{tmp_path}/short.txt holds no window of 2048 tokens" in problems[1]
-    assert "has only the key `text`" in problems[2]
+    assert "has only the keys `text` and `field`" in problems[2]
     assert f"{tmp_path}/latin.txt is not UTF-8" in problems[3]
 
 

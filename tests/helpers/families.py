@@ -29,11 +29,28 @@ FAMILIES = {
     "gpt-neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZES, **HEADS, rotary_pct=0.5)),
 }
 
+EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES = {
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "qwen2-moe": lambda: t.Qwen2MoeForCausalLM(
+        t.Qwen2MoeConfig(**EXPERTS, num_experts=4, shared_expert_intermediate_size=24)
+    ),
+    "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, num_local_experts=4, pad_token_id=0)),
+    "granite-moe": lambda: t.GraniteMoeForCausalLM(
+        t.GraniteMoeConfig(**{k: v for k, v in GROUPED.items() if k != "head_dim"}, num_local_experts=4)
+    ),
+}
+REFUSED = {
+    "llama4": lambda: t.Llama4ForCausalLM(
+        t.Llama4TextConfig(**GROUPED, intermediate_size_mlp=48, num_local_experts=4, pad_token_id=0)
+    ),
+}
+
 
 def save_family(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random instance with biases and norms that are not trivial."""
     torch.manual_seed(len(name))
-    model = FAMILIES[name]()
+    model = (FAMILIES | MIXTURES | REFUSED)[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -24,11 +24,16 @@ def prune_blocks(model, windows, assigned, settings, *, masks=None, **more):
     return pruning.prune_blocks(source(model, windows, settings, **more), assigned, masks)
 
 
+def whole(gathered):
+    """All inputs of a block at once."""
+    return ((block, dict(found)) for block, found in gathered)
+
+
 def dense_grams(model, windows, assigned, groups, *, public_first=None, **more):
     """Gram matrices of the dense model; of random tokens for the first input if there is a seed of them."""
     gram = Gram("fp32", first_input="private" if public_first is None else "public")
     of = source(model, windows, groups=groups, gram=gram, seed=public_first or 0, **more)
-    return gathering.gathered(of, assigned)
+    return whole(gathering.gathered(of, assigned))
 
 
 def swept_grams(model, windows, assigned, groups, agreed, *, start=None, dense_target=False, public_first=None, **more):
@@ -36,7 +41,7 @@ def swept_grams(model, windows, assigned, groups, agreed, *, start=None, dense_t
     first = "private" if public_first is None else "public"
     gram = Gram("fp32", "pruned", "dense" if dense_target else "own", first)
     of = source(model, windows, groups=groups, gram=gram, seed=public_first or 0, pruned=agreed, **more)
-    return gathering.gathered(Source(of.model, of.windows, of.settings, of.groups, agreed), assigned, start)
+    return whole(gathering.gathered(Source(of.model, of.windows, of.settings, of.groups, agreed), assigned, start))
 
 
 def server_settings(settings, algorithm="fedspallm", *, compression=False, **more):

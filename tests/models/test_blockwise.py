@@ -19,7 +19,7 @@ from fedspallm_appfl.adaptors.registration import register
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish
-from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.rounds import pruning
 from fedspallm_appfl.rounds.participants import client_settings
@@ -255,9 +255,9 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("calls", [["ac", "ab", "abc", "abc"], ["abc", "ab", "c", "abc"], ["b", "a", "c", "cab"]])
 def test_a_linear_that_only_some_batches_call_sees_all_its_tokens(calls):
     linears = tuple(Linear(name, (4, 4), False) for name in "abc")
-    model = SimpleNamespace(layout=SimpleNamespace(blocks=[linears]), device=torch.device("cpu"))
+    model = SimpleNamespace(layout=Layout("", (linears,)), device=torch.device("cpu"), skeleton=None)
     state = Activations([torch.ones(1, 5, 4)] * len(calls), [[Call((None, called), {})] for called in calls])
-    source = SimpleNamespace(model=model, settings=WANDA)
+    source = SimpleNamespace(model=model, settings=WANDA, kept=list, where="{} {}".format)
     found = pruning.collect(source, Branching(), 0, state)
     expected = {name: 5 * sum(name in called for called in calls) for name in "abc"}
     assert {name: statistic.tokens for names, statistic in found for name in names} == expected

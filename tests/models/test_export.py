@@ -60,7 +60,7 @@ def random_store(skeleton, folder, blocks=(0, 2)):
 def pruned_tensors(skeleton, store):
     """Key -> pruned matrix as it has to stand in the checkpoint."""
     return {
-        skeleton.key(block, linear.name): weight.T if linear.transposed else weight
+        skeleton.place(block, linear).key: weight.T if linear.transposed else weight
         for block in store.blocks()
         for linear in skeleton.layout.blocks[block]
         for weight in [unpack(store.get(block)[linear.name])[0]]
@@ -283,7 +283,7 @@ def test_the_check_counts_what_is_on_disk_and_finds_what_was_not_pruned(dense, t
         assert matrix.zeros == (matrix.zeros_on_disk if matrix.block != 1 else 0)
         assert matrix.entries == tensors[name].numel()
         assert matrix.sparsity == matrix.zeros / matrix.entries
-    name = skeleton.key(2, skeleton.layout.blocks[2][0].name)
+    name = skeleton.place(2, skeleton.layout.blocks[2][0]).key
     tensors[name].view(-1)[int((tensors[name] != 0).view(-1).nonzero()[0])] = 0  # a kept weight may be zero
     save_file(tensors, file)
     found = next(matrix for matrix in check_model(skeleton, store, out) if matrix.name == name)

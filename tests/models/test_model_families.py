@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError, PruningError
-from fedspallm_appfl.models import custom_code
+from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import perplexities
+from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Model, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack
@@ -214,11 +215,11 @@ def test_code_of_a_model_folder_runs_only_where_it_is_allowed(tmp_path, monkeypa
     folder = with_code(save_family("llama", tmp_path / "own"))
     expected = perplexities(LazyModel(str(save_family("llama", tmp_path / "llama"))), {"text": windows()})
     for settings in (Model(path=str(folder)), Model(path=str(tmp_path / "llama"), trust_remote_code=True)):
-        custom_code.allow_for(settings)
+        allow_code_of(settings)
         with pytest.raises(ModelError, match="needs Python code of its own .* set model.trust_remote_code to true"):
             Skeleton(str(folder))
     assert not (tmp_path / "modules").exists()
-    custom_code.allow_for(Model(path=str(folder), trust_remote_code=True))
+    allow_code_of(Model(path=str(folder), trust_remote_code=True))
     lazy = LazyModel(str(folder))
     assert type(lazy.model).__name__ == "OwnModel"
     assert perplexities(lazy, {"text": windows()}) == expected

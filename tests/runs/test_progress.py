@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fedspallm_appfl.runs import progress
-from fedspallm_appfl.runs.progress import RunProgress, console
+from fedspallm_appfl.reports import progress
+from fedspallm_appfl.reports.progress import RunProgress, console
 
 
 def upload(client, blocks, message=0, round_index=0, exchange=0, exchanges=1):

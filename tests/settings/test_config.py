@@ -66,7 +66,7 @@ evaluation: {text: {}}
         "clients.1.comm_configs.max_mesage_bytes: unknown key; did you mean max_message_bytes?",
         "evaluation.text: unknown key; did you mean texts?",
         "1: unknown key; valid here are "
-        "algorithm, client_configs, clients, evaluation, gram, model, plugins, run_dir, seed, server_configs",
+        "algorithm, client_configs, clients, evaluation, gram, model, plugins, prune, run_dir, seed, server_configs",
     ],
 )
 def test_every_wrong_key_is_reported_with_the_nearest_valid_one(read, problem):
@@ -327,7 +327,9 @@ def test_the_resolved_configuration_spells_out_defaults_and_merged_clients(read)
     assert resolved["server_configs"]["aggregator_kwargs"] == {
         "weights": "equal",
         "fold": "latest",
+        "unreached": "magnitude",
         "expansion": "matrix",
     }
     given = {"text": ["b.txt", "more"], "windows": 7, "batch": 3}
-    assert resolved["clients"][1]["data"] == given | {"length": 2048, "activations": "memory"}
+    read_as = {"field": None, "bos": "auto", "control_words": False}
+    assert resolved["clients"][1]["data"] == given | read_as | {"length": 2048, "activations": "memory"}

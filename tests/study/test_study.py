@@ -14,8 +14,8 @@ from rich.console import Console
 from fedspallm_appfl import cli
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.runs import evaluation, experiment
-from fedspallm_appfl.runs.report import traffic
 from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.study import measure as measuring
 from fedspallm_appfl.study import plots as study_plots

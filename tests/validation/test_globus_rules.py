@@ -18,9 +18,9 @@ from fedspallm_appfl.globus.server import preflight as globus_preflight
 from fedspallm_appfl.globus.server.preflight import Cell
 from fedspallm_appfl.globus.site.site_file import load_site
 from fedspallm_appfl.models.checkpoint import config_hash, model_hash, weights_hash
-from fedspallm_appfl.models.text import read_text
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.texts.checks import look_at
 from fedspallm_appfl.validation.rules import check, check_for_globus, check_on_this_machine, prepared_for_globus
 from helpers.paths import DEMO, ROOT
 
@@ -82,7 +82,7 @@ def test_the_example_is_one_that_works(monkeypatch):
     assert problems + check(config) + list(check_for_globus(config)) == []
     assert list(estimate_globus.check_sizes(config)) == []
     monkeypatch.setenv("FEDSPALLM_SITE", str(folder / "site.yaml"))
-    assert read_text(load_site(config.clients[0].client_id).text)
+    assert look_at(load_site(config.clients[0].client_id).text, None)
     engine = yaml_io.load((folder / "user_config_template.yaml.j2").read_text())["engine"]
     allowed = parse_allowlist(engine["allowed_serializers"])
     assert {one.__name__ for one in allowed} == {"PureSourceTextInspect", "JSONData"}

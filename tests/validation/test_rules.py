@@ -8,9 +8,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import cut_windows, load_tokenizer, read_text
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.texts.tokenizer import load_tokenizer
+from fedspallm_appfl.texts.windows import Cut, windows_of
 from fedspallm_appfl.validation.files import check_with_files
 from fedspallm_appfl.validation.rules import check
 from helpers.paths import DEMO, ROOT
@@ -226,7 +227,7 @@ def test_an_nm_pattern_must_divide_every_matrix(problems):
         ("model.blocks=layers.of.nothing", ["model: ", "layers.of.nothing"]),
         ("clients.1.data.text=${here:none.txt}", ["client b: the text ", "none.txt cannot be read: No such file"]),
         ("clients.1.data.text=${here:latin.txt}", ["client b: the text ", "is not UTF-8 (byte 2); convert it first"]),
-        ("clients.1.data.text=${here:empty}", ["client b: the folder ", "has no .txt file; name a text file"]),
+        ("clients.1.data.text=${here:empty}", ["client b: the folder ", "has no text; name a file, or a folder"]),
         ("clients.1.data.length=65", ["client b: data.length", "at most 64 tokens (max_position_embeddings), got 65"]),
         ("evaluation.length=65", ["evaluation.length: ", "at most 64 tokens (max_position_embeddings), got 65"]),
         ("evaluation.texts.law=${here:none.txt}", ["evaluation.texts.law: the text ", "none.txt cannot be read"]),
@@ -252,7 +253,7 @@ def test_a_model_that_the_hub_cannot_give_says_what_to_do(problems, monkeypatch)
 
 
 def test_a_text_with_too_few_windows_says_how_many_there_are(problems, model, tmp_path):
-    there = len(cut_windows(load_tokenizer(model), read_text(str(tmp_path / "short.txt")), 16))
+    there = len(windows_of(str(tmp_path / "short.txt"), Cut(16), load_tokenizer(model)))
     assert there > 1
     short = "clients.0.data.text=${here:short.txt}"
     assert problems(short, f"clients.0.data.windows={there}") == []

@@ -13,7 +13,6 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -21,7 +20,7 @@ from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
-from fedspallm_appfl.wire.update import block_nbytes
+from fedspallm_appfl.wire.update import block_nbytes, checked_losses, update_nbytes
 
 
 class FedSpaLLMAggregator(BaseAggregator):
@@ -48,9 +47,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         configs = aggregator_configs if aggregator_configs is not None else kwargs["aggregator_config"]
         self.settings: ServerSettings = build(ServerSettings, OmegaConf.to_container(configs, resolve=True))
         self.on_event: OnEvent = ignore
-        model, state_dir = self.settings.model, self.settings.state_dir
-        custom_code.allow_for(model)
-        self.skeleton = Skeleton(model.path, model.blocks)
+        state_dir = self.settings.state_dir
+        self.skeleton = Skeleton.of(self.settings)
         self._own_folder = None if state_dir else tempfile.TemporaryDirectory(prefix="fedspallm-")
         gathers = registry.find(self.settings.algorithm).gathers
         context = Context(
@@ -67,6 +65,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         self._ended: set[str] = set()
         self._pieces: list[Piece] = []
         self._bytes_down = 0  # of this round
+        self._final: dict[str, list[Piece]] = {}  # client, or empty for all of them -> what they lack at the end
+        self._final_bytes: dict[tuple[str, int], int] = {}  # (store, piece) -> bytes, as they travel
         self._begin()
 
     @property
@@ -78,8 +78,15 @@ class FedSpaLLMAggregator(BaseAggregator):
         """What a client gets outside the exchange of messages.
 
         Before its first message its assignment, without weights, since it holds the dense model; with `piece=i` the i-th
-        piece of what goes down.
+        piece of what goes down. After the last round, with `final=i` the i-th piece of what the client lacks of the model
+        that it measures, and with `losses`, client -> what it has measured, nothing.
         """
+        for client, losses in kwargs.get("losses", {}).items():
+            self.take_losses(str(client), losses)
+        if "losses" in kwargs:
+            return {}, {}
+        if "final" in kwargs:
+            return self.final_piece(str(kwargs["client_id"]), kwargs["final"]), {}
         if "piece" in kwargs:
             return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
         asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
@@ -87,12 +94,14 @@ class FedSpaLLMAggregator(BaseAggregator):
         return {}, self.instructions(known or list(self.settings.roster))
 
     def instructions(self, clients: list[str]) -> dict[str, Any]:
-        """What some clients have to do next, in plain types; nothing once all rounds are done.
+        """What some clients have to do next, in plain types.
 
         `{"round": 1, "exchange": 0, "assign": {"a": "0-3,7"}}`: the round, its exchange, and the blocks of each client.
+        Once all rounds are done, `{"measure": {"a": 3}}`: how many pieces it lacks of what it measures, or nothing.
         """
         if self.finished:
-            return {}
+            measure = {client: len(self._final_of(client)) for client in clients if self.settings.own_windows}
+            return {"measure": measure} if measure else {}
         now = self.global_model.round
         assign = {client: to_text(now.assigned[client]) for client in clients}
         return {"round": now.index, "exchange": now.exchange, "assign": assign}
@@ -173,6 +182,38 @@ class FedSpaLLMAggregator(BaseAggregator):
         if not self.finished:
             self._begin()
 
+    def _final_of(self, client: str) -> list[Piece]:
+        apart = registry.find(self.settings.algorithm).apart
+        key = client if apart else ""
+        if key not in self._final:
+            self._final[key] = self.global_model.final(client, self.settings.max_message_bytes)
+        return self._final[key]
+
+    def final_piece(self, client: str, number: int) -> dict[str, Any]:
+        """A piece of what a client lacks of the model that it measures, ready for the wire."""
+        piece = self._final_of(client)[number]
+        update = self.global_model.load_piece(piece)
+        self._final_bytes[piece.store, number] = update_nbytes(update)
+        return update
+
+    def final_name(self, client: str, number: int) -> str:
+        """The name of that piece, equal for clients that lack the same."""
+        return f"final.{self._final_of(client)[number].store.replace('/', '.')}.{number}"
+
+    def take_losses(self, client: str, losses: Any) -> None:
+        """Note what a client has measured on its own text.
+
+        Raises:
+            UpdateError: it is not a number of tokens and two sums of losses.
+        """
+        self.on_event(
+            {"event": "measured", "client": client, "bytes_down": self._sent_to(client)}
+            | checked_losses(client, losses)
+        )
+
+    def _sent_to(self, client: str) -> int:
+        return sum(self._final_bytes.get((piece.store, piece.number), 0) for piece in self._final_of(client))
+
     def aggregate(self, local_models: dict[str, Any], **kwargs: dict[str, Any]) -> dict[str, tuple[dict, dict]]:
         """APPFL's own barrier: one message of every client at once. `FedSpaLLMScheduler` does without it."""
         for client, update in sorted(local_models.items()):
@@ -204,6 +245,6 @@ class FedSpaLLMAggregator(BaseAggregator):
 
     def _begin(self) -> None:
         s = self.settings
-        blocks = len(self.skeleton.layout.blocks)
+        blocks = list(self.skeleton.layout.pruned)
         assigned = draw(s.layer_sampling, s.seed, self.round, s.rounds, s.roster, blocks)
         self.global_model.begin_round(self.round, assigned)

@@ -25,6 +25,7 @@ class FedSpaLLMTrainer(BaseTrainer):
 
     Attributes:
         client: the client's side of a round; opened at the first use.
+        lacking: after the last round, the pieces that it lacks of the model that it measures; None if it measures none.
     """
 
     def __init__(self, train_configs: DictConfig, client_id: str | None = None, **kwargs: Any) -> None:
@@ -53,6 +54,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self._instructions: tuple[int, int, list[int]] | None = None
         self._message: Message | None = None
         self._pieces_left = 0
+        self.lacking: int | None = None
 
     @property
     def client(self) -> LocalClient:
@@ -108,6 +110,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self._follow(metadata)
 
     def _follow(self, metadata: dict[str, Any]) -> None:
+        self.lacking = (metadata.get("measure") or {}).get(self.client_id)
         if self.client_id in (metadata.get("assign") or {}):
             blocks = from_text(metadata["assign"][self.client_id])
             self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks
@@ -120,7 +123,7 @@ class FedSpaLLMTrainer(BaseTrainer):
             )
 
     def _own_draw(self, index: int) -> list[int]:
-        settings, blocks = self.settings, len(self.client.model.layout.blocks)
+        settings, blocks = self.settings, list(self.client.model.layout.pruned)
         if not settings.roster:
             raise ConfigError(
                 f"client {self.client_id}: the server sent no assignment, and train_configs.roster (client id -> share) "

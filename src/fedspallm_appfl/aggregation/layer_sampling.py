@@ -16,7 +16,7 @@ how clients are distributed over processes.
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 
@@ -26,7 +26,7 @@ def blocks_per_round(share: float, blocks: int) -> int:
 
 
 def draw(
-    strategy: str, seed: int, round_index: int, rounds: int, shares: Mapping[str, float], blocks: int
+    strategy: str, seed: int, round_index: int, rounds: int, shares: Mapping[str, float], blocks: int | Sequence[int]
 ) -> dict[str, list[int]]:
     """Assign blocks to clients for one round.
 
@@ -36,7 +36,7 @@ def draw(
         round_index: the round, from 0.
         rounds: number of rounds; only `sweep` uses it.
         shares: resource share in (0, 1] of each client, in the order of the roster.
-        blocks: number of decoder blocks L.
+        blocks: the decoder blocks that have something to prune, in order, or their number L if all have.
 
     Returns:
         For each client the sorted indices of the blocks it prunes.
@@ -44,6 +44,9 @@ def draw(
     Raises:
         ValueError: the strategy is unknown.
     """
+    if not isinstance(blocks, int):
+        drawn = draw(strategy, seed, round_index, rounds, shares, len(blocks))
+        return {client: [blocks[place] for place in places] for client, places in drawn.items()}
     if strategy == "uniform":
         return {
             client: sorted(_generator(seed, round_index, client).sample(range(blocks), blocks_per_round(share, blocks)))

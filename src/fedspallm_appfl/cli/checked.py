@@ -59,6 +59,6 @@ def introduce(config: "Config", console: "Console") -> None:
 
 def console(plain: bool = False) -> "Console":
     """Where results go; `plain` under mpiexec, which may give its ranks a terminal although its own output is none."""
-    from fedspallm_appfl.runs.progress import console
+    from fedspallm_appfl.reports.progress import console
 
     return console(force_terminal=False) if plain else console()

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command, positive
 from fedspallm_appfl.cli.checked import console
-from fedspallm_appfl.settings.schema import DTYPES
+from fedspallm_appfl.settings.schema import BOSES, DTYPES
 
 
 def add(verbs: Any) -> None:
@@ -17,7 +17,9 @@ def add(verbs: Any) -> None:
         "fedspallm evaluate runs/demo/model --text examples/demo/text/austen/test.txt --length 256",
     )
     parser.add_argument("model", help="model folder, or hub name")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text files, a row each")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="held-out texts, a row each; or wikitext2, ptb, c4"
+    )
     parser.add_argument(
         "--length", type=positive, default=None, help="tokens in a window (default: 2048, or what the model takes)"
     )
@@ -37,6 +39,13 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the model folder brings along"
     )
+    parser.add_argument(
+        "--bos",
+        choices=BOSES,
+        default="auto",
+        help="begin-of-sequence: of each window as the tokenizer begins a text (auto, default), of the first, or never",
+    )
+    parser.add_argument("--field", help="column of records that holds the text")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.set_defaults(work=work)
 
@@ -49,8 +58,8 @@ def work(args: argparse.Namespace) -> int:
     from fedspallm_appfl.runs.evaluation import evaluate_folder
 
     texts = {text: text for text in args.text}
-    how = args.length, args.windows, args.batch, args.dtype, args.device, args.blocks, args.trust_remote_code
-    measured = evaluate_folder(args.model, texts, *how)
+    names = ("length", "windows", "batch", "dtype", "device", "bos", "field", "blocks", "trust_remote_code")
+    measured = evaluate_folder(args.model, texts, **{name: getattr(args, name) for name in names})
     table = Table(title=f"Perplexity of {escape(args.model)}", title_justify="left")
     table.add_column("text", overflow="fold")
     table.add_column("perplexity", justify="right")

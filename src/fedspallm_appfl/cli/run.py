@@ -92,6 +92,7 @@ def _under_mpi(args: argparse.Namespace) -> int:
 def _rank(args: argparse.Namespace, comm: object) -> int:
     """What one MPI rank does: rank 0 checks the configuration for all."""
     from fedspallm_appfl.runs import experiment, mpi
+    from fedspallm_appfl.texts.windows import forget_windows
 
     if not mpi.is_server(comm):
         config = mpi.receive_config(comm)
@@ -99,6 +100,7 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
         return 0
     config = checked(args.config, args.overrides, True, args.overwrite, False)
     mpi.send_config(comm, config)
+    forget_windows()  # those of the clients, which other ranks draw
     shown = console(plain=True)
     introduce(config, shown)
     experiment.run(config, lambda c, state, log: mpi.run_server(c, comm, state, log), shown, args.overwrite)

@@ -96,7 +96,7 @@ def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], excha
 
 def _passes(job: Job, client: Client, block: int, assigned: bool, goes_on: bool) -> float:
     """How often all tokens run through a block; a pass that collects an input ends in front of it."""
-    before = _shares_before(job, block)
+    before = _shares_before(job, block) or [0.0]  # nothing of it is pruned
     if not job.algorithm.gathers:
         train = client.train_configs
         collected = assigned and pruner_of(train).statistic(train.refit) is not None
@@ -139,7 +139,10 @@ class Machine:
             step = _Pass(self._job, batch, length).run
             self._passes[batch, length] = self._seconds(step) / (batch * length)
         attention = 4 * (data.length - length) * model.hidden  # of a longer window than was timed
-        return tokens * (self._passes[batch, length] + (2 * model.entries(block) + attention) / self._products)
+        return tokens * (
+            self._passes[batch, length]
+            + (2 * sum(linear.entries for linear in model.linears[block]) + attention) / self._products
+        )
 
     def collecting(self, features: int, tokens: int, gram: bool) -> float:
         """Seconds to collect what is to be known of an input; `gram` if its Gram matrix is sent."""
@@ -229,25 +232,33 @@ def _beyond(timed: dict[int, float], sides: Sequence[int], side: int) -> float:
 
 
 class _Pass:
-    """A pass of a few windows through the first block, without its linears."""
+    """A pass of a few windows through the first block that is pruned, without its linears."""
 
     def __init__(self, job: Job, batch: int, length: int) -> None:
         model = job.model
         hollow = HollowModel(model.folder, model.layout, str(model.arithmetic).removeprefix("torch."))
-        self._block = hollow.blocks[0]
-        for linear in model.layout.blocks[0]:
-            self._block.get_submodule(linear.name).forward = _of_width(linear.shape[0])
+        index = next(iter(model.layout.pruned))
+        self._block, self._index = hollow.blocks[index], index
+        for linear in model.layout.blocks[index]:
+            if linear.part is None:
+                self._block.get_submodule(linear.name).forward = _of_width(linear.shape[0])
+            else:
+                self._block.get_submodule(linear.part.module).forward = _as_wide
         windows = torch.zeros(batch, length, dtype=torch.int64)
         self._state = embed(hollow, windows, batch)
 
     @torch.no_grad()
     def run(self) -> None:
         """Do it once."""
-        self._state.calls[0][0](self._block, self._state.hidden[0])
+        self._state.calls[0][self._index](self._block, self._state.hidden[0])
 
 
 def _of_width(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda inputs: inputs.new_zeros(*inputs.shape[:-1], rows)
+
+
+def _as_wide(hidden: Tensor, *routing: Tensor) -> Tensor:
+    return torch.zeros_like(hidden)
 
 
 class _Solve:
@@ -274,7 +285,7 @@ class _Solve:
 
 def _fitting(train: TrainConfigs) -> Pruning:
     """The same settings with a target that fits the matrices that are timed."""
-    target: Target = train.sparsity
+    target: Target = train.sparsity.default
     if isinstance(target, NM) and SIDES[0] % target.group:
         target = NM(2, 4)
     return Pruning(train.pruner, target, train.damping, train.damping_retries, train.iterations, train.refit)

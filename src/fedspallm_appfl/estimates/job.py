@@ -15,10 +15,10 @@ from torch import nn
 
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models import custom_code
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
+from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
-from fedspallm_appfl.models.layout import Layout, find_layout
+from fedspallm_appfl.models.layout import Layout, Linear, find_layout
 from fedspallm_appfl.models.lazy_model import Skeleton, without_weights
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.pruning.pruner import Pruner
@@ -33,9 +33,9 @@ from fedspallm_appfl.rounds.participants import (
     server_settings,
 )
 from fedspallm_appfl.rounds.uploads import sizes
-from fedspallm_appfl.settings.schema import Client, Config, Model, ServerSettings, TrainConfigs
-from fedspallm_appfl.tensors.target import Target
-from fedspallm_appfl.validation.files import indivisible
+from fedspallm_appfl.settings.schema import Client, Config, Model, Prune, ServerSettings, TrainConfigs
+from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.validation.files import unfit
 from fedspallm_appfl.wire.packed import Shapes, packed_sizes
 
 Sizes = dict[int, dict[str, int]]  # block -> unit -> bytes
@@ -46,7 +46,7 @@ class Outline:
     """What there is to know of a model without its weights.
 
     Attributes:
-        layout: its blocks.
+        layout: its blocks, with the linears that are pruned.
         groups: for each block which linears share an input.
         outer: entries outside the blocks; what is tied counts once.
         blocks: entries of all parameters of each block.
@@ -55,6 +55,7 @@ class Outline:
         arithmetic: dtype of forward passes.
         folder: its folder, maybe without weights.
         assumed: there are no weights to see the dtype of, so that it is the one in `config.json`.
+        found: its blocks, with the linears that stay dense too; None where there are none.
     """
 
     layout: Layout
@@ -66,15 +67,21 @@ class Outline:
     arithmetic: torch.dtype
     folder: Path = Path()
     assumed: bool = False
+    found: Layout | None = None
 
     @property
     def hidden(self) -> int:
         """H: what the first linear of a block takes."""
-        return self.layout.blocks[0][0].shape[1]
+        return self.linears[0][0].shape[1]
+
+    @property
+    def linears(self) -> tuple[tuple[Linear, ...], ...]:
+        """The linears of each block, pruned or not."""
+        return (self.found or self.layout).blocks
 
     @cached_property
     def shapes(self) -> dict[int, Shapes]:
-        """For each block (O, I) of each linear."""
+        """For each block (O, I) of each linear that is pruned."""
         return {block: self.layout.shapes(block) for block in range(len(self.layout.blocks))}
 
     def entries(self, block: int) -> int:
@@ -82,27 +89,27 @@ class Outline:
         return sum(linear.entries for linear in self.layout.blocks[block])
 
 
-def open_outline(settings: Model) -> Outline:
+def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
     """Look at a model; of one on the hub that is not here, only the small files are fetched.
 
     Raises:
         ModelError: the model cannot be opened.
     """
-    custom_code.allow_for(settings)
+    allow_code_of(settings)
     folder = resolve_model(settings.path, weights=False)
     try:
         CheckpointFiles(folder)
     except ModelError:
         model = without_weights(folder, "auto")
-        return _outline(
-            folder, model, find_layout(model, settings.blocks), next(model.parameters()).dtype, settings, True
-        )
-    skeleton = Skeleton(str(folder), settings.blocks, settings.dtype)
-    return _outline(folder, skeleton.model, skeleton.layout, skeleton.stored_dtype, settings, False)
+        found = find_layout(model, settings.blocks)
+        layout = choose(found, prune or Prune(), model)
+        return _outline(folder, model, layout, found, next(model.parameters()).dtype, settings, True)
+    skeleton = Skeleton(str(folder), settings.blocks, settings.dtype, prune)
+    return _outline(folder, skeleton.model, skeleton.layout, skeleton.found, skeleton.stored_dtype, settings, False)
 
 
 def _outline(
-    folder: Path, model: nn.Module, layout: Layout, stored: torch.dtype, settings: Model, assumed: bool
+    folder: Path, model: nn.Module, layout: Layout, found: Layout, stored: torch.dtype, settings: Model, assumed: bool
 ) -> Outline:
     outer, blocks = 0, [0] * len(layout.blocks)
     for name, parameter in model.named_parameters():
@@ -113,7 +120,7 @@ def _outline(
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     arithmetic = stored if settings.dtype == "auto" else DTYPES[settings.dtype]
     groups = shared_inputs(folder, layout)
-    return Outline(layout, groups, outer, tuple(blocks), vocabulary, stored, arithmetic, folder, assumed)
+    return Outline(layout, groups, outer, tuple(blocks), vocabulary, stored, arithmetic, folder, assumed, found)
 
 
 @dataclass(frozen=True)
@@ -136,14 +143,14 @@ class Job:
             ModelError: the model cannot be opened.
             ConfigError: a pattern n:m does not fit the rows of some matrix.
         """
-        made = cls(config, open_outline(config.model))
-        for problem in indivisible(made.model.layout.blocks, made.target):
+        made = cls(config, open_outline(config.model, config.prune))
+        for problem in unfit(made.model.layout, made.sparsity):
             raise ConfigError(problem)
         return made
 
     @property
-    def target(self) -> Target:
-        """The sparsity of all clients."""
+    def sparsity(self) -> Sparsity:
+        """The target of each matrix, the same for all clients."""
         return self.config.client_configs.train_configs.sparsity
 
     @property
@@ -169,7 +176,7 @@ class Job:
     @cached_property
     def draws(self) -> Draws:
         """The blocks of each participant in each round."""
-        return draws(self.config, len(self.model.blocks))
+        return draws(self.config, list(self.model.layout.pruned))
 
     @property
     def rounds(self) -> int:
@@ -206,13 +213,15 @@ class Job:
         if mask_only and exchange.up == "weights":
             exchange = dataclasses.replace(exchange, up="masks")
         model = self.model
-        return sizes(exchange, model.shapes, self.target, model.stored, model.groups, self.config.gram)
+        return sizes(exchange, model.layout.pruned, self.sparsity, model.stored, model.groups, self.config.gram)
 
     def down(self, exchange: Exchange) -> Sizes:
         """Bytes of each matrix that an exchange sends down, by block."""
         if exchange.down is None:
             return {}
-        packed = {block: self.packed(block, exchange.down) for block in self.model.shapes if exchange.concerns(block)}
+        packed = {
+            block: self.packed(block, exchange.down) for block in self.model.layout.pruned if exchange.concerns(block)
+        }
         if exchange.only is None:
             return packed
         block, leader = exchange.only
@@ -221,7 +230,7 @@ class Job:
 
     def packed(self, block: int, parts: str = "weights") -> dict[str, int]:
         """Bytes of each matrix of a block once packed: `weights` with masks, `masks`, or `values`."""
-        return packed_sizes(self.model.shapes[block], self.target, self.model.stored, parts)
+        return packed_sizes(self.model.shapes[block], self.sparsity, self.model.stored, parts, block)
 
 
 def _no_weights(block: int, name: str) -> Any:

@@ -53,6 +53,7 @@ class Memory:
         return self.needed + self.mapped
 
 
+CHOSEN = 64  # bytes a token: indices of eight experts
 Parts = dict[str, int]
 
 
@@ -75,7 +76,7 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = (moment for block in range(len(model.blocks)) for moment in _at_work(job, client, block))
+    work = (moment for block in model.layout.pruned for moment in _at_work(job, client, block))
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
@@ -83,7 +84,7 @@ def _earlier(job: Job, client: Client) -> int:
     """Blocks that are packed and wait for the last one of their message."""
     tables = (job.up(exchange, mask_only(client)) for exchange in job.exchanges)
     packed = (sum(units.values()) for table in tables for units in table.values())
-    return min(client.comm_configs.blocks_per_message - 1, len(job.model.blocks) - 1) * max(packed)
+    return min(client.comm_configs.blocks_per_message - 1, len(job.model.layout.pruned) - 1) * max(packed)
 
 
 def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:
@@ -115,22 +116,41 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
     forward = model.entries(block) * held + tokens * forward_bytes(model, block)
     pruner = pruner_of(train)
     if pruner.needs is not None:
-        statistics = sum(_statistic_bytes(model, train, block))
+        together, _ = _statistic_bytes(model, train, block)
         norms = pruner.statistic(train.refit) is not InputGram
-        forward = max(forward, statistics + tokens * statistics_bytes(model, block, norms))
-    yield {"one block": _block(model, block), "forward passes": forward}
-    yield {"one block": _block(model, block), "pruning a block": pruning_bytes(model, train, block, held)}
+        forward = max(forward, sum(together.values()) + tokens * statistics_bytes(model, block, norms))
+    inputs = _inputs_of_experts(job, client, block) if pruner.needs is not None else {}
+    yield {"one block": _block(model, block), "forward passes": forward} | inputs
+    yield {"one block": _block(model, block), "pruning a block": pruning_bytes(model, train, block, held)} | inputs
 
 
-def _statistic_bytes(model: Outline, train: TrainConfigs, block: int) -> list[int]:
-    """Bytes of what is known of each input of a block."""
+def _inputs_of_experts(job: Job, client: Client, block: int) -> Parts:
+    """What went into the experts of a block: the hidden states of all tokens, and the experts of each."""
+    model, (windows, length) = job.model, windows_of(job, client)
+    fused = {linear.part.module for linear in model.layout.blocks[block] if linear.part is not None}
+    each = windows * length * (model.hidden * model.arithmetic.itemsize + CHOSEN)
+    return {"inputs of experts": len(fused) * each} if fused and client.data.activations == "memory" else {}
+
+
+def _of_an_expert(model: Outline, block: int, names: Sequence[str]) -> bool:
+    """Whether the statistic of an input is made for one expert, when it is needed."""
+    return model.layout.linear(block, names[0]).part is not None
+
+
+def _statistic_bytes(model: Outline, train: TrainConfigs, block: int) -> tuple[dict[str, int], int]:
+    """Bytes of what is known of inputs: of those that are collected together, and the most that is made for an expert."""
     pruner, shapes = pruner_of(train), model.shapes[block]
-    return [pruner.statistic_bytes(shapes[names[0]][1], train.refit) for names in model.groups[block]]
+    each = {names[0]: pruner.statistic_bytes(shapes[names[0]][1], train.refit) for names in model.groups[block]}
+    of_expert: dict[int, int] = {}
+    for name in list(each):
+        if (part := model.layout.linear(block, name).part) is not None:
+            of_expert[part.expert] = of_expert.get(part.expert, 0) + each.pop(name)
+    return each, max(of_expert.values(), default=0)
 
 
 def forward_bytes(model: Outline, block: int) -> int:
     """Bytes a token inside a block, at most: in its MLP, where all that widened is alive and one more is made of it."""
-    shapes = model.shapes[block].values()
+    shapes = [linear.shape for linear in model.linears[block]]
     widest = max(map(max, shapes))
     widening = sum(rows == widest for rows, _ in shapes)
     return model.arithmetic.itemsize * ((widening + 1) * widest + 2 * model.hidden)
@@ -148,28 +168,42 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
     """The most that pruning a block takes beside the block itself; `held` is bytes an entry of a matrix that is done."""
     pruner, shapes = pruner_of(train), model.shapes[block]
     dense = 0 if model.stored.itemsize == FLOAT else FLOAT  # a float32 checkpoint is read in place
-    each = _statistic_bytes(model, train, block)
-    statistics, done, most = sum(each), 0, 0
-    for names, statistic in zip(model.groups[block], each, strict=True):
-        prepared = statistics + pruner.ready_bytes(shapes[names[0]][1], train.refit)
+    together, of_expert = _statistic_bytes(model, train, block)
+    statistics, done, most = sum(together.values()), 0, 0
+    for names in model.groups[block]:
+        prepared = (
+            statistics
+            + (0 if names[0] in together else of_expert)
+            + pruner.ready_bytes(shapes[names[0]][1], train.refit)
+        )
         for rows, features in (shapes[name] for name in names):
             solving = pruner.solving_bytes(rows, features, train.refit) + dense * rows * features
             most = max(most, prepared + done + solving)
             done += held * rows * features
-        statistics -= statistic
+        statistics -= together.get(names[0], 0)
     return most
 
 
 def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
     model, [exchange] = job.model, job.exchanges
-    features = [model.shapes[block][names[0]][1] for names in model.groups[block]]
+    features = [
+        model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
+    ]
+    alone = [model.shapes[block][names[0]][1] for names in model.groups[block] if _of_an_expert(model, block, names)]
+    inputs = _inputs_of_experts(job, client, block)
     random = features[:1] if block == 0 and job.config.gram.first_input == "public" else []  # made before
     grams = {"Gram matrices": sum(map(InputGram.nbytes, (*features, *random)))}
     forward = _tokens(job, client) * statistics_bytes(model, block, norms=False)
-    yield {"one block": _block(model, block)} | grams | {"forward passes": forward}
+    yield {"one block": _block(model, block)} | grams | {"forward passes": forward} | inputs
     packed = sum(job.up(exchange)[block].values())
-    yield grams | {"packed statistics": packed + packing_bytes(max(features))}
+    yield grams | {"packed statistics": packed + packing_bytes(max(features, default=0))} | inputs
+    if alone:
+        pair = {
+            "Gram matrices": sum(map(InputGram.nbytes, alone[:2])),
+            "packed statistics": packed + packing_bytes(max(alone)),
+        }
+        yield {"one block": _block(model, block)} | pair | inputs
 
 
 def _sweeping(job: Job, client: Client, block: int) -> Iterator[Parts]:

@@ -91,7 +91,7 @@ def _up_share(job: Job) -> Share:
 
 
 def _down_share(job: Job) -> Share:
-    return lambda exchange, _: zstd_share(job.target, job.model.stored, exchange.down or "weights")
+    return lambda exchange, _: zstd_share(job.sparsity.default, job.model.stored, exchange.down or "weights")
 
 
 def _uploads(job: Job, exchange: Exchange, share: Share) -> dict[str, dict[int, float]]:
@@ -123,6 +123,7 @@ def traffic(job: Job) -> list[RoundTraffic]:
     down = [0] * job.rounds
     for turn in turns(job):
         down[turn.round] += turn.down if _inline(job) else turn.loaded
+    down[-1] += messages.final(job)
     return [dataclasses.replace(one, down=size) for one, size in zip(messages.traffic(job), down, strict=True)]
 
 

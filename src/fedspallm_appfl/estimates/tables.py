@@ -20,8 +20,8 @@ from fedspallm_appfl.estimates.memory import Memory, Parts
 from fedspallm_appfl.estimates.over_globus import INLINE_LIMIT, Worker
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
-from fedspallm_appfl.runs.progress import duration
-from fedspallm_appfl.runs.report import bytes_text
+from fedspallm_appfl.reports.progress import duration
+from fedspallm_appfl.reports.report import bytes_text
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {"weights": "pruned weights", "masks": "masks", "values": "values", "grams": "Gram matrices"}
@@ -45,7 +45,7 @@ def tables(job: Job) -> Group:
 
 def _who_prunes_what(job: Job) -> Iterator[str]:
     yield f"{headline(job.config)}, {len(job.model.blocks)} blocks"
-    yield from list(left_out(job.config, len(job.model.blocks))) or ["every block is pruned by some client"]
+    yield from list(left_out(job.config, list(job.model.layout.pruned))) or ["every block is pruned by some client"]
 
 
 def _what_travels(job: Job) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _what_travels(job: Job) -> Iterator[str]:
     except ConfigError:
         pass  # the table of transports says so
     if job.algorithm.gathers:
-        inputs = "; ".join(", ".join(names) for names in job.model.groups[0])
+        inputs = "; ".join(", ".join(names) for names in job.model.groups[min(job.model.layout.pruned)])
         yield f"linears that share an input: {inputs}"
     if job.model.assumed:
         dtype = str(job.model.stored).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates.job import Job, mask_only
-from fedspallm_appfl.models.text import tokenizer_for, windows_of
+from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.tensors.target import NM, Target
+from fedspallm_appfl.texts.tokenizer import tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, about_how_many
 from fedspallm_appfl.validation.files import travelling
 from fedspallm_appfl.wire.grams import gram_size
 from fedspallm_appfl.wire.messages import plan
@@ -47,7 +49,21 @@ def traffic(job: Job) -> list[RoundTraffic]:
     """What travels in each round, with the layers that the run will draw."""
     uploads = {client.client_id: _uploads(job, mask_only(client)) for client in job.clients}
     down = [_down(job, job.exchanges)] * (job.rounds - 1) + [_down(job, job.exchanges[:-1])]
-    return [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
+    made = [_round(job, assigned, uploads, answers) for assigned, answers in zip(job.draws, down, strict=True)]
+    return [*made[:-1], replace(made[-1], down=made[-1].down + final(job))]
+
+
+def final(job: Job) -> int:
+    """Bytes of the finished model that a client lacks when it measures it on its own text."""
+    if not own_windows(job.config):
+        return 0
+    last = job.exchanges[-1]
+    if last.down is None:
+        rounds, table = job.draws, {block: job.packed(block, "weights") for block in job.model.shapes}
+    else:
+        rounds, table = job.draws[-1:], job.down(last)
+    mine = {block for assigned in rounds for blocks in assigned.values() for block in blocks}
+    return sum(sum(table[block].values()) for block in mine if block in table)
 
 
 def _uploads(job: Job, masks_alone: bool) -> dict[int, tuple[int, float]]:
@@ -91,7 +107,7 @@ def exchange_share(job: Job, exchange: Exchange, masks_alone: bool) -> float:
     if exchange.up == "grams":
         return ZSTD_GRAMS[job.config.gram.precision]
     parts = "masks" if masks_alone and exchange.up == "weights" else exchange.up
-    return zstd_share(job.target, job.model.stored, parts)
+    return zstd_share(job.sparsity.default, job.model.stored, parts)
 
 
 def zstd_share(target: Target, dtype: torch.dtype, parts: str = "weights") -> float:
@@ -130,7 +146,7 @@ def messages(job: Job) -> Messages:
         ConfigError: a matrix, or the statistics of an input, exceed the limit on the way up or down.
     """
     comm = job.config.client_configs.comm_configs
-    for table in travelling(job.config, job.model.shapes, job.model.stored, job.model.groups):
+    for table in travelling(job.config, job.model.layout.pruned, job.model.stored, job.model.groups):
         plan(table, comm.blocks_per_message, comm.max_message_bytes)
     masks_alone = all(map(mask_only, job.config.clients))
     sent = []
@@ -282,6 +298,7 @@ def evaluation_windows(job: Job) -> dict[str, int] | None:
         return dict.fromkeys(settings.texts, settings.windows)
     try:
         tokenizer = tokenizer_for(folder, *settings.texts.values())
-        return {name: len(windows_of(text, settings.length, tokenizer)) for name, text in settings.texts.items()}
+        cut = Cut(settings.length, settings.bos, settings.field)
+        return {name: about_how_many(text, cut, tokenizer) for name, text in settings.texts.items()}
     except FedSpaLLMError:
         return None

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError, first_line
-from fedspallm_appfl.settings import schema
+from fedspallm_appfl.settings import custom_code, schema
+from fedspallm_appfl.settings.schema import Model
 
 DTYPES = {name: getattr(torch, name) for name in schema.DTYPES}
 BY_SITE = ("_name_or_path", "transformers_version")  # keys of config.json that say where and how a copy was written
@@ -44,6 +45,16 @@ def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") ->
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
     return folder
+
+
+def allow_code_of(model: Model) -> None:
+    """Let the code of the model of a configuration run in this process, if it says so.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if model.trust_remote_code:
+        custom_code.allow(resolve_model(model.path, weights=False))
 
 
 def is_hub_name(name: str) -> bool:

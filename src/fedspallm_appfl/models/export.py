@@ -25,6 +25,7 @@ from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.checkpoint import CheckpointFiles
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.stored import Place
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
@@ -146,24 +147,32 @@ def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         data = stream.tell()
         for block in pruned.blocks():
-            here = {skeleton.key(block, linear.name): linear for linear in skeleton.layout.blocks[block]}
-            here = {key: linear for key, linear in here.items() if key in header}
+            places = {linear.name: skeleton.place(block, linear) for linear in skeleton.layout.blocks[block]}
+            here = {name: place for name, place in places.items() if place.key in header}
             packed = (pruned.get(block) or {}) if here else {}
-            for key, linear in here.items():
-                _overwrite(stream, data, key, header[key], linear, packed[linear.name])
+            for name, place in here.items():
+                _overwrite(stream, data, header[place.key], place, packed[name])
 
 
-def _overwrite(stream: IO[bytes], data: int, key: str, entry: dict[str, Any], linear: Linear, packed: Packed) -> None:
+def _overwrite(stream: IO[bytes], data: int, entry: dict[str, Any], place: Place, packed: Packed) -> None:
+    """Write a matrix over what was read: a tensor, an expert's part of it, or some rows of that."""
     weight = packed.unpack_weight()
-    weight = weight.T if linear.transposed else weight
+    rows, columns = entry["shape"][-2:]
+    slab = torch.empty(rows, columns, dtype=weight.dtype)
+    start = data + entry["data_offsets"][0] + (place.expert or 0) * slab.nbytes
+    inside = place.inside(slab)
     got = {"dtype": DTYPE_NAMES[weight.dtype], "shape": list(weight.shape)}
-    expected = {name: entry[name] for name in got}
+    expected = {"dtype": entry["dtype"], "shape": list(inside.shape)}
     if got != expected:
         raise ModelError(
-            f"{key}: the dense matrix is {expected}, the pruned one {got}; they belong to different models"
+            f"{place.name}: the dense matrix is {expected}, the pruned one {got}; they belong to different models"
         )
-    stream.seek(data + entry["data_offsets"][0])
-    stream.write(_bytes_of(weight))
+    if place.rows is not None:  # the other rows stay
+        stream.seek(start)
+        stream.readinto(_bytes_of(slab))  # type: ignore[attr-defined]
+    inside.copy_(weight)
+    stream.seek(start)
+    stream.write(_bytes_of(slab))
 
 
 def _convert(files: CheckpointFiles, file: Path) -> None:
@@ -229,23 +238,22 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
     for block, linears in enumerate(skeleton.layout.blocks):
         packed = pruned.get(block) or {}
         for linear in linears:
-            key = skeleton.key(block, linear.name)
-            manifest.append(_check_matrix(written, key, block, linear, packed.get(linear.name)))
+            place = skeleton.place(block, linear)
+            manifest.append(_check_matrix(written, place, block, linear, packed.get(linear.name)))
         written.release()  # or all pages that were read would stay resident
     return manifest
 
 
 def _check_matrix(
-    written: CheckpointFiles, key: str, block: int, linear: Linear, packed: Packed | None
+    written: CheckpointFiles, place: Place, block: int, linear: Linear, packed: Packed | None
 ) -> MatrixSparsity:
-    weight = written.read(key)
-    zero = (weight.T if linear.transposed else weight) == 0
+    zero = place.view(written.read(place.key)) == 0
     entries, zeros, zeros_on_disk = zero.numel(), 0, int(zero.count_nonzero())
     if packed is not None:
         kept = packed.unpack_mask()
         zeros = entries - int(kept.count_nonzero())
         if not bool(zero.logical_or_(kept).all()):
             raise ModelError(
-                f"{written.folder}: {key} is not zero where it was pruned; the file is damaged, write it again"
+                f"{written.folder}: {place.name} is not zero where it was pruned; the file is damaged, write it again"
             )
-    return MatrixSparsity(key, block, linear.shape, entries, zeros, zeros_on_disk, zeros / entries)
+    return MatrixSparsity(place.name, block, linear.shape, entries, zeros, zeros_on_disk, zeros / entries)

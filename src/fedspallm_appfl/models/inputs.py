@@ -1,7 +1,7 @@
 """What goes into the linears of a block: which of them share an input, and statistics of each distinct one.
 
 Query, key and value share an input, gate and up share one; nothing is known here of such names. An input is known by the
-identity of the tensor that goes in.
+identity of the tensor that goes in. Experts in one tensor share theirs as `experts` says.
 
 Legend: T tokens, I in features.
 """
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.algorithms.algorithm import Groups
-from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.errors import ModelError, PruningError
+from fedspallm_appfl.models import experts
+from fedspallm_appfl.models.activations import HiddenStates
 from fedspallm_appfl.models.blockwise import Activations, Stop, embed
+from fedspallm_appfl.models.experts import Routed
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
 from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
@@ -25,15 +28,33 @@ PROBE = 8  # tokens of the pass that finds out which linears share an input
 
 
 class SharedInputs:
-    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in."""
+    """One statistic for each distinct input of a block's linears, known by the identity of the tensor that goes in.
 
-    def __init__(self, linears: tuple[Linear, ...], new: Callable[[Linear], Any]) -> None:
-        self._linears = linears
+    What goes into the experts of a mixture is kept as it came in, and statistics are made of it one expert at a time: those
+    of all experts together may be larger than everything else.
+    """
+
+    def __init__(
+        self, linears: tuple[Linear, ...], new: Callable[[Linear], Any], kept: Callable[[], HiddenStates] = list
+    ) -> None:
+        """Nothing seen yet.
+
+        Args:
+            linears: the block's.
+            new: an empty statistic for the input of a linear.
+            kept: where what goes into experts is kept.
+        """
+        self._linears = tuple(linear for linear in linears if linear.part is None)
+        self._experts = tuple(linear for linear in linears if linear.part is not None)
         self._new = new
+        self._routed: dict[str, tuple[HiddenStates, list[Tensor]]] = {  # module -> hidden states, experts of each token
+            linear.part.module: (kept(), []) for linear in self._experts if linear.part is not None
+        }
         self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
         self._statistics: dict[str, Any] = {}
         self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
         self._called: set[str] = set()  # in this batch
+        self._order: list[str] = []  # of inputs that are folded, in this batch
         self._last: str | None = None
 
     @contextmanager
@@ -43,6 +64,9 @@ class SharedInputs:
             for linear in self._linears:
                 hook = self._hook(linear)
                 hooks.callback(block.get_submodule(linear.name).register_forward_pre_hook(hook).remove)
+            for module in self._routed:
+                keep = self._keep(module)
+                hooks.callback(block.get_submodule(module).register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield
 
     def _hook(self, linear: Linear) -> Callable[..., None]:
@@ -57,31 +81,93 @@ class SharedInputs:
                     self._statistics[name] = self._new(linear)
             if self._leader[name] == name:
                 self._seen.append((args[0], name))
+                self._order.append(name)
                 self._statistics[name].add(args[0])
             if name == self._last:
                 raise Stop
 
         return fold
 
+    def _keep(self, path: str) -> Callable[..., None]:
+        """A forward pre-hook that keeps what goes into the experts of a module."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            came, (hidden, chosen) = experts.routed(args, kwargs), self._routed[path]
+            hidden.append(came.hidden)
+            chosen.append(came.chosen)
+            self._called.add(path)
+            self._order.append(path)
+            if path == self._last:
+                raise Stop
+
+        return keep
+
     def end_of_batch(self, stop: bool = True) -> None:
-        """After a batch in which every linear was called, later ones may stop at the last new input."""
-        if stop and len(self._called) == len(self._linears):
-            self._last = self._seen[-1][1]
+        """After a batch in which everything was called, later ones may stop at the last new input."""
+        if stop and len(self._called) == len(self._linears) + len(self._routed):
+            self._last = self._order[-1]
         self._called.clear()
         self._seen.clear()
+        self._order.clear()
 
     def groups(self) -> list[tuple[list[str], Any]]:
         """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
 
-        In the order of the forward pass; linears that were never called come last.
+        In the order of the forward pass; linears that were never called come last. Without experts in one tensor. The
+        statistics are handed over: they may be larger than the weights, and whoever uses them drops them one by one.
         """
-        members: dict[str, list[str]] = {leader: [] for leader in self._statistics}
+        statistics, self._statistics = self._statistics, {}
+        members: dict[str, list[str]] = {leader: [] for leader in statistics}
         for linear in self._linears:
             members.setdefault(self._leader.get(linear.name, linear.name), []).append(linear.name)
         by_name = {linear.name: linear for linear in self._linears}
-        return [
-            (names, self._statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()
-        ]
+        return [(names, statistics.get(leader) or self._new(by_name[leader])) for leader, names in members.items()]
+
+    def of_experts(self, block: nn.Module) -> Iterator[tuple[list[str], Any]]:
+        """(linears that share an input, statistic) for each expert, made one after the other from what was kept.
+
+        Args:
+            block: with the weights of the pass. Matrices may be pruned in place once all inputs of their expert were given.
+        """
+        for (path, expert), linears in _by_expert(self._experts).items():
+            module, (hidden, chosen) = block.get_submodule(path), self._routed[path]
+            if not chosen:
+                raise ModelError(
+                    f"{type(module).__name__} `{path}` holds experts, but the block does not call it: this model is "
+                    "not supported"
+                )
+            first = [linear for linear in linears if linear.part is not None and linear.part.first]
+            last = [linear for linear in linears if linear not in first]
+            before, after = (self._new(some[0]) if some else None for some in (first, last))
+            for states, indices in zip(hidden, chosen, strict=True):
+                inputs = Routed(states, indices).of(expert)
+                if before is not None:
+                    before.add(inputs)
+                if after is not None:
+                    after.add(experts.inner(module, expert, inputs))
+            if before is not None:
+                yield [linear.name for linear in first], before
+            del before  # not kept once it was used
+            if after is not None:
+                yield [linear.name for linear in last], after
+            del after
+
+
+def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], list[Linear]]:
+    """Matrices in one tensor by module and expert."""
+    found: dict[tuple[str, int], list[Linear]] = {}
+    for linear in linears:
+        if linear.part is not None:
+            found.setdefault((linear.part.module, linear.part.expert), []).append(linear)
+    return found
+
+
+def _groups_of_experts(linears: tuple[Linear, ...]) -> Iterator[tuple[str, ...]]:
+    """Linears of experts in one tensor that share an input, in the order of `SharedInputs.of_experts`."""
+    for mine in _by_expert(linears).values():
+        for first in (True, False):
+            if names := tuple(linear.name for linear in mine if linear.part is not None and linear.part.first == first):
+                yield names
 
 
 @torch.no_grad()
@@ -106,7 +192,7 @@ def shared_inputs(folder: Path, layout: Layout) -> Groups:
             inputs, block = SharedInputs(linears, lambda linear: InputNorms(linear.shape[1])), model.blocks[index]
             with inputs.watched(block), suppress(Stop):
                 state.calls[0][index](block, state.hidden[0])
-            kinds[kind] = tuple(tuple(names) for names, _ in inputs.groups())
+            kinds[kind] = (*(tuple(names) for names, _ in inputs.groups()), *_groups_of_experts(linears))
         found.append(kinds[kind])
     return tuple(found)
 
@@ -143,11 +229,18 @@ def inputs_of(block: nn.Module, linear: Linear, state: Activations, number: int,
     """What goes into a linear for one batch at its first call, (tokens, I) float32; the pass ends there."""
     seen: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].reshape(-1, args[0].shape[-1]).float())
+    def take(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        part = linear.part
+        if part is None:
+            inputs = args[0].reshape(-1, args[0].shape[-1])
+        else:
+            inputs = experts.routed(args, kwargs).of(part.expert)
+            inputs = inputs if part.first else experts.inner(module, part.expert, inputs)
+        seen.append(inputs.float())
         raise Stop
 
-    hook = block.get_submodule(linear.name).register_forward_pre_hook(take)
+    owner = block.get_submodule(linear.name if linear.part is None else linear.part.module)
+    hook = owner.register_forward_pre_hook(take, with_kwargs=True)
     with suppress(Stop):
         state.calls[number][index](block, hidden)
     hook.remove()

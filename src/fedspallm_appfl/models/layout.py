@@ -3,18 +3,23 @@
 Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears, or the only one in
 the text model where there are towers for images or sound too. Prunable are the
 linears inside a block (`nn.Linear`, and GPT-2's `Conv1D`, whose weight is stored transposed), unless their weight is tied
-to one outside the blocks. Embeddings, norms, head and biases are never pruned.
+to one outside the blocks, and the matrices of the experts of a mixture, which lie in tensors of three dimensions
+(`experts`). Embeddings, norms, head, biases, and the routers and gates of mixtures are never pruned.
 
 Legend: O out features, I in features, L decoder blocks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.models import experts
+from fedspallm_appfl.models.experts import Part
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,29 @@ class Linear:
     """One prunable linear of a block.
 
     Attributes:
-        name: dotted name inside the block, e.g. `self_attn.q_proj`.
+        name: dotted name inside the block, e.g. `self_attn.q_proj`, or `mlp.experts.3.up_proj`.
         shape: (O, I), independent of how the weight is stored.
         transposed: the weight is stored as (I, O).
+        part: where it lies in the tensor of all experts; None for a module of its own.
+        expert: whether only the tokens that a router sends there reach it.
     """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
+    part: Part | None = None
+    expert: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """Dotted name inside the block of the parameter that holds its weight."""
+        return f"{self.name}.weight" if self.part is None else self.part.parameter
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Its weight, (O, I), as a view of its parameter."""
+        if self.part is not None:
+            return self.part.view(parameter, self.transposed)
+        return parameter.T if self.transposed else parameter
 
     @property
     def entries(self) -> int:
@@ -43,7 +63,7 @@ class Layout:
 
     Attributes:
         path: dotted name of the list of blocks, e.g. `model.layers`.
-        blocks: for each of the L blocks its prunable linears, in the order of definition.
+        blocks: for each of the L blocks its prunable linears, in the order of definition; none where all stay dense.
     """
 
     path: str
@@ -53,9 +73,22 @@ class Layout:
         """Shape (O, I) of every prunable linear of one block."""
         return {linear.name: linear.shape for linear in self.blocks[block]}
 
-    def parameter(self, block: int, linear: str) -> str:
-        """Full name of a linear's weight in the model."""
-        return f"{self.path}.{block}.{linear}.weight"
+    def linear(self, block: int, name: str) -> Linear:
+        """The linear of a block that has this name."""
+        return self._by_name[block][name]
+
+    @cached_property
+    def _by_name(self) -> tuple[dict[str, Linear], ...]:
+        return tuple({linear.name: linear for linear in block} for block in self.blocks)
+
+    def parameter(self, block: int, linear: Linear) -> str:
+        """Full name of the parameter that holds a linear's weight."""
+        return f"{self.path}.{block}.{linear.parameter}"
+
+    @property
+    def pruned(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """Shape (O, I) of every linear, of each block that has some to prune."""
+        return {block: self.shapes(block) for block, linears in enumerate(self.blocks) if linears}
 
 
 def find_layout(model: nn.Module, path: str | None = None) -> Layout:
@@ -82,27 +115,23 @@ def find_layout(model: nn.Module, path: str | None = None) -> Layout:
     if not all(layout.blocks):
         bare = [index for index, linears in enumerate(layout.blocks) if not linears]
         raise ModelError(
-            f"blocks {bare} of {type(model).__name__}.{found} hold no nn.Linear or Conv1D to prune (experts stored as one "
-            "tensor are not supported); if these are not the decoder blocks, set `model.blocks` to the right list"
+            f"blocks {bare} of {type(model).__name__}.{found} hold no nn.Linear or Conv1D to prune; "
+            "if these are not the decoder blocks, set `model.blocks` to the right list"
         )
     return layout
 
 
-def left_dense(model: nn.Module, layout: Layout) -> list[str]:
-    """Weights of the first block that are matrices or larger and are not pruned, e.g. experts stored as one tensor."""
-    pruned = {f"{linear.name}.weight" for linear in layout.blocks[0]}
-    block = _module_list(model, layout.path)[0]
-    return [f"{name} {tuple(p.shape)}" for name, p in block.named_parameters() if p.ndim > 1 and name not in pruned]
-
-
-def _linears(block: nn.Module, outside: set[int]) -> list[Linear]:
-    linears = []
+def _linears(block: nn.Module, outside: set[int]) -> Iterator[Linear]:
+    gates = experts.gates(block)
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in outside:
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in outside and name not in gates:
             transposed = isinstance(module, Conv1D)
             rows, columns = module.weight.shape
-            linears.append(Linear(name, (columns, rows) if transposed else (rows, columns), transposed))
-    return linears
+            shape = (columns, rows) if transposed else (rows, columns)
+            yield Linear(name, shape, transposed, expert=experts.is_inside(name))
+        elif experts.is_fused(module):
+            for part_name, part in experts.parts(name, module):
+                yield Linear(part_name, part.shape, module.is_transposed, part, expert=True)
 
 
 def _search(model: nn.Module) -> str:

@@ -8,23 +8,38 @@ are any, and drops them afterwards. A block can thus be pruned in place without 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models import custom_code
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, resolve_model
+from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
+from fedspallm_appfl.models.choice import choose
+from fedspallm_appfl.models.experts import is_fused
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
+from fedspallm_appfl.models.stored import Piece, Place, Stored, place, read
+from fedspallm_appfl.settings import custom_code
+from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
 
 REPLACED = "_fedspallm_replaced_attention"  # attribute of a configuration
 
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.")  # of torch.compile, DataParallel and FSDP
+
+
+class Chosen(Protocol):
+    """Settings that say which model it is and what of it is pruned."""
+
+    @property
+    def model(self) -> Model:
+        """The dense model."""
+
+    @property
+    def prune(self) -> Prune:
+        """Which matrices are pruned."""
 
 
 class Skeleton:
@@ -33,29 +48,40 @@ class Skeleton:
     Attributes:
         folder: the model folder.
         model: the model, parameters on the meta device.
-        layout: its blocks and their prunable linears.
+        found: its blocks and their prunable linears.
+        layout: the same with the linears that are pruned.
         files: the checkpoint.
         stored_dtype: dtype of the prunable weights in the checkpoint.
     """
 
-    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto") -> None:
+    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", prune: Prune | None = None) -> None:
         """Build the skeleton of a model.
 
         Args:
             path: folder or hub name.
             blocks: dotted name of the list of decoder blocks; None to search for it.
             dtype: `auto` (as stored) or a name in `DTYPES`, for the parts that are built in a dtype.
+            prune: which linears are pruned; None for all.
 
         Raises:
             ModelError: the folder is not a model, its architecture is unknown, or its blocks cannot be found.
+            ConfigError: a pattern of `prune` means no linear.
         """
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
         self.model = without_weights(self.folder, dtype)
-        self.layout = find_layout(self.model, blocks)
-        self._todays_names = _todays_names(self.model, self.files)
-        self._key_of = self._match_keys()
+        self.found = find_layout(self.model, blocks)
+        self.layout = choose(self.found, prune or Prune(), self.model)
+        self._stored = Stored(self.model, self.files)
+        self._pieces = self._match()
         self.stored_dtype = self._one_dtype()
+
+    @classmethod
+    def of(cls, settings: Chosen) -> "Skeleton":
+        """The skeleton of the model of an experiment, or of what one of its sides is told."""
+        model = settings.model
+        allow_code_of(model)
+        return cls(model.path, model.blocks, model.dtype, settings.prune)
 
     def _one_dtype(self) -> torch.dtype:
         """The dtype of all prunable weights in the checkpoint.
@@ -63,7 +89,7 @@ class Skeleton:
         Raises:
             ModelError: they do not share one supported floating-point dtype, e.g. because they are quantized.
         """
-        names = [self.key(block, linear.name) for block, linears in enumerate(self.layout.blocks) for linear in linears]
+        names = [self.place(block, one).key for block, linears in enumerate(self.layout.blocks) for one in linears]
         first = {self.files.shape_and_dtype(name)[1]: name for name in reversed(names)}
         if len(first) > 1 or next(iter(first)) not in DTYPES.values():
             found = ", ".join(f"{dtype} ({name})" for dtype, name in first.items())
@@ -73,9 +99,9 @@ class Skeleton:
             )
         return next(iter(first))
 
-    def key(self, block: int, linear: str) -> str:
-        """Name of a linear's weight in the checkpoint."""
-        return self._key_of[self.layout.parameter(block, linear)]
+    def place(self, block: int, linear: Linear) -> Place:
+        """Where a linear's weight lies in the checkpoint."""
+        return place(linear, self._pieces[self.layout.parameter(block, linear)])
 
     @property
     def vocabulary(self) -> int:
@@ -87,26 +113,20 @@ class Skeleton:
         """Tokens that the model takes at most; None if it has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def key_of(self, parameter: str) -> str:
-        """Name in the checkpoint of a parameter of the model."""
-        return self._key_of[parameter]
+    def read(self, name: str) -> Tensor:
+        """A parameter of the model, in the dtype of the checkpoint; maybe a view of the mapped file."""
+        return read(self._pieces[name], self.files, self.model.get_parameter(name).shape)
 
     def find_key(self, name: str) -> str | None:
-        """Name in the checkpoint of a parameter or buffer; it may be an older name or differ by the base's prefix."""
-        prefix = f"{self.model.base_model_prefix}."
-        options = (name, name.removeprefix(prefix), prefix + name)
-        return next((self._todays_names[option] for option in options if option in self._todays_names), None)
+        """Name in the checkpoint of a parameter or buffer that it holds as it is."""
+        return self._stored.key(name)
 
-    def _match_keys(self) -> dict[str, str]:
-        """Parameter name -> name in the checkpoint."""
+    def _match(self) -> dict[str, tuple[Piece, ...]]:
+        """Parameter name -> what fills it."""
         matched, missing, tied = {}, [], set(_tied_names(self.model))
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            key = self.find_key(name)
-            if key is not None:
-                shape, expected = self.files.shape_and_dtype(key)[0], tuple(parameter.shape)
-                if shape != expected:
-                    raise ModelError(f"{self.folder}: {key} has shape {list(shape)}, config.json says {list(expected)}")
-                matched[name] = key
+            if pieces := self._stored.pieces(name, tuple(parameter.shape)):
+                matched[name] = pieces
             elif name not in tied:
                 missing.append(name)
         if missing:
@@ -116,21 +136,22 @@ class Skeleton:
     def not_finite(self, through: int) -> str | None:
         """Name in the checkpoint of the first weight, up to a block, that holds NaN or infinity; None if none does."""
         blocks = f"{self.layout.path}."
-        for name, key in self._key_of.items():
+        for name, pieces in self._pieces.items():
             block = int(name.removeprefix(blocks).split(".")[0]) if name.startswith(blocks) else 0
-            weight = self.files.read(key) if block <= through else None
-            if weight is not None and weight.is_floating_point() and not bool(weight.isfinite().all()):
-                return key
+            for piece in pieces if block <= through else ():
+                weight = self.files.read(piece.key)
+                if weight.is_floating_point() and not bool(weight.isfinite().all()):
+                    return piece.key
         return None
 
     def dense_matrix(self, block: int, name: str) -> Tensor:
         """The dense weight of the linear of that name."""
-        return self.dense_weight(block, next(one for one in self.layout.blocks[block] if one.name == name))
+        return self.dense_weight(block, self.layout.linear(block, name))
 
     def dense_weight(self, block: int, linear: Linear) -> Tensor:
         """The dense weight of a linear as (O, I), in the dtype of the checkpoint."""
-        weight = self.files.read(self.key(block, linear.name))
-        return weight.T if linear.transposed else weight
+        where = self.place(block, linear)
+        return where.view(self.files.read(where.key))
 
 
 class LazyModel:
@@ -143,7 +164,14 @@ class LazyModel:
         device: where it runs.
     """
 
-    def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str,
+        blocks: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        prune: Prune | None = None,
+    ) -> None:
         """Build the model and read its outer parts.
 
         Args:
@@ -151,11 +179,12 @@ class LazyModel:
             blocks: dotted name of the list of decoder blocks; None to search for it.
             dtype: `auto` (as stored) or a name in `DTYPES`.
             device: where it runs.
+            prune: which linears are pruned; None for all.
 
         Raises:
             ModelError: as `Skeleton` does.
         """
-        self.skeleton = Skeleton(path, blocks, dtype)
+        self.skeleton = Skeleton(path, blocks, dtype, prune)
         self.model = self.skeleton.model
         self.layout: Layout = self.skeleton.layout
         self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
@@ -164,6 +193,12 @@ class LazyModel:
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
         self.model.tie_weights()
         self._fill_buffers()
+
+    @classmethod
+    def of(cls, settings: Chosen, device: str) -> "LazyModel":
+        """The model of an experiment, or of what one of its sides is told."""
+        model = settings.model
+        return cls(model.path, model.blocks, model.dtype, device, settings.prune)
 
     @property
     def vocabulary(self) -> int:
@@ -199,17 +234,17 @@ class LazyModel:
             The rounded weight; if possible the block shares its memory, so it is not stored twice.
         """
         rounded = weight.to(self.skeleton.stored_dtype)
-        parameter: Tensor = block.get_submodule(linear.name).weight  # type: ignore[assignment]
-        if parameter.dtype == rounded.dtype and not linear.transposed:
+        parameter = block.get_parameter(linear.parameter)
+        if parameter.dtype == rounded.dtype and not linear.transposed and linear.part is None:
             parameter.data = rounded.contiguous()
         else:
-            parameter.data.copy_(rounded.T if linear.transposed else rounded)
+            linear.view(parameter.data).copy_(rounded)
         return rounded
 
     def _put_packed(self, block: nn.Module, linear: Linear, packed: Packed) -> None:
-        weight: Tensor = block.get_submodule(linear.name).weight.data  # type: ignore[assignment]
+        weight = linear.view(block.get_parameter(linear.parameter).data)
         assert packed.values is not None, "a block runs with weights"
-        if weight.dtype == packed.values.dtype and not linear.transposed:
+        if weight.dtype == packed.values.dtype and weight.is_contiguous():
             packed.unpack_weight(self.device, out=weight)
         else:
             self.put(block, linear, packed.unpack_weight(self.device))
@@ -218,7 +253,7 @@ class LazyModel:
         """Read the given parameters and persistent buffers of a module from the checkpoint."""
         for name, old in list(module.named_parameters()):
             if wanted(name):
-                tensor = self.skeleton.files.read(self.skeleton.key_of(prefix + name))
+                tensor = self.skeleton.read(prefix + name)
                 new = tensor.to(device=self.device, dtype=self.dtype if old.is_floating_point() else None, copy=True)
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
@@ -254,6 +289,8 @@ class HollowModel:
         """
         self.model, self.layout, self.device = without_weights(folder, dtype), layout, torch.device("cpu")
         self.model.eval()
+        if any(map(is_fused, self.model.modules())):
+            self.model.set_experts_implementation("eager")  # others refuse weights without memory
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -349,8 +386,6 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _what_is_missing(folder: Path, model: PreTrainedModel, missing: list[str], keys: Iterable[str]) -> str:
     lacks = f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}"
-    if any(not isinstance(step, WeightRenaming) for step in get_model_conversion_mapping(model)):
-        return f"{lacks}; transformers merges several stored weights into it, as with experts: not supported"
     if wrapper := _wrapper(missing, keys):
         return (
             f"{lacks}; names in the checkpoint carry the prefix `{wrapper}` of a wrapper such as torch.compile or "
@@ -371,18 +406,6 @@ def _wrapper(missing: list[str], keys: Iterable[str]) -> str | None:
         if set(missing) <= {key.replace(wrapper, "") for key in stored if wrapper in key}:
             return wrapper
     return None
-
-
-def _todays_names(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, str]:
-    """Name that this version of transformers uses -> name in the checkpoint."""
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    names = {}
-    for key in files.keys():  # noqa: SIM118 - not a dict
-        name = key
-        for renaming in renamings:
-            name = renaming.rename_source_key(name)[0]
-        names[name] = key
-    return names
 
 
 def _tied_names(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ evaluated with the same settings, so that numbers stand beside their reference.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.wire.packed import Packed
 
 PrunedBlock = Callable[[int], Mapping[str, Packed] | None]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss on a text.
+
+    Attributes:
+        total: sum over the tokens that are predicted, in nats.
+        tokens: how many these are.
+    """
+
+    total: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Infinity where the mean loss overflows, NaN where the model gives NaN."""
+        mean = self.total / self.tokens
+        return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
 
 
 def perplexities(
@@ -31,11 +51,18 @@ def perplexities(
         batch: windows in a batch.
 
     Returns:
-        Name -> perplexity; infinity where the mean loss overflows, NaN where the model gives NaN.
+        Name -> perplexity.
 
     Raises:
         DataError: a text has no whole window.
     """
+    return {name: loss.perplexity for name, loss in losses(model, texts, pruned, batch).items()}
+
+
+def losses(
+    model: LazyModel, texts: Mapping[str, Tensor], pruned: PrunedBlock = lambda block: None, batch: int = 1
+) -> dict[str, Loss]:
+    """The same before it is divided and exponentiated."""
     for name, windows in texts.items():
         if not len(windows) or windows.shape[1] < 2:
             raise DataError(f"evaluation text {name} has no window of {windows.shape[1]} tokens; give more text")
@@ -45,14 +72,11 @@ def perplexities(
         with model.block(index, pruned(index)) as block:
             for state in states:
                 advance(block, index, state)
-    losses = [_mean_loss(finish(model, part, state, batch)) for part, state in zip(parts, states, strict=True)]
-    return {
-        name: math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf
-        for name, loss in zip(names, losses, strict=True)
-    }
+    found = [_loss(finish(model, part, state, batch)) for part, state in zip(parts, states, strict=True)]
+    return dict(zip(names, found, strict=True))
 
 
-def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+def _loss(batches: Iterator[tuple[Tensor, Tensor]]) -> Loss:
     total, tokens = 0.0, 0
     with torch.no_grad():
         for ids, logits in batches:
@@ -60,4 +84,4 @@ def _mean_loss(batches: Iterator[tuple[Tensor, Tensor]]) -> float:
             total += float(cross_entropy(logits[:, :-1].float().flatten(0, 1), targets, reduction="sum"))
             tokens += len(targets)
             del logits  # not kept while the next ones are made
-    return total / tokens
+    return Loss(total, tokens)

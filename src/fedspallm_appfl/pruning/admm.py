@@ -95,7 +95,7 @@ def _largest(state: Tensor, target: Target) -> Tensor:
 def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
     correlation = Correlation(mirror(gram.upper), settings.damping)
     return Prepared(
-        lambda weight: prune(weight, settings.sparsity, correlation, settings.iterations),
+        lambda weight: prune(weight, settings.own_target, correlation, settings.iterations),
         lambda weight, mask: least_squares.refit(weight, mask, weight * mask, correlation),
         raised_damping(settings, correlation),
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.pruning.pruner import Pruned
+from fedspallm_appfl.pruning.pruner import Pruned, by_target
 from fedspallm_appfl.pruning.registry import find
 from fedspallm_appfl.pruning.statistics import InputGram, lift, mirror
 from fedspallm_appfl.settings.schema import Pruning
@@ -43,7 +43,9 @@ class Sums:
     drift: Tensor | None = None
 
 
-def prune(weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool) -> dict[str, Pruned]:
+def prune(
+    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, block: int = 0
+) -> dict[str, Pruned]:
     """Prune all matrices that take one input.
 
     Args:
@@ -51,6 +53,7 @@ def prune(weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded:
         sums: of all clients; used up.
         settings: how to prune.
         rounded: whether what came was rounded, so that the sum may be indefinite.
+        block: whose matrices they are; their targets may depend on it.
 
     Returns:
         linear -> (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
@@ -61,8 +64,13 @@ def prune(weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded:
     if rounded and (find(settings.pruner).factors or sums.drift is not None):  # others do not factor it, or lift it
         lift(sums.upper)
     shift = None if sums.drift is None else _shift(sums, settings.damping)
-    prepared = find(settings.pruner).ready(settings, InputGram.of(sums.upper, sums.tokens))
-    return {name: prepared.prune(w if shift is None else torch.addmm(w, w, shift)) for name, w in weights.items()}
+    made, gram = {}, InputGram.of(sums.upper, sums.tokens)
+    for own, names, known in by_target(settings, block, list(weights), gram):
+        prepared = find(settings.pruner).ready(own, known)
+        for name in names:
+            weight = weights[name]
+            made[name] = prepared.prune(weight if shift is None else torch.addmm(weight, weight, shift))
+    return made
 
 
 def working_bytes(shapes: Sequence[tuple[int, int]], settings: Pruning, drift: bool) -> int:

@@ -30,7 +30,7 @@ def prune(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def _prepare(settings: Pruning, statistic: object) -> Prepared:
-    return Prepared(lambda weight: prune(weight, settings.sparsity), torch.mul)
+    return Prepared(lambda weight: prune(weight, settings.own_target), torch.mul)
 
 
 PRUNER = Pruner(

@@ -8,10 +8,11 @@ them by name.
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import NM, Target
 
 Pruned = tuple[Tensor, Tensor]  # weight (O, I) float32, zero where pruned; mask (O, I) bool, True = kept
+Known = TypeVar("Known")  # of an input
 Rule = Callable[..., Tensor | Pruned]  # a pruner as one function, see `of_function`
 
 
@@ -136,6 +138,21 @@ def _refitted(prepared: Prepared, settings: Pruning, gram: Tensor) -> Prepared:
     return Prepared(prune, compensate, prepared.notes or raised_damping(settings, correlation))
 
 
+def by_target(
+    settings: Pruning, block: int, names: Sequence[str], statistic: Known
+) -> Iterator[tuple[Pruning, list[str], Known]]:
+    """Linears that share an input, by their targets: (settings, names, what is known of the input, to be used up).
+
+    What is known is copied where there are several targets, but for the last.
+    """
+    targets: dict[Target, list[str]] = {}
+    for name in names:
+        targets.setdefault(settings.sparsity.of(block, name), []).append(name)
+    for number, alike in enumerate(targets.values(), 1):
+        known = statistic if number == len(targets) else copy.deepcopy(statistic)
+        yield settings.at(block, alike[0]), alike, known
+
+
 def raised_damping(settings: Pruning, correlation: Correlation) -> dict[str, float]:
     """What the report should say of a correlation matrix: the damping, where it had to be raised."""
     return {"damping": correlation.damping} if correlation.damping > settings.damping else {}
@@ -164,7 +181,7 @@ def of_function(
         known = () if statistic is None else (statistic,)
 
         def prune(weight: Tensor) -> Pruned:
-            made = function(weight.clone(), settings.sparsity, *known)  # a copy, as functions write into arguments
+            made = function(weight.clone(), settings.own_target, *known)  # a copy, as functions write into arguments
             return made if isinstance(made, tuple) else (weight, made)
 
         return Prepared(prune, torch.mul if keeps_weights else _solver(settings, statistic))
@@ -195,7 +212,7 @@ def guarded(pruner: Pruner) -> Pruner:
                 found = made.prune(weight)
             if [one._version for one in parts] != versions:
                 raise PruningError(f"{who}: it changed the statistic, which other linears share; work on a copy")
-            return checked(pruner.name, found, weight, settings.sparsity, pruner.keeps_weights)
+            return checked(pruner.name, found, weight, settings.own_target, pruner.keeps_weights)
 
         return replace(made, prune=prune)
 

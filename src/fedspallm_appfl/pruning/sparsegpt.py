@@ -170,9 +170,9 @@ def block_width(target: Target, width: int = COLUMN_BLOCK) -> int:
 
 
 def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
-    factor = Factor(gram, settings.damping, settings.damping_retries, block_width(settings.sparsity))
+    factor = Factor(gram, settings.damping, settings.damping_retries, block_width(settings.own_target))
     return Prepared(
-        lambda weight: prune(weight, settings.sparsity, factor),
+        lambda weight: prune(weight, settings.own_target, factor),
         lambda weight, mask: compensate(weight, mask, factor),
         {"damping": factor.damping} if factor.attempts > 1 else {},
     )

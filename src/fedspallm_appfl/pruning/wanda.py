@@ -33,7 +33,7 @@ def prune(weight: Tensor, target: Target, statistic: Statistic) -> tuple[Tensor,
 
 
 def _prepare(settings: Pruning, statistic: Statistic) -> Prepared:
-    return Prepared(lambda weight: prune(weight, settings.sparsity, statistic), torch.mul)
+    return Prepared(lambda weight: prune(weight, settings.own_target, statistic), torch.mul)
 
 
 PRUNER = Pruner(

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.models import custom_code
+from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.models.text import are_tokens, check_vocabulary, draw_windows, load_tokenizer, windows_of
+from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
-from fedspallm_appfl.settings.schema import ClientSettings, Pooled
+from fedspallm_appfl.settings.schema import ClientSettings, Pooled, Prune
+from fedspallm_appfl.texts.checks import check_vocabulary
+from fedspallm_appfl.texts.drawing import draw
+from fedspallm_appfl.texts.tokenizer import forget_tokenizers, tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, forget_windows
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
+
+FEWEST = 2  # windows to measure on: of a single one no loss leaves a client
 
 
 @dataclass
@@ -69,6 +75,7 @@ class LocalClient:
         settings: what it was told.
         agreed: pruned blocks that the server has sent.
         masks: masks that the server has sent, of blocks whose values are still to come.
+        final: the model that it measures at the end: what was agreed on, or its own.
         exchanges: what travels in a round.
         samples: calibration windows, its sample size.
     """
@@ -83,14 +90,16 @@ class LocalClient:
         self.settings = settings
         self._use_threads()
         model = settings.model
-        custom_code.allow_for(model)
-        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash)
-        windows = self._private_windows()
+        chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
+        allow_code_of(model)
+        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash, chosen)
+        windows, self._own_windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
         self.agreed = AgreedBlocks(dtype, shared)
         self.masks = AgreedBlocks(dtype, shared and shared / "masks")
         algorithm = registry.find(settings.algorithm)
+        self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         self.exchanges = algorithm.exchanges(groups, settings.gram)
         self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks)
@@ -103,9 +112,8 @@ class LocalClient:
         With values whatever the pruner, as all clients must send equally many messages.
         """
         layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
-        shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
         groups = self._source.groups
-        bytes_of = sizes(self.exchanges[exchange], shapes, settings.sparsity, dtype, groups, settings.gram)
+        bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
         return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes)
 
     def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
@@ -168,37 +176,55 @@ class LocalClient:
             down = self.exchanges[update["exchange"]].down
             (self.masks if down == "masks" else self.agreed).take(update)
 
+    def measure(self) -> dict[str, Any]:
+        """The dense and the final model on windows of its text that were kept out of calibration.
+
+        Returns:
+            `{"tokens": number, "dense": loss, "pruned": loss}`, losses summed over the tokens that are predicted; tokens is
+            0 if the text has fewer than `FEWEST` such windows.
+        """
+        self._use_threads()
+        if len(self._own_windows) < FEWEST:
+            return {"tokens": 0, "dense": 0.0, "pruned": 0.0}
+        text, batch = {"own": self._own_windows}, self.settings.data.batch
+        dense, pruned = (losses(self.model, text, of, batch)["own"] for of in (lambda block: None, self.final.get))
+        return {"tokens": dense.tokens, "dense": dense.total, "pruned": pruned.total}
+
     def _use_threads(self) -> None:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
 
-    def _private_windows(self) -> torch.Tensor:
+    def _private_windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows to prune with, and those that are kept out."""
         data, pruner = self.settings.data, pruners.find(self.settings.pruner)
         if data.text is None and not data.pool and pruner.needs is None:
             # The blocks are still run, to keep one path through the sweep: one short window of token 0 will do.
-            return torch.zeros(1, 2, dtype=torch.int64)
-        own = Pooled(self.settings.client_id, data.text, data.windows)
-        return torch.cat([self._drawn(one) for one in data.pool or [own]])
+            return torch.zeros(1, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64)
+        own = Pooled(self.settings.client_id, data.text, data.windows, data.field)
+        of = data.pool or [own]
+        drawn = [self._drawn(one) for one in of]
+        parts = [(windows[: one.windows], windows[one.windows :]) for one, windows in zip(of, drawn, strict=True)]
+        return torch.cat([used for used, _ in parts]), torch.cat([kept_out for _, kept_out in parts])
 
     def _drawn(self, of: Pooled) -> torch.Tensor:
-        text, folder = of.text or [], self.model.skeleton.folder
-        tokenizer = None if are_tokens(text) else _tokenizer(folder, self.settings.model.hash)
-        windows = windows_of(text, self.settings.data.length, tokenizer)
-        check_vocabulary(windows, self.model.skeleton.vocabulary, f"client {of.client_id}")
-        return draw_windows(windows, of.windows, self.settings.seed, of.client_id)
+        data, text, skeleton = self.settings.data, of.text or [], self.model.skeleton
+        cut = Cut(data.length, data.bos, of.field, data.control_words)
+        tokenizer, spare = tokenizer_for(skeleton.folder, text), self.settings.own_windows
+        windows = draw(text, cut, tokenizer, of.windows, self.settings.seed, of.client_id, spare)
+        check_vocabulary(windows, skeleton.vocabulary, f"client {of.client_id}")
+        return windows
 
 
 def forget() -> None:
-    """Drop models and tokenizers that clients of this process share: their files may change before the next run."""
+    """Drop models, tokenizers and windows that clients of this process share: files may change before the next run."""
     _dense_model.cache_clear()
-    _tokenizer.cache_clear()
+    forget_tokenizers()
+    forget_windows()
 
 
 @lru_cache(maxsize=4)
-def _dense_model(path: str, blocks: str | None, dtype: str, device: str, model_hash: str) -> LazyModel:
-    return LazyModel(path, blocks, dtype, device)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(folder: Path, model_hash: str) -> Any:
-    return load_tokenizer(folder)
+def _dense_model(
+    path: str, blocks: str | None, dtype: str, device: str, model_hash: str, chosen: tuple[tuple[str, ...], ...]
+) -> LazyModel:
+    include, ignore = map(list, chosen)
+    return LazyModel(path, blocks, dtype, device, Prune(include, ignore))

@@ -23,13 +23,13 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
-from fedspallm_appfl.pruning import from_sums
+from fedspallm_appfl.pruning import from_sums, magnitude
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.pruner import Pruned, check_mask, named
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.sparsity import row_counts
-from fedspallm_appfl.tensors.target import NM
+from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
 from fedspallm_appfl.wire.store import GramStore, PackedStore, SumsT, load_sums, save_sums
@@ -37,6 +37,7 @@ from fedspallm_appfl.wire.update import Check, check_gram, check_matrix, check_v
 
 GLOBAL, MASKS, STATISTICS = "global", "masks", "statistics"  # folders of the server's state
 DOWN = {None: GLOBAL, "weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
+TOKENS_A_UNIT = 64  # of a client's weight in the mean of an expert's matrix: sums have a range
 Stores = dict[str, dict[str, Packed]]  # store -> linear -> what was made of it
 
 
@@ -68,11 +69,15 @@ class Context:
 
     def matrix(self, block: int, name: str) -> Matrix:
         """What the arithmetic of an exchange may ask of a matrix."""
-        return Matrix(self.settings.sparsity, self.settings.expansion, partial(self.dense_float, block, name))
+        return Matrix(self.target(block, name), self.settings.expansion, partial(self.dense_float, block, name))
+
+    def target(self, block: int, name: str) -> Target:
+        """The sparsity of a matrix."""
+        return self.settings.sparsity.of(block, name)
 
     def shape(self, block: int, name: str) -> tuple[int, int]:
         """(O, I) of a linear."""
-        return self.layout.shapes(block)[name]
+        return self.layout.linear(block, name).shape
 
     @property
     def cumulative(self) -> bool:
@@ -119,6 +124,47 @@ class Fold(Protocol):
     def close(self, block: int, unit: str, sums: Any) -> tuple[Stores, dict[str, int]]:
         """What is made of complete sums: matrices for each store, and facts for the report. The sums are used up."""
 
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Go on without a client that sent nothing of an expert."""
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """What is made of an expert of which no client sent anything."""
+
+
+def expert_weight(tokens: int) -> int:
+    """The weight of a client in the mean of an expert's matrix, by the tokens that reached it there."""
+    return -(-tokens // TOKENS_A_UNIT)
+
+
+def without_clients(context: Context, store: str, block: int, name: str) -> Packed:
+    """An expert's matrix that no client sent: as an earlier round left it, else pruned by magnitude or dense.
+
+    Args:
+        context: what folds share.
+        store: whose matrix.
+        block: its block.
+        name: its linear.
+    """
+    before = PackedStore(context.folder / store).get(block, name) or {}
+    if name in before:
+        return before[name]
+    weight, settings = context.dense_float(block, name), context.settings
+    return unseen(weight, context.target(block, name), settings.unreached == "dense", context.dtype)
+
+
+def unseen(weight: Tensor, target: Target, dense: bool, dtype: torch.dtype) -> Packed:
+    """An expert's matrix of whose inputs nobody knows enough.
+
+    Args:
+        weight: (O, I) float32, of the dense model.
+        target: ratio or n:m.
+        dense: it stays as it is; else its smallest weights go.
+        dtype: dtype of the checkpoint.
+    """
+    if dense:
+        return pack(weight, torch.ones_like(weight, dtype=torch.bool), dtype)
+    return pack(*magnitude.prune(weight, target), dtype)
+
 
 class _MatrixFold:
     """What folds of single matrices share."""
@@ -131,6 +177,12 @@ class _MatrixFold:
         """One for each linear."""
         return tuple(linear.name for linear in self._context.layout.blocks[block])
 
+    def _is_expert(self, block: int, unit: str) -> bool:
+        return self._context.layout.linear(block, unit).expert
+
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its part is not in the sums."""
+
     def _entries(self, block: int, unit: str) -> int:
         rows, columns = self._context.shape(block, unit)
         return rows * columns
@@ -138,7 +190,7 @@ class _MatrixFold:
     def _packed_bytes(self, block: int, unit: str) -> int:
         """Bytes of a matrix with values once packed."""
         context, entries = self._context, self._entries(block, unit)
-        return packed_size(context.shape(block, unit), context.settings.sparsity.zeros(entries), context.dtype)
+        return packed_size(context.shape(block, unit), context.target(block, unit).zeros(entries), context.dtype)
 
     @property
     def _algorithm(self) -> Algorithm:
@@ -152,11 +204,11 @@ class _MatrixFold:
         """
         context = self._context
         who, shape = f"algorithm {context.settings.algorithm}, block {block}, {unit}", context.shape(block, unit)
-        by_row = self._zeros_by_row(sums)  # before the sums are used up
+        by_row = self._zeros_by_row(sums, block, unit)  # before the sums are used up
         with named(who):
             made = make(sums, context.matrix(block, unit))
         weight, mask = made if isinstance(made, tuple) and len(made) == 2 else (None, made)
-        check_mask(who, mask, shape, context.settings.sparsity, by_row)
+        check_mask(who, mask, shape, context.target(block, unit), by_row)
         if (weight is None) != (self._exchange.down == "masks"):
             wanted = "a mask" if self._exchange.down == "masks" else "a weight and a mask"
             raise PruningError(f"{who}: the server makes {wanted} here, got {'a mask' if weight is None else 'both'}")
@@ -170,12 +222,12 @@ class _MatrixFold:
             raise PruningError(f"{who}: the server makes a weight of shape {list(shape)} without NaN or infinity")
         return weight, mask
 
-    def _zeros_by_row(self, sums: L0Sums | Votes) -> int | None:
+    def _zeros_by_row(self, sums: L0Sums | Votes, block: int, unit: str) -> int | None:
         """Zeros where rows are compared by themselves: all clients may have pruned more of a row than the target."""
-        settings, votes = self._context.settings, sums.votes if isinstance(sums, L0Sums) else sums.pruned
-        if settings.expansion != "row" or isinstance(settings.sparsity, NM):
+        target, votes = self._context.target(block, unit), sums.votes if isinstance(sums, L0Sums) else sums.pruned
+        if self._context.settings.expansion != "row" or isinstance(target, NM):
             return None
-        counts = row_counts(settings.sparsity, *votes.shape).to(votes.device)
+        counts = row_counts(target, *votes.shape).to(votes.device)
         return int(torch.maximum(counts, (votes == sums.clients).sum(1)).sum())
 
 
@@ -185,7 +237,11 @@ class _MeanFold(_MatrixFold):
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
         self._weighted = context.settings.weights == "sample_size"
-        self._no_sums = L0Sums.empty((0, 0), self._weighted)
+        self._no_sums = L0Sums.empty((0, 0), True)
+
+    def _weights(self, block: int, unit: str) -> bool:
+        """Whether clients have other weights than 1 in the mean of a matrix."""
+        return self._weighted or self._is_expert(block, unit)
 
     def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
         """Ranges of the fixed-point sums."""
@@ -207,14 +263,15 @@ class WeightFold(_MeanFold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of all entries; a packed matrix for each store."""
         entries, made = self._entries(block, unit), len(self._makes) * self._packed_bytes(block, unit)
-        return UnitBytes(L0Sums.entry_bytes(self._weighted, clients) * entries, self._closing * entries, made)
+        each = L0Sums.entry_bytes(self._weights(block, unit), clients)
+        return UnitBytes(each * entries, self._closing * entries, made)
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
         context, alone = self._context, client in self._context.settings.mask_only
 
         def check(packed: Any, where: str) -> Packed:
-            shape, target = context.shape(block, unit), context.settings.sparsity
+            shape, target = context.shape(block, unit), context.target(block, unit)
             checked = check_matrix(packed, where, shape, context.dtype, target, alone)
             return checked.with_values(context.dense(block, unit)) if alone else checked
 
@@ -222,7 +279,8 @@ class WeightFold(_MeanFold):
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
-        return L0Sums.empty(self._context.shape(block, unit), self._weighted, clients, self._context.device)
+        weighted = self._weights(block, unit)
+        return L0Sums.empty(self._context.shape(block, unit), weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold weights and mask."""
@@ -242,6 +300,15 @@ class WeightFold(_MeanFold):
             assert make is not None, "weights that are kept as they come have a fold of their own"
             stores[store] = {unit: self._packed(make, sums, block, unit)}
         return stores, facts
+
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its own model has the matrix nevertheless."""
+        for algorithm in self._apart:
+            keep_unreached(self._context, algorithm, client, block, unit)
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """The same for each store."""
+        return {store: {unit: without_clients(self._context, store, block, unit)} for store in self._makes}
 
     def _packed(self, make: Make, sums: L0Sums, block: int, unit: str) -> Packed:
         """What is made, packed; the rest of it is dropped before the next is made."""
@@ -263,7 +330,7 @@ class VoteFold(_MatrixFold):
         """A mask of the right shape and sparsity."""
         context = self._context
         return lambda packed, where: check_matrix(
-            packed, where, context.shape(block, unit), context.dtype, context.settings.sparsity, mask_only=True
+            packed, where, context.shape(block, unit), context.dtype, context.target(block, unit), mask_only=True
         )
 
     def open(self, block: int, unit: str, clients: int) -> Votes:
@@ -287,6 +354,12 @@ class VoteFold(_MatrixFold):
         facts = {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
         return {DOWN[self._exchange.down]: {unit: packed}}, facts
 
+    def unreached(self, block: int, unit: str) -> Stores:
+        """A mask, or a matrix."""
+        store = DOWN[self._exchange.down]
+        packed = without_clients(self._context, store, block, unit)
+        return {store: {unit: replace(packed, values=None) if store == MASKS else packed}}
+
 
 class ValueFold(_MeanFold):
     """Values under masks that were agreed on into their mean."""
@@ -298,8 +371,8 @@ class ValueFold(_MeanFold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of kept entries alone."""
         entries = self._entries(block, unit)
-        kept = entries - self._context.settings.sparsity.zeros(entries)
-        sums = L0Sums.entry_bytes(self._weighted, clients) * kept
+        kept = entries - self._context.target(block, unit).zeros(entries)
+        sums = L0Sums.entry_bytes(self._weights(block, unit), clients) * kept
         return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
 
     def check(self, client: str, block: int, unit: str) -> Check:
@@ -308,7 +381,8 @@ class ValueFold(_MeanFold):
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
-        return L0Sums.empty((1, self._agreed(block, unit).kept), self._weighted, clients, self._context.device)
+        kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
+        return L0Sums.empty((1, kept), weighted, clients, self._context.device)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
@@ -320,6 +394,10 @@ class ValueFold(_MeanFold):
         """The mean of the values."""
         values = l0_mean(sums).view(-1).to(self._context.dtype).cpu()
         return {GLOBAL: {unit: replace(self._agreed(block, unit), values=values)}}, {}
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """Dense weights under the mask."""
+        return {GLOBAL: {unit: self._agreed(block, unit).with_values(self._context.dense(block, unit))}}
 
     def _agreed(self, block: int, unit: str) -> Packed:
         return (self._masks.get(block, unit) or {})[unit]
@@ -344,10 +422,24 @@ class KeepFold(WeightFold):
         """Nothing is left to do."""
         return {}, {}
 
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its model has the matrix nevertheless."""
+        keep_unreached(self._context, self._algorithm, client, block, unit)
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """Nothing is left to do."""
+        return {}
+
 
 def keep(context: Context, algorithm: Algorithm, client: str, block: int, linears: Mapping[str, Packed]) -> None:
     """Store matrices of one client."""
     PackedStore(context.folder / (algorithm.store_of(client) or GLOBAL)).add(block, linears)
+
+
+def keep_unreached(context: Context, algorithm: Algorithm, client: str, block: int, unit: str) -> None:
+    """Store what one client's model has of an expert that it sent nothing of."""
+    store = algorithm.store_of(client) or GLOBAL
+    keep(context, algorithm, client, block, {unit: without_clients(context, store, block, unit)})
 
 
 class GramFold:
@@ -362,13 +454,25 @@ class GramFold:
             for names in inputs
         }
 
+    def leave_out(self, client: str, block: int, unit: str) -> None:
+        """Its part is not in the sums."""
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """All matrices that take the input."""
+        names = self._linears(block, unit)
+        return {GLOBAL: {name: without_clients(self._context, GLOBAL, block, name) for name in names}}
+
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums are first made a square, which is then pruned with; the sums are gone by then."""
-        settings, features = self._context.settings, self._features[block, unit]
+        context, settings, features = self._context, self._context.settings, self._features[block, unit]
         shapes = [self._context.shape(block, name) for name in self._linears(block, unit)]
         sums = GramSum.nbytes(features, settings.gram.drift)
         pruning = from_sums.working_bytes(shapes, settings, settings.gram.drift) - sums
-        zeros = [settings.sparsity.zeros(rows * columns) for rows, columns in shapes]
+        linears = self._linears(block, unit)
+        zeros = [
+            context.target(block, name).zeros(rows * columns)
+            for name, (rows, columns) in zip(linears, shapes, strict=True)
+        ]
         made = sum(packed_size(shape, count, self._context.dtype) for shape, count in zip(shapes, zeros, strict=True))
         return UnitBytes(sums, max(GramSum.closing_bytes(features, settings.gram.drift), pruning), made)
 
@@ -407,14 +511,17 @@ class GramFold:
             else:
                 store.save(block, linears, total, self._rounded)
         weights = {name: context.dense_float(block, name) for name in linears}
-        pruned = prune_input(
-            weights, total, context.settings, self._rounded, context.settings.threads, f"block {block}, {unit}"
-        )
+        pruned = prune_input(weights, total, context.settings, self._rounded, context.settings.threads, (block, unit))
         return {GLOBAL: {name: pack(*made, context.dtype) for name, made in pruned.items()}}, {}
 
 
 def prune_input(
-    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, threads: int | None, where: str
+    weights: Mapping[str, Tensor],
+    sums: Sums,
+    settings: Pruning,
+    rounded: bool,
+    threads: int | None,
+    unit: tuple[int, str],
 ) -> dict[str, Pruned]:
     """Prune all matrices that take one input with the server's threads (see `pruning.from_sums.prune`).
 
@@ -423,8 +530,9 @@ def prune_input(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    where = f"block {unit[0]}, {unit[1]}"
     try:
-        pruned = from_sums.prune(weights, sums, settings, rounded)
+        pruned = from_sums.prune(weights, sums, settings, rounded, unit[0])
     except PruningError as error:
         raise PruningError(f"server, {where}: {error}") from error
     for name, (weight, _) in pruned.items():

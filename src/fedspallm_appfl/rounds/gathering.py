@@ -14,20 +14,22 @@ Legend: T tokens, I in features.
 import copy
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.models.blockwise import Activations, Stop, advance, embed
-from fedspallm_appfl.models.inputs import PROBE, SharedInputs, check_statistic, inputs_of
+from fedspallm_appfl.models.inputs import PROBE, SharedInputs, inputs_of
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.rounds.source import Source, check_statistics
+from fedspallm_appfl.wire.packed import Unreached
 
-Gathered = Iterator[tuple[int, dict[str, Sums]]]
+Found = Iterator[tuple[str, Sums | Unreached]]  # first linear of an input, its sums
+Gathered = Iterator[tuple[int, Found]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ def gathered(source: Source, assigned: set[int], start: tuple[int, str] | None =
         start: (block, first linear) of the input that a sweep begins with, where those of all earlier ones are agreed on.
 
     Yields:
-        (block, first linear of an input -> its sums); of the dense model all inputs of a block at once, in a sweep one by
-        one. When a sweep goes on after a yield, the matrices of the input that it gave are agreed on.
+        (block, its inputs, each with sums, or that no token reached it); of the dense model all inputs of a block, in a
+        sweep one by one. The inputs have to be taken before the next block is asked for. When a sweep goes on after a
+        yield, the matrices of the input that it gave are agreed on.
 
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
@@ -70,37 +73,58 @@ def _dense(source: Source, assigned: set[int]) -> Gathered:
     for index in range(last + 1):
         with source.model.block(index) as block:
             if index in assigned:
-                done = [_grams_and_advance(source, block, index, state, go_on=index < last)]
+                done = [_watched_and_advanced(source, block, index, state, go_on=index < last)]
             else:
                 advance(block, index, state)
         give_back()
         if index in assigned:
-            grams = done.pop()
-            leaders = [names[0] for names in source.groups[index]]
-            for name in leaders:
-                check_statistic(grams[name], source.where(index, name), source.model.skeleton, index)
-            found = {name: Sums(grams[name].upper, grams[name].tokens) for name in leaders}
-            if index == 0:
-                found |= public
-                public.clear()
-            del grams  # a client that stands still here holds no matrix that it has given
-            yield index, found
-            del found
+            yield index, _found(source, index, done.pop(), public if index == 0 else {})
+
+
+def _found(source: Source, index: int, inputs: SharedInputs, public: dict[str, Sums]) -> Found:
+    """The sums of a block's inputs, of which none is kept that was given."""
+    linears = {linear.name: linear for linear in source.model.layout.blocks[index]}
+    leader = {name: names[0] for names in source.groups[index] for name in names}
+    seen = inputs.groups()
+    check_statistics(source, index, seen)
+    while seen:
+        names, gram = seen.pop(0)
+        for name in dict.fromkeys(leader[name] for name in names):
+            yield name, public.pop(name) if name in public else _taken(source, linears[name], gram)
+        del gram
+    if not any(linear.part is not None for linear in linears.values()):
+        return
+    with source.model.block(index) as block:
+        for names, gram in inputs.of_experts(block):
+            check_statistics(source, index, [(names, gram)])
+            yield names[0], _taken(source, linears[names[0]], gram)
+            del gram
+
+
+def _taken(source: Source, linear: Linear, gram: InputGram) -> Sums | Unreached:
+    """What may be sent of an input."""
+    if linear.expert and gram.tokens < max(
+        source.settings.min_tokens, source.settings.gram.fewest_tokens(linear.shape[1])
+    ):
+        return Unreached(gram.tokens)
+    return Sums(gram.upper, gram.tokens)
 
 
 @torch.no_grad()
-def _grams_and_advance(
+def _watched_and_advanced(
     source: Source, block: nn.Module, index: int, state: Activations, go_on: bool
-) -> dict[str, InputGram]:
-    """Gram matrix of every linear's input; the block's outputs take the place of its inputs."""
+) -> SharedInputs:
+    """What went into the linears; the block's outputs take the place of its inputs."""
     model = source.model
-    inputs = SharedInputs(model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device))
+    inputs = SharedInputs(
+        model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device), source.kept
+    )
     with inputs.watched(block):
         for number, hidden in enumerate(state.hidden):
             with suppress(Stop):
                 state.take_output(number, state.calls[number][index](block, hidden))
             inputs.end_of_batch(stop=not go_on)
-    return {name: gram for names, gram in inputs.groups() for name in names}
+    return inputs
 
 
 def _swept(source: Source, assigned: set[int], start: tuple[int, str] | None) -> Gathered:
@@ -116,11 +140,11 @@ def _swept(source: Source, assigned: set[int], start: tuple[int, str] | None) ->
             if (index, names[0]) in done:
                 continue
             if index == 0 and names[0] in public:
-                found = [public.pop(names[0])]
+                found: list[Sums | Unreached] = [public.pop(names[0])]
             else:
                 found = [_sums(source, index, linears[names[0]], states)]
             give_back()
-            yield index, {names[0]: found.pop()}
+            yield index, iter([(names[0], found.pop())])
         if index < last:
             _go_on(source, index, states)
 
@@ -138,7 +162,8 @@ def _public_sums(source: Source, wanted: bool) -> dict[str, Sums]:
     state = source.embedded(drawn)
     states = _States(state, state if source.settings.gram.drift else None)
     linears = {linear.name: linear for linear in source.model.layout.blocks[0]}
-    return {name: _sums(source, 0, linears[name], states, fresh=True) for name in _decided_by_single_tokens(source)}
+    made = {name: _sums(source, 0, linears[name], states, fresh=True) for name in _decided_by_single_tokens(source)}
+    return {name: sums for name, sums in made.items() if isinstance(sums, Sums)}
 
 
 @torch.no_grad()
@@ -168,7 +193,7 @@ def _go_on(source: Source, index: int, states: _States) -> None:
 
 
 @torch.no_grad()
-def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bool = False) -> Sums:
+def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bool = False) -> Sums | Unreached:
     """Sums of one input; `fresh` of a model in which nothing is pruned."""
     model, features = source.model, linear.shape[1]
     gram = InputGram(features, model.device)
@@ -181,8 +206,11 @@ def _sums(source: Source, index: int, linear: Linear, states: _States, fresh: bo
             if drift is not None and states.dense is not None and twin is not None:
                 before = inputs_of(twin, linear, states.dense, number, index, states.dense.hidden[number])
                 drift.addmm_((before - inputs).T, inputs)
-    check_statistic(gram, source.where(index, linear.name), model.skeleton, index)
-    return Sums(gram.upper, gram.tokens, drift)
+    taken = _taken(source, linear, gram)
+    if isinstance(taken, Unreached):
+        return taken
+    check_statistics(source, index, [([linear.name], gram)])
+    return replace(taken, drift=drift)
 
 
 def _copy_of(source: Source, index: int) -> nn.Module:

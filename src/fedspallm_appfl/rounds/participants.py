@@ -12,6 +12,7 @@ from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import Client, ClientSettings, Config, Pooled, ServerSettings, plain
 
+OWN_WINDOWS = 8  # where no text of the server's shows the quality
 Draws = Sequence[Mapping[str, list[int]]]
 
 
@@ -32,12 +33,18 @@ def participants(config: Config) -> list[Client]:
 def pool(config: Config) -> list[Pooled]:
     """Whose text the one participant has, where the text is pooled."""
     clients = config.clients if algorithm_of(config).pools_text else []
-    return [Pooled(client.client_id, client.data.text, client.data.windows) for client in clients]
+    return [Pooled(client.client_id, client.data.text, client.data.windows, client.data.field) for client in clients]
 
 
 def comparisons(config: Config) -> list[str]:
     """What is made beside the global model, of the same uploads."""
     return config.evaluation.compare if algorithm_of(config).compares else []
+
+
+def own_windows(config: Config) -> int:
+    """Windows of its own text on which each client measures the result."""
+    asked, usual = config.evaluation.own_windows, 0 if config.evaluation.texts else OWN_WINDOWS
+    return usual if asked is None else asked
 
 
 def roster(config: Config) -> dict[str, float]:
@@ -55,16 +62,16 @@ def needs_text(client: Client) -> bool:
     return pruners.find(client.train_configs.pruner).needs is not None
 
 
-def draws(config: Config, blocks: int) -> Draws:
-    """The blocks of each participant in each round."""
+def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
+    """The blocks of each participant in each round, of those that have something to prune."""
     rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
     return [draw(strategy, config.seed, index, rounds, roster(config), blocks) for index in range(rounds)]
 
 
-def uncovered(config: Config, blocks: int) -> list[int]:
+def uncovered(config: Config, blocks: int | Sequence[int]) -> list[int]:
     """Blocks that no client prunes in any round, with the layers that the run will draw."""
     drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
-    return sorted(set(range(blocks)) - drawn)
+    return sorted(set(range(blocks) if isinstance(blocks, int) else blocks) - drawn)
 
 
 def server_settings(config: Config, state_dir: Path) -> ServerSettings:
@@ -77,6 +84,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
     server, train, comm = config.server_configs, config.client_configs.train_configs, config.client_configs.comm_configs
     own = {
         "model": config.model,
+        "prune": config.prune,
         "algorithm": config.algorithm,
         "gram": config.gram,
         "comparisons": comparisons(config),
@@ -89,6 +97,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "device": server.device,
         "max_message_bytes": comm.max_message_bytes,
         "compression": comm.compression,
+        "own_windows": own_windows(config),
         "state_dir": str(state_dir),
     }
     made: ServerSettings = build(ServerSettings, plain(train) | plain(server.aggregator_kwargs) | plain(own))
@@ -111,12 +120,14 @@ def client_settings(
         "client_id": client.client_id,
         "device": device,
         "model": config.model,
+        "prune": config.prune,
         "data": {**plain(client.data), "pool": plain(pool(config))},
         "comm": {**plain(client.comm_configs), "max_message_bytes": message_bytes},
         "seed": config.seed,
         "algorithm": config.algorithm,
         "gram": config.gram,
         "rounds": config.server_configs.num_global_epochs,
+        "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,
     }
     made: ClientSettings = build(ClientSettings, plain(client.train_configs) | plain(own))

@@ -7,9 +7,9 @@ inputs. Other blocks run once. Nothing runs after the last assigned block.
 Legend: O out features, I in features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.models.blockwise import Activations, Stop, advance
-from fedspallm_appfl.models.inputs import SharedInputs, check_statistic
+from fedspallm_appfl.models.inputs import SharedInputs
 from fedspallm_appfl.models.layout import Linear
-from fedspallm_appfl.pruning.pruner import Prepared
+from fedspallm_appfl.pruning.pruner import Prepared, by_target
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.statistics import Statistic
-from fedspallm_appfl.rounds.source import Agreed, Source
+from fedspallm_appfl.rounds.source import Agreed, Source, check_statistics
+from fedspallm_appfl.wire.packed import Unreached
 
-Statistics = list[tuple[list[str], Statistic | None]]  # (linears that share an input, what is known of it)
+Statistics = Iterator[tuple[list[str], Statistic | None]]  # (linears that share an input, what is known of it)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,16 @@ class PrunedLinear:
         weight: (O, I) in the dtype of the checkpoint, zero where pruned.
         mask: (O, I) bool, True = kept.
         notes: what the report should say about it.
+        tokens: those that reached an expert; None for a matrix that all tokens reach.
     """
 
     weight: Tensor
     mask: Tensor
     notes: dict[str, float]
+    tokens: int | None = None
+
+
+Pruned = Iterator[tuple[int, dict[str, PrunedLinear | Unreached]]]  # (block, linear -> what became of it)
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,7 @@ class _Block:
         return {linear.name: linear for linear in self.source.model.layout.blocks[self.index]}
 
 
-def prune_blocks(
-    source: Source, assigned: set[int], masks: Agreed | None = None
-) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
+def prune_blocks(source: Source, assigned: set[int], masks: Agreed | None = None) -> Pruned:
     """Sweep over the blocks and prune the assigned ones from their dense weights.
 
     Matrices that the federation already agreed on are used in the forward pass of blocks that are not assigned.
@@ -91,28 +95,28 @@ def prune_blocks(
 
 
 @torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
-def _prune_block(block: _Block, state: Activations) -> dict[str, PrunedLinear]:
-    done: dict[str, PrunedLinear] = {}
-    statistics = collect(block.source, block.module, block.index, state)
-    give_back()  # what the forward pass used; the solve allocates other sizes
-    for names, statistic in statistics:
-        if statistic is not None:
-            skeleton = block.source.model.skeleton
-            check_statistic(statistic, block.source.where(block.index, names[0]), skeleton, block.index)
-    while statistics:
-        names, statistic = statistics.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
+def _prune_block(block: _Block, state: Activations) -> dict[str, PrunedLinear | Unreached]:
+    done: dict[str, PrunedLinear | Unreached] = {}
+    for names, statistic in collect(block.source, block.module, block.index, state):
         done |= _prune_group(block, names, statistic)
+        del statistic  # not kept while the next is made
     return {name: done[name] for name in block.linears}
 
 
-def _prune_group(block: _Block, names: list[str], statistic: Statistic | None) -> dict[str, PrunedLinear]:
-    """Prune linears that share an input, in place."""
+def _prune_group(
+    block: _Block, names: list[str], statistic: Statistic | None
+) -> Mapping[str, PrunedLinear | Unreached]:
+    """Prune linears that share an input, in place; those of an expert if enough tokens reached it."""
     done, name = {}, names[0]
+    tokens = statistic.tokens if statistic is not None and block.linears[name].expert else None
+    if tokens is not None and tokens < block.source.settings.min_tokens:
+        return {name: Unreached(tokens) for name in names}
     try:
-        prepared = prepare(block.source.settings, statistic)
-        for name in names:
-            done[name] = _prune_linear(block, block.linears[name], prepared)
-            block.source.model.skeleton.files.release()
+        for settings, alike, known in by_target(block.source.settings, block.index, names, statistic):
+            prepared = prepare(settings, known)
+            for name in alike:
+                done[name] = replace(_prune_linear(block, block.linears[name], prepared), tokens=tokens)
+                block.source.model.skeleton.files.release()
     except PruningError as error:
         raise PruningError(f"{block.source.where(block.index, name)}: {error}") from error
     return done
@@ -134,14 +138,23 @@ def _prune_linear(block: _Block, linear: Linear, prepared: Prepared) -> PrunedLi
 
 
 def collect(source: Source, module: nn.Module, index: int, state: Activations) -> Statistics:
-    """Statistics of the distinct inputs of a block's linears."""
-    linears, model, settings = source.model.layout.blocks[index], source.model, source.settings
-    if new_statistic(settings, 1, model.device) is None:
-        return [([linear.name for linear in linears], None)]
-    inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], model.device))
+    """Statistics of the distinct inputs of a block's linears; those of an expert are made when they are asked for."""
+    linears, settings, device = source.model.layout.blocks[index], source.settings, source.model.device
+    if new_statistic(settings, 1, device) is None:
+        yield [linear.name for linear in linears], None
+        return
+    inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], device), source.kept)
     with inputs.watched(module):
         for number, hidden in enumerate(state.hidden):
             with suppress(Stop):
                 state.calls[number][index](module, hidden)
             inputs.end_of_batch()
-    return inputs.groups()
+    give_back()  # what the forward pass used; the solve allocates other sizes
+    found = inputs.groups()
+    check_statistics(source, index, found)
+    while found:
+        yield found.pop(0)  # not kept once it was used: a Gram matrix may be larger than the weight
+    for names, statistic in inputs.of_experts(module):
+        check_statistics(source, index, [(names, statistic)])
+        yield names, statistic
+        del statistic

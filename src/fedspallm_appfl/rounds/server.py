@@ -20,20 +20,27 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, folds
+from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, expert_weight, folds
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
-from fedspallm_appfl.wire.packed import Packed
+from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.store import PackedStore
-from fedspallm_appfl.wire.update import check_update, compress, make_update, update_nbytes
+from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
 
 
 @dataclass
 class _Open:
-    """A unit that some clients have sent and others still owe."""
+    """A unit that some clients have sent and others still owe.
 
-    sums: Any
+    Attributes:
+        clients: how many will send it at most.
+        missing: clients that still owe it.
+        sums: None until the first has sent something of it.
+    """
+
+    clients: int
     missing: set[str]
+    sums: Any = None
 
 
 @dataclass
@@ -72,6 +79,7 @@ class Piece:
         units: its (block, linear) pairs.
         nbytes: bytes of its tensors.
         exchange: the exchange of the round that made it.
+        store: where its matrices are; empty for what the exchange sends down.
     """
 
     round_index: int
@@ -80,6 +88,7 @@ class Piece:
     units: list[Unit]
     nbytes: int
     exchange: int = 0
+    store: str = ""
 
 
 class GlobalModel:
@@ -111,6 +120,7 @@ class GlobalModel:
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
         self._received: set[tuple[str, int, str]] = set()
         self._facts: dict[int, dict[str, Any]] = {}
+        self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
 
     @property
     def exchange(self) -> Exchange:
@@ -125,7 +135,7 @@ class GlobalModel:
             limit: bytes of a message.
         """
         context, settings = self.context, self.settings
-        shapes = {block: context.layout.shapes(block) for block in range(len(context.layout.blocks))}
+        shapes = context.layout.pruned
         bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
         return plan(bytes_of, blocks_per_message, limit)
 
@@ -180,7 +190,7 @@ class GlobalModel:
         if isinstance(update, Mapping) and not update:
             return 0
         expected = {
-            block: {unit: self._fold.check(client, block, unit) for unit in self._units(block)}
+            block: {unit: self._check_of(client, block, unit) for unit in self._units(block)}
             for block in self.round.assigned[client]
             if self.exchange.concerns(block)
         }
@@ -195,6 +205,11 @@ class GlobalModel:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
         return update_nbytes(update)
+
+    def _check_of(self, client: str, block: int, unit: str) -> Check:
+        """How an upload of a unit is checked."""
+        check = self._fold.check(client, block, unit)
+        return check_expert(check) if self.context.layout.linear(block, unit).expert else check
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round; what it has sent counts, unit by unit.
@@ -260,19 +275,26 @@ class GlobalModel:
             block: {name: packed.nbytes for name, packed in self._stored(block).items() if name in names}
             for block, names in sorted(self.round.closed.items())
         }
-        parts = plan(sizes, len(sizes), limit)
-        pieces = [
-            Piece(
-                self.round.index,
-                number,
-                len(parts),
-                units,
-                sum(sizes[block][name] for block, name in units),
-                self.round.exchange,
-            )
-            for number, units in enumerate(parts)
-        ]
+        if self._down_store == GLOBAL:
+            self._held |= {(block, name) for block, names in sizes.items() for name in names}
+        pieces = _pieces(sizes, limit, self.round.index, self.round.exchange)
         return [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+
+    def final(self, client: str, limit: int) -> list[Piece]:
+        """What a client lacks of the finished model, or of its own where each has one, in pieces.
+
+        Raises:
+            ConfigError: one matrix exceeds the limit.
+        """
+        own = registry.find(self.settings.algorithm).store_of(client)
+        store, held = self.store(own or GLOBAL), set() if own else self._held
+        matrices = {block: store.get(block) or {} for block in store.blocks()}
+        sizes = {
+            block: {name: packed.nbytes for name, packed in linears.items() if (block, name) not in held}
+            for block, linears in matrices.items()
+        }
+        lacking = {block: linears for block, linears in sizes.items() if linears}
+        return _pieces(lacking, limit, self.settings.rounds, 0, own or GLOBAL)
 
     @property
     def _compresses(self) -> bool:
@@ -290,12 +312,18 @@ class GlobalModel:
 
     def load_piece(self, piece: Piece) -> dict[str, Any]:
         """One piece of the update to send down, ready for the wire."""
+        if self._compresses and piece.store:
+            return compress(self._made(piece))
         if self._compresses:
             return torch.load(self._file_of(piece), weights_only=True)
         return self._made(piece)
 
     def _made(self, piece: Piece) -> dict[str, Any]:
-        stored = {block: self._stored(block, piece.exchange) for block in {block for block, _ in piece.units}}
+        blocks_of = {block for block, _ in piece.units}
+        if piece.store:
+            stored = {block: self.store(piece.store).get(block) or {} for block in blocks_of}
+        else:
+            stored = {block: self._stored(block, piece.exchange) for block in blocks_of}
         blocks: dict[int, dict[str, Packed]] = {}
         for block, name in piece.units:
             blocks.setdefault(block, {})[name] = stored[block][name]
@@ -318,19 +346,33 @@ class GlobalModel:
             )
         return samples if self.settings.weights == "sample_size" else 1
 
+    @staticmethod
+    def _weight(packed: Any, weight: int) -> int:
+        """The weight of an upload: of an expert's matrix by the tokens that reached it."""
+        tokens = packed.tokens if isinstance(packed, Packed) else None
+        return weight if tokens is None else expert_weight(tokens)
+
     def _guard(self, client: str, block: int, name: str, packed: Any, weight: int) -> None:
+        if isinstance(packed, Unreached):
+            return
         sums = self._open[block, name].sums if (block, name) in self._open else None
         try:
-            self._fold.guard(sums, packed, weight)
+            self._fold.guard(sums, packed, self._weight(packed, weight))
         except ValueError as error:
             raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
 
     def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         if (block, unit) not in self._open:
             clients = self.round.clients_of(block) - self.round.given_up
-            self._open[block, unit] = _Open(self._fold.open(block, unit, len(clients)), clients)
+            self._open[block, unit] = _Open(len(clients), clients)
         matrix = self._open[block, unit]
-        self._fold.add(matrix.sums, client, block, unit, packed, weight)
+        if isinstance(packed, Unreached):
+            self._fold.leave_out(client, block, unit)
+            self._note(block, {}, {"left_out": 1})
+        else:
+            if matrix.sums is None:
+                matrix.sums = self._fold.open(block, unit, matrix.clients)
+            self._fold.add(matrix.sums, client, block, unit, packed, self._weight(packed, weight))
         matrix.missing.discard(client)
         if not matrix.missing:
             del matrix  # its sums are dropped as soon as they have been used
@@ -339,7 +381,11 @@ class GlobalModel:
     def _close(self, block: int, unit: str) -> None:
         """Make matrices of the sums of a unit."""
         give_back()  # what the uploads left behind; the steps to come are the largest
-        stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
+        if self._open[block, unit].sums is None:
+            del self._open[block, unit]
+            stores, facts = self._fold.unreached(block, unit), {"unreached": 1}
+        else:
+            stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
         ready = self._ready.setdefault(block, {})
         for store, linears in stores.items():
             ready.setdefault(store, {}).update(linears)
@@ -353,17 +399,18 @@ class GlobalModel:
         """Add to what the report says of a block."""
         noted = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
         for name, count in facts.items():
-            noted[name] += count
-        for packed in linears.values():
+            noted[name] = noted.get(name, 0) + count
+        for name, packed in linears.items():
             zeros = packed.entries - packed.kept
             noted["zeros"] += zeros
-            noted["over_target"] += max(0, zeros - self.settings.sparsity.zeros(packed.entries))
+            noted["over_target"] += max(0, zeros - self.context.target(block, name).zeros(packed.entries))
 
     def _finish_block(self, block: int) -> None:
         """Store what this exchange made of a block."""
         del self._closed[block]
         for store, linears in self._ready.pop(block).items():
             self.store(store).add(block, linears)
+            self._held -= {(block, name) for name in linears} if store == GLOBAL else set()
             self.round.closed.setdefault(block, []).extend(linears if store == self._down_store else ())
         later = self.exchanges[self.round.exchange + 1 :]
         if any(exchange.concerns(block) for exchange in later):
@@ -377,3 +424,15 @@ class GlobalModel:
     @property
     def _down_store(self) -> str | None:
         return DOWN[self.exchange.down] if self.exchange.down else None
+
+
+def _pieces(
+    sizes: Mapping[int, Mapping[str, int]], limit: int, round_index: int, exchange: int, store: str = ""
+) -> list[Piece]:
+    """Matrices, as block -> linear -> bytes, in pieces of at most `limit` bytes."""
+    parts = plan(sizes, max(1, len(sizes)), limit)
+    bytes_of = [sum(sizes[block][name] for block, name in units) for units in parts]
+    return [
+        Piece(round_index, number, len(parts), units, bytes_of[number], exchange, store)
+        for number, units in enumerate(parts)
+    ]

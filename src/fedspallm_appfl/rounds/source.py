@@ -1,14 +1,17 @@
 """All that a client's sweep over its private text needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.models.activations import HiddenStates, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, embed
+from fedspallm_appfl.models.inputs import check_statistic
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.pruning.statistics import Statistic
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.packed import Packed
 
@@ -50,6 +53,17 @@ class Source:
         mine = self.windows if windows is None else windows
         return embed(self.model, mine, data.batch, data.activations, self.settings.client_id)
 
+    def kept(self) -> HiddenStates:
+        """Room for what goes into experts."""
+        return hidden_states(self.settings.data.activations, self.windows.numel(), self.settings.client_id)
+
     def where(self, block: int, linear: str) -> str:
         """What errors name."""
         return f"client {self.settings.client_id}, block {block}, {linear}"
+
+
+def check_statistics(source: Source, index: int, found: Sequence[tuple[list[str], Statistic]]) -> None:
+    """Refuse what no pruner can use, before anything of the block is pruned; an expert may be reached by no token."""
+    for names, statistic in found:
+        if statistic.tokens or not source.model.layout.linear(index, names[0]).expert:
+            check_statistic(statistic, source.where(index, names[0]), source.model.skeleton, index)

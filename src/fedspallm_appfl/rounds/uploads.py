@@ -4,7 +4,7 @@ Legend: O out features, I in features.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -13,12 +13,12 @@ from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
 from fedspallm_appfl.rounds.gathering import gathered
-from fedspallm_appfl.rounds.pruning import prune_blocks
-from fedspallm_appfl.rounds.source import Agreed, Source
+from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
+from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
-from fedspallm_appfl.wire.packed import Shapes, pack, pack_mask, pack_values, packed_sizes
+from fedspallm_appfl.wire.packed import Packed, Shapes, Unreached, pack, pack_mask, pack_values, packed_sizes
 from fedspallm_appfl.wire.update import Unit
 
 Noted = tuple[Unit, dict[str, float]]  # what travels, and what the report should say about it
@@ -41,44 +41,53 @@ def _weights(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
         yield from _masks(source, exchange, blocks)
         return
     dtype = source.model.skeleton.stored_dtype
-    for block, linears in _pruned(source, blocks):
-        yield block, {name: (pack(one.weight, one.mask, dtype), one.notes) for name, one in linears}
+    yield from _packed(prune_blocks(source, blocks), lambda block, name, one: pack(one.weight, one.mask, dtype))
 
 
 def _masks(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    for block, linears in _pruned(source, blocks):
-        yield block, {name: (pack_mask(one.mask), one.notes) for name, one in linears}
+    return _packed(prune_blocks(source, blocks), lambda block, name, one: pack_mask(one.mask))
 
 
 def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     """Weights made for the masks that were agreed on."""
     dtype = source.model.skeleton.stored_dtype
-    for block, linears in _pruned(source, blocks, source.masks):
-        masks = source.masks.get(block) or {}
-        yield block, {name: (pack_values(one.weight, masks[name].bits, dtype), one.notes) for name, one in linears}
+
+    def packed(block: int, name: str, one: PrunedLinear) -> Packed:
+        return pack_values(one.weight, (source.masks.get(block) or {})[name].bits, dtype)
+
+    return _packed(prune_blocks(source, blocks, source.masks), packed)
 
 
-def _pruned(source: Source, blocks: set[int], masks: Agreed | None = None) -> Iterator[tuple[int, Any]]:
-    """(block, iterator of (linear, pruned matrix) that keeps none that it has given)."""
-    for block, linears in prune_blocks(source, blocks, masks):
-        yield block, ((name, linears.pop(name)) for name in list(linears))
+def _packed(pruned: Pruned, pack_one: Callable[[int, str, PrunedLinear], Packed]) -> Sweep:
+    """Pack matrix by matrix; none is kept that was packed."""
+    for block, linears in pruned:
+        made: dict[str, Noted] = {}
+        for name in list(linears):
+            one = linears.pop(name)
+            if isinstance(one, Unreached):
+                made[name] = one, {}
+            else:
+                made[name] = replace(pack_one(block, name, one), tokens=one.tokens), one.notes
+            del one
+        yield block, made
+        del made, linears
 
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    for block, sums in gathered(source, blocks, exchange.only):
-        for name in sums:
-            _require_tokens(source, block, name, sums[name])
-        precision = source.settings.gram.precision
-        yield block, {name: (pack_gram(sums.pop(name), precision), {}) for name in list(sums)}
+    for block, found in gathered(source, blocks, exchange.only):
+        yield block, {name: (_packed_gram(source, block, name, sums), {}) for name, sums in found}
 
 
-def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
+def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) -> Unit:
+    if isinstance(sums, Unreached):
+        return sums
     least = source.settings.gram.fewest_tokens(len(sums.upper))
     if sums.tokens < least:
         raise DataError(
             f"{source.where(block, name)}: statistics of {sums.tokens} tokens are not sent: text might be read back from "
             f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
         )
+    return pack_gram(sums, source.settings.gram.precision)
 
 
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
@@ -92,7 +101,7 @@ _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
 def sizes(
     exchange: Exchange,
     shapes: Mapping[int, Shapes],
-    target: Target,
+    sparsity: Sparsity,
     dtype: torch.dtype,
     groups: Groups = (),
     gram: Gram | None = None,
@@ -102,7 +111,7 @@ def sizes(
     Args:
         exchange: the exchange.
         shapes: for each block (O, I) of each linear.
-        target: sparsity.
+        sparsity: the target of each matrix.
         dtype: dtype of the checkpoint.
         groups: linears that share an input, for `grams`.
         gram: which statistics, for `grams`.
@@ -118,4 +127,4 @@ def sizes(
             for block in shapes
             if exchange.concerns(block)
         }
-    return {block: packed_sizes(linears, target, dtype, exchange.up) for block, linears in shapes.items()}
+    return {block: packed_sizes(linears, sparsity, dtype, exchange.up, block) for block, linears in shapes.items()}

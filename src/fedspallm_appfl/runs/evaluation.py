@@ -10,11 +10,14 @@ from torch import Tensor
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.models import custom_code
+from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
-from fedspallm_appfl.models.text import check_vocabulary, held_out_windows, tokenizer_for, windows_of
+from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows
+from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, windows_of
 from fedspallm_appfl.validation.files import too_long
 
 DEFAULT_LENGTH = 2048
@@ -33,8 +36,7 @@ def held_out(config: Config) -> dict[str, Tensor]:
     settings = config.evaluation
     if not settings.texts:
         return {}
-    custom_code.allow_for(config.model)
-    skeleton = Skeleton(config.model.path, config.model.blocks)
+    skeleton = Skeleton.of(config)
     for problem in too_long("evaluation.length", settings.length, skeleton.longest_window):
         raise ConfigError(problem)
     try:
@@ -42,10 +44,8 @@ def held_out(config: Config) -> dict[str, Tensor]:
     except ConfigError as error:
         raise ConfigError(f"evaluation.device: {error}") from error
     known = tokenizer_for(skeleton.folder, *settings.texts.values()), skeleton.vocabulary
-    return {
-        name: held_out_windows(name, text, settings.length, *known)[: settings.windows]
-        for name, text in settings.texts.items()
-    }
+    cut = Cut(settings.length, settings.bos, settings.field)
+    return {name: held_out_windows(name, text, cut, settings.windows, *known) for name, text in settings.texts.items()}
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def evaluate(
         log: gets an event for each model.
     """
     device = choose_device(config.evaluation.device, 0)
-    lazy = LazyModel(config.model.path, config.model.blocks, config.model.dtype, device)
+    lazy = LazyModel.of(config, device)
     rows = {}
     for number, (method, pruned) in enumerate(methods.items(), 1):
         rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
@@ -77,16 +77,19 @@ class Measured:
         length: tokens in a window.
         windows: windows of all texts together.
         dtype: arithmetic.
+        begin: how windows begin, in words; empty for texts that were tokenized already.
     """
 
     perplexity: dict[str, float]
     length: int
     windows: int
     dtype: str
+    begin: str = ""
 
     def how(self) -> str:
         """How it was measured, in words."""
-        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic"
+        begin = f"; {self.begin}" if self.begin else ""
+        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic{begin}"
 
 
 def evaluate_folder(
@@ -99,6 +102,8 @@ def evaluate_folder(
     device: str = "auto",
     blocks: str | None = None,
     trust_remote_code: bool = False,
+    bos: str = "auto",
+    field: str | None = None,
 ) -> Measured:
     """Perplexity of a model folder on texts.
 
@@ -112,13 +117,15 @@ def evaluate_folder(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         blocks: dotted name of the list of decoder blocks; None to search for it.
         trust_remote_code: run Python code that the model folder brings along.
+        bos: `auto`, `first` or `never` (see `texts.windows.Cut`).
+        field: column of records.
 
     Raises:
         DataError: a text cannot be read or is too short, or the length is not one for this model.
     """
     where = choose_device(device, 0)
     if trust_remote_code:
-        custom_code.allow(folder)
+        custom_code.allow(resolve_model(folder, weights=False))
     if dtype == "auto" and where == "cpu" and Skeleton(folder, blocks).stored_dtype == torch.float16:
         dtype = "float32"
     lazy = LazyModel(folder, blocks, dtype, where)
@@ -129,8 +136,10 @@ def evaluate_folder(
     if length < 2:
         raise DataError("length is at least 2, since the first token of a window is not predicted; got 1")
     tokenizer = tokenizer_for(lazy.skeleton.folder, *texts.values())
-    cut = {name: windows_of(text, length, tokenizer)[:windows] for name, text in texts.items()}
+    how = Cut(length, bos, field)
+    cut = {name: windows_of(text, how, tokenizer, windows) for name, text in texts.items()}
     for name, of in cut.items():
         check_vocabulary(of, lazy.skeleton.vocabulary, name)
     rows = perplexities(lazy, cut, batch=batch)
-    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."))
+    begin = beginning_words(tokenizer, bos) if tokenizer is not None else ""
+    return Measured(rows, length, sum(map(len, cut.values())), str(lazy.dtype).removeprefix("torch."), begin)

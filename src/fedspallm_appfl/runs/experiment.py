@@ -16,15 +16,17 @@ from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
+from fedspallm_appfl.reports import card
+from fedspallm_appfl.reports.own_text import own_texts
+from fedspallm_appfl.reports.progress import RunProgress
+from fedspallm_appfl.reports.report import absence_line, closing, write_report
+from fedspallm_appfl.reports.result import Result
 from fedspallm_appfl.rounds.folds import STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
-from fedspallm_appfl.runs import card, run_dir
+from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
-from fedspallm_appfl.runs.progress import RunProgress
-from fedspallm_appfl.runs.report import absence_line, closing, write_report
-from fedspallm_appfl.runs.result import Result
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.validation.words import attention_words
 from fedspallm_appfl.wire.store import PackedStore
 
@@ -90,7 +92,7 @@ def conduct(
         perplexity = evaluate(config, texts, methods, log) if texts else {}
         dense_bytes = sum(matrix.entries for matrix in matrices) * aggregator.skeleton.stored_dtype.itemsize
         _write_cards(config, folder, perplexity, log)
-        results = Result(_with_means(perplexity), matrices, dense_bytes, place)
+        results = Result(_with_means(perplexity), matrices, dense_bytes, place, own_texts(log))
         log({"event": "end"})
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
@@ -152,17 +154,24 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     """
     matrices = save_model(skeleton, store, folder / "model")
     zeros, entries = sum(matrix.zeros for matrix in matrices), sum(matrix.entries for matrix in matrices)
+    sparsity = config.client_configs.train_configs.sparsity
+    targets = [
+        str(sparsity.of(block, linear.name))
+        for block, linears in enumerate(skeleton.layout.blocks)
+        for linear in linears
+    ]
     manifest = {
         "model": config.model.path,
         "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
-        "target": str(config.client_configs.train_configs.sparsity),
+        "target": str(sparsity),
         "pruner": config.pruners(),
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,
-        "matrices": [matrix.to_dict() for matrix in matrices],
+        "prune": plain(config.prune),
+        "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return matrices

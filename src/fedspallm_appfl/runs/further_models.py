@@ -11,20 +11,21 @@ from rich.console import Console
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry
-from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
-from fedspallm_appfl.runs import card, evaluation, experiment, run_dir
-from fedspallm_appfl.runs.progress import RunProgress
-from fedspallm_appfl.runs.report import model_table
+from fedspallm_appfl.reports import card
+from fedspallm_appfl.reports.progress import RunProgress
+from fedspallm_appfl.reports.report import model_table
+from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
+from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.tensors.target import Target, parse_target
-from fedspallm_appfl.validation.files import indivisible
+from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.validation.files import unfit
 from fedspallm_appfl.validation.rules import check
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import GramStore, PackedStore
@@ -37,17 +38,17 @@ class Model:
     """A model to be made.
 
     Attributes:
-        target: the target.
+        target: the target of each matrix.
         folder: where it goes.
     """
 
-    target: Target
+    target: Sparsity
     folder: Path
 
     @property
     def text(self) -> str:
-        """Its target."""
-        return str(self.target)
+        """Its target, or the default one."""
+        return str(self.target.default)
 
     def is_there(self) -> bool:
         """Whether it has been made; what was interrupted has no manifest."""
@@ -72,8 +73,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
         ModelError: a model cannot be written.
     """
     config = _config(run, pruner)
-    custom_code.allow_for(config.model)
-    skeleton, store = Skeleton(config.model.path, config.model.blocks), GramStore(run / STATISTICS)
+    skeleton, store = Skeleton.of(config), GramStore(run / STATISTICS)
     models = _models(run, config, targets, skeleton.layout)
     with run_dir.locked(run, "wait until it is done"), run_dir.scratch(run) as work:
         _require_absent(models, overwrite)
@@ -100,8 +100,9 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 
 def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
     """What is to be made, each once."""
-    aims = dict.fromkeys(_target(text, layout) for text in targets)
-    return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target))}") for target in aims]
+    given = config.client_configs.train_configs.sparsity
+    aims = dict.fromkeys(_target(text, layout, given) for text in targets)
+    return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target.default))}") for target in aims]
 
 
 def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
@@ -112,12 +113,12 @@ def _require_absent(models: Sequence[Model], overwrite: bool) -> None:
         )
 
 
-def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
+def pruned(config: Config, target: Sparsity, skeleton: Skeleton, store: GramStore, folder: Path) -> PackedStore:
     """Prune the whole model with stored sums.
 
     Args:
         config: names the pruner and its settings.
-        target: ratio or n:m.
+        target: of each matrix.
         skeleton: the dense model.
         store: sums of all clients.
         folder: where the packed blocks go.
@@ -129,7 +130,21 @@ def pruned(config: Config, target: Target, skeleton: Skeleton, store: GramStore,
     packed = PackedStore(folder)
     for block, leader in store.units():
         _prune_input(config, target, skeleton, store, packed, block, leader)
+    for block in packed.blocks():
+        _add_unseen(config, target, skeleton, packed, block)
     return packed
+
+
+def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: PackedStore, block: int) -> None:
+    """Add experts of which there are no sums, because too few tokens reached them."""
+    done = packed.get(block) or {}
+    linears = [one for one in skeleton.layout.blocks[block] if one.expert and one.name not in done]
+    dense = config.server_configs.aggregator_kwargs.unreached == "dense"
+    for linear in linears:
+        weight = skeleton.dense_weight(block, linear).float()
+        done[linear.name] = unseen(weight, target.of(block, linear.name), dense, skeleton.stored_dtype)
+    if linears:
+        packed.save(block, done)
 
 
 def _config(run: Path, pruner: str | None) -> Config:
@@ -151,12 +166,13 @@ def _config(run: Path, pruner: str | None) -> Config:
     return config
 
 
-def _target(text: str, layout: Layout) -> Target:
+def _target(text: str, layout: Layout, given: Sparsity) -> Sparsity:
+    """A target in the place of the default one of the run; what it says of some matrices stands."""
     try:
-        target = parse_target(text)
+        target = given.with_default(parse_target(text))
     except ValueError as error:
         raise ConfigError(f"--sparsity: {error}") from error
-    for problem in indivisible(layout.blocks, target):
+    for problem in unfit(layout, target):
         raise ConfigError(problem)
     return target
 
@@ -167,7 +183,7 @@ def folder_name(text: str) -> str:
 
 
 def _prune_input(
-    config: Config, target: Target, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
+    config: Config, target: Sparsity, skeleton: Skeleton, store: GramStore, packed: PackedStore, block: int, leader: str
 ) -> None:
     """Prune the matrices that take one input."""
     found = store.load(block, leader)
@@ -178,7 +194,7 @@ def _prune_input(
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
     settings = replace(train, sparsity=target)
-    made = prune_input(weights, moved, settings, rounded, train.threads, f"block {block}, {leader}")
+    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader))
     packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
 
 
@@ -189,7 +205,7 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
     for block, linears in enumerate(skeleton.layout.blocks):
         done = packed.get(block) or {}
         for linear in linears:
-            if linear.name not in done and (done or skeleton.key(block, linear.name) in before):
+            if linear.name not in done and (done or skeleton.place(block, linear).name in before):
                 raise ModelError(
                     f"{run / STATISTICS} lacks the statistics of block {block}, {linear.name}; run the experiment again"
                 )

@@ -150,6 +150,7 @@ def _all_rounds(comm: Any, agents: dict[str, Any]) -> None:
     status = "RUNNING"
     while status != "DONE":
         status = _exchange(wire, agents)
+    _measure(wire, agents)
     wire.invoke_custom_action(action="close_connection")
 
 
@@ -167,6 +168,20 @@ def _exchange(wire: Any, agents: dict[str, Any]) -> str:
         for agent in agents.values():
             agent.load_parameters(piece)
     return answers[next(iter(agents))]["status"]
+
+
+def _measure(wire: Any, agents: dict[str, Any]) -> None:
+    """Let each client of the rank measure the finished model on its own text; they share what all are sent."""
+    losses: dict[str, dict[str, Any]] = {}
+    for name, agent in agents.items():
+        if agent.trainer.lacking is None:
+            continue
+        client = agent.trainer.client
+        for number in range(agent.trainer.lacking if not losses or client.final is not client.agreed else 0):
+            client.final.take(wire.get_global_model(init_model=False, final=number, client_id=name))
+        losses[name] = client.measure()
+    if losses:
+        wire.get_global_model(init_model=False, losses=losses)
 
 
 def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:

@@ -55,7 +55,19 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
             agents[name].load_parameters((update, instructions))
             for piece in range(1, update.get("pieces", 1)):
                 agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
+    _measure(server, agents)
     return server.aggregator
+
+
+def _measure(server: Any, agents: dict[str, Any]) -> None:
+    """Let each client measure the finished model on its own text."""
+    for name, agent in agents.items():
+        if agent.trainer.lacking is None:
+            continue
+        client = agent.trainer.client
+        for number in range(agent.trainer.lacking):
+            client.final.take(server.get_parameters(init_model=False, final=number, client_id=name)[0])
+        server.get_parameters(init_model=False, losses={name: client.measure()})
 
 
 def load() -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.settings.schema import Client, Config, Rule, plain
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 
 BEGIN, END = "<!-- keys: made from settings/schema.py by make docs -->\n", "<!-- end of keys -->\n"
 WORDS = {
@@ -62,8 +62,8 @@ def _value(hint: Any, rule: Rule) -> str:
     """What may stand there."""
     if rule.choices:
         return "a word"
-    if hint == Target:
-        return "number or text"
+    if hint == Sparsity:
+        return "number, text, or keys and values"
     kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     words = " or ".join(WORDS[typing.get_origin(kind) or kind] for kind in kinds if kind is not types.NoneType)
     if rule.range:

@@ -24,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from fedspallm_appfl.errors import ConfigError, first_line
 from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.schema import Config, plain
-from fedspallm_appfl.tensors.target import Target, parse_target
+from fedspallm_appfl.tensors.targets import Sparsity, parse_sparsity
 
 WORDS = {list: "a list", dict: "keys and values", bool: "true or false"}
+_CHOICE = "; which matrices stay dense is said at the top of the file: prune.ignore=[blocks.0, '*.down_proj']"
+ELSEWHERE = dict.fromkeys(("ignore", "skip", "exclude", "skip_layers", "ignore_layers", "ignored_layers"), _CHOICE)
 
 
 def load_config(
@@ -148,7 +150,7 @@ def build(kind: Any, raw: Any, path: str = "", problems: list[str] | None = None
         if key in hints:
             made[key] = _value(hints[key], value, where, problems, found)
         elif problems is not None:
-            found.append(f"{where}: unknown key{_nearest(str(key), list(hints))}")
+            found.append(f"{where}: unknown key{ELSEWHERE.get(str(key)) or _nearest(str(key), list(hints))}")
     if problems is None and found:
         raise ConfigError("; ".join(found))
     return kind(**{key: value for key, value in made.items() if value is not _WRONG})
@@ -160,7 +162,7 @@ _hints = lru_cache(maxsize=None)(typing.get_type_hints)
 
 def _value(hint: Any, value: Any, where: str, outer: list[str] | None, problems: list[str]) -> Any:
     """A value as its key's type wants it; `outer` is what `build` was given for `problems`."""
-    if hint == Target:
+    if hint == Sparsity:
         return _target(value, where, problems)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where, outer)
@@ -198,7 +200,7 @@ def _scalar(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 def _target(value: Any, where: str, problems: list[str]) -> Any:
     try:
-        return parse_target(value)
+        return parse_sparsity(value)
     except ValueError as error:
         problems.append(f"{where}: {error}")
         return _WRONG

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import UUID, Client, Config, Rule, Store
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
 URL = re.compile(r"https?://[\w.-]+(:\d{1,5})?/?")
@@ -51,7 +51,7 @@ def wrong_values(settings: Any, path: str, plugins: list[str]) -> Iterator[str]:
         if isinstance(value, list) and one.name == "clients":
             for index, client in enumerate(value):
                 yield from wrong_values(client, f"{where}.{index}.", plugins)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, Target):
+        elif dataclasses.is_dataclass(value) and not isinstance(value, Sparsity):
             yield from wrong_values(value, f"{where}.", plugins)
         elif "rule" in one.metadata and (wrong := _broken(one.metadata["rule"], value, plugins)):
             yield f"{where}: {wrong}"
@@ -126,7 +126,7 @@ def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:
 
 def shown(value: Any) -> str:
     """A value as messages show it."""
-    return repr(str(value) if isinstance(value, Target) else value)
+    return repr(str(value) if isinstance(value, Sparsity) else value)
 
 
 def _globus(config: Config) -> Iterator[str]:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.tensors.target import Target, parse_target
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 Paths = str | list[str]
 
 ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
 DTYPES = ("float32", "float16", "bfloat16")
+BOSES = ("auto", "first", "never")
+BOS = "begin-of-sequence: `auto`: each window begins as the tokenizer begins a text; `first`: the whole text does; `never`"
 MOST = 10**9  # nobody means more, and what is not a machine integer fails far from here
 MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
 MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
@@ -83,6 +86,22 @@ class Model:
     )
 
 
+@dataclass
+class Prune:
+    """Which matrices are pruned; the others stay dense."""
+
+    include: list[str] = key(
+        list,
+        "patterns of the matrices to prune: blocks (`7`, `0-3`), names (`self_attn`, `*.down_proj`) or both "
+        "(`blocks.0-3.down_proj`); empty means all",
+    )
+    ignore: list[str] = key(list, "patterns of matrices that stay dense, of those that `include` names")
+    keep_zeros: bool = key(
+        True,
+        "weights that are zero in the dense model are pruned first and stay zero, so that its sparsity is not lost",
+    )
+
+
 @dataclass(frozen=True)
 class Gram:
     """What clients send with an algorithm that gathers Gram matrices."""
@@ -139,6 +158,12 @@ class AggregatorKwargs:
         "latest",
         "what a later round does with the sums of earlier ones: `latest` replaces them, `cumulative` adds to them",
         choices=("latest", "cumulative"),
+    )
+    unreached: str = key(
+        "magnitude",
+        "mixtures of experts: an expert that too few tokens of every client reach is pruned by `magnitude`, or stays "
+        "`dense`",
+        choices=("magnitude", "dense"),
     )
     expansion: str = key(
         "matrix", "`matrix` or `row`: the group in which entries compete in mask expansion", choices=("matrix", "row")
@@ -217,7 +242,11 @@ class Pruning:
     pruner: str = key(
         "sparsegpt", "`sparsegpt`, `admm`, `wanda`, `magnitude`, or one of a plugin", choices=PRUNERS, extensible=True
     )
-    sparsity: Target = key(parse_target("0.5"), "share in [0, 1), or n:m; the same for every client")
+    sparsity: Sparsity = key(
+        parse_target("0.5"),
+        "share in [0, 1), or n:m; or a mapping of patterns to targets, of which the last that fits decides: "
+        '`{default: 0.5, "blocks.0-1": 0.3, "*.down_proj": 2:4}`; the same for every client',
+    )
     damping: float = key(
         0.01,
         "added to the diagonal of the Gram matrix, as a share of its mean (SparseGPT) or of each entry (ADMM, `refit`)",
@@ -230,6 +259,22 @@ class Pruning:
     )
     iterations: int = key(60, "ADMM: steps at most; fewer are faster, more a little better", least=1, most=MOST)
     refit: bool = key(False, "least squares on the kept weights after SparseGPT or Wanda")
+    min_tokens: int = key(
+        32,
+        "mixtures of experts: a client leaves an expert to others that fewer of its tokens reach",
+        least=1,
+        most=MOST,
+    )
+
+    @property
+    def own_target(self) -> Target:
+        """The target, in the settings of one matrix (see `at`)."""
+        assert isinstance(self.sparsity, Target), "settings of a matrix are made by `at`"
+        return self.sparsity
+
+    def at(self, block: int, name: str) -> "Pruning":
+        """How one matrix is pruned."""
+        return dataclasses.replace(self, sparsity=self.sparsity.of(block, name))
 
 
 @dataclass
@@ -267,7 +312,16 @@ class Data:
     """Private text of a client and what is taken from it."""
 
     text: Paths | None = key(
-        None, "private text: a UTF-8 file, a folder of .txt files, or a list of these; usually set for each client"
+        None,
+        "private text: a file, a folder, a pattern, a data set, or a list of these ([formats](#text)); usually set for "
+        "each client",
+    )
+    field: str | None = key(
+        None, "column of records that holds the text; empty means `text`, or else the only column with text"
+    )
+    bos: str = key("auto", BOS, choices=BOSES)
+    control_words: bool = key(
+        False, "`true`: words in the text such as `</s>` become control tokens; `false`: they are text like any other"
     )
     windows: int = key(128, "calibration windows drawn from it", least=1, most=MOST)
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
@@ -345,7 +399,18 @@ class Client(ClientConfigs):
 class Evaluation:
     """Held-out text on which the server measures perplexity."""
 
-    texts: dict[str, Paths] = key(dict, "name -> held-out text: file, folder or list")
+    texts: dict[str, Paths] = key(
+        dict, "name -> held-out text, as `data.text`, or `wikitext2`, `ptb`, `c4` as papers cut them"
+    )
+    field: str | None = key(None, "as `data.field`")
+    bos: str = key("auto", BOS, choices=BOSES)
+    own_windows: int | None = key(
+        None,
+        "windows of its own text that each client keeps out of calibration, to compare the pruned model with the dense one "
+        "where the text lies ([docs](#evaluation-where-the-text-lies)); 0 for none; empty means 8 without `texts`, else 0",
+        least=0,
+        most=MOST,
+    )
     length: int = key(2048, "tokens in a window", least=2, most=MOST)
     windows: int | None = key(None, "at most so many windows of each text; empty takes all", least=1, most=MOST)
     batch: int = key(1, "windows in a forward pass", least=1, most=MOST)
@@ -380,6 +445,7 @@ class Config:
     )
     gram: Gram = group(Gram)
     model: Model = group(Model)
+    prune: Prune = group(Prune)
     server_configs: ServerConfigs = group(ServerConfigs)
     client_configs: ClientConfigs = group(ClientConfigs)
     clients: list[Client] = field(default_factory=list)
@@ -412,6 +478,7 @@ class Pooled:
     client_id: str = ""
     text: Paths | None = None
     windows: int = 0
+    field: str | None = None
 
 
 @dataclass
@@ -432,6 +499,7 @@ class ClientSettings(TrainConfigs):
     Attributes:
         client_id: its id.
         model: the dense model.
+        prune: which matrices are pruned.
         data: its text.
         comm: its messages.
         seed: the experiment's.
@@ -439,11 +507,13 @@ class ClientSettings(TrainConfigs):
         gram: which statistics to send, for algorithms that gather them.
         rounds: number of rounds.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
+        own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
     """
 
     client_id: str = ""
     model: HashedModel = group(HashedModel)
+    prune: Prune = group(Prune)
     data: OwnData = group(OwnData)
     comm: CommConfigs = group(CommConfigs)
     seed: int = 0
@@ -451,6 +521,7 @@ class ClientSettings(TrainConfigs):
     gram: Gram = group(Gram)
     rounds: int = 1
     roster: dict[str, float] = field(default_factory=dict)
+    own_windows: int = 0
     agreed: str | None = None
 
 
@@ -460,6 +531,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
 
     Attributes:
         model: the dense model.
+        prune: which matrices are pruned.
         algorithm: name of the algorithm.
         gram: which statistics clients send, for algorithms that gather them.
         comparisons: algorithms whose models are made of the same uploads, beside the global one.
@@ -472,10 +544,12 @@ class ServerSettings(AggregatorKwargs, Pruning):
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
         compression: `zstd` compresses what goes down.
+        own_windows: windows of their texts on which clients measure at the end.
         state_dir: folder for packed blocks and sums; None for a temporary one.
     """
 
     model: Model = group(Model)
+    prune: Prune = group(Prune)
     algorithm: str = "fedspallm"
     gram: Gram = group(Gram)
     comparisons: list[str] = field(default_factory=list)
@@ -488,11 +562,14 @@ class ServerSettings(AggregatorKwargs, Pruning):
     threads: int | None = None
     max_message_bytes: int = 2**29
     compression: str = "none"
+    own_windows: int = 0
     state_dir: str | None = None
 
 
 def plain(settings: Any) -> Any:
     """Settings as dicts, lists and values that YAML and JSON know; `reading.build` makes them again."""
+    if isinstance(settings, Targets):
+        return settings.plain()
     if dataclasses.is_dataclass(settings) and not isinstance(settings, Target):
         return {one.name: plain(getattr(settings, one.name)) for one in dataclasses.fields(settings)}
     if isinstance(settings, dict):

@@ -20,10 +20,11 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.reports import card
+from fedspallm_appfl.reports.progress import StudyProgress
+from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.rounds.folds import STATISTICS
-from fedspallm_appfl.runs import card, evaluation, experiment, further_models, run_dir, serial
-from fedspallm_appfl.runs.progress import StudyProgress
-from fedspallm_appfl.runs.report import traffic
+from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report
 from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened
@@ -116,7 +117,7 @@ def _run(config: Config, method: Method, companions: Sequence[Method]) -> list[C
     zeros, entries = _from_manifests(Path(config.run_dir))
     cell = Cell(
         method.name,
-        str(config.client_configs.train_configs.sparsity),
+        str(config.client_configs.train_configs.sparsity.default),
         config.seed,
         results.perplexity[config.algorithm],
         zeros,
@@ -151,7 +152,7 @@ def _from_manifests(run: Path) -> tuple[int, int]:
 
 def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums: Path, gathering: Cell) -> Cell:
     """Make a model from stored sums, and check and measure it as a run would."""
-    skeleton, sparsity = Skeleton(config.model.path, config.model.blocks), config.client_configs.train_configs.sparsity
+    skeleton, sparsity = Skeleton.of(config), config.client_configs.train_configs.sparsity
     with run_dir.claimed(config, overwrite=True) as run:
         costs, started = Costs(), time.monotonic()
         packed = further_models.pruned(config, sparsity, skeleton, GramStore(sums), run / "state")
@@ -165,7 +166,7 @@ def _from_sums(config: Config, method: Method, texts: Mapping[str, Tensor], sums
     return dataclasses.replace(
         gathering,
         method=method.name,
-        target=str(sparsity),
+        target=str(sparsity.default),
         perplexity=perplexity,
         zeros=zeros,
         entries=entries,

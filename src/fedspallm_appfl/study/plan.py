@@ -20,7 +20,8 @@ from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config, Gram, plain
 from fedspallm_appfl.tensors.target import Target, parse_target
-from fedspallm_appfl.validation.files import check_with_files, indivisible
+from fedspallm_appfl.tensors.targets import DEFAULT_KEY
+from fedspallm_appfl.validation.files import check_with_files, unfit
 from fedspallm_appfl.validation.rules import check, check_on_this_machine
 
 DEFAULT = (
@@ -102,7 +103,7 @@ class Plan:
         asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target)
         made.gram = asked if registry.find(method.algorithm).gathers else Gram()
         for owner in (made.client_configs, *made.clients):
-            owner.train_configs.sparsity = target
+            owner.train_configs.sparsity = owner.train_configs.sparsity.with_default(target)
             owner.train_configs.pruner = method.pruner or owner.train_configs.pruner
         made.run_dir = str(self.out / RUNS / f"{method.name}-{folder_name(str(target))}-seed{seed}")
         return made
@@ -120,7 +121,8 @@ class Plan:
         shared["evaluation"]["compare"] = []
         shared["gram"] |= {"propagate": "", "target": ""}
         for owner in (shared["client_configs"], *shared["clients"]):
-            owner["train_configs"]["sparsity"] = ""
+            given = owner["train_configs"]["sparsity"]
+            owner["train_configs"]["sparsity"] = given | {DEFAULT_KEY: ""} if isinstance(given, dict) else ""
         return {"fedspallm_appfl": __version__, **shared}
 
     def command(self) -> str:
@@ -209,7 +211,7 @@ def planned(
         source,
         tuple(overrides),
         tuple(methods),
-        tuple(dict.fromkeys(targets)) or (config.client_configs.train_configs.sparsity,),
+        tuple(dict.fromkeys(targets)) or (config.client_configs.train_configs.sparsity.default,),
         tuple(dict.fromkeys(int(seed) for seed in seeds if seed.isdecimal())) or (config.seed,),
         out or Path(f"{config.run_dir}-study"),
         () if keep_models is None else tuple(dict.fromkeys(keep_models or algorithms)),
@@ -250,9 +252,9 @@ def _files(plan: Plan) -> Iterator[str]:
     )  # asks for enough tokens too
     yield from check_with_files(plan.experiment(strictest, plan.targets[0], plan.seeds[0]))
     with suppress(FedSpaLLMError):  # said above
-        blocks = Skeleton(plan.config.model.path, plan.config.model.blocks).layout.blocks
+        layout, given = Skeleton.of(plan.config).layout, plan.config.client_configs.train_configs.sparsity
         for target in plan.targets[1:]:
-            yield from indivisible(blocks, target)
+            yield from unfit(layout, given.with_default(target))
 
 
 def _when(method: Method) -> tuple[bool, bool]:

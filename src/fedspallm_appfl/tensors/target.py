@@ -9,12 +9,31 @@ A decimal such as 0.7 is read as the fraction 7/10, not as the nearest binary nu
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
+T = TypeVar("T")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?|[-+]?\d+/\d+", re.ASCII)
 
 
+class _Single:
+    """One target for all matrices, asked as `targets.Targets` is."""
+
+    def of(self: T, block: int, name: str) -> T:
+        """The target of a matrix: this one."""
+        return self
+
+    @property
+    def default(self: T) -> T:
+        """The target of matrices of which nothing else is said: this one."""
+        return self
+
+    def with_default(self, default: "Target") -> "Target":
+        """Another target of all matrices."""
+        return default
+
+
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(_Single):
     """Unstructured sparsity: a share of all entries of a matrix.
 
     Attributes:
@@ -34,7 +53,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(_Single):
     """Semi-structured sparsity: `kept` non-zero entries in every `group` consecutive entries of a row."""
 
     kept: int

@@ -8,23 +8,20 @@ import torch
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
-from fedspallm_appfl.models import custom_code
-from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.choice import unmatched
+from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.text import (
-    are_tokens,
-    check_vocabulary,
-    held_out_windows,
-    load_tokenizer,
-    read_text,
-    too_few,
-    windows_of,
-)
-from fedspallm_appfl.rounds.participants import algorithm_of
+from fedspallm_appfl.rounds.participants import algorithm_of, own_windows
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.settings import schema
-from fedspallm_appfl.settings.schema import Config, Paths
-from fedspallm_appfl.tensors.target import Target, check_divides
+from fedspallm_appfl.settings.schema import Client, Config
+from fedspallm_appfl.tensors.target import check_divides
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
+from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows, look_at
+from fedspallm_appfl.texts.drawing import draw
+from fedspallm_appfl.texts.files import are_tokens
+from fedspallm_appfl.texts.tokenizer import load_tokenizer
+from fedspallm_appfl.texts.windows import Cut
 from fedspallm_appfl.wire.messages import plan
 from fedspallm_appfl.wire.packed import Shapes, packed_sizes
 
@@ -35,27 +32,29 @@ def check_with_files(config: Config) -> list[str]:
     skeleton = tokenizer = None
     try:
         if config.model.path and config.model.dtype in ("auto", *schema.DTYPES):
-            custom_code.allow_for(config.model)
-            skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+            skeleton = Skeleton.of(config)
             tokenizer = load_tokenizer(skeleton.folder) if _has_words(config) else None
+    except ConfigError as error:
+        problems.append(str(error))
     except FedSpaLLMError as error:
         problems.append(f"model: {error}")
     if skeleton is not None:
         problems += _sizes(config, skeleton)
     longest = skeleton.longest_window if skeleton else None
     for client in config.clients:
-        where, data, text = f"client {client.client_id}", client.data, client.data.text
-        if not text:
-            continue
-        found = _count_windows(where, text, data.length, tokenizer, skeleton, problems)
-        if found is not None and found < data.windows:
-            problems.append(too_few(client.client_id, data.windows, data.length, found))
-        problems += too_long(f"{where}: data.length", data.length, longest)
-    length = config.evaluation.length
-    for name, text in config.evaluation.texts.items():
+        if client.data.text:
+            try:
+                _look_at_text(config, client, tokenizer, skeleton)
+            except DataError as error:
+                problems.append(str(error))
+            problems += too_long(f"client {client.client_id}: data.length", client.data.length, longest)
+    evaluation = config.evaluation
+    length = evaluation.length
+    for name, text in evaluation.texts.items():
         try:
-            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 0 else ()
-            held_out_windows(name, text, length, *known)
+            known = (tokenizer, skeleton.vocabulary) if skeleton is not None and length > 1 else ()
+            cut = Cut(length, evaluation.bos, evaluation.field)
+            held_out_windows(name, text, cut, evaluation.windows, *known)
         except DataError as error:
             problems.append(str(error))
     if config.evaluation.texts:
@@ -72,26 +71,22 @@ def _has_words(config: Config) -> bool:
         return True
 
 
-def _count_windows(
-    where: str, text: Paths, length: int, tokenizer: Any, skeleton: Skeleton | None, problems: list[str]
-) -> int | None:
-    """Windows in a text; None if it cannot be read or counted."""
+def _look_at_text(config: Config, client: Client, tokenizer: Any, skeleton: Skeleton | None) -> None:
+    """Draw a client's windows, as it will, where model and values allow.
+
+    Raises:
+        DataError: its text cannot be read or is too short.
+    """
+    name, data, text = client.client_id, client.data, client.data.text or []
     try:
-        words = not are_tokens(text)
-        if skeleton is None or length < 1 or (words and tokenizer is None):
-            if words:
-                read_text(text)
-            return None
-        windows = windows_of(text, length, tokenizer)
+        if skeleton is None or data.length < 2 or data.windows < 1 or (tokenizer is None and not are_tokens(text)):
+            look_at(text, data.field)
+            return
     except DataError as error:
-        problems.append(f"{where}: {error}")
-        return None
-    try:
-        check_vocabulary(windows, skeleton.vocabulary, where)
-    except DataError as error:
-        problems.append(str(error))
-        return None
-    return len(windows)
+        raise DataError(f"client {name}: {error}") from error
+    cut = Cut(data.length, data.bos, data.field, data.control_words)
+    windows = draw(text, cut, tokenizer, data.windows, config.seed, name, own_windows(config))
+    check_vocabulary(windows, skeleton.vocabulary, f"client {name}")
 
 
 def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
@@ -101,13 +96,12 @@ def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
         return
     if algorithm_of(config).gathers:
         yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
-    yield from indivisible(layout.blocks, config.client_configs.train_configs.sparsity)
+    yield from unfit(layout, config.client_configs.train_configs.sparsity)
     if config.gram.precision not in ("fp32", "bf16", "int8"):  # the same
         return
-    shapes = {block: layout.shapes(block) for block in range(len(layout.blocks))}
     alone = tuple(tuple((linear.name,) for linear in linears) for linears in layout.blocks)
     try:  # that some share an input does not change which statistics are the largest
-        for table in travelling(config, shapes, skeleton.stored_dtype, alone):
+        for table in travelling(config, layout.pruned, skeleton.stored_dtype, alone):
             plan(table, max(1, comm.blocks_per_message), comm.max_message_bytes)
     except ConfigError as error:
         yield f"client_configs.comm_configs.max_message_bytes: {error}"
@@ -126,14 +120,14 @@ def travelling(
         dtype: dtype of the checkpoint.
         groups: linears that share an input.
     """
-    target = config.client_configs.train_configs.sparsity
+    sparsity = config.client_configs.train_configs.sparsity
     made = algorithm_of(config).exchanges(groups, config.gram)
     answered = len(made) - (config.server_configs.num_global_epochs == 1)
     for number, exchange in enumerate(made):
-        yield sizes(exchange, shapes, target, dtype, groups, config.gram)
+        yield sizes(exchange, shapes, sparsity, dtype, groups, config.gram)
         if exchange.down is not None and number < answered:
             yield {
-                block: packed_sizes(shapes[block], target, dtype, exchange.down)
+                block: packed_sizes(shapes[block], sparsity, dtype, exchange.down, block)
                 for block in shapes
                 if exchange.concerns(block)
             }
@@ -151,10 +145,17 @@ def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:
             )
 
 
-def indivisible(blocks: tuple[tuple[Linear, ...], ...], target: Target) -> Iterator[str]:
-    """The linears whose rows a pattern n:m does not fit."""
-    found = {(linear.name, check_divides(target, linear.shape[1])): None for block in blocks for linear in block}
-    yield from (f"client_configs.train_configs.sparsity: {name}: {problem}" for name, problem in found if problem)
+def unfit(layout: Layout, sparsity: Sparsity) -> Iterator[str]:
+    """What of the targets does not fit the model: rows that n:m does not divide, patterns that mean no matrix."""
+    where = "client_configs.train_configs.sparsity"
+    found = {
+        (linear.name, check_divides(sparsity.of(block, linear.name), linear.shape[1])): None
+        for block, linears in enumerate(layout.blocks)
+        for linear in linears
+    }
+    yield from (f"{where}: {name}: {problem}" for name, problem in found if problem)
+    if isinstance(sparsity, Targets):
+        yield from (f"{where}: {problem}" for problem in unmatched(layout, [one for one, _ in sparsity.others]))
 
 
 def too_long(what: str, length: int, longest: int | None) -> list[str]:

@@ -1,31 +1,39 @@
 """What a run will do, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
-from fedspallm_appfl.models.layout import left_dense
+from fedspallm_appfl.models.choice import by_kind, in_words, left_dense
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.texts.files import text_files
 
 
 def forecast(config: Config) -> list[str]:
     """What a run will prune."""
-    skeleton = Skeleton(config.model.path, config.model.blocks, config.model.dtype)
+    skeleton = Skeleton.of(config)
     blocks = skeleton.layout.blocks
     entries = sum(linear.entries for block in blocks for linear in block)
-    names = ", ".join(linear.name for linear in blocks[0])
     lines = [
         headline(config),
         *_notices(config),
-        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(blocks)} blocks: {names}",
+        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
+        *_listed([(", ".join(linear.name for linear in linears),) for linears in blocks]),
     ]
     if named := replaced_attention(skeleton.model):
         lines.append(attention_words(named))
-    dense = left_dense(skeleton.model, skeleton.layout)
-    if dense:
-        lines.append(f"leaves dense inside the blocks: {', '.join(dense)}")
-    return [*lines, *left_out(config, len(blocks))]
+    dense = left_dense(skeleton.model, skeleton.found, skeleton.layout)
+    if any(dense):
+        lines += ["leaves dense inside the blocks:", *_listed([in_words(of) for of in dense])]
+    return [*lines, *left_out(config, list(skeleton.layout.pruned))]
+
+
+def _listed(blocks: list[tuple[str, ...]]) -> Iterator[str]:
+    """A line for each kind of block that has something to list."""
+    for indices, parts in by_kind(blocks):
+        if any(parts):
+            yield f"  block{'s' * (len(indices) > 1)} {to_text(indices)}: {'; '.join(parts)}"
 
 
 def attention_words(named: str) -> str:
@@ -33,8 +41,8 @@ def attention_words(named: str) -> str:
     return f"config.json names {named}, which cannot run here: sdpa takes its place, which computes the same"
 
 
-def left_out(config: Config, blocks: int) -> Iterator[str]:
-    """Which blocks stay dense because no client is assigned them."""
+def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
+    """Which of the blocks that have something to prune stay dense because no client is assigned them."""
     missed = uncovered(config, blocks)
     if missed:
         yield (
@@ -42,12 +50,17 @@ def left_out(config: Config, blocks: int) -> Iterator[str]:
             "raise resource_share or num_global_epochs to reach them"
         )
     if config.client_configs.train_configs.layer_sampling == "uniform":
-        expected = expected_uncovered(roster(config), blocks)
+        expected = expected_uncovered(roster(config), len(blocks))
         yield f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation"
 
 
 def _notices(config: Config) -> Iterator[str]:
-    """What the algorithm means for the rest of the configuration."""
+    """What the algorithm means for the rest of the configuration, and what is not read."""
+    texts = {f"client {client.client_id}": client.data.text for client in config.clients if client.data.text}
+    texts |= {f"evaluation.texts.{name}": text for name, text in config.evaluation.texts.items()}
+    for where, text in texts.items():
+        if left := text_files(text).left_out_words():
+            yield f"{where}: not text, left out: {left}"
     if config.evaluation.compare and not comparisons(config):
         yield (
             f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} cannot be made of the uploads of "

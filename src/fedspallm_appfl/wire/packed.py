@@ -7,6 +7,8 @@
   values: the server takes them from its own copy of the dense model. Under a mask that was agreed on before, values come
   without one.
 
+A matrix of an expert also says how many tokens reached it, and one that too few reached says only that.
+
 Legend: O out features, I in features.
 """
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.tensors.targets import Sparsity
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -31,11 +33,13 @@ class Packed:
         shape: (O, I).
         mask: (ceil(O * I / 8),) uint8 on the CPU; None for values under a mask that both sides have.
         values: (kept,) in the dtype of the checkpoint, on the CPU; None where the mask alone says all.
+        tokens: those that reached an expert; None for a matrix that all tokens reach.
     """
 
     shape: tuple[int, int]
     mask: Tensor | None = None
     values: Tensor | None = None
+    tokens: int | None = None
 
     @property
     def bits(self) -> Tensor:
@@ -85,6 +89,22 @@ class Packed:
         return {name: part for name, part in parts.items() if part is not None} | {"shape": list(self.shape)}
 
 
+@dataclass(frozen=True)
+class Unreached:
+    """What a client sends of an expert that too few of its tokens reached, in the place of a matrix or of statistics.
+
+    Attributes:
+        tokens: how many did.
+    """
+
+    tokens: int
+    nbytes = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels."""
+        return {"unreached": self.tokens}
+
+
 def pack(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Packed:
     """Pack one matrix.
 
@@ -120,10 +140,13 @@ def packed_size(shape: tuple[int, int], zeros: int, dtype: torch.dtype) -> int:
     return -(-entries // 8) + (entries - zeros) * dtype.itemsize
 
 
-def packed_sizes(shapes: Shapes, target: Target, dtype: torch.dtype, parts: str = "weights") -> dict[str, int]:
+def packed_sizes(
+    shapes: Shapes, sparsity: Sparsity, dtype: torch.dtype, parts: str = "weights", block: int = 0
+) -> dict[str, int]:
     """Bytes of each matrix of a block once packed: its mask and `values` (`weights`), or one of the two."""
     entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
     masks = {name: packed_size(shapes[name], count, dtype) for name, count in entries.items()}
-    whole = {name: packed_size(shapes[name], target.zeros(count), dtype) for name, count in entries.items()}
+    zeros = {name: sparsity.of(block, name).zeros(count) for name, count in entries.items()}
+    whole = {name: packed_size(shapes[name], count, dtype) for name, count in zeros.items()}
     values = {name: whole[name] - masks[name] for name in shapes}
     return {"weights": whole, "masks": masks, "values": values}[parts]

@@ -13,6 +13,7 @@ Legend: O out features, I in features.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.compression import Parts, deflated, inflated, is_plain, require
-from fedspallm_appfl.wire.grams import PackedGram
-from fedspallm_appfl.wire.packed import Packed
+from fedspallm_appfl.wire.grams import MOST_TOKENS, PackedGram
+from fedspallm_appfl.wire.packed import Packed, Unreached
 
 FORMAT = "fedspallm-update/2"
 
-Unit = Packed | PackedGram  # what travels under one name
+Unit = Packed | PackedGram | Unreached  # what travels under one name
 Units = tuple[tuple[int, str, Any], ...]  # (block, name, unit)
 Check = Callable[[Any, str], Any]  # what arrived for a unit, and what to name in errors -> the unit
 
@@ -134,6 +135,26 @@ def _checked_units(
             yield int(key), name, assigned[key][name](packed, where)
 
 
+def check_expert(check: Check) -> Check:
+    """How a unit of an expert is checked: it may say that too few tokens reached it, and else says how many did."""
+
+    def checked(packed: Any, where: str) -> Any:
+        require(isinstance(packed, Mapping), where, "it is not a dict")
+        if set(packed) - {"zstd"} == {"unreached"}:
+            return Unreached(_tokens(packed, "unreached", 0, where))
+        made = check(packed, where)
+        return replace(made, tokens=_tokens(packed, "tokens", 1, where))
+
+    return checked
+
+
+def _tokens(packed: Mapping[str, Any], key: str, least: int, where: str) -> int:
+    tokens = packed.get(key)
+    right = type(tokens) is int and least <= tokens <= MOST_TOKENS
+    require(right, where, f"`{key}` is a number of tokens from {least} to {MOST_TOKENS}, got {tokens!r}")
+    return int(tokens or 0)
+
+
 def check_matrix(
     packed: Any, where: str, shape: tuple[int, int], dtype: torch.dtype, target: Target, mask_only: bool = False
 ) -> Packed:
@@ -189,7 +210,7 @@ def check_gram(packed: Any, where: str, parts: Parts) -> PackedGram:
 
 
 def _check_parts(packed: Any, where: str, shape: tuple[int, int], parts: list[str]) -> None:
-    complete = isinstance(packed, Mapping) and set(packed) - {"zstd"} == {"shape", *parts}
+    complete = isinstance(packed, Mapping) and set(packed) - {"zstd", "tokens"} == {"shape", *parts}
     require(complete, where, f"a matrix has the keys shape, {', '.join(parts)}, and `zstd` if compressed")
     right_shape = type(packed["shape"]) is list and all(type(n) is int for n in packed["shape"])
     right_shape = right_shape and packed["shape"] == list(shape)
@@ -213,3 +234,21 @@ def _checked_values(packed: Mapping[str, Any], where: str, kept: int, dtype: tor
     values = inflated(packed, "values", where, kept, dtype)
     require(largest_magnitude(values) < float("inf"), where, "the values hold NaN or infinity")
     return values
+
+
+def checked_losses(client: str, losses: Any) -> dict[str, Any]:
+    """Refuse what is not the measurement of a client.
+
+    Args:
+        client: who sent it.
+        losses: what arrived; `{"tokens": number, "dense": sum of losses, "pruned": sum of losses}`.
+
+    Raises:
+        UpdateError: it has other keys or types.
+    """
+    sender = f"client {client}"
+    require(isinstance(losses, Mapping) and set(losses) == {"tokens", "dense", "pruned"}, sender, "these are no losses")
+    require(type(losses["tokens"]) is int and losses["tokens"] >= 0, sender, "`tokens` is not a number of tokens")
+    for name in ("dense", "pruned"):
+        require(type(losses[name]) is float and not losses[name] < 0, sender, f"`{name}` is not a sum of losses")
+    return dict(losses)

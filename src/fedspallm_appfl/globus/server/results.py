@@ -12,6 +12,7 @@ from typing import Any
 
 from fedspallm_appfl.errors import UpdateError
 
+LONGEST_LINE = 1000  # characters of a reason
 LONGEST = 10_000  # characters of a traceback
 MOST = 2**31  # maximum of every count
 METADATA = {"_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host"}  # arguments of `global_update`
@@ -65,7 +66,9 @@ def read_result(client: str, result: Any, total: int) -> list[Message] | Failure
         raise UpdateError(f"refused the result of client {client}: it is not a dict")
     if isinstance(result.get("error"), dict):
         error = {key: printable(result["error"].get(key, "")) for key in ("message", "traceback", "host", "blocks")}
-        return Failure(error["message"][:1000], error["traceback"], _word(error["host"]), _word(error["blocks"]))
+        return Failure(
+            error["message"][:LONGEST_LINE], error["traceback"], _word(error["host"]), _word(error["blocks"])
+        )
     messages = result.get("messages")
     if not isinstance(messages, list) or len(messages) != total:
         there = len(messages) if isinstance(messages, list) else "no"

@@ -11,13 +11,14 @@ that others sent are aggregated without them.
 
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.errors import DataStoreError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.globus.server.measuring import measure
 from fedspallm_appfl.globus.server.turn import Turn
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import placed
@@ -45,6 +46,7 @@ class Connection:
         self.store = store
         self.run = run
         self._dense = dense
+        self._places: dict[str, dict[str, Any]] = {}
 
     def request(
         self, client: Client, reads: list[str], writes: list[str], seconds: float | None = None
@@ -72,6 +74,12 @@ class Connection:
     def place(self, payload: Any, name: str) -> dict[str, Any]:
         """Place a payload for clients; it stays until the run ends or `remove` is called."""
         return placed(payload, self.store, name)
+
+    def place_once(self, name: str, make: Callable[[], Any]) -> dict[str, Any]:
+        """Place a payload for several clients at the first call for its name."""
+        if name not in self._places:
+            self._places[name] = self.place(make(), name)
+        return self._places[name]
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects of the store that are there."""
@@ -183,6 +191,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
             down.add(_all_pieces(server, payload))
         instructions = {client: metadata for client, (_, metadata) in answers.items()}
         number += 1
+    measure(connection, server, down.places, on_event)
     return server.aggregator
 
 

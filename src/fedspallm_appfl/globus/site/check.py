@@ -9,11 +9,15 @@ from rich.table import Table
 
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
-from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import is_hub_name, resolve_model
-from fedspallm_appfl.models.text import are_tokens, load_tokenizer, read_text, text_files, windows_of
+from fedspallm_appfl.settings import custom_code
+from fedspallm_appfl.texts.checks import look_at
+from fedspallm_appfl.texts.files import are_tokens, text_files
+from fedspallm_appfl.texts.tokenizer import load_tokenizer
+from fedspallm_appfl.texts.windows import Cut, windows_of
 
 NOT_COUNTED = "-"
+ENOUGH = 128  # windows; more are not counted
 WRONG = "[red]no[/red]"
 
 
@@ -24,13 +28,13 @@ class _Looked:
     Attributes:
         where: its paths.
         files: number of files in these paths.
-        letters: number of characters in them.
+        size: bytes of text in them.
         windows: number of whole windows of tokens.
     """
 
     where: str = WRONG
     files: str = NOT_COUNTED
-    letters: str = NOT_COUNTED
+    size: str = NOT_COUNTED
     windows: str = NOT_COUNTED
     problems: list[str] = field(default_factory=list)
 
@@ -67,7 +71,7 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
     for client in site_file.clients:
         looked = _look(site_file, client, tokenizer, length)
         problems += looked.problems
-        cells = (looked.files, looked.letters, looked.windows, escape(_model(shared)), *_leaves(shared))
+        cells = (looked.files, looked.size, looked.windows, escape(_model(shared)), *_leaves(shared))
         table.add_row(escape(client), looked.where, *cells)
     return table, problems
 
@@ -89,23 +93,29 @@ def _tokenizer(shared: Site, model: Path | None) -> Any:
 def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Looked:
     looked = _Looked()
     try:
-        text = site_file.of(client).text
+        site = site_file.of(client)
+        text = site.text
         if not text:
             looked.where = "none: can take part only with pruner magnitude"
             return looked
         looked.where = escape("\n".join(text))
-        tokens = are_tokens(text)
-        looked.files, looked.letters = str(len(text_files(text))), "-" if tokens else f"{len(read_text(text)):,}"
-        if tokens or tokenizer is not None:
-            windows = len(windows_of(text, length, tokenizer))
-            looked.windows = f"{windows:,}" if windows else WRONG
+        found, size = text_files(text), look_at(text, site.field)
+        if left := found.left_out_words():
+            looked.where += f"\n[dim]not text, left out: {escape(left)}[/dim]"
+        looked.files, looked.size = (
+            str(len(found.files)),
+            f"{size:,}" if size else NOT_COUNTED,
+        )
+        if tokenizer is not None or are_tokens(text):
+            windows = len(windows_of(text, Cut(length, field=site.field), tokenizer, ENOUGH))
+            looked.windows = ("at least " if windows == ENOUGH else "") + str(windows) if windows else WRONG
             if not windows:
                 looked.problems.append(
                     f"client {client}: {', '.join(text)} holds no window of {length} tokens; give more text, or "
                     "set --length to the server's data.length"
                 )
     except (FedSpaLLMError, OSError) as error:
-        looked.files = looked.letters = WRONG
+        looked.files = looked.size = WRONG
         looked.problems.append(str(error) if str(error).startswith("client ") else f"client {client}: {error}")
     return looked
 
@@ -122,7 +132,7 @@ def _leaves(shared: Site) -> tuple[str, str]:
 
 
 def _table(counts: bool, length: int) -> Table:
-    numbers = ("files", "letters", f"windows of {length} tokens")
+    numbers = ("files", "bytes", f"windows of {length} tokens")
     table = Table(title="Site", title_justify="left", show_lines=True)
     for name in ("client", "text", *numbers, "model", "may leave", "grams of at least"):
         table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")

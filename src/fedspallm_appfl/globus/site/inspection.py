@@ -10,9 +10,11 @@ from fedspallm_appfl.globus.site.site_file import Site, load_site
 from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store, told
 from fedspallm_appfl.globus.store.data_store import GREETING
 from fedspallm_appfl.models.checkpoint import config_hash
-from fedspallm_appfl.models.text import tokenizer_for, too_few, windows_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.settings.schema import ClientSettings
+from fedspallm_appfl.texts.checks import too_few
+from fedspallm_appfl.texts.tokenizer import tokenizer_for
+from fedspallm_appfl.texts.windows import Cut, windows_of
 
 
 def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def _look_at_text(request: dict[str, Any], settings: ClientSettings, site: Site)
     if site.text is None:
         return "not needed"
     tokenizer = tokenizer_for(site.model_folder(settings.model.path), site.text)
-    found = len(windows_of(site.text, data.length, tokenizer))
+    cut = Cut(data.length, data.bos, site.field or data.field, data.control_words)
+    found = len(windows_of(site.text, cut, tokenizer, data.windows))
     if found < data.windows:
         raise ConfigError(too_few(client, data.windows, data.length, found))
     return f"{data.windows} windows wanted, enough"

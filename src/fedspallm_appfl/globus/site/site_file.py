@@ -5,9 +5,10 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
 
     model: ~/models/Llama-2-7b-hf      # if this site's copy is not at the server's model.path
     clients:                           # the clients of this endpoint
-      hospital-a: {text: notes/}
+      hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site
+    evaluation: false                  # the pruned model is not measured on text of this site; true if left out
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
     trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
@@ -16,6 +17,7 @@ Relative paths start from the folder of the file.
 """
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Mapping
@@ -31,9 +33,11 @@ from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store
+from fedspallm_appfl.texts.files import is_online
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code"}
+KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code", "evaluation"}
+CLIENT_KEYS = {"text", "field"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 SENDINGS = (*UPLOADS, TOKEN_COUNTS)
@@ -53,6 +57,8 @@ class Site:
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
         plugins: files or modules that add pruners or algorithms here.
         trust_remote_code: code of the model folder may run here.
+        field: column of records that holds the text; None for the server's `data.field`.
+        evaluation: clients may measure the pruned model on their text, and tell the sum of losses.
     """
 
     model: str | None = None
@@ -62,6 +68,8 @@ class Site:
     min_tokens: int | None = None
     plugins: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    field: str | None = None
+    evaluation: bool = True
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -139,8 +147,10 @@ class Site:
     def _private_names(self) -> set[str]:
         """Paths and names of all files in the folders of the text; a name may be a patient's and may have spaces."""
         names = set()
-        for root in (Path(path).expanduser() for path in self.text or []):
-            for file in root.rglob("*") if root.is_dir() else ():
+        for path in self.text or []:
+            root = Path(path).expanduser()
+            matched = glob.iglob(str(root), recursive=True) if glob.has_magic(str(root)) else ()  # noqa: PTH207
+            for file in root.rglob("*") if root.is_dir() else map(Path, matched):
                 names |= {str(file), str(file.resolve())}
                 names |= {file.name} if len(file.name) > SHORT_NAME else set()
         return names
@@ -179,16 +189,21 @@ class SiteFile:
         """The entry of one client.
 
         Raises:
-            ConfigError: it does not list the client, or the entry has a key other than `text`.
+            ConfigError: it does not list the client, or the entry has a key other than `text` and `field`.
         """
         if client not in self.clients:
             known = ", ".join(self.clients) or "none"
             raise ConfigError(f"client {client}: the site file of this endpoint lists {known}; add it under `clients`")
         own = self.clients[client] or {}
-        if not isinstance(own, dict) or set(own) - {"text"}:  # the entry may hold a path, so the message omits it
-            raise ConfigError(f"client {client}: under clients in the site file a client has only the key `text`")
+        if not isinstance(own, dict) or set(own) - CLIENT_KEYS:  # the entry may hold a path, so the message omits it
+            raise ConfigError(
+                f"client {client}: under clients in the site file a client has only the keys `text` and `field`"
+            )
         texts = [_whole(self.file, text, f"client {client}: ") for text in _listed(own.get("text"))]
-        return replace(self.shared, text=texts or None)
+        column = own.get("field")
+        if not isinstance(column, str | None):
+            raise ConfigError(f"client {client}: `field` in the site file must be the name of a column")
+        return replace(self.shared, text=texts or None, field=column)
 
 
 def read_site_file(file: Path, who: str) -> SiteFile:
@@ -210,7 +225,8 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         may_send=_sendings(content, who),
         min_tokens=_min_tokens(content.get("min_tokens"), who),
         plugins=_plugins(content.get("plugins"), file, who),
-        trust_remote_code=_yes_or_no(content.get("trust_remote_code", False), who),
+        trust_remote_code=_yes_or_no(content, "trust_remote_code", False, who),
+        evaluation=_yes_or_no(content, "evaluation", True, who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -239,9 +255,10 @@ def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
     return tuple(_whole(file, one, who) if one.endswith(".py") else one for one in named or ())
 
 
-def _yes_or_no(named: Any, who: str) -> bool:
+def _yes_or_no(content: Mapping[str, Any], key: str, default: bool, who: str) -> bool:
+    named = content.get(key, default)
     if not isinstance(named, bool):
-        raise ConfigError(f"{who}trust_remote_code in the site file must be true or false")
+        raise ConfigError(f"{who}{key} in the site file is true or false, got {named!r}")
     return named
 
 
@@ -302,7 +319,9 @@ def _listed(paths: Any) -> list[str]:
 
 
 def _whole(file: Path, path: str, who: str) -> str:
-    """An absolute path; the working directory of a worker is the endpoint's."""
+    """An absolute path; the working directory of a worker is the endpoint's. A data set of the hub is left as it is."""
+    if is_online(path):
+        return path
     try:
         return str(file.resolve().parent / Path(path).expanduser())
     except RuntimeError as error:

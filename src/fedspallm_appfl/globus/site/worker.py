@@ -26,11 +26,10 @@ from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError,
 from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
-from fedspallm_appfl.models import custom_code
 from fedspallm_appfl.models.checkpoint import model_hash
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.client import LocalClient
-from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings import custom_code, plugins
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 
@@ -46,7 +45,8 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             load, in order) and `instructions`.
 
     Returns:
-        `{"messages": [{"payload", "metadata"}]}`, or `{"error": ...}` with the stack, without the private text's path.
+        `{"messages": [{"payload", "metadata"}]}`, after the last round `{"losses": ...}`, or `{"error": ...}` with the
+        stack, without the private text's path.
     """
     site, client, store, exchange = Site(), None, None, 0
     messages: list[dict[str, Any]] = []
@@ -55,6 +55,8 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         settings = told(request)
         require_consent(settings, site)
         store = site_store(request, site)
+        if "measure" in request["instructions"]:
+            return {"losses": _losses(request, settings, site, store)}
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site))
         client = amid.agent.trainer.client  # opens model and text
@@ -147,6 +149,31 @@ def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
     return open_store({**request["store"], **site.store}, request["run"])
 
 
+def _losses(request: dict[str, Any], settings: ClientSettings, site: Site, store: DataStore | None) -> dict[str, Any]:
+    """Measure the finished model on the client's own text.
+
+    Raises:
+        ConfigError: the site does not allow it.
+    """
+    if not site.evaluation:
+        raise ConfigError(f"client {settings.client_id}: this site does not measure models on its text")
+    agent = _agent(settings, site)
+    _load(agent, request["down"], store, set())
+    client = agent.trainer.client
+    for place in request["final"]:
+        client.final.take(fetched(place, store, "the server"))
+    return client.measure()
+
+
+def _load(agent: Any, places: list[dict[str, Any]], store: DataStore | None, loaded: set[str]) -> None:
+    """Load what went down, except what was loaded."""
+    for place in places:
+        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
+        if digest not in loaded:
+            agent.load_parameters(fetched(place, store, "the server"))
+            loaded.add(digest)
+
+
 def _agent(settings: ClientSettings, site: Site) -> Any:
     _load_appfl()
     from fedspallm_appfl.adaptors.agents import client_agent
@@ -159,6 +186,7 @@ def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     client = settings.client_id
     site.require_text(client, pruners.find(settings.pruner))
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
+    settings.data.field = site.field or settings.data.field
     settings.agreed = None  # nor one that is written to
     settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
@@ -196,11 +224,7 @@ def same_model(model: HashedModel, site: Site, client: str) -> Path:
 
 def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
     agent = amid.agent
-    for place in request["down"]:
-        digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()
-        if digest not in amid.loaded:
-            agent.load_parameters(fetched(place, store, "the server"))
-            amid.loaded.add(digest)
+    _load(agent, request["down"], store, amid.loaded)
     agent.load_parameters(({}, request["instructions"]))
     number, total = 0, 1
     while number < total:

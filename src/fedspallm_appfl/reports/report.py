@@ -4,8 +4,9 @@ import platform
 import shlex
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,12 +15,16 @@ from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
+from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.models.export import MatrixSparsity
-from fedspallm_appfl.rounds.participants import algorithm_of, participants, roster
-from fedspallm_appfl.runs.result import Result, count, label, mean, perplexity_table, sparsity_line
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.reports import own_text
+from fedspallm_appfl.reports.result import Result, count, label, mean, own_table, perplexity_table, sparsity_line
+from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, participants, roster
+from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
+from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
 from fedspallm_appfl.validation.words import headline, how
 
 
@@ -41,6 +46,8 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
     for event in log.of("round"):
         for client in up:
             down[client] = down.get(client, 0) + event["bytes_down"]
+    for event in log.of("measured"):
+        down[event["client"]] = down.get(event["client"], 0) + event["bytes_down"]
     return up, down
 
 
@@ -54,9 +61,9 @@ def closing(config: Config, results: Result, log: EventLog) -> Group:
         f"the dense prunable weights take {bytes_text(results.dense_bytes)}"
     )
     texts = list(config.evaluation.texts)
-    if not texts:
-        return Group(Text(_title(config)), Text(lines))
-    return Group(Text(_title(config)), perplexity_table(texts, results.perplexity), Text(lines))
+    tables = [perplexity_table(texts, results.perplexity)] if texts else []
+    tables += [own_table(results.own)] if results.own else []
+    return Group(Text(_title(config)), *tables, Text(lines))
 
 
 def model_table(
@@ -84,6 +91,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),
+        *_own_text(config, results, log),
         "## Sparsity",
         _sparsity(config, results.matrices, log),
         "## Bytes",
@@ -115,11 +123,38 @@ def _perplexity(config: Config, results: Result) -> list[str]:
     return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
 
 
+def _own_text(config: Config, results: Result, log: EventLog) -> list[str]:
+    """What the clients have measured where their text lies."""
+    missing = own_text.notes(log)
+    if not (results.own or missing):
+        return []
+    of = "its own model" if algorithm_of(config).apart else "the pruned model"
+    words = (
+        f"Each client measured the dense model and {of} on up to {count(own_windows(config), 'window')} of its text that "
+        "were kept out of pruning. Sums of losses and numbers of tokens were all that it sent."
+    )
+    table = [markdown(own_text.HEAD, own_text.rows(results.own, 3))] if results.own else []
+    absent = ["Not measured:\n\n" + "\n".join(map(_cell, missing))] if missing else []
+    return [f"## {own_text.TITLE}", *table, words, *absent]
+
+
 def _how_measured(config: Config) -> str:
     settings = config.evaluation
     some = "All windows" if settings.windows is None else f"At most {count(settings.windows, 'window')}"
     again = "" if algorithm_of(config).apart else " The last row again:"
-    return f"{some} of {settings.length} tokens of each text; the first token of a window is not predicted.{again}"
+    begin = _beginning(config, settings.bos, *settings.texts.values())
+    return (
+        f"{some} of {settings.length} tokens of each text{begin}; the first token of a window is not predicted.{again}"
+    )
+
+
+def _beginning(config: Config, bos: str, *texts: Paths | None) -> str:
+    """How windows of texts begin, in words; nothing of texts that are tokenized, or where the tokenizer is not here."""
+    try:
+        tokenizer = tokenizer_for(resolve_model(config.model.path), *filter(None, texts))
+    except FedSpaLLMError:
+        return ""
+    return f"; {beginning_words(tokenizer, bos)}" if tokenizer is not None else ""
 
 
 def _measure_again(config: Config) -> str:
@@ -129,7 +164,9 @@ def _measure_again(config: Config) -> str:
         shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
     )
     windows = f" --windows {settings.windows}" if settings.windows else ""
-    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}"
+    bos = f" --bos {settings.bos}" if settings.bos != "auto" else ""
+    field = f" --field {shlex.quote(settings.field)}" if settings.field else ""
+    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}{bos}{field}"
     return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
 
 
@@ -152,7 +189,22 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
         words = "`kept but zero` counts kept weights that are zero."
     table = markdown(head, rows)
     note = f"\n\n{over} entries beyond the target are zero, because every client pruned them." if over else ""
-    return f"{table}{note}\n\n{words} `manifest.json` lists every matrix."
+    return f"{table}{note}{_experts(config, facts.values())}\n\n{words} `manifest.json` lists every matrix."
+
+
+def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> str:
+    """How many experts' matrices some clients or all of them had too few tokens for."""
+    events = list(blocks)
+    left_out, unreached = (sum(event.get(what, 0) for event in events) for what in ("left_out", "unreached"))
+    if not left_out:
+        return ""
+    what = config.server_configs.aggregator_kwargs.unreached
+    done = "stay dense" if what == "dense" else f"were pruned by {what}"
+    least = config.client_configs.train_configs.min_tokens
+    return (
+        f"\n\nFewer than {least} tokens of a client reached some experts: {left_out} uploads of matrices or statistics "
+        f"were left out, and {unreached} that came from no client {done}."
+    )
 
 
 def _bytes(config: Config, results: Result, log: EventLog) -> str:
@@ -168,6 +220,8 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
         ]
         for r in log.of("round")
     ]
+    final = sum(event["bytes_down"] for event in log.of("measured"))
+    per_round += [["model to measure", "0", f"{final:,}"]] if final else []
     return "\n\n".join(
         [
             markdown(["client", "up", "down"], rows),
@@ -279,8 +333,9 @@ def _settings(config: Config, log: EventLog) -> str:
     )
     seconds = log.events[-1]["time"] if log.events else 0.0
     data = {(client.data.windows, client.data.length) for client in config.clients}
+    begin = "".join(dict.fromkeys(_beginning(config, client.data.bos, client.data.text) for client in config.clients))
     calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     return (
-        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}. The resolved "
+        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}{begin}. The resolved "
         f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
     )

@@ -7,32 +7,12 @@ configuration allows its own model (`model.trust_remote_code`), and at a site ov
 import json
 from pathlib import Path
 
-from fedspallm_appfl.models.checkpoint import resolve_model
-from fedspallm_appfl.settings.schema import Model
-
 _allowed: set[Path] = set()
 
 
-def allow(path: str | Path) -> None:
-    """Let the code of a model run in this process.
-
-    Args:
-        path: folder or hub name.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    _allowed.add(resolve_model(str(path), weights=False).resolve())
-
-
-def allow_for(settings: Model) -> None:
-    """Let the code of the model of a configuration run, if it says so.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    if settings.trust_remote_code:
-        allow(settings.path)
+def allow(folder: Path) -> None:
+    """Let the code of a model folder run in this process."""
+    _allowed.add(folder.resolve())
 
 
 def allowed(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.reports.own_text import HEAD, TITLE, OwnText, rows
 
 WIDTH = 120  # characters
 
@@ -64,12 +65,14 @@ class Result(Shown):
         matrices: sparsity of each prunable matrix, read back from disk.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
+        own: client -> perplexities on its own held-out text, and `all`; empty if nobody has measured.
     """
 
     perplexity: Mapping[str, Mapping[str, float]]
     matrices: Sequence[MatrixSparsity]
     dense_bytes: int
     model: Path
+    own: Mapping[str, OwnText] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -142,3 +145,12 @@ def count(number: int, what: str) -> str:
     """A number of things in words: 2, matrix -> "2 matrices"."""
     plural = {"matrix": "matrices"}.get(what, f"{what}s")
     return f"{number} {what if number == 1 else plural}"
+
+
+def own_table(found: Mapping[str, OwnText]) -> Table:
+    """Perplexities on the clients' own text."""
+    columns = [Column(name, justify="right" if number else "left") for number, name in enumerate(HEAD)]
+    table = Table(*columns, title=TITLE, title_justify="left")
+    for row in rows(found, 2):
+        table.add_row(*map(escape, row))
+    return table

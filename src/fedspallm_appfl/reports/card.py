@@ -13,8 +13,8 @@ import yaml
 from fedspallm_appfl import __version__
 from fedspallm_appfl.models.checkpoint import is_hub_name
 from fedspallm_appfl.models.export import BASE_CARD, CARD
-from fedspallm_appfl.runs.report import markdown
-from fedspallm_appfl.runs.result import label, mean
+from fedspallm_appfl.reports.report import markdown
+from fedspallm_appfl.reports.result import label, mean
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.validation.words import how
 

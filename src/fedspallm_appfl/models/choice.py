@@ -1,0 +1,146 @@
+"""Which of the prunable linears are pruned, as `prune.include` and `prune.ignore` say, and what stays dense and why.
+
+The choice acts on the layout: a linear that stays dense is none of it, so nobody else has to know.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.models import experts
+from fedspallm_appfl.models.layout import Layout, Linear
+from fedspallm_appfl.settings.schema import Prune
+from fedspallm_appfl.tensors.patterns import matches, names, near
+
+
+def choose(found: Layout, prune: Prune, model: nn.Module) -> Layout:
+    """The layout with the linears that are to be pruned.
+
+    Args:
+        found: all that can be pruned.
+        prune: which of them to prune.
+        model: whose layout it is; `ignore` may also name what is never pruned.
+
+    Raises:
+        ConfigError: a pattern means no matrix, or nothing is left.
+    """
+    for key, patterns in (("prune.include", prune.include), ("prune.ignore", prune.ignore)):
+        for pattern in patterns:
+            if not _means_something(pattern, found) and not (key == "prune.ignore" and _is_dense(pattern, model)):
+                raise ConfigError(f"{key}: {pattern!r} means no matrix; {near(pattern, _matrices(found))}")
+    _refuse_unreadable(found, prune, model)
+    chosen = replace(
+        found,
+        blocks=tuple(
+            tuple(linear for linear in linears if _is_chosen(prune, block, linear.name))
+            for block, linears in enumerate(found.blocks)
+        ),
+    )
+    if not any(chosen.blocks):
+        raise ConfigError(
+            f"prune: include {prune.include or 'all'} and ignore {prune.ignore} leave no matrix to prune; ignore less"
+        )
+    return chosen
+
+
+def _refuse_unreadable(found: Layout, prune: Prune, model: nn.Module) -> None:
+    """Refuse to leave most of a model dense without a word: experts that cannot be pruned have to be ignored by name."""
+    blocks: nn.ModuleList = model.get_submodule(found.path)  # type: ignore[assignment]
+    for block, module in enumerate(blocks):
+        for name in experts.unreadable(module):
+            if not any(matches(pattern, block, name) for pattern in prune.ignore):
+                raise ModelError(
+                    f"block {block} of {type(model).__name__} holds the experts of a mixture in {name}, and its module "
+                    "does not tell which tokens go to which of them: they cannot be pruned; name it in prune.ignore to "
+                    "leave them dense"
+                )
+
+
+def unmatched(layout: Layout, patterns: Iterable[str]) -> Iterator[str]:
+    """What is wrong with patterns of `sparsity` that mean no matrix."""
+    for pattern in patterns:
+        if not _means_something(pattern, layout):
+            yield f"{pattern!r} means no matrix that is pruned; {near(pattern, _matrices(layout))}"
+
+
+def _is_chosen(prune: Prune, block: int, name: str) -> bool:
+    included = not prune.include or any(matches(pattern, block, name) for pattern in prune.include)
+    return included and not any(matches(pattern, block, name) for pattern in prune.ignore)
+
+
+def _matrices(layout: Layout) -> list[tuple[int, str]]:
+    return [(block, linear.name) for block, linears in enumerate(layout.blocks) for linear in linears]
+
+
+def _means_something(pattern: str, layout: Layout) -> bool:
+    return any(matches(pattern, block, name) for block, name in _matrices(layout))
+
+
+def _is_dense(pattern: str, model: nn.Module) -> bool:
+    """Whether a pattern names a part of the model that is never pruned, such as `lm_head`."""
+    return any(names(pattern, name) for name, _ in model.named_parameters(remove_duplicate=False))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Weights in a block that stay dense although they are matrices or larger.
+
+    Attributes:
+        name: of the parameter in its block.
+        shape: as it is stored.
+        why: in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+
+
+def in_words(dense: tuple[Dense, ...]) -> tuple[str, ...]:
+    """Weights that stay dense, together where the reason is the same."""
+    reasons = dict.fromkeys(one.why for one in dense)
+    return tuple(
+        f"{', '.join(f'{one.name} {one.shape}' for one in dense if one.why == why)} ({why})" for why in reasons
+    )
+
+
+def left_dense(model: nn.Module, found: Layout, chosen: Layout) -> list[tuple[Dense, ...]]:
+    """What stays dense in each block, and why.
+
+    Args:
+        model: whose layout it is.
+        found: all that can be pruned.
+        chosen: what is pruned.
+    """
+    blocks: nn.ModuleList = model.get_submodule(found.path)  # type: ignore[assignment]
+    pairs = zip(found.blocks, chosen.blocks, strict=True)
+    return [tuple(_dense(block, *pair)) for block, pair in zip(blocks, pairs, strict=True)]
+
+
+def _dense(block: nn.Module, found: tuple[Linear, ...], chosen: tuple[Linear, ...]) -> Iterator[Dense]:
+    prunable = {linear.parameter for linear in found}
+    pruned = {linear.parameter for linear in chosen}
+    gates = experts.gates(block)
+    for name, parameter in block.named_parameters():
+        if parameter.ndim < 2 or name in pruned:
+            continue
+        owner = block.get_submodule(name.rpartition(".")[0])
+        is_gate = name.rpartition(".")[0] in gates
+        why = "named in `prune`" if name in prunable else "a router" if is_gate else _why_not_prunable(owner)
+        yield Dense(name, tuple(parameter.shape), why)
+
+
+def _why_not_prunable(owner: nn.Module) -> str:
+    if isinstance(owner, nn.Linear):
+        return "tied to a weight outside the blocks"
+    return f"no linear, but of {type(owner).__name__}"
+
+
+def by_kind(blocks: list[tuple[str, ...]]) -> list[tuple[list[int], tuple[str, ...]]]:
+    """Blocks that are described alike: (their indices, the description), in the order of the first of each kind."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index, names_of in enumerate(blocks):
+        kinds.setdefault(names_of, []).append(index)
+    return [(indices, names_of) for names_of, indices in kinds.items()]

@@ -1,0 +1,1 @@
+"""Text as people have it, and windows of tokens from it."""
