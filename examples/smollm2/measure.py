@@ -150,7 +150,8 @@ def page(plan: Plan, asked: argparse.Namespace) -> str:
             *pictures,
             "## Memory",
             "The peak of the one process that ran server and clients, above what it held when the cell began, beside what "
-            f"`fedspallm estimate` says of it, at {plan.targets[0]}:",
+            f"`fedspallm estimate` says of it, at {plan.targets[0]}. The estimate does not count the tokenizer and what it "
+            "makes of the texts:",
             memory(plan, cells),
             "## Sentences",
             "The likeliest token each time, 40 of them:",
