@@ -92,7 +92,7 @@ def memory(plan: Plan, cells: dict[tuple[str, str, int], Cell]) -> str:
     rows = []
     for method in plan.methods:
         cell = cells[method.name, str(target), seed]
-        if cell.stored or cell.memory_bytes is None:
+        if cell.stored or cell.run_of or cell.memory_bytes is None:
             continue
         job = Job.of(plan.experiment(method, target, seed))
         together = serial_memory(job).resident
