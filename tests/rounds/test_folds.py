@@ -229,7 +229,7 @@ def test_a_weight_that_is_not_finite_is_not_blamed_on_the_statistics():
     with pytest.raises(
         PruningError, match="server, block 2, up: the weights of up in the checkpoint hold NaN or infinity"
     ):
-        prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), False, None, "block 2, up")
+        prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), False, None, (2, "up"))
 
 
 @pytest.mark.parametrize("fold", ["latest", "cumulative"])
