@@ -21,8 +21,8 @@ from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
 from fedspallm_appfl.estimates.traffic import RoundTraffic
-from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.reports.progress import console
 from fedspallm_appfl.reports.result import Result, Shown, no_bars
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial

@@ -19,7 +19,7 @@ from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.globus.store import places
 from fedspallm_appfl.globus.store.data_store import MARK, DataStore, open_store
-from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.rounds.participants import draws
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.rules import prepared_for_globus

@@ -7,7 +7,7 @@ from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.globus.site import worker
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import require_consent, same_model
-from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT

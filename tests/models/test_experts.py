@@ -6,10 +6,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.export import save_model
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import perplexities
+from fedspallm_appfl.models.storage.export import save_model
 from fedspallm_appfl.settings.schema import Prune, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import Unreached, pack

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models import export
-from fedspallm_appfl.models.export import check_model, write_model
+from fedspallm_appfl.models.storage import export
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.export import check_model, write_model
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import PackedStore
 from helpers.families import save_family
@@ -299,7 +299,7 @@ def test_the_check_counts_what_is_on_disk_and_finds_what_was_not_pruned(dense, t
 PEAK = """
 import re, sys, threading, time
 from pathlib import Path
-from fedspallm_appfl.models.export import check_model, write_model
+from fedspallm_appfl.models.storage.export import check_model, write_model
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.wire.store import PackedStore
 

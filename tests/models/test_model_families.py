@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ModelError, PruningError
-from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.layout import find_layout
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import perplexities
+from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Model, Pruning
 from fedspallm_appfl.tensors.target import parse_target

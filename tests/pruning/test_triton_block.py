@@ -83,9 +83,9 @@ def oracle(columns, kept, upper, importance, target):
         if isinstance(target, NM) and j % target.group == 0:
             group = range(j, j + target.group)
             for row in range(w.shape[1]):
-                order = sorted(group, key=lambda c: (float(w[c, row] ** 2 * importance[c]), c))  # noqa: B023
+                order = sorted(group, key=lambda c: (bool(kept[c, row]), float(w[c, row] ** 2 * importance[c]), c))  # noqa: B023
                 for place, c in enumerate(order):
-                    kept[c, row] = place >= target.group - target.kept
+                    kept[c, row] &= place >= target.group - target.kept
         error = w[j] * ~kept[j] / u[j, j]
         w[j] *= kept[j]
         for k in range(j + 1, len(w)):
@@ -94,7 +94,7 @@ def oracle(columns, kept, upper, importance, target):
 
 
 def solved(arguments, device="cpu"):
-    """What `solve` makes of a case: weights and mask. For n:m the mask it is given is all wrong."""
+    """What `solve` makes of a case: weights and mask. For n:m the mask it is given says what goes first."""
     target = arguments["target"]
     columns, kept, importance = (arguments[name].to(device, copy=True) for name in ("columns", "kept", "importance"))
     upper = arguments["upper"] if device == "cpu" else arguments["upper"].to(device)

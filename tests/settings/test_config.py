@@ -1,12 +1,14 @@
 """Reading a configuration: YAML as people write it, overrides, references, and every problem at once."""
 
+import re
+
 import pytest
 import yaml
 
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.rounds.participants import roster
-from fedspallm_appfl.settings.reading import load_config, to_yaml
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.reading import load_config, read_config, to_yaml
+from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.paths import ROOT
 
@@ -333,3 +335,31 @@ def test_the_resolved_configuration_spells_out_defaults_and_merged_clients(read)
     given = {"text": ["b.txt", "more"], "windows": 7, "batch": 3}
     read_as = {"field": None, "bos": "auto", "control_words": False}
     assert resolved["clients"][1]["data"] == given | read_as | {"length": 2048, "activations": "memory"}
+
+
+def test_targets_and_patterns_are_read_from_overrides_and_written_again(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("run_dir: runs/x\nclient_configs: {train_configs: {sparsity: 0.5}}\nclients: [{client_id: a}]\n")
+    mapping = "{default: 0.5, blocks.0-1: 0.3, '*.down_proj': 2:4}"
+    config, problems = load_config(file, [f"client_configs.train_configs.sparsity={mapping}", "prune.ignore=[0, 7]"])
+    assert not problems
+    assert config.prune.ignore == ["0", "7"]
+    for owner in (config.client_configs, *config.clients):
+        assert str(owner.train_configs.sparsity) == "0.5, blocks.0-1 0.3, *.down_proj 2:4"
+    again, problems = read_config(plain(config))
+    assert not problems
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("ignore=[0,7]", r"unknown key; did you mean prune.ignore, with the value \[0, 7\]\?"),
+        ("sparsity=[0.4,0.5,0.5,0.6]", r'is written \{default: 0.5, "blocks.0": 0.4, "blocks.3": 0.6\}'),
+    ],
+)
+def test_what_is_guessed_for_a_choice_names_the_right_key(tmp_path, override, says):
+    file = tmp_path / "config.yaml"
+    file.write_text("run_dir: runs/x\nclients: [{client_id: a}]\n")
+    [problem] = load_config(file, [f"client_configs.train_configs.{override}"])[1]
+    assert re.search(says, problem)

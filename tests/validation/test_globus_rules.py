@@ -17,7 +17,7 @@ from fedspallm_appfl.estimates import over_globus as estimate_globus
 from fedspallm_appfl.globus.server import preflight as globus_preflight
 from fedspallm_appfl.globus.server.preflight import Cell
 from fedspallm_appfl.globus.site.site_file import load_site
-from fedspallm_appfl.models.checkpoint import config_hash, model_hash, weights_hash
+from fedspallm_appfl.models.storage.checkpoint import config_hash, model_hash, weights_hash
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.texts.checks import look_at

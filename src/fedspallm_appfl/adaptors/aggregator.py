@@ -13,9 +13,9 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
 from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build

@@ -15,11 +15,11 @@ from torch import nn
 
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
-from fedspallm_appfl.models.lazy_model import Skeleton, without_weights
+from fedspallm_appfl.models.lazy_model import Skeleton, known_layout, without_weights
+from fedspallm_appfl.models.storage.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.rounds.folds import Context, Fold, folds
@@ -101,7 +101,7 @@ def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
         CheckpointFiles(folder)
     except ModelError:
         model = without_weights(folder, "auto")
-        found = find_layout(model, settings.blocks)
+        found = known_layout(folder, find_layout(model, settings.blocks))
         layout = choose(found, prune or Prune(), model)
         return _outline(folder, model, layout, found, next(model.parameters()).dtype, settings, True)
     skeleton = Skeleton(str(folder), settings.blocks, settings.dtype, prune)

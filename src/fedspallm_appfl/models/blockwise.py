@@ -16,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import FedSpaLLMError, ModelError, first_line
 from fedspallm_appfl.models.activations import HiddenStates, hidden_states
 from fedspallm_appfl.models.lazy_model import HollowModel, LazyModel
+from fedspallm_appfl.models.probe import wrapped
+
+
+class Stop(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a forward pass that has done what it was run for."""
 
 
 @dataclass
@@ -27,9 +32,24 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    index: int = 0
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
-        """Call the block as the model did, with these hidden states."""
+        """Call the block as the model did, with these hidden states.
+
+        Raises:
+            ModelError: its code fails; names the block.
+        """
+        try:
+            return self._call(block, hidden)
+        except (FedSpaLLMError, Stop, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the block's code raises
+            raise ModelError(
+                f"block {self.index} ({type(block).__name__}) fails: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _call(self, block: nn.Module, hidden: Tensor) -> Any:
         if "hidden_states" in self.kwargs:
             return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
         return block(hidden, *self.args[1:], **self.kwargs)
@@ -42,21 +62,14 @@ class Activations:
     Attributes:
         hidden: per batch (B, T, H), in the dtype of the model; one copy, whose batches are replaced one by one.
         calls: per batch, per block, the recorded arguments.
-        tuples: whether blocks return a tuple; known after the first one ran.
     """
 
     hidden: HiddenStates
     calls: list[list[Call]] = field(default_factory=list)
-    tuples: bool = False
 
     def take_output(self, number: int, out: Any) -> None:
         """Put what a block gave for a batch in the place of its input."""
-        self.tuples = isinstance(out, tuple)
-        self.hidden[number] = out[0] if self.tuples else out
-
-
-class Stop(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a forward pass that has done what it was run for."""
+        self.hidden[number] = out[0] if isinstance(out, tuple | list) else out
 
 
 @torch.no_grad()
@@ -78,9 +91,9 @@ def embed(
     state = Activations(hidden_states(activations, len(windows), client))
     for ids in windows.split(batch):
         calls: list[Call] = []
-        recorder = _recorder(calls, len(model.blocks))
+        recorder = _recorder(calls, _returns(model))
         with _forwards_replaced(model.blocks, [recorder] * len(model.blocks)), suppress(Stop):
-            model.model(input_ids=ids.to(model.device), use_cache=False)
+            _run_model(model, ids)
         if len(calls) != len(model.blocks):
             raise ModelError(
                 f"{type(model.model).__name__} called {len(calls)} of the {len(model.blocks)} blocks of "
@@ -92,12 +105,31 @@ def embed(
     return state
 
 
-def _recorder(calls: list[Call], blocks: int) -> Callable[..., Any]:
+def _run_model(model: LazyModel | HollowModel, ids: Tensor) -> Any:
+    """Call the model itself.
+
+    Raises:
+        ModelError: its code fails.
+    """
+    try:
+        return model.model(input_ids=ids.to(model.device), use_cache=False)
+    except (FedSpaLLMError, Stop, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the model's code raises
+        raise ModelError(f"{type(model.model).__name__} fails: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _returns(model: LazyModel | HollowModel) -> tuple[int, ...]:
+    """How many values each block returns, 0 for hidden states alone, as far as it is known."""
+    return model.layout.returns or (0,) * len(model.blocks)
+
+
+def _recorder(calls: list[Call], returns: tuple[int, ...]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(Call(args, kwargs))
-        if len(calls) == blocks:
+        calls.append(Call(args, kwargs, len(calls)))
+        if len(calls) == len(returns):
             raise Stop
-        return args[0] if args else kwargs["hidden_states"]
+        return wrapped(_hidden_of(calls[-1]), returns[len(calls) - 1])
 
     return forward
 
@@ -108,8 +140,8 @@ def _hidden_of(call: Call) -> Tensor:
 
 def _without_hidden(call: Call) -> Call:
     if "hidden_states" in call.kwargs:
-        return Call(call.args, {**call.kwargs, "hidden_states": None})
-    return Call((None, *call.args[1:]), call.kwargs)
+        return Call(call.args, {**call.kwargs, "hidden_states": None}, call.index)
+    return Call((None, *call.args[1:]), call.kwargs, call.index)
 
 
 def _share_equal(batches: list[list[Call]]) -> None:
@@ -152,20 +184,20 @@ def advance(block: nn.Module, index: int, state: Activations) -> None:
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
-        yield ids, _logits(model, ids, hidden, state.tuples)
+        yield ids, _logits(model, ids, hidden)
 
 
 @torch.no_grad()
-def _logits(model: LazyModel, ids: Tensor, hidden: Tensor, tuples: bool) -> Tensor:
-    through = [_return_input(tuples)] * (len(model.blocks) - 1)
-    with _forwards_replaced(model.blocks, [*through, _return_always((hidden,) if tuples else hidden)]):
-        return model.model(input_ids=ids.to(model.device), use_cache=False).logits
+def _logits(model: LazyModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    *returns, last = _returns(model)
+    through = [_return_input(values) for values in returns]
+    with _forwards_replaced(model.blocks, [*through, _return_always(wrapped(hidden, last))]):
+        return _run_model(model, ids).logits
 
 
-def _return_input(tuples: bool) -> Callable[..., Any]:
+def _return_input(values: int) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if tuples else hidden
+        return wrapped(_hidden_of(Call(args, kwargs)), values)
 
     return forward
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models import experts
@@ -115,27 +116,32 @@ def left_dense(model: nn.Module, found: Layout, chosen: Layout) -> list[tuple[De
         chosen: what is pruned.
     """
     blocks: nn.ModuleList = model.get_submodule(found.path)  # type: ignore[assignment]
-    pairs = zip(found.blocks, chosen.blocks, strict=True)
-    return [tuple(_dense(block, *pair)) for block, pair in zip(blocks, pairs, strict=True)]
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(f"{found.path}.")}
+    pairs = zip(blocks, found.blocks, chosen.blocks, strict=True)
+    return [tuple(_dense(block, prunable, pruned, outside)) for block, prunable, pruned in pairs]
 
 
-def _dense(block: nn.Module, found: tuple[Linear, ...], chosen: tuple[Linear, ...]) -> Iterator[Dense]:
-    prunable = {linear.parameter for linear in found}
-    pruned = {linear.parameter for linear in chosen}
+def _dense(
+    block: nn.Module, prunable: tuple[Linear, ...], pruned: tuple[Linear, ...], outside: set[int]
+) -> Iterator[Dense]:
+    could, does = ({linear.parameter for linear in linears} for linears in (prunable, pruned))
     gates = experts.gates(block)
     for name, parameter in block.named_parameters():
-        if parameter.ndim < 2 or name in pruned:
+        if parameter.ndim < 2 or name in does:
             continue
         owner = block.get_submodule(name.rpartition(".")[0])
-        is_gate = name.rpartition(".")[0] in gates
-        why = "named in `prune`" if name in prunable else "a router" if is_gate else _why_not_prunable(owner)
+        if name in could:
+            why = "left out by `prune`"
+        elif name.rpartition(".")[0] in gates:
+            why = "a router"
+        elif id(parameter) in outside:
+            why = "tied to a weight outside the blocks"
+        elif isinstance(owner, nn.Linear | Conv1D):
+            why = "its weight is used without a call of the linear, so that its inputs are not known"
+        else:
+            why = f"{type(owner).__name__}, no linear"
         yield Dense(name, tuple(parameter.shape), why)
-
-
-def _why_not_prunable(owner: nn.Module) -> str:
-    if isinstance(owner, nn.Linear):
-        return "tied to a weight outside the blocks"
-    return f"no linear, but of {type(owner).__name__}"
 
 
 def by_kind(blocks: list[tuple[str, ...]]) -> list[tuple[list[int], tuple[str, ...]]]:

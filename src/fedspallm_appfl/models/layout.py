@@ -64,10 +64,12 @@ class Layout:
     Attributes:
         path: dotted name of the list of blocks, e.g. `model.layers`.
         blocks: for each of the L blocks its prunable linears, in the order of definition; none where all stay dense.
+        returns: for each block how many values it returns, 0 for hidden states alone; empty if that is not known.
     """
 
     path: str
     blocks: tuple[tuple[Linear, ...], ...]
+    returns: tuple[int, ...] = ()
 
     def shapes(self, block: int) -> dict[str, tuple[int, int]]:
         """Shape (O, I) of every prunable linear of one block."""

@@ -7,6 +7,7 @@ are any, and drops them afterwards. A block can thus be pruned in place without 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -16,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.experts import is_fused
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
-from fedspallm_appfl.models.stored import Piece, Place, Stored, place, read
+from fedspallm_appfl.models.probe import Probed, probe
+from fedspallm_appfl.models.storage.checkpoint import DTYPES, CheckpointFiles, allow_code_of, config_hash, resolve_model
+from fedspallm_appfl.models.storage.stored import Piece, Place, Stored, place, read
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Model, Prune
 from fedspallm_appfl.wire.packed import Packed
@@ -70,7 +72,7 @@ class Skeleton:
         self.folder = resolve_model(path)
         self.files = CheckpointFiles(self.folder)
         self.model = without_weights(self.folder, dtype)
-        self.found = find_layout(self.model, blocks)
+        self.found = known_layout(self.folder, find_layout(self.model, blocks))
         self.layout = choose(self.found, prune or Prune(), self.model)
         self._stored = Stored(self.model, self.files)
         self._pieces = self._match()
@@ -306,6 +308,25 @@ class HollowModel:
     def vocabulary(self) -> int:
         """Number of token ids that the model has an embedding for."""
         return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+
+def known_layout(folder: Path, found: Layout) -> Layout:
+    """A layout with the linears whose inputs can be known, and with what blocks return.
+
+    Args:
+        folder: the model folder; it needs no weights.
+        found: as `find_layout` finds it.
+
+    Raises:
+        ModelError: the model cannot be run block by block.
+    """
+    return _probed(folder, found, config_hash(folder)).known(found)
+
+
+@lru_cache(maxsize=8)
+def _probed(folder: Path, found: Layout, config: str) -> Probed:
+    hollow = HollowModel(folder, found)
+    return probe(hollow, hollow.vocabulary)
 
 
 def without_weights(folder: Path, dtype: str) -> PreTrainedModel:

@@ -37,7 +37,9 @@ PERIOD = 3  # steps with one penalty
 PATIENCE = 2  # the search ends after this many penalties in a row without a change of the mask
 
 
-def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+def prune(
+    weight: Tensor, target: Target, correlation: Correlation, steps: int = STEPS, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Prune one matrix.
 
     Args:
@@ -45,23 +47,26 @@ def prune(weight: Tensor, target: Target, correlation: Correlation, steps: int =
         target: ratio or n:m; for n:m, I is a multiple of m.
         correlation: of the layer's inputs.
         steps: maximum number of ADMM steps.
+        zero: (O, I) bool, entries that are pruned first, and all of them; None for none.
 
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
     """
-    state, mask = _search(correlation.scaled(weight), target, correlation, steps)
+    state, mask = _search(correlation.scaled(weight), target, correlation, steps, zero)
     return least_squares.fit(weight, mask, state.mul_(mask), correlation), mask
 
 
-def _search(weight: Tensor, target: Target, correlation: Correlation, steps: int) -> tuple[Tensor, Tensor]:
+def _search(
+    weight: Tensor, target: Target, correlation: Correlation, steps: int, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Z (O, I) float32 and the mask after the last step, from a scaled weight."""
     state = weight.clone()
-    mask, settled = _largest(state, target), 0
+    mask, settled = _largest(state, target, zero), 0
     for penalty, count in _schedule(steps):
         shrinkage, earlier = correlation.shrinkage(penalty), mask
         for _ in range(count):
             _step(state, weight, mask, shrinkage)
-            mask = _largest(state, target)
+            mask = _largest(state, target, zero)
         del shrinkage  # free memory for the next one
         settled = settled + 1 if torch.equal(mask, earlier) else 0
         if settled == PATIENCE:
@@ -87,9 +92,11 @@ def _step(state: Tensor, weight: Tensor, mask: Tensor, shrinkage: Tensor) -> Non
         state[rows].add_(weight[rows]).addmm_(kept, shrinkage)
 
 
-def _largest(state: Tensor, target: Target) -> Tensor:
+def _largest(state: Tensor, target: Target, zero: Tensor | None = None) -> Tensor:
     """(O, I) bool, True at the entries to keep."""
-    return ~select(state.abs(), target, per_row=False)
+    if zero is None:
+        return ~select(state.abs(), target, per_row=False)
+    return ~select(state.abs().masked_fill_(zero, -1.0), target, per_row=False).logical_or_(zero)
 
 
 def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
@@ -98,6 +105,7 @@ def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
         lambda weight: prune(weight, settings.own_target, correlation, settings.iterations),
         lambda weight, mask: least_squares.refit(weight, mask, weight * mask, correlation),
         raised_damping(settings, correlation),
+        lambda weight, zero: prune(weight, settings.own_target, correlation, settings.iterations, zero),
     )
 
 

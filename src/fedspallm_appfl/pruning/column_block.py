@@ -26,7 +26,8 @@ def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, targ
 
     Args:
         columns: (B, O) float32, the weights; pruned and compensated afterwards.
-        kept: (B, O) bool, True = kept; given for a ratio, written for n:m.
+        kept: (B, O) bool, True = kept; given for a ratio. For n:m it is written, and entries that are False when it comes
+            in go first, and always.
         upper: (B, B) float32, the block's factor U.
         importance: (B,) float32, cost of a squared weight of each column, `1 / U_jj^2`.
         target: ratio or n:m; for n:m, B is a multiple of m.
@@ -49,7 +50,8 @@ def _column_by_column(columns: Tensor, kept: Tensor, upper: Tensor, importance: 
         if isinstance(target, NM) and j % target.group == 0:
             group = slice(j, j + target.group)
             scores = columns[group].square() * importance[group].unsqueeze(1)
-            kept[group] = ~select(scores.T, target, per_row=True).T
+            scores.masked_fill_(~kept[group], -1.0)
+            kept[group] &= ~select(scores.T, target, per_row=True).T
         error = (columns[j] / diagonal[j]).masked_fill_(kept[j], 0.0)
         columns[j].masked_fill_(~kept[j], 0.0)
         columns[j + 1 :] -= torch.mul(upper[j, j + 1 :].unsqueeze(1), error, out=changes[j + 1 :])

@@ -24,6 +24,7 @@ from fedspallm_appfl.pruning.pruner import Pruned, by_target
 from fedspallm_appfl.pruning.registry import find
 from fedspallm_appfl.pruning.statistics import InputGram, lift, mirror
 from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import already_zero
 
 PRUNED = 5  # bytes an entry of a matrix that was pruned: float32 and a mask
 
@@ -44,7 +45,7 @@ class Sums:
 
 
 def prune(
-    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, block: int = 0
+    weights: Mapping[str, Tensor], sums: Sums, settings: Pruning, rounded: bool, block: int = 0, keep_zeros: bool = True
 ) -> dict[str, Pruned]:
     """Prune all matrices that take one input.
 
@@ -54,6 +55,7 @@ def prune(
         settings: how to prune.
         rounded: whether what came was rounded, so that the sum may be indefinite.
         block: whose matrices they are; their targets may depend on it.
+        keep_zeros: whether entries of the dense weights that are zero stay zero.
 
     Returns:
         linear -> (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
@@ -69,7 +71,9 @@ def prune(
         prepared = find(settings.pruner).ready(own, known)
         for name in names:
             weight = weights[name]
-            made[name] = prepared.prune(weight if shift is None else torch.addmm(weight, weight, shift))
+            zero = already_zero(weight) if keep_zeros else None
+            aim = weight if shift is None else torch.addmm(weight, weight, shift)
+            made[name] = prepared.prune_all(aim, own.own_target, zero)
     return made
 
 

@@ -22,6 +22,7 @@ from fedspallm_appfl.pruning import least_squares
 from fedspallm_appfl.pruning.least_squares import Correlation
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic, mirror
 from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import exact
 from fedspallm_appfl.tensors.target import NM, Target
 
 Pruned = tuple[Tensor, Tensor]  # weight (O, I) float32, zero where pruned; mask (O, I) bool, True = kept
@@ -37,11 +38,42 @@ class Prepared:
         prune: weight (O, I) float -> (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
         compensate: weight (O, I) float, mask (O, I) bool -> pruned weight (O, I) float32: the same with the mask given.
         notes: what the report should say, e.g. the damping if it had to be raised.
+        sparse: weight, (O, I) bool -> as `prune`, of a weight with entries that are zero already: these are pruned first,
+            and all of them, even if they are more than the target says. None: `prune`, and compensation for the others.
     """
 
     prune: Callable[[Tensor], Pruned]
     compensate: Callable[[Tensor, Tensor], Tensor]
     notes: dict[str, float] = field(default_factory=dict)
+    sparse: Callable[[Tensor, Tensor], Pruned] | None = None
+
+    def prune_all(self, weight: Tensor, target: Target, zero: Tensor | None) -> Pruned:
+        """Prune a weight some of whose entries may be zero already: these stay zero, and are pruned first.
+
+        Args:
+            weight: (O, I) float.
+            target: of the settings that this was prepared with.
+            zero: as `sparsity.already_zero` says.
+
+        Returns:
+            (pruned weight (O, I) float32; mask (O, I) bool of exactly the target size: where more entries are zero
+            already, it keeps some of them as zeros).
+        """
+        if zero is None:
+            return self.prune(weight)
+        made, mask = (self.sparse or self._sparse)(weight, zero)
+        return made, exact(mask, zero, target)
+
+    def fit_all(self, weight: Tensor, mask: Tensor, zero: Tensor | None) -> Tensor:
+        """`compensate`, with entries that are zero already kept at zero."""
+        return self.compensate(weight, mask if zero is None else mask & ~zero)
+
+    def _sparse(self, weight: Tensor, zero: Tensor) -> Pruned:
+        """With a pruner that knows nothing of zeros."""
+        made, mask = self.prune(weight)
+        support = mask & ~zero
+        filled = bool((made[zero] != 0).any())
+        return (self.compensate(weight, support) if filled else made), support
 
 
 @dataclass(frozen=True)
@@ -135,7 +167,11 @@ def _refitted(prepared: Prepared, settings: Pruning, gram: Tensor) -> Prepared:
     def compensate(weight: Tensor, mask: Tensor) -> Tensor:
         return least_squares.refit(weight, mask, prepared.compensate(weight, mask), correlation)
 
-    return Prepared(prune, compensate, prepared.notes or raised_damping(settings, correlation))
+    def sparse(weight: Tensor, zero: Tensor) -> Pruned:
+        start, mask = (prepared.sparse or prepared._sparse)(weight, zero)
+        return least_squares.refit(weight, mask, start, correlation), mask
+
+    return Prepared(prune, compensate, prepared.notes or raised_damping(settings, correlation), sparse)
 
 
 def by_target(

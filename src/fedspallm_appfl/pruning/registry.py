@@ -11,6 +11,7 @@ from fedspallm_appfl.pruning.pruner import Prepared, Pruner, Rule, guarded, of_f
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, Statistic
 from fedspallm_appfl.settings.plugins import Registry
 from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.sparsity import already_zero
 
 _BUILT_IN = (sparsegpt.PRUNER, admm.PRUNER, wanda.PRUNER, magnitude.PRUNER)
 REGISTRY: Registry[Pruner] = Registry("a pruner", {one.name: one for one in _BUILT_IN})
@@ -73,4 +74,4 @@ def keeps_weights(settings: Pruning) -> bool:
 
 def prune(weight: Tensor, settings: Pruning, statistic: Statistic | None = None) -> tuple[Tensor, Tensor]:
     """Prune one matrix: (weight (O, I) float32, zero where pruned; mask (O, I) bool, True = kept)."""
-    return prepare(settings, statistic).prune(weight)
+    return prepare(settings, statistic).prune_all(weight, settings.own_target, already_zero(weight))

@@ -28,7 +28,7 @@ from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.pruning.pruner import Prepared, Pruner
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.settings.schema import Pruning
-from fedspallm_appfl.tensors.sparsity import kth_smallest
+from fedspallm_appfl.tensors.sparsity import kth_smallest, spread
 from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
 COLUMN_BLOCK = 128
@@ -103,19 +103,23 @@ class Factor:
         return not bool(torch.stack(failed).any())
 
 
-def prune(weight: Tensor, target: Target, factor: Factor) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, target: Target, factor: Factor, zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Prune one matrix and compensate.
 
     Args:
         weight: (O, I) float, not changed.
         target: ratio or n:m; for n:m, I and the width of a column block are multiples of m.
         factor: of the Gram matrix of the layer's inputs.
+        zero: (O, I) bool, entries that are pruned first, and all of them; None for none.
 
     Returns:
         (pruned weight (O, I) float32, mask (O, I) bool with True = kept).
     """
-    kept = torch.ones_like(weight.T, dtype=torch.bool, memory_format=torch.contiguous_format)
-    return _sweep(weight, kept, target, factor), kept.T.contiguous()
+    if zero is None:
+        kept = torch.ones_like(weight.T, dtype=torch.bool, memory_format=torch.contiguous_format)
+    else:
+        kept = (~zero).T.contiguous()
+    return _sweep(weight, kept, target, factor, zero), kept.T.contiguous()
 
 
 def compensate(weight: Tensor, mask: Tensor, factor: Factor) -> Tensor:
@@ -132,28 +136,39 @@ def compensate(weight: Tensor, mask: Tensor, factor: Factor) -> Tensor:
     return _sweep(weight, mask.T.contiguous(), None, factor)
 
 
-def _sweep(weight: Tensor, kept: Tensor, target: Target | None, factor: Factor) -> Tensor:
+def _sweep(weight: Tensor, kept: Tensor, target: Target | None, factor: Factor, zero: Tensor | None = None) -> Tensor:
     """Go over the blocks of columns. `kept` (I, O) is written, or without a target read. Returns (O, I) float32."""
     # The dense columns; once visited, dense minus pruned.
     lost = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     pruned = torch.empty_like(lost)
-    for block in factor.blocks:
+    counts = _counts(target, len(weight), zero, factor) if isinstance(target, Ratio) else []
+    for number, block in enumerate(factor.blocks):
         columns, importance = pruned[block], factor.importance[block]
         columns.copy_(lost[block]).addmm_(factor.carry(block), lost[: block.start])
-        if isinstance(target, Ratio):
-            rows = columns.shape[1]
-            kept[block] = _keep(columns, importance, target.zeros(block.stop * rows) - target.zeros(block.start * rows))
+        if counts:
+            kept[block] = _keep(columns, importance, counts[number], None if zero is None else kept[block])
         choice = target or column_block.GIVEN
         column_block.solve(columns, kept[block], factor.corner(block).contiguous(), importance, choice)
         lost[block] -= columns
     return lost.view(weight.shape).copy_(pruned.T)  # the losses are no longer needed
 
 
-def _keep(columns: Tensor, importance: Tensor, count: int) -> Tensor:
-    """(columns, O) bool, False for the `count` entries of a block to prune; ties by row, then by column."""
+def _counts(target: Ratio, rows: int, zero: Tensor | None, factor: Factor) -> list[int]:
+    """Entries to prune in each block of columns."""
+    already = [0 if zero is None else int(zero[:, block].count_nonzero()) for block in factor.blocks]
+    return spread(target, [(block.stop - block.start) * rows for block in factor.blocks], already)
+
+
+def _keep(columns: Tensor, importance: Tensor, count: int, free: Tensor | None) -> Tensor:
+    """(columns, O) bool, False for the `count` entries of a block to prune; ties by row, then by column.
+
+    Entries that are not `free` go first.
+    """
     if count == 0:
         return torch.ones_like(columns, dtype=torch.bool)
     scores = columns.square().mul_(importance.unsqueeze(1))
+    if free is not None:
+        scores.masked_fill_(~free, -1.0)
     threshold = kth_smallest(scores.view(-1), count)
     pruned, ties = scores < threshold, scores == threshold
     missing = count - int(pruned.count_nonzero())
@@ -175,6 +190,7 @@ def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
         lambda weight: prune(weight, settings.own_target, factor),
         lambda weight, mask: compensate(weight, mask, factor),
         {"damping": factor.damping} if factor.attempts > 1 else {},
+        lambda weight, zero: prune(weight, settings.own_target, factor, zero),
     )
 
 

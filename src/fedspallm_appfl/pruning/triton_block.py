@@ -60,7 +60,8 @@ def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, targ
     Args:
         columns: (B, O) float32, contiguous: the transposed weights, changed in place to the pruned, compensated ones.
         kept: (B, O) bool, contiguous, True = kept: read for a ratio; written for n:m, where the smallest
-            `weight^2 * importance` of each group go when its first column is due, ties by lowest column.
+            `weight^2 * importance` of each group go when its first column is due, ties by lowest column; entries that are
+            False when it comes in go first, and always.
         upper: (B, B) float32, upper triangular with zeros below, any strides: the block's part of U.
         importance: (B,) float32, contiguous, `1 / U_jj^2`, or 0 for dead inputs; read for n:m.
         target: a ratio, or n:m with m dividing B.
@@ -123,9 +124,13 @@ def _solve_tile(
     here = out < out_features
     weights = tl.load(columns + column * out_features + out[None, :], (column < width) & here[None, :], 0.0)
     costs = tl.load(importance + column, column < width, 0.0)
+    if n > 0:
+        free = tl.load(kept + column * out_features + out[None, :], (column < width) & here[None, :], True)
     tl.debug_barrier()  # all threads have read before any of them writes: a column may be written by other threads
     for first in range(0, width, m):
         scores = weights * weights * costs
+        if n > 0:
+            scores = tl.where(free, scores, -1.0)
         for j in range(first, first + m):
             reach = tl.load(upper + j * upper_row + column * upper_column, column < width, 0.0)
             diagonal = tl.load(upper + j * (upper_row + upper_column))
@@ -136,6 +141,7 @@ def _solve_tile(
                 before = (scores < score) | ((scores == score) & (column < j))
                 group = (column >= first) & (column < first + m)
                 keep = tl.sum((group & before).to(tl.int32), 0) >= m - n
+                keep = keep & (tl.sum(((column == j) & free).to(tl.int32), 0) > 0)
                 tl.store(kept + j * out_features + out, keep, here)
             else:
                 keep = tl.load(kept + j * out_features + out, here, True)

@@ -17,10 +17,19 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, from_text, to_text
 from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
-from fedspallm_appfl.models.checkpoint import resolve_model
-from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.models.storage.checkpoint import resolve_model
+from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports import own_text
-from fedspallm_appfl.reports.result import Result, count, label, mean, own_table, perplexity_table, sparsity_line
+from fedspallm_appfl.reports.result import (
+    Result,
+    count,
+    label,
+    mean,
+    own_table,
+    perplexity_table,
+    sparsity_line,
+    zeros_line,
+)
 from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, participants, roster
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
@@ -54,16 +63,23 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
 def closing(config: Config, results: Result, log: EventLog) -> Group:
     """The final lines of a run: perplexity of each method on each text, sparsity, bytes."""
     up, down = traffic(log)
-    lines = (
-        f"{sparsity_line(results.matrices)}\n"
-        f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in total, "
-        f"{bytes_text(statistics.mean(up.values()))} up per client on average; "
-        f"the dense prunable weights take {bytes_text(results.dense_bytes)}"
+    lines = "\n".join(
+        [
+            *_zeros(results),
+            f"up {bytes_text(sum(up.values()))}, down {bytes_text(sum(down.values()))} in total, "
+            f"{bytes_text(statistics.mean(up.values()))} up per client on average; "
+            f"the dense prunable weights take {bytes_text(results.dense_bytes)}",
+        ]
     )
     texts = list(config.evaluation.texts)
     tables = [perplexity_table(texts, results.perplexity)] if texts else []
     tables += [own_table(results.own)] if results.own else []
     return Group(Text(_title(config)), *tables, Text(lines))
+
+
+def _zeros(results: Result) -> list[str]:
+    """Sentences: what is zero, and what became of the zeros of the dense model."""
+    return [sparsity_line(results.matrices), *filter(None, [zeros_line(results.matrices)])]
 
 
 def model_table(
@@ -87,7 +103,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
     """Write report.md."""
     parts = [
         f"# {headline(config)}",
-        f"{sparsity_line(results.matrices)}.\n\nThe model in `{results.model.name}/` is stored dense, with zeros: "
+        f"{'. '.join(_zeros(results))}.\n\nThe model in `{results.model.name}/` is stored dense, with zeros: "
         "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),

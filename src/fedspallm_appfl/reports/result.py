@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.export import MatrixSparsity
+from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports.own_text import HEAD, TITLE, OwnText, rows
 
 WIDTH = 120  # characters
@@ -117,6 +117,17 @@ def sparsity_line(matrices: Sequence[MatrixSparsity]) -> str:
         dense += f", {100 * zeros / everything:.4f} % of all"
     share = f"{100 * zeros / entries:.4f} %"
     return f"{zeros:,} of {entries:,} weights in {count(len(pruned), 'matrix')} are zero ({share}){dense}"
+
+
+def zeros_line(matrices: Sequence[MatrixSparsity]) -> str | None:
+    """What became of the zeros that the dense model had among these weights; None if it had none."""
+    before, back = sum(m.zeros_before for m in matrices), sum(m.zeros_back for m in matrices)
+    if not before:
+        return None
+    kept = f"{before - back:,} of {before:,} weights that were zero in the dense model are still zero"
+    if not back:
+        return kept
+    return f"{kept}; {back:,} came back, as prune.keep_zeros is false or the pruner or algorithm is one of a plugin"
 
 
 def perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:

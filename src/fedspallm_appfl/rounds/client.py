@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.models.checkpoint import allow_code_of
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
+from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep

@@ -511,7 +511,15 @@ class GramFold:
             else:
                 store.save(block, linears, total, self._rounded)
         weights = {name: context.dense_float(block, name) for name in linears}
-        pruned = prune_input(weights, total, context.settings, self._rounded, context.settings.threads, (block, unit))
+        pruned = prune_input(
+            weights,
+            total,
+            context.settings,
+            self._rounded,
+            context.settings.threads,
+            (block, unit),
+            context.settings.prune.keep_zeros,
+        )
         return {GLOBAL: {name: pack(*made, context.dtype) for name, made in pruned.items()}}, {}
 
 
@@ -522,6 +530,7 @@ def prune_input(
     rounded: bool,
     threads: int | None,
     unit: tuple[int, str],
+    keep_zeros: bool = True,
 ) -> dict[str, Pruned]:
     """Prune all matrices that take one input with the server's threads (see `pruning.from_sums.prune`).
 
@@ -532,7 +541,7 @@ def prune_input(
         torch.set_num_threads(threads)
     where = f"block {unit[0]}, {unit[1]}"
     try:
-        pruned = from_sums.prune(weights, sums, settings, rounded, unit[0])
+        pruned = from_sums.prune(weights, sums, settings, rounded, unit[0], keep_zeros)
     except PruningError as error:
         raise PruningError(f"server, {where}: {error}") from error
     for name, (weight, _) in pruned.items():

@@ -23,6 +23,8 @@ from fedspallm_appfl.pruning.pruner import Prepared, by_target
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.statistics import Statistic
 from fedspallm_appfl.rounds.source import Agreed, Source, check_statistics
+from fedspallm_appfl.tensors.sparsity import already_zero
+from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.wire.packed import Unreached
 
 Statistics = Iterator[tuple[list[str], Statistic | None]]  # (linears that share an input, what is known of it)
@@ -115,21 +117,23 @@ def _prune_group(
         for settings, alike, known in by_target(block.source.settings, block.index, names, statistic):
             prepared = prepare(settings, known)
             for name in alike:
-                done[name] = replace(_prune_linear(block, block.linears[name], prepared), tokens=tokens)
+                made = _prune_linear(block, block.linears[name], prepared, settings.own_target)
+                done[name] = replace(made, tokens=tokens)
                 block.source.model.skeleton.files.release()
     except PruningError as error:
         raise PruningError(f"{block.source.where(block.index, name)}: {error}") from error
     return done
 
 
-def _prune_linear(block: _Block, linear: Linear, prepared: Prepared) -> PrunedLinear:
-    model = block.source.model
+def _prune_linear(block: _Block, linear: Linear, prepared: Prepared, target: Target) -> PrunedLinear:
+    model, keep = block.source.model, block.source.settings.prune.keep_zeros
     dense = model.skeleton.dense_weight(block.index, linear).to(model.device, torch.float32)
+    zero = already_zero(dense) if keep else None
     if block.masks is None:
-        weight, mask = prepared.prune(dense)
+        weight, mask = prepared.prune_all(dense, target, zero)
     else:
         mask = (block.masks.get(block.index) or {})[linear.name].unpack_mask().to(model.device)
-        weight = prepared.compensate(dense, mask)
+        weight = prepared.fit_all(dense, mask, zero)
     if not bool(weight.isfinite().all()):
         if not bool(dense.isfinite().all()):
             raise PruningError("its weights in the checkpoint hold NaN or infinity; fetch the model again")

@@ -10,9 +10,9 @@ from torch import Tensor
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.models.checkpoint import resolve_model
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
+from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows

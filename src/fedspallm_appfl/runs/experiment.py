@@ -13,9 +13,9 @@ from rich.markup import escape
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.events import EventLog, OnEvent
-from fedspallm_appfl.models.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
+from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
 from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.progress import RunProgress
@@ -170,6 +170,8 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "prunable": entries,
         "zeros": zeros,
         "sparsity": zeros / entries,
+        "zeros_before": sum(matrix.zeros_before for matrix in matrices),
+        "zeros_back": sum(matrix.zeros_back for matrix in matrices),
         "prune": plain(config.prune),
         "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, ModelError
-from fedspallm_appfl.models.export import MatrixSparsity
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.pruning import registry
 from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.progress import RunProgress
@@ -194,7 +194,7 @@ def _prune_input(
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
     settings = replace(train, sparsity=target)
-    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader))
+    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader), config.prune.keep_zeros)
     packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
 
 

@@ -27,8 +27,7 @@ from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.targets import Sparsity, parse_sparsity
 
 WORDS = {list: "a list", dict: "keys and values", bool: "true or false"}
-_CHOICE = "; which matrices stay dense is said at the top of the file: prune.ignore=[blocks.0, '*.down_proj']"
-ELSEWHERE = dict.fromkeys(("ignore", "skip", "exclude", "skip_layers", "ignore_layers", "ignored_layers"), _CHOICE)
+MEANT = dict.fromkeys(("ignore", "skip", "exclude", "skip_layers", "ignore_layers", "skip_blocks"), "prune.ignore")
 
 
 def load_config(
@@ -150,7 +149,8 @@ def build(kind: Any, raw: Any, path: str = "", problems: list[str] | None = None
         if key in hints:
             made[key] = _value(hints[key], value, where, problems, found)
         elif problems is not None:
-            found.append(f"{where}: unknown key{ELSEWHERE.get(str(key)) or _nearest(str(key), list(hints))}")
+            meant = f"; did you mean {MEANT[key]}, with the value {value!r}?" if key in MEANT else None
+            found.append(f"{where}: unknown key{meant or _nearest(str(key), list(hints))}")
     if problems is None and found:
         raise ConfigError("; ".join(found))
     return kind(**{key: value for key, value in made.items() if value is not _WRONG})

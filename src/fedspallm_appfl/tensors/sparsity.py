@@ -6,7 +6,8 @@ exactly.
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -116,6 +117,46 @@ def row_counts(target: Ratio, rows: int, columns: int) -> Tensor:
     """Zeros of each row, cumulative so that their sum over all rows is `target.zeros(rows * columns)`. (rows,) int64."""
     ends = [target.zeros(row * columns) for row in range(rows + 1)]
     return torch.tensor(ends).diff()
+
+
+def already_zero(weight: Tensor) -> Tensor | None:
+    """(O, I) bool, the entries of a dense weight that are exactly zero; None if there are none."""
+    return weight == 0 if int(weight.count_nonzero()) < weight.numel() else None
+
+
+def spread(target: Ratio, sizes: Sequence[int], already: Sequence[int]) -> list[int]:
+    """Zeros of the parts of a matrix, as many together as the target says, or as there are already if that is more.
+
+    Without any they are cumulative; else what is missing is spread over the entries that are not zero.
+
+    Args:
+        target: the share.
+        sizes: entries of each part, in order.
+        already: of these, how many are zero already.
+    """
+    ends, room = list(accumulate(sizes)), list(accumulate(n - zeros for n, zeros in zip(sizes, already, strict=True)))
+    if not any(already):
+        cumulative = [target.zeros(end) for end in ends]
+    else:
+        missing = max(0, target.zeros(ends[-1]) - sum(already))
+        cumulative = [missing * place // max(1, room[-1]) for place in room]
+    counts = [end - start for start, end in zip([0, *cumulative], cumulative, strict=False)]
+    return [count + zeros for count, zeros in zip(counts, already, strict=True)]
+
+
+def exact(mask: Tensor, zero: Tensor, target: Target) -> Tensor:
+    """A mask of exactly the target size from one that prunes at least that, by keeping some entries that are zero.
+
+    Args:
+        mask: (O, I) bool, True = kept; False at all entries of `zero`.
+        zero: (O, I) bool, entries that may be kept, as they are zero whatever a mask says.
+        target: ratio or n:m.
+
+    Returns:
+        (O, I) bool, True = kept; the first of the zeros are pruned.
+    """
+    order = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(zero, 1.0).masked_fill_(mask, 2.0)
+    return ~select(order, target, per_row=False)
 
 
 def select(scores: Tensor, target: Target, per_row: bool) -> Tensor:

@@ -22,7 +22,7 @@ from fedspallm_appfl.globus.server.measuring import measure
 from fedspallm_appfl.globus.server.turn import Turn
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import placed
-from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.rounds.participants import client_settings
 from fedspallm_appfl.settings.schema import Client, Config
 
@@ -120,7 +120,7 @@ def connected(config: Config) -> Iterator[Connection]:
         DataStoreError: the store cannot be reached.
     """
     from fedspallm_appfl.adaptors import registration
-    from fedspallm_appfl.models.checkpoint import resolve_model
+    from fedspallm_appfl.models.storage.checkpoint import resolve_model
 
     registration.register()
     from fedspallm_appfl.globus.server.communicator import GlobusServer

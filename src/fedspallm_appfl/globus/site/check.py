@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
-from fedspallm_appfl.models.checkpoint import is_hub_name, resolve_model
+from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.texts.checks import look_at
 from fedspallm_appfl.texts.files import are_tokens, text_files

@@ -9,7 +9,7 @@ from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.site_file import Site, load_site
 from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store, told
 from fedspallm_appfl.globus.store.data_store import GREETING
-from fedspallm_appfl.models.checkpoint import config_hash
+from fedspallm_appfl.models.storage.checkpoint import config_hash
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.texts.checks import too_few

@@ -29,7 +29,7 @@ import yaml
 
 from fedspallm_appfl.algorithms.algorithm import UPLOADS
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.models.checkpoint import resolve_model
+from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store

@@ -26,7 +26,7 @@ from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError,
 from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
-from fedspallm_appfl.models.checkpoint import model_hash
+from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.settings import custom_code, plugins

@@ -124,7 +124,8 @@ FOLD(fold_8_2, int64_t, int16_t, value)
 
 /* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do
  * not depend on each other, so a tile of them is finished in the fastest cache. The errors of a few columns are applied to the columns on their right at once, in the order of the columns: the same sums as one by one.
- * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index. */
+ * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index; those
+ * that are not kept when it comes in go first, and always. */
 typedef float lane __attribute__((vector_size(64)));
 #define LANES 2
 #define TILE (int64_t)(LANES * sizeof(lane) / sizeof(float))
@@ -148,13 +149,17 @@ static void choose(const column *w, uint8_t *kept, int64_t rows, int64_t tile, c
     for (int64_t a = 0; a < group; a++)
         for (int64_t r = 0; r < TILE; r++)
             scores[a].row[r] = w[a].row[r] * w[a].row[r] * importance[a];
+    for (int64_t a = 0; a < group; a++)
+        for (int64_t r = 0; r < tile; r++)
+            if (!kept[a * rows + r])
+                scores[a].row[r] = -1.0f;
     for (int64_t a = 0; a < group; a++) {
         int32_t before[LANES * sizeof(lane) / sizeof(float)] = {0};
         for (int64_t b = 0; b < group; b++)
             for (int64_t r = 0; r < TILE; r++)
                 before[r] += scores[b].row[r] < scores[a].row[r] || (b < a && scores[b].row[r] == scores[a].row[r]);
         for (int64_t r = 0; r < tile; r++)
-            kept[a * rows + r] = before[r] >= prune;
+            kept[a * rows + r] &= before[r] >= prune;
     }
 }
 

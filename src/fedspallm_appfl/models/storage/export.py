@@ -1,9 +1,9 @@
 """Write the pruned model as a plain Hugging Face folder, and check the result.
 
 Every safetensors shard of the dense checkpoint is copied as a file, and each pruned matrix is written over its bytes in
-the copy, one after the other. The model is never built, dense tensors are never read, and one matrix is in memory at a
-time. A pickled checkpoint is first converted to one safetensors file. All other files in the folder (config, tokenizer,
-licence, chat templates in subfolders) are copied unchanged; the model's card becomes README.base.md.
+the copy, one after the other. The model is never built, and one matrix is in memory at a time. A pickled checkpoint is
+first converted to one safetensors file. All other files in the folder (config, tokenizer, licence, chat templates in
+subfolders) are copied unchanged; the model's card becomes README.base.md.
 
 The new folder has the size of the dense one, because zeros are stored. Only the uploads are smaller.
 """
@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.checkpoint import CheckpointFiles
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.stored import Place
+from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
+from fedspallm_appfl.models.storage.stored import Place
+from fedspallm_appfl.tensors.sparsity import already_zero
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
@@ -58,6 +59,8 @@ class MatrixSparsity:
         zeros: entries that the mask prunes; all of them are zero on disk.
         zeros_on_disk: entries that are zero on disk; more if a kept weight is exactly zero.
         sparsity: zeros / entries.
+        zeros_before: entries that are zero in the dense model.
+        zeros_back: of these, how many are not zero any more.
     """
 
     name: str
@@ -67,6 +70,8 @@ class MatrixSparsity:
     zeros: int
     zeros_on_disk: int
     sparsity: float
+    zeros_before: int = 0
+    zeros_back: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in the manifest."""
@@ -233,22 +238,24 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
     Raises:
         ModelError: a pruned entry is not zero on disk.
     """
-    written = CheckpointFiles(folder)
-    manifest = []
+    written, manifest = CheckpointFiles(folder), []
     for block, linears in enumerate(skeleton.layout.blocks):
         packed = pruned.get(block) or {}
         for linear in linears:
-            place = skeleton.place(block, linear)
-            manifest.append(_check_matrix(written, place, block, linear, packed.get(linear.name)))
+            place, dense = skeleton.place(block, linear), skeleton.dense_weight(block, linear)
+            manifest.append(_check_matrix(written, place, block, linear, packed.get(linear.name), dense))
         written.release()  # or all pages that were read would stay resident
+        skeleton.files.release()
     return manifest
 
 
 def _check_matrix(
-    written: CheckpointFiles, place: Place, block: int, linear: Linear, packed: Packed | None
+    written: CheckpointFiles, place: Place, block: int, linear: Linear, packed: Packed | None, dense: Tensor
 ) -> MatrixSparsity:
     zero = place.view(written.read(place.key)) == 0
     entries, zeros, zeros_on_disk = zero.numel(), 0, int(zero.count_nonzero())
+    before = already_zero(dense)
+    known = () if before is None else (int(before.count_nonzero()), int((before & ~zero).count_nonzero()))
     if packed is not None:
         kept = packed.unpack_mask()
         zeros = entries - int(kept.count_nonzero())
@@ -256,4 +263,4 @@ def _check_matrix(
             raise ModelError(
                 f"{written.folder}: {place.name} is not zero where it was pruned; the file is damaged, write it again"
             )
-    return MatrixSparsity(place.name, block, linear.shape, entries, zeros, zeros_on_disk, zeros / entries)
+    return MatrixSparsity(place.name, block, linear.shape, entries, zeros, zeros_on_disk, zeros / entries, *known)

@@ -18,8 +18,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightRenaming
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.checkpoint import CheckpointFiles
 from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
 
 
 @dataclass(frozen=True)

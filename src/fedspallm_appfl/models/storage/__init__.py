@@ -1,0 +1,1 @@
+"""How a model lies on disk: its files, where each weight is in them, and the pruned copy."""
