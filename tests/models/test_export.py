@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models.storage import export
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage import export
 from fedspallm_appfl.models.storage.export import check_model, write_model
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import PackedStore
