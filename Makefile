@@ -14,7 +14,7 @@ CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study real test globus fast lint check triton docs bench bench-peers clean
+.PHONY: help install demo study real test globus fast lint check triton matrix docs bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -64,6 +64,9 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
 
+matrix:  ## A short suite on the oldest, pinned and newest versions, in environments of their own; up to 7 GB each
+	$(PYTHON) .ci/matrix.py
+
 docs: install  ## Write the table of all keys into docs/configuration.md
 	$(BIN)/python -m fedspallm_appfl.settings.page docs/configuration.md
 
@@ -78,4 +81,4 @@ $(PEERS)/installed: benchmarks/peers-requirements.txt
 	touch $@
 
 clean:  ## Remove the virtual environment, caches and runs
-	rm -rf $(VENV) $(PEERS) runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-matrix runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,17 +10,20 @@ measured, whether a client holds it or not. This takes hours on two cores. The s
 import argparse
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import yaml
 from get_model import continued
+from transformers.utils import logging
 
 from fedspallm_appfl import cli
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import client_memory, serial_memory, server_memory
 from fedspallm_appfl.reports.report import bytes_text, markdown
 from fedspallm_appfl.study.cells import DENSE, Cell, opened
-from fedspallm_appfl.study.plan import Plan, planned
+from fedspallm_appfl.study.plan import Plan, parse_method, planned
 
 BUNDLED = Path(__file__).parents[1] / "demo" / "text"
 METHODS = [
@@ -72,14 +75,15 @@ def experiment(asked: argparse.Namespace) -> Path:
 
 def geometric_means(cells: dict[tuple[str, str, int], Cell], asked: argparse.Namespace, seed: int) -> str:
     """The geometric mean over all texts: methods by targets, and bits that a client sends for a weight."""
-    last = asked.sparsity[-1]
+    ends = list(dict.fromkeys((asked.sparsity[0], asked.sparsity[-1])))
     dense = f"{cells[DENSE, '', 0].mean:.2f}"
-    rows = [[DENSE, *[dense] * len(asked.sparsity), "", ""]]
+    rows = [[DENSE, *[dense] * len(asked.sparsity), *[""] * len(ends)]]
     for method in asked.algorithms:
-        row = [cells[method, target, seed] for target in asked.sparsity]
-        sent = [f"{one.bits_up:.2f}" for one in (row[0], row[-1])] if not method.startswith("standalone") else ["", ""]
-        rows.append([method, *(f"{cell.mean:.2f}" for cell in row), *sent])
-    return markdown(["", *asked.sparsity, f"bits up, {asked.sparsity[0]}", f"bits up, {last}"], rows)
+        row = {target: cells[method, target, seed] for target in asked.sparsity}
+        sends = registry.find(parse_method(method).algorithm).federates
+        sent = [f"{row[target].bits_up:.2f}" if sends else "" for target in ends]
+        rows.append([method, *(f"{cell.mean:.2f}" for cell in row.values()), *sent])
+    return markdown(["", *asked.sparsity, *(f"bits up, {target}" for target in ends)], rows)
 
 
 def memory(plan: Plan, cells: dict[tuple[str, str, int], Cell]) -> str:
@@ -88,7 +92,7 @@ def memory(plan: Plan, cells: dict[tuple[str, str, int], Cell]) -> str:
     rows = []
     for method in plan.methods:
         cell = cells[method.name, str(target), seed]
-        if cell.stored or cell.memory_bytes is None:
+        if cell.stored or cell.run_of or cell.memory_bytes is None:
             continue
         job = Job.of(plan.experiment(method, target, seed))
         together = serial_memory(job).resident
@@ -123,9 +127,12 @@ def page(plan: Plan, asked: argparse.Namespace) -> str:
     size = sum(file.stat().st_size for file in asked.model.glob("*.safetensors"))
     whose = "the bundled texts" if asked.texts == BUNDLED else "texts that the repository does not hold"
     tables = (plan.out / "study.md").read_text("utf-8").split("\n## ")[1:]
-    measured = [f"#{table}" if table.startswith("What") else f"## {table}" for table in tables]
-    words = ["python", "examples/smollm2/measure.py", str(asked.model)]
-    words += [] if asked.texts == BUNDLED else ["--texts", "TEXTS", "--clients", *asked.clients]
+    measured = [f"### {table}" for table in tables]
+    words = [
+        "python",
+        "examples/smollm2/measure.py",
+        *("TEXTS" if word == str(asked.texts) else word for word in sys.argv[1:]),
+    ]
     pictures = [f"![{name.replace('_', ' against ')}](images/real_{name}.png)" for name in PLOTS]
     return "\n\n".join(
         [
@@ -143,7 +150,8 @@ def page(plan: Plan, asked: argparse.Namespace) -> str:
             *pictures,
             "## Memory",
             "The peak of the one process that ran server and clients, above what it held when the cell began, beside what "
-            f"`fedspallm estimate` says of it, at {plan.targets[0]}:",
+            f"`fedspallm estimate` says of it, at {plan.targets[0]}. The estimate does not count the tokenizer and what it "
+            "makes of the texts:",
             memory(plan, cells),
             "## Sentences",
             "The likeliest token each time, 40 of them:",
@@ -157,6 +165,7 @@ def page(plan: Plan, asked: argparse.Namespace) -> str:
 def main() -> int:
     """Do what the command line asks."""
     asked = options()
+    logging.disable_progress_bar()
     file, keep = experiment(asked), [name for name in SHOWN if name in asked.algorithms]
     choice = [
         "--algorithms",

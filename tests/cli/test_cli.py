@@ -194,6 +194,7 @@ def test_evaluate_takes_the_length_that_the_model_takes_unless_told(fedspallm):
         (evaluate("--text", str(ROOT / ".gitignore")), "has no window of 512 tokens; give more text"),
         (evaluate("--length", "513"), "length is at most 512 for this model (max_position_embeddings), got 513"),
         (evaluate("--length", "64", "--device", "gpu"), "gpu"),
+        (evaluate("--blocks", "model.norm"), "`model.blocks` is 'model.norm', which is not a non-empty nn.ModuleList"),
         (evaluate("--length", "64", "--device", "cuda:x"), "cuda:x"),
         (evaluate("--length", "64", "--device", "cuda:99"), "device cuda:99 was asked for"),
     ],

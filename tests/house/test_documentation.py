@@ -87,12 +87,12 @@ def test_a_configuration_has_no_problem(config):
 
 
 @configs
-def test_a_configuration_begins_with_purpose_hardware_launch_and_override(config):
+def test_a_configuration_begins_with_purpose_hardware_tests_launch_and_override(config):
     purpose, *rest = header(config).splitlines()
     assert len(purpose.split()) > 3
     assert not purpose.startswith(("Hardware", "Launch", "Override"))
     assert [
-        word for word in ("Hardware", "Launch", "Override") if not any(line.startswith(word) for line in rest)
+        word for word in ("Hardware", "Tested", "Launch", "Override") if not any(line.startswith(word) for line in rest)
     ] == []
 
 

@@ -13,7 +13,7 @@ from fedspallm_appfl.algorithms.registry import BUILT_IN
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.pruning.from_sums import Sums, prune
-from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
 from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import pack_gram
@@ -221,6 +221,15 @@ def test_gram_prunes_as_if_all_texts_were_in_one_place(tmp_path, pruner):
                 assert torch.allclose(made, weight, rtol=1e-4, atol=1e-5)
     assert model.changes(10**6) == []
     assert not model.next_exchange()
+
+
+def test_a_weight_that_is_not_finite_is_not_blamed_on_the_statistics():
+    weight = torch.ones(2, 4)
+    weight[0, 0] = torch.nan
+    with pytest.raises(
+        PruningError, match="server, block 2, up: the weights of up in the checkpoint hold NaN or infinity"
+    ):
+        prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), False, None, (2, "up"))
 
 
 @pytest.mark.parametrize("fold", ["latest", "cumulative"])

@@ -19,6 +19,7 @@ from rich.text import Text
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.reports.report import bytes_text, markdown
+from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell
 from fedspallm_appfl.tensors import native
@@ -258,7 +259,7 @@ def _range(numbers: Sequence[int]) -> str:
 def _threads(config: Config) -> str:
     threads = {client.train_configs.threads for client in config.clients}
     if threads == {None}:
-        return f"{torch.get_num_threads()} threads"
+        return count(torch.get_num_threads(), "thread")
     return f"threads per client: {', '.join(str(count or 'default') for count in sorted(threads, key=str))}"
 
 

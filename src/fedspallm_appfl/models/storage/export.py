@@ -244,6 +244,8 @@ def check_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[M
         for linear in linears:
             place, dense = skeleton.place(block, linear), skeleton.dense_weight(block, linear)
             manifest.append(_check_matrix(written, place, block, linear, packed.get(linear.name), dense))
+        written.release()  # or all pages that were read would stay resident
+        skeleton.files.release()
     return manifest
 
 
