@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from fedspallm_appfl.runs.progress import console
 
 import fedspallm_appfl as fs
+from fedspallm_appfl.reports.progress import console
 from fedspallm_appfl.runs import further_models
 from fedspallm_appfl.tensors.targets import parse_sparsity
 from helpers.tiny import events, linears, run, save_tiny, tiny_config, weights

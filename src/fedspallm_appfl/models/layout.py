@@ -1,7 +1,7 @@
 """Find the decoder blocks and the prunable linears of any causal LM, by structure: the only architecture-aware file.
 
 Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears, or the only one in
-the text model where there are towers for images or sound too. Prunable are the
+the text model where there are towers for images or sound too; if no list has one class, several will do. Prunable are the
 linears inside a block (`nn.Linear`, and GPT-2's `Conv1D`, whose weight is stored transposed), unless their weight is tied
 to one outside the blocks, and the matrices of the experts of a mixture, which lie in tensors of three dimensions
 (`experts`). Embeddings, norms, head, biases, and the routers and gates of mixtures are never pruned.
@@ -9,7 +9,7 @@ to one outside the blocks, and the matrices of the experts of a mixture, which l
 Legend: O out features, I in features, L decoder blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,11 +137,7 @@ def _linears(block: nn.Module, outside: set[int]) -> Iterator[Linear]:
 
 
 def _search(model: nn.Module) -> str:
-    candidates: list[str] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{outer}.") for outer in candidates)
-        if isinstance(module, nn.ModuleList) and not nested and _alike(module):
-            candidates.append(name)
+    candidates = _outermost(model, _alike) or _outermost(model, _hold_linears)
     if len(candidates) > 1:
         candidates = _of_text_model(model, candidates) or candidates
     if len(candidates) == 1:
@@ -153,6 +149,16 @@ def _search(model: nn.Module) -> str:
     )
 
 
+def _outermost(model: nn.Module, wanted: Callable[[nn.ModuleList], bool]) -> list[str]:
+    """Dotted names of the lists of some kind that are inside no other one of it."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not nested and wanted(module):
+            found.append(name)
+    return found
+
+
 def _of_text_model(model: nn.Module, names: list[str]) -> list[str]:
     """Those inside the text model, where a model has other towers too: transformers says which module it is."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
@@ -161,9 +167,14 @@ def _of_text_model(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _alike(modules: nn.ModuleList) -> bool:
-    kinds = {type(module) for module in modules}
-    holds_linears = all(any(isinstance(m, nn.Linear | Conv1D) for m in module.modules()) for module in modules)
-    return len(kinds) == 1 and holds_linears and not any(isinstance(module, nn.Linear | Conv1D) for module in modules)
+    """Whether members have one class; in some hybrid models attention blocks have another one than the others."""
+    return _hold_linears(modules) and len({type(module) for module in modules}) == 1
+
+
+def _hold_linears(modules: nn.ModuleList) -> bool:
+    """Whether every member contains linears, and none is one."""
+    holds = all(any(isinstance(m, nn.Linear | Conv1D) for m in module.modules()) for module in modules)
+    return bool(len(modules)) and holds and not any(isinstance(module, nn.Linear | Conv1D) for module in modules)
 
 
 def _module_list(model: nn.Module, path: str) -> nn.ModuleList:
