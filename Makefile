@@ -64,6 +64,9 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
 
+families: install  ## Check tiny models of all families against an oracle and write docs/families.md; half an hour
+	$(BIN)/python tests/families.py --page docs/families.md
+
 matrix:  ## A short suite on the oldest, pinned and newest versions, in environments of their own; up to 7 GB each
 	$(PYTHON) .ci/matrix.py
 

@@ -138,7 +138,7 @@ def _dense(
         elif id(parameter) in outside:
             why = "tied to a weight outside the blocks"
         elif isinstance(owner, nn.Linear | Conv1D):
-            why = "its weight is used without a call of the linear, so that its inputs are not known"
+            why = "the linear is never called, so that its inputs are not known"
         else:
             why = f"{type(owner).__name__}, no linear"
         yield Dense(name, tuple(parameter.shape), why)

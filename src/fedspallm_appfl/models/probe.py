@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.errors import FedSpaLLMError, ModelError, first_line
+from fedspallm_appfl.models.experts import is_inside
 from fedspallm_appfl.models.layout import Layout
 
 TOKENS = 8
@@ -39,7 +40,8 @@ class Probed:
 
     Attributes:
         returns: for each block the number of values that it returns, 0 for hidden states alone.
-        uncalled: (block, linear) whose weight is used although the linear is never called, so that its inputs are unknown.
+        uncalled: (block, linear) that is never called, so that its inputs are unknown: its weight is used otherwise, or not
+            at all. Not those of experts that only the few tokens of the pass did not reach.
     """
 
     returns: tuple[int, ...]
@@ -115,7 +117,7 @@ class _Pass:
         return made
 
     def _run(self, index: int, args: Any, kwargs: Any, hidden: Tensor) -> tuple[int, set[str]]:
-        """One block: (number of values that it returns, linears that are used without a call)."""
+        """One block: (number of values that it returns, linears that are not called)."""
         block = self._model.blocks[index]
         linears = {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear | Conv1D)}
         called: set[str] = set()
@@ -135,7 +137,7 @@ class _Pass:
         first = out[0] if values else out
         if not isinstance(first, Tensor) or first.shape != hidden.shape:
             raise ModelError(f"block {index} ({type(block).__name__}) does not return hidden states, alone or first")
-        return values, uses.used - called
+        return values, {name for name in linears if name not in called and (name in uses.used or not is_inside(name))}
 
 
 @torch.no_grad()

@@ -209,7 +209,8 @@ class GlobalModel:
     def _check_of(self, client: str, block: int, unit: str) -> Check:
         """How an upload of a unit is checked."""
         check = self._fold.check(client, block, unit)
-        return check_expert(check) if self.context.layout.linear(block, unit).expert else check
+        expert = self.context.layout.linear(block, unit).expert
+        return check_expert(check, statistics=self.exchange.up == "grams") if expert else check
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round; what it has sent counts, unit by unit.

@@ -135,14 +135,21 @@ def _checked_units(
             yield int(key), name, assigned[key][name](packed, where)
 
 
-def check_expert(check: Check) -> Check:
-    """How a unit of an expert is checked: it may say that too few tokens reached it, and else says how many did."""
+def check_expert(check: Check, statistics: bool) -> Check:
+    """How a unit of an expert is checked: it may say that too few tokens reached it, and else says how many did.
+
+    Args:
+        check: how it would be checked otherwise.
+        statistics: whether it is of statistics, which say so anyway.
+    """
 
     def checked(packed: Any, where: str) -> Any:
         require(isinstance(packed, Mapping), where, "it is not a dict")
         if set(packed) - {"zstd"} == {"unreached"}:
             return Unreached(_tokens(packed, "unreached", 0, where))
-        made = check(packed, where)
+        if statistics:
+            return check(packed, where)
+        made = check({name: part for name, part in packed.items() if name != "tokens"}, where)
         return replace(made, tokens=_tokens(packed, "tokens", 1, where))
 
     return checked
@@ -210,7 +217,7 @@ def check_gram(packed: Any, where: str, parts: Parts) -> PackedGram:
 
 
 def _check_parts(packed: Any, where: str, shape: tuple[int, int], parts: list[str]) -> None:
-    complete = isinstance(packed, Mapping) and set(packed) - {"zstd", "tokens"} == {"shape", *parts}
+    complete = isinstance(packed, Mapping) and set(packed) - {"zstd"} == {"shape", *parts}
     require(complete, where, f"a matrix has the keys shape, {', '.join(parts)}, and `zstd` if compressed")
     right_shape = type(packed["shape"]) is list and all(type(n) is int for n in packed["shape"])
     right_shape = right_shape and packed["shape"] == list(shape)
