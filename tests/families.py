@@ -39,6 +39,7 @@ from helpers.rounds import prune_blocks
 
 HALF = Pruning("sparsegpt", parse_target(0.5), min_tokens=1)
 WORDS = 96
+MOST = 3_000_000  # weights of a tiny instance
 IDS = torch.randint(3, WORDS, (6, 24), generator=torch.Generator().manual_seed(1))
 SMALL = {  # under all names that configurations give to these sizes
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "dim", "ffn_hidden_size_small", "embedding_size"], 32),
@@ -84,8 +85,13 @@ def tiny(family: str) -> nn.Module:
         del sizes["head_dim"]
         sizes["num_key_value_heads"] = 4
     asked = {key: size for key, size in (sizes | OWN.get(family, {})).items() if key in keys}
+    config = type(default)(**asked)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in t.AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST:
+        raise ValueError(f"{size / 1e6:.0f} M weights with these sizes")
     torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(type(default)(**asked), dtype=torch.float32)
+    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.nan_to_num() + 0.05 * torch.randn_like(parameter))
