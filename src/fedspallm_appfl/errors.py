@@ -16,7 +16,15 @@ class ModelError(FedSpaLLMError):
 
 
 class DataError(FedSpaLLMError):
-    """Private or evaluation text that is missing or too short."""
+    """Private or evaluation text that is missing or too short.
+
+    Attributes:
+        private: words of the message that were taken from the text; they do not leave a site.
+    """
+
+    def __init__(self, message: str, private: str = "") -> None:
+        super().__init__(message)
+        self.private = private
 
 
 class PruningError(FedSpaLLMError):

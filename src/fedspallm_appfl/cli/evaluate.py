@@ -13,12 +13,16 @@ def add(verbs: Any) -> None:
     parser = command(
         verbs,
         "evaluate",
-        "Print the perplexity of a model folder on text files.",
+        "Print the perplexity of a model folder on texts.",
         "fedspallm evaluate runs/demo/model --text examples/demo/text/austen/test.txt --length 256",
     )
     parser.add_argument("model", help="model folder, or hub name")
     parser.add_argument(
-        "--text", nargs="+", required=True, metavar="FILE", help="held-out texts, a row each; or wikitext2, ptb, c4"
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="held-out texts, a row each; or wikitext2, ptb, c4",
     )
     parser.add_argument(
         "--length", type=positive, default=None, help="tokens in a window (default: 2048, or what the model takes)"

@@ -3,17 +3,21 @@
 The choice acts on the layout: a linear that stays dense is none of it, so nobody else has to know.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.settings.schema import Prune
-from fedspallm_appfl.tensors.patterns import matches, names, near
+from fedspallm_appfl.tensors.patterns import beyond, matches, names, near
+
+EXPERT = r"experts\.(\d+)\."  # its number in the name of a matrix
 
 
 def choose(found: Layout, prune: Prune, model: nn.Module) -> Layout:
@@ -29,6 +33,8 @@ def choose(found: Layout, prune: Prune, model: nn.Module) -> Layout:
     """
     for key, patterns in (("prune.include", prune.include), ("prune.ignore", prune.ignore)):
         for pattern in patterns:
+            if beyond(pattern, len(found.blocks)):
+                raise ConfigError(f"{key}: {pattern!r} goes beyond the last block, {len(found.blocks) - 1}")
             if not _means_something(pattern, found) and not (key == "prune.ignore" and _is_dense(pattern, model)):
                 raise ConfigError(f"{key}: {pattern!r} means no matrix; {near(pattern, _matrices(found))}")
     _refuse_unreadable(found, prune, model)
@@ -62,7 +68,9 @@ def _refuse_unreadable(found: Layout, prune: Prune, model: nn.Module) -> None:
 def unmatched(layout: Layout, patterns: Iterable[str]) -> Iterator[str]:
     """What is wrong with patterns of `sparsity` that mean no matrix."""
     for pattern in patterns:
-        if not _means_something(pattern, layout):
+        if beyond(pattern, len(layout.blocks)):
+            yield f"{pattern!r} goes beyond the last block, {len(layout.blocks) - 1}"
+        elif not _means_something(pattern, layout):
             yield f"{pattern!r} means no matrix that is pruned; {near(pattern, _matrices(layout))}"
 
 
@@ -103,8 +111,20 @@ def in_words(dense: tuple[Dense, ...]) -> tuple[str, ...]:
     """Weights that stay dense, together where the reason is the same."""
     reasons = dict.fromkeys(one.why for one in dense)
     return tuple(
-        f"{', '.join(f'{one.name} {one.shape}' for one in dense if one.why == why)} ({why})" for why in reasons
+        f"{', '.join(together(f'{one.name} {one.shape}' for one in dense if one.why == why))} ({why})"
+        for why in reasons
     )
+
+
+def together(found: Iterable[str]) -> Iterator[str]:
+    """Names of matrices, those of all experts as one: `mlp.experts.0-7.up_proj`."""
+    numbers: dict[str, list[int]] = {}
+    for name in found:
+        expert = re.search(EXPERT, name)
+        key = name if expert is None else f"{name[: expert.start(1)]}{{}}{name[expert.end(1) :]}"
+        numbers.setdefault(key, []).append(int(expert[1]) if expert else 0)
+    for key, which in numbers.items():
+        yield key.format(to_text(which)) if "{}" in key else key
 
 
 def left_dense(model: nn.Module, found: Layout, chosen: Layout) -> list[tuple[Dense, ...]]:
@@ -125,15 +145,15 @@ def left_dense(model: nn.Module, found: Layout, chosen: Layout) -> list[tuple[De
 def _dense(
     block: nn.Module, prunable: tuple[Linear, ...], pruned: tuple[Linear, ...], outside: set[int]
 ) -> Iterator[Dense]:
-    could, does = ({linear.parameter for linear in linears} for linears in (prunable, pruned))
-    gates = experts.gates(block)
+    could, gates = {linear.parameter for linear in prunable}, experts.gates(block)
+    for linear in prunable:
+        if linear not in pruned:
+            yield Dense(linear.name, linear.shape, "left out by `prune`")
     for name, parameter in block.named_parameters():
-        if parameter.ndim < 2 or name in does:
+        if parameter.ndim < 2 or name in could:
             continue
         owner = block.get_submodule(name.rpartition(".")[0])
-        if name in could:
-            why = "left out by `prune`"
-        elif name.rpartition(".")[0] in gates:
+        if name.rpartition(".")[0] in gates:
             why = "a router"
         elif id(parameter) in outside:
             why = "tied to a weight outside the blocks"

@@ -22,7 +22,7 @@ from torch.nn import functional
 from fedspallm_appfl.errors import ModelError
 
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what transformers says of such a module
-LISTED = r"(^|\.)\w*experts?\.\d+(\.|$)"  # how a module in a list of experts is called
+LISTED = r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)"  # how a module in a list of experts is called
 CALL = ("hidden_states", "top_k_index", "top_k_weights")
 
 
@@ -96,7 +96,8 @@ def gates(block: nn.Module) -> set[str]:
     for path, count in _mixtures(block):
         around = path.rpartition(".")[0]
         for name, module in linears.items():
-            beside = name.startswith(f"{around}." if around else "") and not name.startswith(f"{path}.")
+            beside = name.startswith(f"{around}.") if around else "." not in name
+            beside = beside and not name.startswith(f"{path}.")
             if beside and module.out_features in (1, count):
                 found.add(name)
     return found

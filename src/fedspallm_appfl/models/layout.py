@@ -1,4 +1,4 @@
-"""Find the decoder blocks and the prunable linears of any causal LM, by structure: the only architecture-aware file.
+"""Find the decoder blocks and the prunable linears of any causal LM, by structure.
 
 Decoder blocks are the only outermost `nn.ModuleList` whose members have one class and contain linears, or the only one in
 the text model where there are towers for images or sound too; if no list has one class, several will do. Prunable are the

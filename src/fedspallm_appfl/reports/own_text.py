@@ -1,5 +1,6 @@
 """What clients have measured on windows of their own text, as tables."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from fedspallm_appfl.models.perplexity import Loss
 
 TITLE = "Perplexity on the clients' own held-out text"
 HEAD = ("client", "tokens", "dense", "pruned")
-ALL = "all"
+ALL = "(all)"  # no client can be called so
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class OwnText:
 
 def own_texts(log: EventLog) -> dict[str, OwnText]:
     """Client -> what it has measured; the last row is over the tokens of all. Empty if nobody has."""
-    events = {event["client"]: event for event in log.of("measured") if event["tokens"]}
-    if not events:
+    measured = sorted((event for event in log.of("measured") if event["tokens"]), key=lambda event: event["client"])
+    if not measured:
         return {}
-    sums = {key: sum(event[key] for event in events.values()) for key in ("tokens", "dense", "pruned")}
-    return {client: _perplexities(event) for client, event in {**events, ALL: sums}.items()}
+    sums = {key: math.fsum(event[key] for event in measured) for key in ("dense", "pruned")}
+    everybody = {"tokens": sum(event["tokens"] for event in measured), **sums}
+    return {event["client"]: _perplexities(event) for event in measured} | {ALL: _perplexities(everybody)}
 
 
 def _perplexities(sums: dict) -> OwnText:

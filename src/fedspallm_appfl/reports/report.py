@@ -219,9 +219,11 @@ def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> str:
         return ""
     what = config.server_configs.aggregator_kwargs.unreached
     done = "stay dense" if what == "dense" else f"were pruned by {what}"
-    least = config.client_configs.train_configs.min_tokens
+    least = f"{config.client_configs.train_configs.min_tokens} tokens"
+    if algorithm_of(config).gathers:
+        least += f", or {config.gram.min_tokens or 'as many as an input is wide'} as `gram.min_tokens` says,"
     return (
-        f"\n\nFewer than {least} tokens of a client reached some experts: {left_out} uploads of matrices or statistics "
+        f"\n\nFewer than {least} of a client reached some experts: {left_out} uploads of matrices or statistics "
         f"were left out, and {unreached} that came from no client {done}."
     )
 
@@ -262,7 +264,7 @@ def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
             senders[int(block)].add((event["round"], event["client"]))
     dense = {block: 2 * entries[block] * len(senders[block]) for block in sent}
     return [
-        [str(b), str(len(senders[b])), f"{sent[b]:,}", f"{dense[b]:,}", f"{dense[b] / sent[b]:.2f}"]
+        [str(b), str(len(senders[b])), f"{sent[b]:,}", f"{dense[b]:,}", f"{dense[b] / sent[b]:.2f}" if sent[b] else "-"]
         for b in sorted(sent)
     ]
 

@@ -396,8 +396,12 @@ class ValueFold(_MeanFold):
         return {GLOBAL: {unit: replace(self._agreed(block, unit), values=values)}}, {}
 
     def unreached(self, block: int, unit: str) -> Stores:
-        """Dense weights under the mask."""
-        return {GLOBAL: {unit: self._agreed(block, unit).with_values(self._context.dense(block, unit))}}
+        """What an earlier round has made under the same mask, else dense weights under it."""
+        agreed = self._agreed(block, unit)
+        before = (PackedStore(self._context.folder / GLOBAL).get(block, unit) or {}).get(unit)
+        if before is None or not torch.equal(before.bits, agreed.bits):
+            before = agreed.with_values(self._context.dense(block, unit))
+        return {GLOBAL: {unit: before}}
 
     def _agreed(self, block: int, unit: str) -> Packed:
         return (self._masks.get(block, unit) or {})[unit]

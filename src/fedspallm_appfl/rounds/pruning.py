@@ -109,16 +109,17 @@ def _prune_group(
     block: _Block, names: list[str], statistic: Statistic | None
 ) -> Mapping[str, PrunedLinear | Unreached]:
     """Prune linears that share an input, in place; those of an expert if enough tokens reached it."""
-    done, name = {}, names[0]
-    tokens = statistic.tokens if statistic is not None and block.linears[name].expert else None
-    if tokens is not None and tokens < block.source.settings.min_tokens:
-        return {name: Unreached(tokens) for name in names}
+    tokens = None if statistic is None else statistic.tokens
+    few = tokens is not None and tokens < block.source.settings.min_tokens
+    left = [name for name in names if few and block.linears[name].expert]
+    done: dict[str, PrunedLinear | Unreached] = {name: Unreached(tokens or 0) for name in left}
+    pruned, name = [name for name in names if name not in left], names[0]
     try:
-        for settings, alike, known in by_target(block.source.settings, block.index, names, statistic):
+        for settings, alike, known in by_target(block.source.settings, block.index, pruned, statistic):
             prepared = prepare(settings, known)
             for name in alike:
                 made = _prune_linear(block, block.linears[name], prepared, settings.own_target)
-                done[name] = replace(made, tokens=tokens)
+                done[name] = replace(made, tokens=tokens if block.linears[name].expert else None)
                 block.source.model.skeleton.files.release()
     except PruningError as error:
         raise PruningError(f"{block.source.where(block.index, name)}: {error}") from error

@@ -130,7 +130,7 @@ def pruned(config: Config, target: Sparsity, skeleton: Skeleton, store: GramStor
     packed = PackedStore(folder)
     for block, leader in store.units():
         _prune_input(config, target, skeleton, store, packed, block, leader)
-    for block in packed.blocks():
+    for block in range(len(skeleton.layout.blocks)):
         _add_unseen(config, target, skeleton, packed, block)
     return packed
 

@@ -31,6 +31,12 @@ def matches(pattern: str, block: int, name: str) -> bool:
     return any(first <= block <= last for first, last in runs) and names(glob, name)
 
 
+def beyond(pattern: str, blocks: int) -> bool:
+    """Whether a pattern names a block of a model that has only so many."""
+    runs, _ = _parsed(pattern)
+    return any(last >= blocks for _, last in runs or ())
+
+
 def names(glob: str, name: str) -> bool:
     """Whether a glob means whole parts of a dotted name."""
     return any(fnmatchcase(name, form) for form in (glob, f"*.{glob}", f"{glob}.*", f"*.{glob}.*"))
@@ -39,12 +45,15 @@ def names(glob: str, name: str) -> bool:
 def near(pattern: str, matrices: Iterable[tuple[int, str]]) -> str:
     """What might have been meant by a pattern that means nothing, for messages."""
     found, blocks = dict.fromkeys(name for _, name in matrices), [block for block, _ in matrices]
+    here = f"The blocks with something to prune are {min(blocks)} to {max(blocks)}" if blocks else "nothing is pruned"
+    if not re.search("[a-z]", pattern.removeprefix("blocks."), re.IGNORECASE):
+        return here
     parts = list(dict.fromkeys([*found, *(part for name in found for part in name.split("."))]))
     _, glob = _parsed(pattern)
     wanted = glob.replace("*", "").strip(".")
     like = [part for part in parts if wanted and (wanted in part or part in wanted)]
     close = like or difflib.get_close_matches(wanted, parts, NEAR, 0.5) or list(found)
-    return f"did you mean {', '.join(close[:NEAR])}? The blocks are {min(blocks)} to {max(blocks)}"
+    return f"did you mean {', '.join(close[:NEAR])}? {here}"
 
 
 @lru_cache(maxsize=4096)

@@ -50,13 +50,13 @@ def text_files(paths: str | Sequence[str]) -> Found:
     Raises:
         DataError: something cannot be found, a folder holds no text, or a home directory is not known.
     """
-    files: list[str] = []
-    left_out: list[str] = []
+    files: dict[str, None] = {}  # each once, where patterns and folders overlap
+    left_out: dict[str, None] = {}
     for name in [paths] if isinstance(paths, str) else paths:
         for path in [name] if is_online(name) else _matching(_expanded(name)):
             found = _in_folder(Path(path)) if _is_folder(path) else Found((path,))
-            files += found.files
-            left_out += found.left_out
+            files |= dict.fromkeys(found.files)
+            left_out |= dict.fromkeys(found.left_out)
     return Found(tuple(files), tuple(left_out))
 
 
@@ -102,6 +102,8 @@ def _matching(path: str) -> list[str]:
     if not glob.has_magic(path) or os.path.lexists(path):
         return [path]
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - a pattern may begin at the root
+    found = [one for one in found if not one.endswith(os.sep)]  # `**` matches its own folder too, as it begins
+    found = [one for one in found if not any(one.startswith(other + os.sep) for other in found if Path(other).is_dir())]
     if not found:
         raise DataError(f"the text {path[:80]!r} matches no file; name a file, a folder or another pattern")
     return found

@@ -89,10 +89,8 @@ def _records(file: str, field: str | None) -> Iterator[str]:
         try:
             found = _data_set(library, file, cache)
             yield from _column(found, file, _field_of(file, field))
-        except (DataError, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | ConnectionError):
-                raise _unreadable(file, error) from error
-            raise error if isinstance(error, DataError) else _unreadable(file, error) from error
+        except DataError:
+            raise
         except Exception as error:  # noqa: BLE001 - it raises errors of many libraries
             raise _unreadable(file, error) from error
 
@@ -102,7 +100,8 @@ def _unreadable(file: str, error: Exception) -> DataError:
     advice = (
         "; it comes from the Hugging Face hub: is that reachable, and is the name right?" if is_online(file) else ""
     )
-    return DataError(f"{what} {file} cannot be read: {first_line(error)}{advice}")
+    why = first_line(error)
+    return DataError(f"{what} {file} cannot be read: {why}{advice}", private=why)
 
 
 def _datasets(file: str) -> ModuleType:
@@ -192,4 +191,5 @@ def _chosen(schema: Any, file: str, field: str | None) -> str:
         return text[0]
     many = f"has {len(text) or 'no'} columns with text, and none is called {DEFAULT_FIELD}"
     asked = f"has no column {field}" if field else many
-    raise DataError(f"the text {file} {asked}; set field to one of its columns: {', '.join(schema.names)}")
+    columns = ", ".join(schema.names)  # those of a table without a header are its first record
+    raise DataError(f"the text {file} {asked}; set field to one of its columns: {columns}", private=columns)

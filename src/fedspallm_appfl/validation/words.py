@@ -1,11 +1,9 @@
 """What a run will do, in words."""
 
-import re
 from collections.abc import Iterator, Sequence
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
-from fedspallm_appfl.models.choice import by_kind, in_words, left_dense
-from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.models.choice import by_kind, in_words, left_dense, together
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
@@ -21,7 +19,7 @@ def forecast(config: Config) -> list[str]:
         headline(config),
         *_notices(config),
         f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
-        *_listed([(", ".join(_together(linears)),) for linears in blocks]),
+        *_listed([(", ".join(together(linear.name for linear in linears)),) for linears in blocks]),
     ]
     if named := replaced_attention(skeleton.model):
         lines.append(attention_words(named))
@@ -29,18 +27,6 @@ def forecast(config: Config) -> list[str]:
     if any(dense):
         lines += ["leaves dense inside the blocks:", *_listed([in_words(of) for of in dense])]
     return [*lines, *left_out(config, list(skeleton.layout.pruned))]
-
-
-def _together(linears: Sequence[Linear]) -> Iterator[str]:
-    """Names of linears, those of all experts as one: `mlp.experts.0-7.up_proj`."""
-    numbers: dict[str, list[int]] = {}
-    for linear in linears:
-        before, number, after = linear.name, "", ""
-        if linear.expert:
-            before, number, after = re.split(r"\.(\d+)\.(?!.*\.\d+\.)", linear.name, maxsplit=1)
-        numbers.setdefault(f"{before}.{{}}.{after}" if number else before, []).append(int(number or 0))
-    for name, found in numbers.items():
-        yield name.format(to_text(found))
 
 
 def _listed(blocks: list[tuple[str, ...]]) -> Iterator[str]:

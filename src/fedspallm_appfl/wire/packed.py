@@ -2,10 +2,9 @@
 
 * `mask` holds one bit an entry in row-major order, least significant bit first, 1 = kept: ceil(O * I / 8) bytes;
 * `values` holds the kept entries in the same order, in the dtype of the checkpoint. The mask is data of its own, never
-  rebuilt
-  from `values != 0`: a kept weight may be exactly zero. A client whose pruner leaves kept weights as they are sends no
-  values: the server takes them from its own copy of the dense model. Under a mask that was agreed on before, values come
-  without one.
+  rebuilt from `values != 0`: a kept weight may be exactly zero. A client whose pruner leaves kept weights as they are sends
+  no values: the server takes them from its own copy of the dense model. Under a mask that was agreed on before, values
+  come without one.
 
 A matrix of an expert also says how many tokens reached it, and one that too few reached says only that.
 

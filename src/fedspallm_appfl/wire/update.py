@@ -145,7 +145,8 @@ def check_expert(check: Check, statistics: bool) -> Check:
 
     def checked(packed: Any, where: str) -> Any:
         require(isinstance(packed, Mapping), where, "it is not a dict")
-        if set(packed) - {"zstd"} == {"unreached"}:
+        if "unreached" in packed:
+            require(set(packed) <= {"unreached", "zstd"} and not packed.get("zstd"), where, "it has nothing else")
             return Unreached(_tokens(packed, "unreached", 0, where))
         if statistics:
             return check(packed, where)
@@ -255,7 +256,8 @@ def checked_losses(client: str, losses: Any) -> dict[str, Any]:
     """
     sender = f"client {client}"
     require(isinstance(losses, Mapping) and set(losses) == {"tokens", "dense", "pruned"}, sender, "these are no losses")
-    require(type(losses["tokens"]) is int and losses["tokens"] >= 0, sender, "`tokens` is not a number of tokens")
+    _tokens(losses, "tokens", 0, sender)
     for name in ("dense", "pruned"):
-        require(type(losses[name]) is float and not losses[name] < 0, sender, f"`{name}` is not a sum of losses")
+        right = type(losses[name]) is float and 0 <= losses[name] < float("inf")
+        require(right, sender, f"`{name}` is a sum of losses, finite and not negative, got {losses[name]!r}")
     return dict(losses)

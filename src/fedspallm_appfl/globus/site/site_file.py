@@ -33,7 +33,7 @@ from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
 from fedspallm_appfl.settings.schema import Store
-from fedspallm_appfl.texts.files import is_online
+from fedspallm_appfl.texts.files import HUB
 
 SITE = "FEDSPALLM_SITE"
 KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code", "evaluation"}
@@ -320,7 +320,7 @@ def _listed(paths: Any) -> list[str]:
 
 def _whole(file: Path, path: str, who: str) -> str:
     """An absolute path; the working directory of a worker is the endpoint's. A data set of the hub is left as it is."""
-    if is_online(path):
+    if path.startswith(HUB):  # other names are files here, also where the hub has a text of that name
         return path
     try:
         return str(file.resolve().parent / Path(path).expanduser())

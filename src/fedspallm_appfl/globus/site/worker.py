@@ -23,7 +23,7 @@ from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
-from fedspallm_appfl.globus.site.site_file import TOKEN_COUNTS, Site, load_site
+from fedspallm_appfl.globus.site.site_file import BLANK, TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
@@ -246,8 +246,20 @@ def _within_limit(result: dict[str, Any], client: str) -> dict[str, Any]:
 
 
 def in_words(error: Exception, site: Site) -> str:
-    """The message of an error, in words that may be sent."""
-    return site.without_paths(str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}")
+    """The message of an error, in words that may be sent: without paths, and without what was taken from the text."""
+    words = str(error) if isinstance(error, FedSpaLLMError) else f"{type(error).__name__}: {error}"
+    return site.without_paths(_blanked(words, error))
+
+
+def _blanked(words: str, error: BaseException | None) -> str:
+    """Words of an error without those that it, or what caused it, took from the private text."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # an error may be its own cause
+        if private := getattr(error, "private", ""):
+            words = words.replace(private, BLANK)
+        seen.append(error)
+        error = error.__cause__
+    return words
 
 
 def _described(error: Exception, site: Site) -> dict[str, str]:
@@ -255,7 +267,7 @@ def _described(error: Exception, site: Site) -> dict[str, str]:
     stack = "".join(traceback.format_exception(type(error), error, error.__traceback__, chain=False))
     return {
         "message": in_words(error, site),
-        "traceback": site.without_paths(stack),
+        "traceback": site.without_paths(_blanked(stack, error)),
         "host": socket.gethostname(),
     }
 

@@ -113,7 +113,7 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
 def _companions(source: Path, inside: str = "") -> Iterator[tuple[str, Path]]:
     """What lies beside the weights and in subfolders, as (name in the new folder, file); hidden files are left out.
 
-    A link to a folder is not entered, and a link in a subfolder is followed only where it stays within the model, so that
+    A link to a folder is not entered, and a link to a file is followed only where it stays within the model, so that
     nothing else of this machine lands in a folder that may be passed on.
     """
     cached = source.parent.name == "snapshots"  # of the hub's cache, where files are links to `blobs`
@@ -125,7 +125,7 @@ def _companions(source: Path, inside: str = "") -> Iterator[tuple[str, Path]]:
             continue
         if file.is_dir() and not file.is_symlink():
             yield from _companions(source, name)
-        elif file.is_file() and (not inside or file.resolve().is_relative_to(home)):
+        elif file.is_file() and file.resolve().is_relative_to(home):
             yield BASE_CARD if name == CARD else name, file
 
 
