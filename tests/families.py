@@ -14,6 +14,8 @@ a fault, and the exit status is 1. Families of which transformers builds or runs
 """
 
 import argparse
+import multiprocessing
+import resource
 import sys
 import tempfile
 import warnings
@@ -39,6 +41,7 @@ from helpers.rounds import prune_blocks
 
 HALF = Pruning("sparsegpt", parse_target(0.5), min_tokens=1)
 WORDS = 96
+MEMORY, SECONDS = 8 * 2**30, 120  # of one family
 MOST = 3_000_000  # weights of a tiny instance
 IDS = torch.randint(3, WORDS, (6, 24), generator=torch.Generator().manual_seed(1))
 SMALL = {  # under all names that configurations give to these sizes
@@ -264,6 +267,27 @@ def outcome(family: str) -> tuple[str, str]:
     return ("wrong", problem) if problem else ("right", experts_in(model))
 
 
+def limited(family: str) -> tuple[str, str]:
+    """The outcome in a process of its own: some configurations have sizes that nothing makes small."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        there.send(outcome(family))
+
+    child = context.Process(target=work)
+    child.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(SECONDS) else ("not built", f"takes more than {SECONDS} seconds")
+    except EOFError:
+        return "not built", f"takes more than {MEMORY / 2**30:.0f} GB"
+    finally:
+        child.kill()
+        child.join()
+
+
 def experts_in(model: nn.Module) -> str:
     """What a table says of a family with experts."""
     return "mixture" if any("experts" in name for name, _ in model.named_parameters()) else ""
@@ -305,7 +329,7 @@ def main() -> int:
     t.logging.disable_progress_bar()
     found = {}
     for family in asked.families:
-        found[family] = outcome(family)
+        found[family] = limited(family)
         print(f"{family:28} {found[family][0]:10} {found[family][1]}", flush=True)
     if asked.page:
         asked.page.write_text(page(found) + "\n", "utf-8")
