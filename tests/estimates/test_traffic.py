@@ -236,7 +236,7 @@ def test_a_model_on_the_hub_is_estimated_without_its_weights(tmp_path, monkeypat
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     code, out, _ = output(capsys, ROOT / "configs" / "demo.yaml", "model.path=some/model")
-    assert (asked["name"], asked["allow_patterns"]) == ("some/model", ["*.json", "*.model", "*.txt"])
+    assert (asked["name"], asked["allow_patterns"]) == ("some/model", ["*.json", "*.model", "*.txt", "*.py"])
     assert (code, "1.6 MB" in out) == (0, True)
     assert "taken to be float16, as config.json says" in " ".join(out.split())
 

@@ -74,7 +74,7 @@ def test_validate_names_patterns_that_mean_nothing(model, tmp_path):
     assert first.startswith(
         "client_configs.train_configs.sparsity: '*.dwn_proj' means no matrix that is pruned; did you"
     )
-    assert second.endswith("The blocks are 0 to 2")
+    assert second.endswith("goes beyond the last block, 2")
 
 
 def test_zeros_of_the_dense_model_are_counted(model, tmp_path):

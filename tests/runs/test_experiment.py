@@ -71,7 +71,10 @@ def test_the_run_directory_is_complete(tmp_path):
     folder = run(small_config(tmp_path, 2, evaluation=evaluation))
     made = {"config.yaml", "manifest.json", "metrics.jsonl", "model", "report.md"}
     assert {path.name for path in folder.iterdir()} == made
-    assert {path.name for path in (folder / "model").iterdir()} == {path.name for path in (DEMO / "model").iterdir()}
+    assert {path.name for path in (folder / "model").iterdir()} == {
+        *(path.name for path in (DEMO / "model").iterdir()),
+        "README.md",
+    }
     report = (folder / "report.md").read_text()
     for words in ("| FedSpaLLM |", "| standalone (mean) |", "| FedAvg |", "| dense |", "## Bytes", "0.500000"):
         assert words in report
