@@ -32,7 +32,7 @@ def test_a_pattern_means_blocks_names_or_both(pattern, expected):
 def test_what_might_have_been_meant():
     assert near("*.dwn_proj", MATRICES).startswith("did you mean down_proj")
     assert "self_attn" in near("attn", MATRICES)
-    assert near("blocks.7", MATRICES).endswith("The blocks are 0 to 3")
+    assert near("blocks.7", MATRICES).endswith("The blocks with something to prune are 0 to 3")
 
 
 def test_the_last_pattern_that_means_a_matrix_decides():
