@@ -28,7 +28,7 @@ def test_the_notebook_runs_and_shows_tables_and_a_mask(tmp_path):
         if "data" in output
     ]
     tables = [data["text/plain"] for data in shown if "text/html" in data]
-    assert len(tables) == 3 and all("(50.0000 %)" in table for table in tables)
+    assert len(tables) == 3 and all("50.0000 % of 1,449,984" in table for table in tables)
     assert "FedSpaLLM" in tables[0] and "plain" in tables[2]
     assert sum("image/png" in data for data in shown) == 1
 

@@ -126,9 +126,9 @@ def test_traffic_is_summed_up_and_down_for_each_client(log):
     [
         (
             MATRICES,
-            "70 of 250 {} (28.00 %): 50.0000 % of 140 in the 7 matrices that were pruned; 3 matrices left dense",
+            "70 of 250 {} (28.00 %): 50.0000 % of 140 in 7 pruned matrices; 3 matrices left dense",
         ),
-        (MATRICES[:2], "20 of 250 {} (8.00 %): 50.0000 % of 40 in the 2 matrices that were pruned"),
+        (MATRICES[:2], "20 of 250 {} (8.00 %): 50.0000 % of 40 in 2 pruned matrices"),
         ([matrix(0, zeros=0)], "no matrix was pruned"),
     ],
 )

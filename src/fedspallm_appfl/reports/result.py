@@ -116,7 +116,7 @@ def sparsity_line(matrices: Sequence[MatrixSparsity], block_weights: int) -> str
     dense = f"; {count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
     return (
         f"{zeros:,} of {block_weights:,} weights in the blocks are zero ({100 * zeros / block_weights:.2f} %): "
-        f"{100 * zeros / entries:.4f} % of {entries:,} in the {count(len(pruned), 'matrix')} that were pruned{dense}"
+        f"{100 * zeros / entries:.4f} % of {entries:,} in {count(len(pruned), 'pruned matrix')}{dense}"
     )
 
 
@@ -155,7 +155,7 @@ def mean(row: Mapping[str, float]) -> float:
 
 def count(number: int, what: str) -> str:
     """A number of things in words: 2, matrix -> "2 matrices"."""
-    plural = {"matrix": "matrices"}.get(what, f"{what}s")
+    plural = {"matrix": "matrices", "pruned matrix": "pruned matrices"}.get(what, f"{what}s")
     return f"{number} {what if number == 1 else plural}"
 
 
