@@ -17,8 +17,6 @@ from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.settings.schema import Prune
 from fedspallm_appfl.tensors.patterns import beyond, matches, names, near
 
-EXPERT = r"experts\.(\d+)\."  # its number in the name of a matrix
-
 
 def choose(found: Layout, prune: Prune, model: nn.Module) -> Layout:
     """The layout with the linears that are to be pruned.
@@ -120,7 +118,7 @@ def together(found: Iterable[str]) -> Iterator[str]:
     """Names of matrices, those of all experts as one: `mlp.experts.0-7.up_proj`."""
     numbers: dict[str, list[int]] = {}
     for name in found:
-        expert = re.search(EXPERT, name)
+        expert = re.search(experts.LISTED, name)
         key = name if expert is None else f"{name[: expert.start(1)]}{{}}{name[expert.end(1) :]}"
         numbers.setdefault(key, []).append(int(expert[1]) if expert else 0)
     for key, which in numbers.items():

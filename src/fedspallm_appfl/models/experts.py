@@ -22,7 +22,7 @@ from torch.nn import functional
 from fedspallm_appfl.errors import ModelError
 
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what transformers says of such a module
-LISTED = r"(^|\.)(?!shared)\w*experts?\.\d+(\.|$)"  # how a module in a list of experts is called
+LISTED = r"(?:^|\.)(?!shared)\w*experts?\.(\d+)(?:\.|$)"  # how an expert of a list is called; its number
 CALL = ("hidden_states", "top_k_index", "top_k_weights")
 
 

@@ -54,7 +54,7 @@ class SharedInputs:
         self._statistics: dict[str, Any] = {}
         self._seen: list[tuple[Tensor, str]] = []  # inputs of this batch; held, so that no address is used again
         self._called: set[str] = set()  # in this batch
-        self._order: list[str] = []  # of inputs that are folded, in this batch
+        self._newest: str | None = None  # of the inputs of this batch
         self._last: str | None = None
 
     @contextmanager
@@ -81,7 +81,7 @@ class SharedInputs:
                     self._statistics[name] = self._new(linear)
             if self._leader[name] == name:
                 self._seen.append((args[0], name))
-                self._order.append(name)
+                self._newest = name
                 self._statistics[name].add(args[0])
             if name == self._last:
                 raise Stop
@@ -96,7 +96,7 @@ class SharedInputs:
             hidden.append(came.hidden)
             chosen.append(came.chosen)
             self._called.add(path)
-            self._order.append(path)
+            self._newest = path
             if path == self._last:
                 raise Stop
 
@@ -105,10 +105,9 @@ class SharedInputs:
     def end_of_batch(self, stop: bool = True) -> None:
         """After a batch in which everything was called, later ones may stop at the last new input."""
         if stop and len(self._called) == len(self._linears) + len(self._routed):
-            self._last = self._order[-1]
+            self._last = self._newest
         self._called.clear()
         self._seen.clear()
-        self._order.clear()
 
     def groups(self) -> list[tuple[list[str], Any]]:
         """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
@@ -129,45 +128,36 @@ class SharedInputs:
         Args:
             block: with the weights of the pass. Matrices may be pruned in place once all inputs of their expert were given.
         """
-        for (path, expert), linears in _by_expert(self._experts).items():
+        for (path, expert), groups in _by_expert(self._experts).items():
             module, (hidden, chosen) = block.get_submodule(path), self._routed[path]
             if not chosen:
                 raise ModelError(
                     f"{type(module).__name__} `{path}` holds experts, but the block does not call it: this model is "
                     "not supported"
                 )
-            first = [linear for linear in linears if linear.part is not None and linear.part.first]
-            last = [linear for linear in linears if linear not in first]
-            before, after = (self._new(some[0]) if some else None for some in (first, last))
+            statistics = {first: self._new(linears[0]) for first, linears in groups.items()}
             for states, indices in zip(hidden, chosen, strict=True):
                 inputs = Routed(states, indices).of(expert)
-                if before is not None:
-                    before.add(inputs)
-                if after is not None:
-                    after.add(experts.inner(module, expert, inputs))
-            if before is not None:
-                yield [linear.name for linear in first], before
-            del before  # not kept once it was used
-            if after is not None:
-                yield [linear.name for linear in last], after
-            del after
+                for first in groups:
+                    statistics[first].add(inputs if first else experts.inner(module, expert, inputs))
+            for first, linears in groups.items():
+                yield [linear.name for linear in linears], statistics.pop(first)  # not kept once it was used
 
 
-def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], list[Linear]]:
-    """Matrices in one tensor by module and expert."""
-    found: dict[tuple[str, int], list[Linear]] = {}
+def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], dict[bool, list[Linear]]]:
+    """Matrices in one tensor by module and expert: those that hidden states go into (True), and the last one."""
+    found: dict[tuple[str, int], dict[bool, list[Linear]]] = {}
     for linear in linears:
         if linear.part is not None:
-            found.setdefault((linear.part.module, linear.part.expert), []).append(linear)
+            groups = found.setdefault((linear.part.module, linear.part.expert), {})
+            groups.setdefault(linear.part.first, []).append(linear)
     return found
 
 
 def _groups_of_experts(linears: tuple[Linear, ...]) -> Iterator[tuple[str, ...]]:
     """Linears of experts in one tensor that share an input, in the order of `SharedInputs.of_experts`."""
-    for mine in _by_expert(linears).values():
-        for first in (True, False):
-            if names := tuple(linear.name for linear in mine if linear.part is not None and linear.part.first == first):
-                yield names
+    for groups in _by_expert(linears).values():
+        yield from (tuple(linear.name for linear in mine) for mine in groups.values())
 
 
 @torch.no_grad()

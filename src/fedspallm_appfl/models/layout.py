@@ -87,7 +87,7 @@ class Layout:
         """Full name of the parameter that holds a linear's weight."""
         return f"{self.path}.{block}.{linear.parameter}"
 
-    @property
+    @cached_property
     def pruned(self) -> dict[int, dict[str, tuple[int, int]]]:
         """Shape (O, I) of every linear, of each block that has some to prune."""
         return {block: self.shapes(block) for block, linears in enumerate(self.blocks) if linears}

@@ -130,20 +130,21 @@ def pruned(config: Config, target: Sparsity, skeleton: Skeleton, store: GramStor
     packed = PackedStore(folder)
     for block, leader in store.units():
         _prune_input(config, target, skeleton, store, packed, block, leader)
-    for block in range(len(skeleton.layout.blocks)):
+    for block in packed.blocks():
         _add_unseen(config, target, skeleton, packed, block)
     return packed
 
 
 def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: PackedStore, block: int) -> None:
     """Add experts of which there are no sums, because too few tokens reached them."""
-    done = packed.get(block) or {}
-    linears = [one for one in skeleton.layout.blocks[block] if one.expert and one.name not in done]
+    experts = [linear for linear in skeleton.layout.blocks[block] if linear.expert]
+    done = (packed.get(block) or {}) if experts else {}
+    missing = [linear for linear in experts if linear.name not in done]
     dense = config.server_configs.aggregator_kwargs.unreached == "dense"
-    for linear in linears:
+    for linear in missing:
         weight = skeleton.dense_weight(block, linear).float()
         done[linear.name] = unseen(weight, target.of(block, linear.name), dense, skeleton.stored_dtype)
-    if linears:
+    if missing:
         packed.save(block, done)
 
 

@@ -56,9 +56,9 @@ def draw(
         key = ("drawn", state(files), cut, id(tokenizer), count, seed, client, spare)
         return kept(key, tokenizer, lambda: _drawn(files, cut, tokenizer, count, seed, client, spare)).long()
     except DataError as error:
-        raise (
-            error if str(error).startswith(f"client {client}: ") else DataError(f"client {client}: {error}")
-        ) from error
+        if str(error).startswith(f"client {client}: "):
+            raise
+        raise DataError(f"client {client}: {error}") from error
 
 
 def draw_windows(windows: Tensor, count: int, seed: int, client: str, spare: int = 0) -> Tensor:
@@ -79,10 +79,7 @@ def _drawn(files: Sequence[str], cut: Cut, tokenizer: Any, count: int, seed: int
         made = _from_cells(content, cut, tokenizer, count, spare, _generator(seed, client))
         if made is not None:
             return made
-    all_windows = kept(
-        ("in order", state(files), cut, id(tokenizer), None), tokenizer, lambda: in_order(content, cut, tokenizer)
-    )
-    return draw_windows(all_windows, count, seed, client, spare)
+    return draw_windows(in_order(files, cut, tokenizer, lambda: content), count, seed, client, spare)
 
 
 def _from_cells(

@@ -102,11 +102,10 @@ def _matching(path: str) -> list[str]:
     if not glob.has_magic(path) or os.path.lexists(path):
         return [path]
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - a pattern may begin at the root
-    found = [one for one in found if not one.endswith(os.sep)]  # `**` matches its own folder too, as it begins
-    found = [one for one in found if not any(one.startswith(other + os.sep) for other in found if Path(other).is_dir())]
     if not found:
         raise DataError(f"the text {path[:80]!r} matches no file; name a file, a folder or another pattern")
-    return found
+    folders = {Path(one) for one in found if Path(one).is_dir()}
+    return [one for one in found if folders.isdisjoint(Path(one).parents)]  # what is in a folder comes with it
 
 
 def _is_folder(path: str) -> bool:

@@ -66,12 +66,18 @@ def windows_of(paths: str | Sequence[str], cut: Cut, tokenizer: Any, most: int |
         return torch.cat([_token_windows(Path(file), cut.length) for file in files])[:most]
     if files == ("c4",) and is_online("c4"):
         most = min(most or C4_WINDOWS, C4_WINDOWS)
+    return in_order(files, cut, tokenizer, lambda: Content(files, cut.field), most).long()
+
+
+def in_order(
+    files: Sequence[str], cut: Cut, tokenizer: Any, opened: Callable[[], Content], most: int | None = None
+) -> Tensor:
+    """The same in int32, cut once while the files stay as they are; `opened` is called where that is needed."""
     key = ("in order", state(files), cut, id(tokenizer), most)
-    return kept(key, tokenizer, lambda: in_order(Content(files, cut.field), cut, tokenizer, most)).long()
+    return kept(key, tokenizer, lambda: _cut_in_order(opened(), cut, tokenizer, most))
 
 
-def in_order(content: Content, cut: Cut, tokenizer: Any, most: int | None = None) -> Tensor:
-    """The same, of a text that was opened: int32."""
+def _cut_in_order(content: Content, cut: Cut, tokenizer: Any, most: int | None) -> Tensor:
     begin = first_ids(tokenizer)[: cut.length - 1] if cut.bos != "never" else []
     ids = array("i", begin if cut.bos == "first" else [])
     before = ""

@@ -94,16 +94,12 @@ def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
     layout, comm = skeleton.layout, config.client_configs.comm_configs
     if config.algorithm not in algorithms.names():  # `rules.check` says so
         return
-    if (
-        algorithm_of(config).gathers
-        and config.gram.drift
-        and any(one.expert for block in layout.blocks for one in block)
-    ):
-        yield (
-            "gram.target: the dense model sends other tokens to an expert than the pruned one, so that their outputs "
-            "cannot be compared; leave it at own"
-        )
     if algorithm_of(config).gathers:
+        if config.gram.drift and any(linear.expert for block in layout.blocks for linear in block):
+            yield (
+                "gram.target: the dense model sends other tokens to an expert than the pruned one, so that their outputs "
+                "cannot be compared; leave it at own"
+            )
         yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
     yield from unfit(layout, config.client_configs.train_configs.sparsity)
     if config.gram.precision not in ("fp32", "bf16", "int8"):  # the same

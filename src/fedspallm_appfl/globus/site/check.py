@@ -102,10 +102,8 @@ def _look(site_file: SiteFile, client: str, tokenizer: Any, length: int) -> _Loo
         found, size = text_files(text), look_at(text, site.field)
         if left := found.left_out_words():
             looked.where += f"\n[dim]not text, left out: {escape(left)}[/dim]"
-        looked.files, looked.size = (
-            str(len(found.files)),
-            f"{size:,}" if size else NOT_COUNTED,
-        )
+        looked.files = str(len(found.files))
+        looked.size = f"{size:,}" if size else NOT_COUNTED
         if tokenizer is not None or are_tokens(text):
             windows = len(windows_of(text, Cut(length, field=site.field), tokenizer, ENOUGH))
             looked.windows = ("at least " if windows == ENOUGH else "") + str(windows) if windows else WRONG

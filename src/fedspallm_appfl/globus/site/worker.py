@@ -253,11 +253,9 @@ def in_words(error: Exception, site: Site) -> str:
 
 def _blanked(words: str, error: BaseException | None) -> str:
     """Words of an error without those that it, or what caused it, took from the private text."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:  # an error may be its own cause
+    while error is not None:
         if private := getattr(error, "private", ""):
             words = words.replace(private, BLANK)
-        seen.append(error)
         error = error.__cause__
     return words
 
