@@ -120,9 +120,9 @@ class Skeleton:
         """Tokens that the model takes at most; None if it has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def read(self, name: str) -> Tensor:
-        """A parameter of the model, in the dtype of the checkpoint; maybe a view of the mapped file."""
-        return read(self._pieces[name], self.files, self.model.get_parameter(name).shape)
+    def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """A parameter of the model, in memory of its own; `dtype` None is that of the checkpoint."""
+        return read(self._pieces[name], self.files, self.model.get_parameter(name).shape, device, dtype)
 
     def find_key(self, name: str) -> str | None:
         """Name in the checkpoint of a parameter or buffer that it holds as it is."""
@@ -260,8 +260,7 @@ class LazyModel:
         """Read the given parameters and persistent buffers of a module from the checkpoint."""
         for name, old in list(module.named_parameters()):
             if wanted(name):
-                tensor = self.skeleton.read(prefix + name)
-                new = tensor.to(device=self.device, dtype=self.dtype if old.is_floating_point() else None, copy=True)
+                new = self.skeleton.read(prefix + name, self.device, self.dtype if old.is_floating_point() else None)
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._parameters[leaf] = nn.Parameter(new, requires_grad=False)
 

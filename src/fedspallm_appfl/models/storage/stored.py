@@ -178,12 +178,15 @@ def place(linear: Linear, pieces: Sequence[Piece]) -> Place:
     return Place(piece.key, expert, rows, linear.transposed != piece.swapped)
 
 
-def read(pieces: Sequence[Piece], files: CheckpointFiles, shape: torch.Size) -> Tensor:
-    """A parameter; a view of the mapped file if it is one piece, else a new tensor."""
+def read(
+    pieces: Sequence[Piece], files: CheckpointFiles, shape: torch.Size, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    """A parameter in memory of its own, copied once whatever its pieces; `dtype` None is that of the checkpoint."""
+    stored = files.read(pieces[0].key)
     if len(pieces) == 1:
-        stored = files.read(pieces[0].key)
-        return stored.transpose(-1, -2) if pieces[0].swapped else stored
-    whole = torch.empty(shape, dtype=files.shape_and_dtype(pieces[0].key)[1])
+        stored = stored.transpose(-1, -2) if pieces[0].swapped else stored
+        return stored.to(device=device, dtype=dtype, copy=True)
+    whole = torch.empty(shape, dtype=dtype or stored.dtype, device=device)
     for piece in pieces:
         part = whole if piece.expert is None else whole[piece.expert]
         part = part if piece.rows is None else part[slice(*piece.rows)]
