@@ -144,7 +144,7 @@ def test_the_report_has_the_bytes_of_every_block(both):
     _, *folders = both
     for folder in folders:
         report = (folder / "report.md").read_text()
-        assert "| block | uploads | up | dense float16 | times smaller |" in report
+        assert "| block | uploads | up | dense | times smaller |" in report
         for block in range(8):
             up = sum(event["block_bytes"].get(str(block), 0) for event in events(folder, "upload"))
             assert f"| {block} | 2 | {up:,} | {2 * 2 * BLOCK:,} | {4 * BLOCK / up:.2f} |" in report

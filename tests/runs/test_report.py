@@ -82,7 +82,7 @@ def config_and_results(perplexity=PERPLEXITY, layer_sampling="balanced", matrice
     )
     config.server_configs.num_global_epochs = 2
     config.client_configs.train_configs.layer_sampling = layer_sampling
-    return config, Result(perplexity, matrices, block_weights=250, dense_bytes=320, model=Path("run/model"))
+    return config, Result(perplexity, matrices, block_weights=250, dense_bytes=400, model=Path("run/model"))
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
     ]
     assert "2 clients, FedSpaLLM with sparsegpt, sparsity 0.5" in words
     assert (
-        "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 320 B"
+        "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 400 B"
         in words
     )
     assert "70 of 250 weights in the blocks are zero (28.00 %)" in words
@@ -183,8 +183,8 @@ def test_the_report_shows_bytes_by_client_and_by_round(report):
     assert rows == [["a", "2,000", "700"], ["b", "600", "700"], ["all", "2,600", "1,400"]]
     assert "| 1 | 1,500 | 1,400 |" in text
     assert "| 2 | 1,100 | 0 |" in text
-    assert "once per round and client, would take 1,280." in text
-    assert "| 4 | 1 | 400 | 40 | 0.10 |" in text  # one upload in two messages; 20 weights are 40 bytes in float16
+    assert "once per round and client, would take 1,600." in text
+    assert "| 4 | 1 | 400 | 40 | 0.10 |" in text  # one upload in two messages; 20 weights are 40 bytes as stored
     assert "| 5 | 2 | 200 | 80 | 0.40 |" in text  # in two rounds
 
 

@@ -247,14 +247,14 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
         [
             markdown(["client", "up", "down"], rows),
             markdown(["round", "up", "down"], per_round),
-            markdown(["block", "uploads", "up", "dense float16", "times smaller"], _bytes_by_block(results, log)),
+            markdown(["block", "uploads", "up", "dense", "times smaller"], _bytes_by_block(results, log)),
             f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
         ]
     )
 
 
 def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
-    """Uploaded bytes of each block, next to as many dense float16 copies as clients sent it."""
+    """Uploaded bytes of each block, next to as many dense copies, as stored, as clients sent it."""
     entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
     for matrix in results.matrices:
         entries[matrix.block] += matrix.entries
@@ -262,7 +262,8 @@ def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
         for block, nbytes in event["block_bytes"].items():
             sent[int(block)] += nbytes
             senders[int(block)].add((event["round"], event["client"]))
-    dense = {block: 2 * entries[block] * len(senders[block]) for block in sent}
+    width = results.dense_bytes // max(1, entries.total())
+    dense = {block: width * entries[block] * len(senders[block]) for block in sent}
     return [
         [str(b), str(len(senders[b])), f"{sent[b]:,}", f"{dense[b]:,}", f"{dense[b] / sent[b]:.2f}" if sent[b] else "-"]
         for b in sorted(sent)
