@@ -1,13 +1,16 @@
 """Reading a configuration: YAML as people write it, overrides, references, and every problem at once."""
 
 import re
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.rounds.participants import roster
+from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.settings.reading import load_config, read_config, to_yaml
+from fedspallm_appfl.settings.rules import wrong_values
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.paths import ROOT
@@ -68,7 +71,7 @@ evaluation: {text: {}}
         "clients.1.comm_configs.max_mesage_bytes: unknown key; did you mean max_message_bytes?",
         "evaluation.text: unknown key; did you mean texts?",
         "1: unknown key; valid here are "
-        "algorithm, client_configs, clients, evaluation, gram, model, plugins, prune, run_dir, seed, server_configs",
+        "algorithm, client_configs, clients, evaluation, gram, model, plugins, preset, prune, run_dir, seed, server_configs",
     ],
 )
 def test_every_wrong_key_is_reported_with_the_nearest_valid_one(read, problem):
@@ -363,3 +366,25 @@ def test_what_is_guessed_for_a_choice_names_the_right_key(tmp_path, override, sa
     file.write_text("run_dir: runs/x\nclients: [{client_id: a}]\n")
     [problem] = load_config(file, [f"client_configs.train_configs.{override}"])[1]
     assert re.search(says, problem)
+
+
+def test_a_preset_lies_below_the_file_and_above_it_as_an_override(value, tmp_path):
+    """`value` refuses any problem, so each preset holds valid keys alone."""
+    pruner = "client_configs.train_configs.pruner"
+    own = "client_configs: {train_configs: {pruner: magnitude}}\n"
+    for name, preset in PRESETS.items():
+        expected = preset["client_configs"]["train_configs"]["pruner"]
+        assert value(pruner, f"preset: {name}\n") == expected
+        assert value("algorithm", f"preset: {name}\n{own}") == preset["algorithm"]
+        assert value(pruner, f"preset: {name}\n{own}") == "magnitude"
+        assert value(pruner, own, f"preset={name}") == expected
+        assert value(pruner, own, f"{pruner}=wanda", f"preset={name}") == "wanda"
+        config, _ = load_config(tmp_path / "experiment.yaml", (), {"preset": name})
+        assert (config.algorithm, read_config(plain(config))) == (preset["algorithm"], (config, []))
+
+
+def test_a_preset_that_is_none_is_refused_with_those_that_are(read):
+    config, problems = read("preset: bset\n")
+    assert problems == []
+    assert "preset: one of paper, fast, best; got 'bset'" in wrong_values(config, "", [])
+    assert [one.metadata["rule"].choices for one in fields(Config) if one.name == "preset"] == [tuple(PRESETS)]

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedspallm_appfl.errors import ConfigError, first_line
 from fedspallm_appfl.settings import yaml_text
+from fedspallm_appfl.settings.presets import PRESETS, filled, over
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.targets import Sparsity, parse_sparsity
 
@@ -47,12 +48,13 @@ def load_config(
     Raises:
         ConfigError: the file cannot be read as YAML, or an override has no `=`.
     """
-    return read_config(_over(_merge(_read(Path(file)), overrides), more or {}))
+    return read_config(over(_merge(_read(Path(file)), overrides), filled(more or {})))
 
 
 def read_config(raw: dict[str, Any]) -> tuple[Config, list[str]]:
     """The same from plain keys and values."""
     problems: list[str] = []
+    raw = filled(raw)
     merged = {**raw, "clients": _merged_clients(raw, problems)}
     return build(Config, merged, "", problems), _without_echoes(problems)
 
@@ -74,19 +76,21 @@ def _read(file: Path) -> DictConfig:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
     try:
-        return OmegaConf.create(loaded)
+        return OmegaConf.create(filled(loaded))
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as a configuration: {first_line(error)}") from error
 
 
 def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    for override in overrides:
+    for override in sorted(overrides, key=lambda one: not one.startswith("preset=")):  # it lies below the others
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(
                 f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
             )
         try:
+            if key == "preset":
+                loaded.merge_with(PRESETS.get(value, {}))
             OmegaConf.update(loaded, key, yaml_text.load(value), merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error
@@ -106,17 +110,8 @@ def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
         if not isinstance(client, dict):
             problems.append(f"clients.{index}: a client is a group of keys such as client_id and data, got {client!r}")
             client = {}
-        merged.append(_over(shared, client))
+        merged.append(over(shared, client))
     return merged
-
-
-def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A client's own values over the shared ones; a group that is named but empty changes nothing."""
-    made = dict(shared)
-    for key, value in own.items():
-        group = isinstance(made.get(key), dict) and (value is None or isinstance(value, dict))
-        made[key] = _over(made[key], value or {}) if group else value
-    return made
 
 
 def _without_echoes(problems: list[str]) -> list[str]:

@@ -436,6 +436,12 @@ class Config:
     plugins: list[str] = key(
         list, "Python files or modules that add pruners or algorithms: [python.md](python.md#your-own-pruner)"
     )
+    preset: str | None = key(
+        None,
+        "a whole way to prune, of which single keys may differ: `paper` (FedSpaLLM as published), `fast` (masks by Wanda, "
+        "seconds), `best` (the lowest perplexity) ([docs](#presets))",
+        choices=("paper", "fast", "best"),
+    )
     algorithm: str = key(
         "fedspallm",
         "`fedspallm`, `fedprllm`, `fedavg`, `consensus`, `gram`, `standalone`, `centralized`, or one of a plugin: "
