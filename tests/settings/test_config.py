@@ -184,6 +184,23 @@ def test_a_file_that_is_no_yaml_says_where(read, text):
         read(text)
 
 
+DOUBLED = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (DOUBLED, "more than 200000 values, with aliases followed"),
+        ("a: " + "[" * 20_000, "more than 50 groups in each other"),
+        ("a: " + "{b: " * 60, "more than 50 groups in each other"),
+        ("a: &a [*a]", "an alias stands for a group that it lies in"),
+    ],
+)
+def test_a_file_that_would_exhaust_memory_or_stack_is_refused(read, text, says):
+    with pytest.raises(ConfigError, match=says):
+        read(text)
+
+
 def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("run_dir: é".encode("latin-1"))
     with pytest.raises(ConfigError, match="latin.yaml .*utf-8"):
