@@ -21,7 +21,7 @@ from fedspallm_appfl.allocation.fisher import sensitivities
 from fedspallm_appfl.allocation.shares import Curve, counts
 from fedspallm_appfl.allocation.text import public_windows
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.events import OnEvent, ignore
+from fedspallm_appfl.events import Event, OnEvent, ignore
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.rounds.pruning import prune_blocks
@@ -54,6 +54,15 @@ class Allocation:
     width: float
     losses: dict[float, float]
 
+    def shown(self) -> Event:
+        """Width, losses, and the share of each matrix that has one of its own, in the order of the model."""
+        others = dict(self.sparsity.others) if isinstance(self.sparsity, Targets) else {}
+        return {
+            "width": self.width,
+            "losses": {f"{width:g}": loss for width, loss in self.losses.items()},
+            "targets": {name: float(target.share) for name, target in others.items()},
+        }
+
 
 def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
     """The configuration with the targets in it that its `allocation` asks for.
@@ -73,7 +82,7 @@ def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
     made = copy.deepcopy(config)
     for owner in (made.client_configs, *made.clients):
         owner.train_configs.sparsity = chosen.sparsity
-    on_event({"event": "allocation", "width": chosen.width, "losses": {f"{w:g}": v for w, v in chosen.losses.items()}})
+    on_event({"event": "allocation", **chosen.shown()})
     if not chosen.width:
         on_event(
             {"event": "notice", "text": "allocation: the uniform target lost least on the public text, so it holds"}
@@ -112,8 +121,7 @@ def targets(curves: Mapping[Key, Curve], base: Target, width: float) -> Sparsity
     zeros = dict(zip(curves, counts(list(curves.values()), [(least, most)] * len(curves), total), strict=True))
     found = {full_name(*key): share_of(count, curves[key].entries) for key, count in zeros.items()}
     # A pattern means longer names that end with it too; the last one decides, so longer ones come later.
-    order = sorted(found, key=len)
-    return Targets(base, tuple((name, found[name]) for name in order))
+    return Targets(base, tuple(sorted(found.items(), key=lambda one: len(one[0]))))
 
 
 def share_of(zeros: int, entries: int) -> Ratio:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.models.blockwise import Activations, embed
 from fedspallm_appfl.models.inputs import SharedInputs, check_statistic
+from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning import sparsegpt
 from fedspallm_appfl.pruning.statistics import InputGram
@@ -68,7 +69,8 @@ def look(model: LazyModel, windows: Tensor, levels: Sequence[Fraction], settings
         ModelError: experts of the model lie in one tensor.
         PruningError: inputs are not finite, or a factorization keeps failing.
     """
-    _require_modules(model)
+    if refused := unseen_experts(model.layout):
+        raise ModelError(f"allocation.method: {refused}")
     state, made = embed(model, windows, batch), Pass({}, Activations([]), [])
     for index, linears in enumerate(model.layout.blocks):
         made.before.append([hidden.cpu() for hidden in state.hidden])
@@ -82,14 +84,16 @@ def look(model: LazyModel, windows: Tensor, levels: Sequence[Fraction], settings
     return Pass(made.lost, state, made.before)
 
 
-def _require_modules(model: LazyModel) -> None:
-    for index, linears in enumerate(model.layout.blocks):
+def unseen_experts(layout: Layout) -> str | None:
+    """Why targets cannot be chosen for a model, or None."""
+    for index, linears in enumerate(layout.blocks):
         for linear in linears:
             if linear.part is not None:
-                raise ModelError(
-                    f"allocation.method: block {index} holds its experts in one tensor, {linear.parameter}, so that "
-                    "gradients of single experts are not seen; take uniform, or leave experts dense with prune.ignore"
+                return (
+                    f"block {index} holds its experts in one tensor, {linear.parameter}, so that gradients of single "
+                    "experts are not seen; take uniform, or leave experts dense with prune.ignore"
                 )
+    return None
 
 
 @torch.no_grad()
