@@ -99,7 +99,7 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
         mpi.run_clients(config, comm)
         return 0
     config = checked(args.config, args.overrides, True, args.overwrite, False)
-    mpi.send_config(comm, config)
+    mpi.check_ranks(comm, config)
     forget_windows()  # those of the clients, which other ranks draw
     shown = console(plain=True)
     introduce(config, shown)

@@ -184,11 +184,11 @@ def advance(block: nn.Module, index: int, state: Activations) -> None:
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
-        yield ids, _logits(model, ids, hidden)
+        yield ids, torch.no_grad()(logits)(model, ids, hidden)
 
 
-@torch.no_grad()
-def _logits(model: LazyModel, ids: Tensor, hidden: Tensor) -> Tensor:
+def logits(model: LazyModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """What the model makes of the hidden states behind its last block: (B, T, vocabulary)."""
     *returns, last = _returns(model)
     through = [_return_input(values) for values in returns]
     with _forwards_replaced(model.blocks, [*through, _return_always(wrapped(hidden, last))]):

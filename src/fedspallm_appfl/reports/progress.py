@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from fedspallm_appfl.events import Event
+from fedspallm_appfl.reports.targets import choice_line
 
 _Self = TypeVar("_Self", bound="_Shown")
 
@@ -66,6 +67,10 @@ class RunProgress(_Shown):
             self._waits(
                 f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
+        elif event["event"] == "allocating":
+            self._waits(f"allocation: {event['what']}")
+        elif event["event"] == "allocation":
+            self._console.print(choice_line(event), highlight=False, markup=False)
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":

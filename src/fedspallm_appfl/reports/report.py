@@ -19,7 +19,7 @@ from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.models.storage.export import MatrixSparsity
-from fedspallm_appfl.reports import own_text
+from fedspallm_appfl.reports import own_text, targets
 from fedspallm_appfl.reports.result import (
     Result,
     count,
@@ -113,6 +113,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         *_own_text(config, results, log),
         "## Sparsity",
         _sparsity(config, results.matrices, log),
+        *targets.section(log, markdown),
         "## Bytes",
         _bytes(config, results, log),
         "## Who took part",

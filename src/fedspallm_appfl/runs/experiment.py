@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.allocation.choice import allocated
 from fedspallm_appfl.events import EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
@@ -80,13 +81,14 @@ def conduct(
         log = EventLog(folder / run_dir.MARK, *listeners)
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds})
-        aggregator = launch(config, folder / "state", log)
+        told = allocated(config, log)
+        aggregator = launch(told, folder / "state", log)
         if named := replaced_attention(aggregator.skeleton.model):
             log({"event": "notice", "text": attention_words(named)})
         statistics_folder = folder / "state" / STATISTICS
         if statistics_folder.is_dir():
             statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
-        matrices, place = _write(config, folder, aggregator.skeleton, aggregator.global_model, log)
+        matrices, place = _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         perplexity = evaluate(config, texts, methods, log) if texts else {}
@@ -166,7 +168,8 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
-        "target": str(sparsity),
+        "target": str(sparsity.default if config.allocation.asked else sparsity),
+        "allocation": plain(config.allocation),
         "pruner": config.pruners(),
         "block_weights": skeleton.block_weights,
         "prunable": entries,

@@ -81,11 +81,11 @@ def is_server(comm: Any) -> bool:
     return comm.Get_rank() == 0
 
 
-def send_config(comm: Any, config: Config) -> None:
-    """Give the configuration that the server checked to all ranks.
+def check_ranks(comm: Any, config: Config) -> None:
+    """Refuse a configuration that cannot be run by so many ranks, or by several at all.
 
     Raises:
-        ConfigError: it cannot be run by so many ranks, or by several at all.
+        ConfigError: says so.
     """
     algorithm = algorithm_of(config)
     if algorithm.pools_text:
@@ -93,18 +93,18 @@ def send_config(comm: Any, config: Config) -> None:
             f"algorithm {algorithm.name} pools the text of all clients in one process; run it without --launcher mpi"
         )
     batches([client.client_id for client in config.clients], comm.Get_size() - 1)
-    comm.bcast(config, root=0)
 
 
 def receive_config(comm: Any) -> Config:
-    """The configuration that the server checked."""
+    """The configuration that the server checked, with the targets that it chose."""
     config: Config = comm.bcast(None, root=0)
     plugins.load(config.plugins)
     return config
 
 
 def run_server(config: Config, comm: Any, state_dir: Path, on_event: OnEvent) -> Any:
-    """Serve all rounds; returns the aggregator, with the global model in it."""
+    """Give all ranks the configuration and serve all rounds; returns the aggregator, with the global model in it."""
+    comm.bcast(config, root=0)
     from fedspallm_appfl.adaptors import registration
 
     registration.register()

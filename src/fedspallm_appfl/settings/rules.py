@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.settings.plugins import ADDED
-from fedspallm_appfl.settings.schema import UUID, Client, Config, Rule, Store
-from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.settings.schema import UUID, Allocation, Client, Config, Rule, Store
+from fedspallm_appfl.tensors.target import NM
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
 URL = re.compile(r"https?://[\w.-]+(:\d{1,5})?/?")
@@ -95,8 +96,22 @@ def _top(config: Config) -> Iterator[str]:
             yield f"{path}: expected {own}, got {name!r}; a subclass is named as path/to/file.py:ClassName"
     if config.evaluation.compare and not config.evaluation.texts:
         yield "evaluation.compare: there is nothing to compare on; name some held-out text in evaluation.texts"
+    yield from _allocation(config)
     if config.gram.target == "dense" and config.gram.propagate != "pruned":
         yield "gram.target: dense outputs are a target in a sweep; set gram.propagate to pruned, or gram.target to own"
+
+
+def _allocation(config: Config) -> Iterator[str]:
+    asked, sparsity = config.allocation, config.client_configs.train_configs.sparsity
+    if not asked.asked:
+        if asked != Allocation():
+            yield "allocation: its other keys do nothing with method uniform; set allocation.method to fisher"
+        return
+    where = "client_configs.train_configs.sparsity"
+    if isinstance(sparsity, Targets):
+        yield f"{where}: allocation chooses the target of each matrix, so one share for all; got {shown(sparsity)}"
+    elif isinstance(sparsity, NM):
+        yield f"{where}: allocation is for shares such as 0.7, as each n:m group has its own count; got {shown(sparsity)}"
 
 
 def _clients(config: Config) -> Iterator[str]:

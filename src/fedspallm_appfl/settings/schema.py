@@ -146,6 +146,36 @@ class Gram:
 
 
 @dataclass
+class Allocation:
+    """How much of each matrix is pruned, at the same total."""
+
+    method: str = key(
+        "uniform",
+        "`uniform`: `sparsity` holds for each matrix; `fisher`: it holds for all together, and matrices that the loss "
+        "depends on less are pruned more, as a public text at the server shows ([docs](allocation.md))",
+        choices=("uniform", "fisher"),
+    )
+    width: str = key(
+        "auto",
+        "how far the target of a matrix may be from `sparsity`, such as 0.15; `auto` tries a few, 0 among them, and keeps "
+        "the one with the smallest loss on other windows of the text",
+        form=(r"auto|0?\.[0-9]{1,6}|0", "auto, or a number in [0, 1) such as 0.15"),
+    )
+    text: Paths | None = key(None, "public text, as `data.text`; empty takes the one that comes with the package")
+    field: str | None = key(None, "as `data.field`")
+    windows: int = key(32, "windows of it that the targets are made of, at most half of the text", least=1, most=MOST)
+    length: int | None = key(
+        None, "tokens in a window; empty means 512, or what the model takes if that is less", least=2, most=MOST
+    )
+    batch: int = key(1, "windows in a forward or backward pass", least=1, most=MOST)
+
+    @property
+    def asked(self) -> bool:
+        """Whether matrices get targets of their own."""
+        return self.method != "uniform"
+
+
+@dataclass
 class AggregatorKwargs:
     """How uploads are combined."""
 
@@ -449,6 +479,7 @@ class Config:
         choices=ALGORITHMS,
         extensible=True,
     )
+    allocation: Allocation = group(Allocation)
     gram: Gram = group(Gram)
     model: Model = group(Model)
     prune: Prune = group(Prune)

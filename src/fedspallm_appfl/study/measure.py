@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.allocation.choice import allocated
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -29,6 +30,7 @@ from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report
 from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened
 from fedspallm_appfl.study.plan import RUNS, Method, Plan, cells_of
+from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.store import GramStore
 
 OWN = (FILE, "study.md", "study.json", RUNS, *plots.FILES)
@@ -72,6 +74,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
         if (DENSE, "", 0) not in file.cells:
             file.add(Cell(DENSE, "", 0, evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore)[DENSE]))
         serial.load()  # not in the seconds and memory of the first cell
+        chosen: dict[tuple[str, int], Sparsity] = {}  # target and seed -> that of each matrix
         gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
         for method, target, seed in todo:
             progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
@@ -79,6 +82,8 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
                 progress.ends("measured in the run of another method")
                 continue
             config = plan.experiment(method, target, seed)
+            if config.allocation.asked:  # a choice holds for all methods
+                _allocate(config, chosen)
             if seed in gathered and method.shares_uploads:
                 cell = _from_sums(config, method, texts, *gathered[seed])
             else:
@@ -94,6 +99,15 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
             if method.name not in plan.keep_models:
                 _drop(config, "model", "models")
         _forget(plan, gathered)
+
+
+def _allocate(config: Config, chosen: dict[tuple[str, int], Sparsity]) -> None:
+    """Put the targets of all matrices into a configuration, those of an earlier cell where they are the same."""
+    key = str(config.client_configs.train_configs.sparsity), config.seed
+    if key not in chosen:
+        chosen[key] = allocated(config).client_configs.train_configs.sparsity
+    for owner in (config.client_configs, *config.clients):
+        owner.train_configs.sparsity = chosen[key]
 
 
 def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:

@@ -31,6 +31,12 @@ def matches(pattern: str, block: int, name: str) -> bool:
     return any(first <= block <= last for first, last in runs) and names(glob, name)
 
 
+def concerns(pattern: str, block: int) -> bool:
+    """Whether a pattern may mean a matrix of a block."""
+    runs, _ = _parsed(pattern)
+    return runs is None or any(first <= block <= last for first, last in runs)
+
+
 def beyond(pattern: str, blocks: int) -> bool:
     """Whether a pattern names a block of a model that has only so many."""
     runs, _ = _parsed(pattern)

@@ -7,12 +7,14 @@ In a configuration either a target (`target.parse_target`), or a mapping with `d
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from fedspallm_appfl.tensors.patterns import matches
+from fedspallm_appfl.tensors.patterns import concerns, matches
 from fedspallm_appfl.tensors.target import Target, parse_target
 
 DEFAULT_KEY = "default"
+SHOWN = 20  # patterns in a text for people
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,15 @@ class Targets:
 
     def of(self, block: int, name: str) -> Target:
         """The target of a matrix."""
-        return next(
-            (target for pattern, target in reversed(self.others) if matches(pattern, block, name)), self.default
-        )
+        if block not in self._of_blocks:
+            self._of_blocks[block] = [one for one in reversed(self.others) if concerns(one[0], block)]
+        mine = self._of_blocks[block]
+        return next((target for pattern, target in mine if matches(pattern, block, name)), self.default)
+
+    @cached_property
+    def _of_blocks(self) -> dict[int, list[tuple[str, Target]]]:
+        """What may mean a matrix of each block that was asked for, the last first: there may be a pattern a matrix."""
+        return {}
 
     def with_default(self, default: Target) -> "Targets":
         """The same exceptions from another target."""
@@ -42,6 +50,9 @@ class Targets:
         return {DEFAULT_KEY: str(self.default)} | {pattern: str(target) for pattern, target in self.others}
 
     def __str__(self) -> str:
+        """All of them, or how many there are where nobody would read them."""
+        if len(self.others) > SHOWN:
+            return f"{self.default}, others for {len(self.others)} patterns"
         return ", ".join([str(self.default), *(f"{pattern} {target}" for pattern, target in self.others)])
 
 

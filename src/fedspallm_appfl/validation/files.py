@@ -7,6 +7,8 @@ import torch
 
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.allocation.curves import unseen_experts
+from fedspallm_appfl.allocation.text import public_windows
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.models.choice import unmatched
 from fedspallm_appfl.models.layout import Layout
@@ -57,9 +59,24 @@ def check_with_files(config: Config) -> list[str]:
             held_out_windows(name, text, cut, evaluation.windows, *known)
         except DataError as error:
             problems.append(str(error))
+    if config.allocation.asked and skeleton is not None:
+        problems += _allocation(config, skeleton)
     if config.evaluation.texts:
         problems += too_long("evaluation.length", length, longest)
     return problems
+
+
+def _allocation(config: Config, skeleton: Skeleton) -> Iterator[str]:
+    """What keeps the targets from being chosen."""
+    if refused := unseen_experts(skeleton.layout):
+        yield f"allocation.method: {refused}"
+    long = too_long("allocation.length", config.allocation.length or 0, skeleton.longest_window)
+    yield from long
+    try:
+        if not long:
+            public_windows(config, skeleton)
+    except FedSpaLLMError as error:
+        yield str(error)
 
 
 def _has_words(config: Config) -> bool:

@@ -161,7 +161,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
     """Run all rounds.
 
     Args:
-        config: the experiment.
+        config: the experiment, which from now on is the connection's too.
         connection: to the clients.
         state_dir: folder for the server's packed blocks and sums.
         on_event: called with a dict for each event.
@@ -178,6 +178,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
     from fedspallm_appfl.adaptors.agents import server_agent
 
     registration.freeze()
+    connection.config = config
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     server.scheduler.spare_others = True

@@ -1,0 +1,200 @@
+"""The targets of all matrices: made of a public text, at the widths that are asked for, and the best of these.
+
+A function of the dense model, the public text, the target of the run and the settings. The server calls it before anything
+is sent, and puts the result in the place of `sparsity`; nobody else has to know.
+"""
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.allocation.curves import Key, look
+from fedspallm_appfl.allocation.fisher import sensitivities
+from fedspallm_appfl.allocation.shares import Curve, counts
+from fedspallm_appfl.allocation.text import public_windows
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.events import Event, OnEvent, ignore
+from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.models.perplexity import losses
+from fedspallm_appfl.rounds.pruning import prune_blocks
+from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.settings.schema import ClientSettings, Config, OwnData
+from fedspallm_appfl.tensors.patterns import full_name
+from fedspallm_appfl.tensors.target import Ratio, Target
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
+from fedspallm_appfl.wire.packed import Unreached, pack
+from fedspallm_appfl.wire.store import PackedStore
+
+WIDTHS = (0.0, 0.08, 0.15, 0.25)  # that `auto` tries
+LEVELS = 5  # at which the loss of a matrix is known
+MOST = Fraction(98, 100)  # of a matrix that is pruned, but where all are pruned more
+LEAST = Fraction(1, 8)  # of the target of all; where almost nothing is pruned, the logarithm of the loss says nothing
+NAME = "of the public text"  # what errors call the client that prunes on it
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was chosen.
+
+    Attributes:
+        sparsity: the target of each matrix.
+        width: how far targets may be from that of the run.
+        losses: width -> mean loss of a token on other windows of the text; empty if the width was given.
+    """
+
+    sparsity: Sparsity
+    width: float
+    losses: dict[float, float]
+
+    def shown(self) -> Event:
+        """Width, losses, and the share of each matrix that has one of its own, in the order of the model."""
+        others = dict(self.sparsity.others) if isinstance(self.sparsity, Targets) else {}
+        return {
+            "width": self.width,
+            "losses": {f"{width:g}": loss for width, loss in self.losses.items()},
+            "targets": {name: float(target.share) for name, target in others.items()},
+        }
+
+
+def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
+    """The configuration with the targets in it that its `allocation` asks for.
+
+    Args:
+        config: without problems; one that was allocated before, or asks for nothing, is returned as it is.
+        on_event: called with a dict for each event.
+
+    Raises:
+        DataError: the public text cannot be read or is too short.
+        ModelError: the model cannot be read, or its experts lie in one tensor.
+        PruningError: a matrix cannot be pruned.
+    """
+    if not config.allocation.asked or isinstance(config.client_configs.train_configs.sparsity, Targets):
+        return config
+    chosen = allocate(config, on_event)
+    made = copy.deepcopy(config)
+    for owner in (made.client_configs, *made.clients):
+        owner.train_configs.sparsity = chosen.sparsity
+    on_event({"event": "allocation", **chosen.shown()})
+    if not chosen.width:
+        on_event(
+            {"event": "notice", "text": "allocation: the uniform target lost least on the public text, so it holds"}
+        )
+    return made
+
+
+def allocate(config: Config, on_event: OnEvent = ignore) -> Allocation:
+    """Choose the targets (see `allocated`)."""
+    train, settings = config.client_configs.train_configs, config.allocation
+    base = train.sparsity.default
+    widths = WIDTHS if settings.width == "auto" else (float(settings.width),)
+    with _threads(train.threads):
+        model = LazyModel.of(_exact(config), choose_device(config.server_configs.device, 0))
+        mine, others = public_windows(config, model.skeleton)
+        curves = _curves(config, model, mine, max(widths))
+        on_event({"event": "allocating", "what": f"{len(curves)} loss curves"})
+        made = {width: targets(curves, base, width) for width in widths}
+        found: dict[float, float] = {}
+        for width in widths if len(widths) > 1 else ():
+            found[width] = _loss(config, model, mine, others, made[width])
+            on_event({"event": "allocating", "what": f"width {width:g}, loss {found[width]:.4f}"})
+    best = min(found, key=lambda width: (found[width], width)) if found else widths[0]
+    return Allocation(made[best], best, found)
+
+
+def targets(curves: Mapping[Key, Curve], base: Target, width: float) -> Sparsity:
+    """The targets within a width of `base`, with as many zeros together as `base` asks for.
+
+    Matrices without a curve keep `base`: nothing is known of them.
+    """
+    if not width:
+        return base
+    least, most = (float(end) for end in bounds(base, width))
+    total = sum(base.zeros(curve.entries) for curve in curves.values())
+    zeros = dict(zip(curves, counts(list(curves.values()), [(least, most)] * len(curves), total), strict=True))
+    found = {full_name(*key): share_of(count, curves[key].entries) for key, count in zeros.items()}
+    # A pattern means longer names that end with it too; the last one decides, so longer ones come later.
+    return Targets(base, tuple(sorted(found.items(), key=lambda one: len(one[0]))))
+
+
+def share_of(zeros: int, entries: int) -> Ratio:
+    """The shortest decimal share that asks for exactly so many zeros."""
+    scale = 1
+    while True:
+        share = Fraction(-(-zeros * scale // entries), scale)
+        if share < 1 and Ratio(share).zeros(entries) == zeros:
+            return Ratio(share)
+        scale *= 10
+
+
+def bounds(base: Target, width: float) -> tuple[Fraction, Fraction]:
+    """The least and the largest share of a matrix."""
+    share, wide = base.share, Fraction(str(width))
+    return max(share - wide, share * LEAST), min(share + wide, max(share, MOST))
+
+
+def _curves(config: Config, model: LazyModel, windows: Tensor, width: float) -> dict[Key, Curve]:
+    """The loss of each matrix for which it depends on the level."""
+    if not width:
+        return {}
+    train, batch = config.client_configs.train_configs, config.allocation.batch
+    least, most = bounds(train.sparsity.default, width)
+    levels = [least + (most - least) * step / (LEVELS - 1) for step in range(LEVELS)]
+    passed = look(model, windows, levels, train, batch)
+    found = sensitivities(model, windows, passed, config.seed, batch)
+    made = {
+        key: Curve(lost.entries, [float(level) for level in levels], (lost.rows @ found[key]).tolist())
+        for key, lost in passed.lost.items()
+    }
+    return {key: curve for key, curve in made.items() if curve.known()}
+
+
+def _loss(config: Config, model: LazyModel, mine: Tensor, others: Tensor, sparsity: Sparsity) -> float:
+    """The mean loss of a token on other windows, of the model that SparseGPT prunes on some."""
+    batch, train = config.allocation.batch, config.client_configs.train_configs
+    settings = ClientSettings(
+        sparsity=sparsity,
+        damping=train.damping,
+        damping_retries=train.damping_retries,
+        min_tokens=train.min_tokens,
+        prune=config.prune,
+        data=OwnData(batch=batch),
+        client_id=NAME,
+    )
+    blocks = model.layout.pruned
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder:
+        store = PackedStore(Path(folder))
+        for block, pruned in prune_blocks(Source(model, mine, settings), set(blocks)):
+            done = {
+                name: pack(one.weight, one.mask, model.skeleton.stored_dtype)
+                for name, one in pruned.items()
+                if not isinstance(one, Unreached)
+            }
+            store.save(block, done)
+        loss = losses(model, {NAME: others}, store.get, batch)[NAME]
+    return loss.total / loss.tokens
+
+
+def _exact(config: Config) -> Config:
+    """The configuration with arithmetic in which squared gradients do not vanish, as they do in float16."""
+    named = config.model.dtype
+    half = Skeleton.of(config).stored_dtype is torch.float16 if named == "auto" else named == "float16"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")) if half else config
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """The threads of the pruning, so that the bits do not depend on where the server runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
