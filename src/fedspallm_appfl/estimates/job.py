@@ -170,8 +170,8 @@ class Job:
 
     @cached_property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """The exchanges of a round."""
-        return self.algorithm.exchanges(self.model.groups, self.config.gram)
+        """The exchanges of the last round."""
+        return self.algorithm.exchanges(self.model.groups, self.config.gram, self.config.recovery)
 
     @cached_property
     def draws(self) -> Draws:
@@ -197,11 +197,12 @@ class Job:
     def folds(self) -> tuple[Fold, ...]:
         """What the server makes of each exchange; asked for its memory, it needs no weights."""
         layout, groups = self.model.layout, self.model.groups
-        return folds(Context(layout, self.model.stored, self.told, Path(), "cpu", _no_weights, groups))
+        context = Context(layout, self.model.stored, self.told, Path(), "cpu", _no_weights, groups)
+        return folds(context, self.exchanges)
 
     def fold(self, number: int) -> Fold:
-        """The fold of an exchange; a single one serves all exchanges of a sweep."""
-        return self.folds[min(number, len(self.folds) - 1)]
+        """The fold of an exchange."""
+        return self.folds[number]
 
     def up(self, exchange: Exchange, mask_only: bool = False) -> Sizes:
         """Bytes of each unit that goes up in an exchange, by block.

@@ -87,6 +87,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "prune": config.prune,
         "algorithm": config.algorithm,
         "gram": config.gram,
+        "recovery": config.recovery,
         "comparisons": comparisons(config),
         "mask_only": [
             client.client_id for client in participants(config) if pruners.keeps_weights(client.train_configs)
@@ -126,6 +127,7 @@ def client_settings(
         "seed": config.seed,
         "algorithm": config.algorithm,
         "gram": config.gram,
+        "recovery": config.recovery,
         "rounds": config.server_configs.num_global_epochs,
         "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,
