@@ -29,7 +29,7 @@ RESULT = 3  # copies of a whole result: its messages as text, the text that is m
 ON_GPU = ("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices")
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
-Payload = dict[tuple[int, int, str], float]  # (exchange, block, linear) -> bytes
+Payload = dict[tuple[str | None, int, str], float]  # (what goes down, block, linear) -> bytes
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def _payloads(job: Job, index: int, changed: list[int], share: float) -> list[Pa
     table = job.down(job.exchanges[index])
     sizes = {block: table[block] for block in changed if block in table}
     parts = plan(sizes, max(1, len(sizes)), job.config.client_configs.comm_configs.max_message_bytes)
-    return [{(index, block, name): share * sizes[block][name] for block, name in part} for part in parts]
+    return [
+        {(job.exchanges[index].down, block, name): share * sizes[block][name] for block, name in part} for part in parts
+    ]
 
 
 def _inline(job: Job) -> bool:
