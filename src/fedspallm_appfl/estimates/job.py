@@ -5,6 +5,7 @@ called entries.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, of_round
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
@@ -177,6 +178,20 @@ class Job:
     def draws(self) -> Draws:
         """The blocks of each participant in each round."""
         return draws(self.config, list(self.model.layout.pruned))
+
+    @cached_property
+    def covered(self) -> list[int]:
+        """Blocks that some client prunes in some round; all clients recover all of them."""
+        return sorted({block for assigned in self.draws for mine in assigned.values() for block in mine})
+
+    def assigned(self, number: int, exchange: Exchange) -> Mapping[str, list[int]]:
+        """The blocks of each participant in an exchange of a round."""
+        drawn = self.draws[number]
+        return dict.fromkeys(drawn, self.covered) if exchange.recovers else drawn
+
+    def of_round(self, number: int) -> tuple[Exchange, ...]:
+        """The exchanges of a round, from 0."""
+        return of_round(self.exchanges, number + 1 == self.rounds)
 
     @property
     def rounds(self) -> int:

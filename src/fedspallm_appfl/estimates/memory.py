@@ -53,6 +53,8 @@ class Memory:
         return self.needed + self.mapped
 
 
+VECTORS = 5  # of kept weights: values, gradient, two of the optimizer, and one on the way
+TAPE = 3  # times what a forward pass of a block takes, that its backward pass does
 CHOSEN = 64  # bytes a token: indices of eight experts
 Parts = dict[str, int]
 
@@ -76,7 +78,8 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = (moment for block in model.layout.pruned for moment in _at_work(job, client, block))
+    work = [moment for block in model.layout.pruned for moment in _at_work(job, client, block)]
+    work += _recovering(job, client, 0 if on_disk else states) if job.config.recovery.rounds else []
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
@@ -186,7 +189,7 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
 
 def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
-    model, [exchange] = job.model, job.exchanges
+    model, exchange = job.model, job.exchanges[0]
     features = [
         model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
     ]
@@ -221,6 +224,34 @@ def _sweeping(job: Job, client: Client, block: int) -> Iterator[Parts]:
         yield {"one block": copies * _block(model, block)} | grams | {"forward passes": tokens * inputs}
         yield grams | {"packed statistics": job.up(exchange)[block][name] + packing_bytes(features)}
     yield {"one block": _block(model, block), "forward passes": tokens * forward_bytes(model, block)}
+
+
+def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
+    """What training takes: weights, of the kept ones a vector with gradient and optimizer, and one block's activations."""
+    model, recovery = job.model, job.config.recovery
+    whole, size = recovery.scope == "all", max(model.arithmetic.itemsize, 2)
+    size = FLOAT if model.arithmetic == torch.float16 else size
+    kept = {block: _kept(job, block) for block in job.covered}
+    held = sum if whole else max
+    entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
+    tokens = _tokens(job, client)
+    logits = 6 * FLOAT * model.vocabulary if whole else 0  # of both models, as shares, and gradients
+    between = model.hidden * size * len(model.blocks) if whole else 0  # what goes into each block, for the way back
+    inside = max(TAPE * forward_bytes(model, block) * size // model.arithmetic.itemsize for block in kept)
+    again = model.outer * FLOAT if size != model.arithmetic.itemsize else 0  # the outer parts in float32
+    yield {
+        "pruned model": held(model.blocks) * size + entries + again,
+        "kept weights": VECTORS * FLOAT * held(kept.values()),
+        "forward passes": tokens * (max(logits, inside) + between),
+        "dense model's states": states if recovery.loss == "kl" or not whole else 0,
+    }
+
+
+def _kept(job: Job, block: int) -> int:
+    """Kept entries of a block."""
+    shapes = job.model.shapes[block].items()
+    entries = {name: rows * columns for name, (rows, columns) in shapes}
+    return sum(count - job.sparsity.of(block, name).zeros(count) for name, count in entries.items())
 
 
 def closing_bytes(units: Sequence[UnitBytes], clients: int) -> int:
@@ -259,7 +290,8 @@ def _sums(open_blocks: Sequence[tuple[Sequence[UnitBytes], int]]) -> list[int]:
 def _open_blocks(job: Job, number: int) -> list[tuple[list[UnitBytes], int]]:
     """The units of each block in an exchange, and how many clients send them."""
     exchange, fold, found = job.exchanges[number], job.fold(number), []
-    for block, clients in _senders(job).items():
+    everybody = dict.fromkeys(job.covered, len(job.clients))
+    for block, clients in (everybody if exchange.recovers else _senders(job)).items():
         if exchange.concerns(block):
             names = fold.units(block) if exchange.only is None else (exchange.only[1],)
             found.append(([fold.bytes_of(block, name, clients) for name in names], clients))

@@ -62,9 +62,10 @@ def turns(job: Job, compressed: bool = False) -> list[Turn]:
     fresh: list[Payload] = []  # of the last exchange
     waiting: dict[str, float] = {}  # the most that a client has sent so far; where it is late, that may still lie there
     found = []
-    for number, assigned in enumerate(rounds):
-        changed = sorted({block for mine in assigned.values() for block in mine})
-        for index, exchange in enumerate(made):
+    for number in range(len(rounds)):
+        for index, exchange in enumerate(job.of_round(number)):
+            assigned = job.assigned(number, exchange)
+            changed = sorted({block for mine in assigned.values() for block in mine})
             up = {client: sum(uploads[index][client][block] for block in mine) for client, mine in assigned.items()}
             waiting = {client: max(size, waiting.get(client, 0)) for client, size in up.items()}
             ended = (number + 1, index + 1) == (len(rounds), len(made))

@@ -64,7 +64,7 @@ def train(
             with torch.enable_grad():
                 loss = loss_of(number) / len(batches)
                 if not bool(loss.isfinite()):
-                    raise PruningError(f"{where}: the loss of recovery is {float(loss)}; lower recovery.lr")
+                    raise PruningError(f"{where}: the loss of recovery is {float(loss.detach())}; lower recovery.lr")
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -81,8 +81,9 @@ def headline(config: Config) -> str:
 
 
 def how(config: Config) -> str:
-    """Algorithm and pruners."""
-    return f"{algorithm_of(config).title} with {config.pruners()}"
+    """Algorithm, pruners, and what follows."""
+    after = " and recovery" if config.recovery.rounds else ""
+    return f"{algorithm_of(config).title} with {config.pruners()}{after}"
 
 
 def rounds_text(config: Config) -> str:

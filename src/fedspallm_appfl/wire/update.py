@@ -237,9 +237,11 @@ def check_delta(packed: Any, where: str, kept: int, precision: str, largest: flo
     require(all(is_plain(packed[part]) for part in parts), where, f"{', '.join(parts)} must be tensors in memory")
     made = PackedDelta(**{part: inflated(packed, part, where, *shape) for part, shape in parts.items()})
     changed = largest_magnitude(made.changes(kept))
-    right = changed <= largest and bool((made.scale >= 0).all())
+    require(not bool((made.scale < 0).any()), where, "a scale is not negative")
     require(
-        right, where, f"weights change by {changed:g}, and the largest of the matrix is {largest:g}; lower recovery.lr"
+        changed <= largest,
+        where,
+        f"weights change by {changed:g}, and the largest of the matrix is {largest:g}; lower recovery.lr",
     )
     return made
 
