@@ -1,12 +1,16 @@
 """Recovery: rounding that is right in the mean, one step by hand, zeros that stay, and a server that adds up exactly."""
 
 import itertools
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
+from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
@@ -233,7 +237,8 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
     )
     job = Job.of(load_config(file, shares)[0])
     plain = linears(weights(run(file, *shares, "recovery.rounds=0", "recovery.steps=16", "recovery.batch=8")))
-    folder = run(file, *shares, "--overwrite")
+    (tmp_path / "run").rename(tmp_path / "pruned")
+    folder = run(file, *shares)
     after = linears(weights(folder))
     for name, tensor in plain.items():
         assert torch.equal(tensor != 0, after[name] != 0)
@@ -248,6 +253,60 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
     assert [turn.round for turn in over_globus.turns(job)] == [0, 1, 1, 1]
     last = [sum(e["bytes"] for e in uploads if e["exchange"] == 2 and e["client"] == c) for c in one.up]
     assert list(over_globus.turns(job)[-1].up.values()) == last
+    healed = ["recover", str(folder.parent / "pruned"), str(file), "server_configs.num_global_epochs=1"]
+    assert main([*healed, "recovery.rounds=2", f"run_dir={tmp_path / 'healed'}"]) == 0  # the same from its folder
+    again = linears(weights(tmp_path / "healed"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+    assert "# 3 clients, 1 round, recovery of" in (tmp_path / "healed" / "report.md").read_text("utf-8")
     report = (folder / "report.md").read_text("utf-8")
     assert "Recovery: 2 rounds of 2 steps of 4 windows, loss kl. Clients sent" in report
     assert "were fitted to text" in (folder / "model" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only pruned matrices may"),
+        ({}, "has no zeros in the matrices"),
+    ],
+)
+def test_what_was_not_made_of_the_dense_model_is_refused(tmp_path, capsys, change, why):
+    model = save_tiny(tmp_path / "model")
+    shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        tensors | {n: v + tensors[n] for n, v in change.items()},
+        tmp_path / "other" / "model.safetensors",
+        {"format": "pt"},
+    )
+    file = tiny_config(tmp_path, model, "fedspallm", recovery={"steps": 1, "batch": 4})
+    assert main(["recover", str(tmp_path / "other"), str(file)]) == 2
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_what_does_not_go_with_recovery_is_said_before(tmp_path, capsys):
+    file, found = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "fedspallm"), []
+    for words in (
+        ["recovery.steps=3"],
+        ["recovery.rounds=1", "algorithm=standalone", "client_configs.data.batch=1"],
+        ["recovery.rounds=1", "recovery.batch=2"],
+        ["recovery.rounds=1", "recovery.scope=blockwise", "recovery.loss=next_token"],
+        ["recovery.model=runs", "recovery.rounds=1", "server_configs.num_global_epochs=2"],
+    ):
+        assert main(["validate", str(file), *words]) == 2
+        found.append(capsys.readouterr().err)
+    for said, why in zip(
+        found,
+        (
+            "recovery: its keys are without effect while recovery.rounds is 0",
+            "recovery.rounds: with standalone there is nobody to average changes with",
+            "recovery.batch: at least the data.batch of every client, got 2 and 4 of clients.0",
+            "recovery.loss: blocks are fitted to the dense block's output; leave it at kl",
+            "server_configs.num_global_epochs: nothing is pruned with recovery.model",
+        ),
+        strict=True,
+    ):
+        assert why in said
+    for weights_of in ("equal", "sample_size"):  # gram averages nothing but in recovery
+        given = ["algorithm=gram", f"server_configs.aggregator_kwargs.weights={weights_of}"]
+        assert main(["validate", str(file), *given, "recovery.rounds=1"]) == 0

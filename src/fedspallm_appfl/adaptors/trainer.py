@@ -124,8 +124,10 @@ class FedSpaLLMTrainer(BaseTrainer):
 
     def _own_blocks(self) -> list[int]:
         """What is assigned, should the server's instructions not reach here."""
-        recovers = self.client.exchanges[self.exchange].recovers
-        return self.client.agreed.blocks() if recovers else self._own_draw(self.round)
+        exchange = self.client.exchanges[self.exchange]
+        if exchange.begins or exchange.recovers:
+            return self.client.agreed.blocks()
+        return self._own_draw(self.round)
 
     def _own_draw(self, index: int) -> list[int]:
         settings, blocks = self.settings, list(self.client.model.layout.pruned)

@@ -21,6 +21,7 @@ Groups = tuple[
 ]  # block -> inputs in the order of the forward pass -> linears that take it
 
 UPLOADS = ("weights", "masks", "values", "grams")
+NOTHING = "nothing"  # clients are sent a model that was pruned before
 DELTAS = "deltas"  # changes of kept weights, after the exchanges of any algorithm
 DOWN = (None, "weights", "masks")
 
@@ -71,13 +72,18 @@ class Exchange:
         Raises:
             ConfigError: `up` or `down` is none of the valid words, or `make` cannot be called.
         """
-        if self.up not in (*UPLOADS, DELTAS) or self.down not in DOWN:
+        if self.up not in (*UPLOADS, DELTAS, NOTHING) or self.down not in DOWN:
             raise ConfigError(
                 f"an exchange sends one of {', '.join(UPLOADS)} up, and weights, masks or None down; got {self.up!r}, "
                 f"{self.down!r}"
             )
         if self.make is not None and not callable(self.make):
             raise ConfigError(f"an exchange's `make` is a function of sums and matrix, got {self.make!r}")
+
+    @property
+    def begins(self) -> bool:
+        """Whether it only hands out a model that was pruned before."""
+        return self.up == NOTHING
 
     @property
     def recovers(self) -> bool:
@@ -140,7 +146,7 @@ class Algorithm:
         ups, last = [one.up for one in self.round], self.round[-1]
         agreed = [bool(number) and self.round[number - 1].down == "masks" for number in range(len(ups))]
         own = self.apart or self.pools_text
-        yield DELTAS in ups, "changes of kept weights are not its own to ask for; set recovery.rounds"
+        yield DELTAS in ups or NOTHING in ups, "changes of kept weights are not its own to ask for; set recovery.rounds"
         yield "grams" in ups and len(ups) > 1, "an exchange of Gram matrices stands alone"
         yield any(one.make and one.up in ("grams", "values") for one in self.round), "grams and values take no `make`"
         yield any(one.up == "masks" and not one.make for one in self.round), "an exchange of masks needs a `make`"
@@ -189,6 +195,8 @@ class Algorithm:
             recovery: what follows; None for nothing.
         """
         own = self._own_exchanges(groups, gram)
+        if recovery is not None and recovery.model:
+            own = (Exchange(NOTHING, "weights"),)
         if recovery is None or not recovery.rounds:
             return own
         turns = (Exchange(DELTAS, "weights", turn=turn, delta=recovery.delta) for turn in range(recovery.rounds))

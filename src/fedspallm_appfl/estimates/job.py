@@ -182,6 +182,8 @@ class Job:
     @cached_property
     def covered(self) -> list[int]:
         """Blocks that some client prunes in some round; all clients recover all of them."""
+        if self.config.recovery.model:
+            return list(self.model.layout.pruned)
         return sorted({block for assigned in self.draws for mine in assigned.values() for block in mine})
 
     def assigned(self, number: int, exchange: Exchange) -> Mapping[str, list[int]]:

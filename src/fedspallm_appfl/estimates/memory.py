@@ -78,7 +78,8 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = [moment for block in model.layout.pruned for moment in _at_work(job, client, block)]
+    pruned = () if job.config.recovery.model else model.layout.pruned
+    work = [moment for block in pruned for moment in _at_work(job, client, block)]
     work += _recovering(job, client, 0 if on_disk else states) if job.config.recovery.rounds else []
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
@@ -274,7 +275,7 @@ def server_memory(job: Job, together: int = 1) -> Memory:
 def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:
     """What the server holds at the worst moment of an exchange, with so many blocks open."""
     comm, open_blocks = job.config.client_configs.comm_configs, _open_blocks(job, number)
-    upload = max(sum(units.values()) for units in job.up(job.exchanges[number]).values())
+    upload = max((sum(units.values()) for units in job.up(job.exchanges[number]).values()), default=0)
     return {
         "other open blocks": sum(_sums(open_blocks)[1:at_once]),
         "block to close": max((closing_bytes(units, clients) for units, clients in open_blocks), default=0),

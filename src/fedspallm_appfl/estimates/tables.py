@@ -28,6 +28,7 @@ from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {
+    "nothing": "nothing",
     "deltas": "changes of kept weights",
     "weights": "pruned weights",
     "masks": "masks",
@@ -60,7 +61,8 @@ def _who_prunes_what(job: Job) -> Iterator[str]:
 def _what_travels(job: Job) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
     own, recovery = of_round(job.exchanges, last=False), job.config.recovery
-    yield f"each round: {_exchanges([(one.up, one.down) for one in own], job)}"
+    first = "once" if recovery.model else "each round"
+    yield f"{first}: {_exchanges([(one.up, one.down) for one in own], job)}"
     if recovery.rounds:
         times = count(recovery.rounds, "round")
         yield f"then {times} of recovery: changes of kept weights up, weights down; nothing down after the last"

@@ -125,7 +125,7 @@ class LocalClient:
         layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
         groups = self._source.groups
         bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
-        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes)
+        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes) or [[]]
 
     def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
         """Begin to make what an exchange of a round sends of the assigned blocks."""

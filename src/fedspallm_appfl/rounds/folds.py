@@ -20,7 +20,7 @@ from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import DELTAS, Algorithm, Exchange, Groups, Make, Matrix
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.pruning import from_sums, magnitude
@@ -647,6 +647,7 @@ _FOLDS: dict[str, Callable[[Context, Exchange], Fold]] = {
     "values": ValueFold,
     "grams": GramFold,
     DELTAS: DeltaFold,
+    NOTHING: KeepFold,  # of no upload
 }
 
 

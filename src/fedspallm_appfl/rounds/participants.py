@@ -64,12 +64,16 @@ def needs_text(client: Client) -> bool:
 
 def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
     """The blocks of each participant in each round, of those that have something to prune."""
+    if config.recovery.model:
+        return [dict.fromkeys(roster(config), [])]
     rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
     return [draw(strategy, config.seed, index, rounds, roster(config), blocks) for index in range(rounds)]
 
 
 def uncovered(config: Config, blocks: int | Sequence[int]) -> list[int]:
     """Blocks that no client prunes in any round, with the layers that the run will draw."""
+    if config.recovery.model:
+        return []
     drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
     return sorted(set(range(blocks) if isinstance(blocks, int) else blocks) - drawn)
 

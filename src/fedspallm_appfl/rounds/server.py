@@ -138,7 +138,7 @@ class GlobalModel:
         context, settings = self.context, self.settings
         shapes = context.layout.pruned
         bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
-        return plan(bytes_of, blocks_per_message, limit)
+        return plan(bytes_of, blocks_per_message, limit) or [[]]
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
         """Expect from each client its assigned blocks.
@@ -148,6 +148,9 @@ class GlobalModel:
         """
         self._require_closed()
         self.round = Round(index, assigned)
+        if self.exchange.begins:
+            self.round.assigned = {client: [] for client in assigned}
+            self.round.closed = {block: self.done.names(block) for block in self.done.blocks()}
 
     def next_exchange(self) -> bool:
         """Begin the next exchange of the round; whether there is one.

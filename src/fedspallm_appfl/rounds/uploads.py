@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fedspallm_appfl.algorithms.algorithm import DELTAS, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Exchange, Groups
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
@@ -105,6 +105,7 @@ _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
     "values": _values,
     "grams": _grams,
     DELTAS: _deltas,
+    NOTHING: lambda source, exchange, blocks: iter(()),
 }
 
 
@@ -137,6 +138,8 @@ def sizes(
             for block in shapes
             if exchange.concerns(block)
         }
+    if exchange.begins:
+        return {}
     if exchange.recovers:
         return {block: _delta_sizes(exchange.delta, linears, sparsity, block) for block, linears in shapes.items()}
     return {block: packed_sizes(linears, sparsity, dtype, exchange.up, block) for block, linears in shapes.items()}

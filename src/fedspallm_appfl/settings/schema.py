@@ -149,6 +149,11 @@ class Gram:
 class Recovery:
     """Training after pruning: masks stay, clients fit kept weights to their text, and the server averages the changes."""
 
+    model: str | None = key(
+        None,
+        "folder of a model that was pruned before, or its run_dir: nothing is pruned, and its zeros stay; "
+        "`fedspallm recover` sets it",
+    )
     rounds: int = key(0, "rounds of recovery, after the last round of the algorithm; 0 for none", least=0, most=MOST)
     scope: str = key(
         "all",

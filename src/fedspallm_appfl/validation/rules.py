@@ -102,6 +102,8 @@ def _recovery(config: Config) -> Iterator[str]:
         return
     if not algorithm_of(config).federates:
         yield f"recovery.rounds: with {name} there is nobody to average changes with; leave it at 0"
+    if recovery.model and config.server_configs.num_global_epochs > 1:
+        yield "server_configs.num_global_epochs: nothing is pruned with recovery.model; set recovery.rounds instead"
     usual = Recovery()
     if recovery.scope == "blockwise" and recovery.loss != usual.loss:
         yield f"recovery.loss: blocks are fitted to the dense block's output; leave it at {usual.loss}, or set scope to all"

@@ -82,6 +82,8 @@ def headline(config: Config) -> str:
 
 def how(config: Config) -> str:
     """Algorithm, pruners, and what follows."""
+    if config.recovery.model:
+        return f"recovery of {config.recovery.model}"
     after = " and recovery" if config.recovery.rounds else ""
     return f"{algorithm_of(config).title} with {config.pruners()}{after}"
 

@@ -120,6 +120,8 @@ def sendings(settings: ClientSettings) -> set[str]:
     """
     algorithm, gram = algorithms.find(settings.algorithm), settings.gram
     after = {RECOVERY} if settings.recovery.rounds else set()
+    if settings.recovery.model:
+        return after
     if algorithm.gathers:
         harmless = gram.first_input == "public" and gram.propagate == "dense"
         return after | ({"grams"} if harmless else {"grams", TOKEN_COUNTS})
@@ -141,7 +143,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
             "python FILE says why"
         ) from error
     site.require_consent(settings.client_id, sendings(settings))
-    if algorithms.find(settings.algorithm).gathers:
+    if algorithms.find(settings.algorithm).gathers and not settings.recovery.model:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
 
 
