@@ -151,7 +151,13 @@ def test_each_measures_its_own_model_where_each_has_one(tmp_path, site, capsys):
 
 @pytest.mark.parametrize("algorithm", ["consensus", "gram", "standalone"])
 def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, algorithm):
-    config = write_config(tmp_path, algorithm=algorithm)
+    """With a round of recovery in one of them, to which sites have to consent."""
+    recovery = {"recovery": {"rounds": 1, "steps": 2, "batch": 3}} if algorithm == "gram" else {}
+    config = write_config(tmp_path, algorithm=algorithm, **recovery)
+    if recovery:
+        assert over_globus(config) == 2
+        assert "austen: this site does not send recovery; set recovery.rounds to 0" in capsys.readouterr().err
+        write_site(site, DOMAINS[:3], may_send=["grams", "recovery"])
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
@@ -705,7 +711,7 @@ def test_what_went_down_is_told_again_until_it_is_replaced(tmp_path):
             self.removed |= names
 
     connection = Places()
-    down = globus.Downlink(connection)
+    down = globus.Downlink(connection, ["weights", "masks", "weights"])
     down.add([{"blocks": {"0": {"q": 1, "up": 1}}}, {"blocks": {"1": {"q": 1}}}])
     down.add([{"blocks": {"2": {"q": 1}}}, {"blocks": {"0": {"q": 1}}}])
     assert [place["stored"] for place in down.places] == ["down.0", "down.1", "down.2", "down.3"]
@@ -714,3 +720,5 @@ def test_what_went_down_is_told_again_until_it_is_replaced(tmp_path):
     assert connection.removed == {"down.0", "down.3"}
     down.add([{"exchange": 1, "blocks": {"0": {"up": 1, "q": 1}}}])  # of another kind: masks, say
     assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.4", "down.5"]
+    down.add([{"exchange": 2, "blocks": {"0": {"up": 1, "q": 1}}}])  # of the same kind: recovered weights
+    assert [place["stored"] for place in down.places] == ["down.1", "down.2", "down.5", "down.6"]

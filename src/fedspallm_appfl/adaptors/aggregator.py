@@ -16,6 +16,7 @@ from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
+from fedspallm_appfl.rounds.beginning import begin
 from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
@@ -60,6 +61,8 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.skeleton.dense_matrix,
             shared_inputs(self.skeleton.folder, self.skeleton.layout) if gathers else (),
         )
+        if self.settings.recovery.model:
+            begin(self.settings, self.skeleton, context.folder)
         self.global_model = GlobalModel(context, lambda event: self.on_event(event))
         self.round = 0
         self._ended: set[str] = set()

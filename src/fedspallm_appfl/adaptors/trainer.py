@@ -72,7 +72,7 @@ class FedSpaLLMTrainer(BaseTrainer):
             self.round, self.exchange, blocks = self._instructions or (
                 self.round,
                 self.exchange,
-                self._own_draw(self.round),
+                self._own_blocks(),
             )
             self.client.start_exchange(self.round, self.exchange, blocks)
             self._instructions = None
@@ -83,7 +83,7 @@ class FedSpaLLMTrainer(BaseTrainer):
     def _count_on(self) -> None:
         """What comes next, should the server's instructions not reach here."""
         self.exchange += 1
-        if self.exchange == len(self.client.exchanges):
+        if self.exchange == self.client.exchanges_in(self.round):
             self.round, self.exchange = self.round + 1, 0
 
     def get_parameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,6 +121,13 @@ class FedSpaLLMTrainer(BaseTrainer):
                 f"client {self.client_id}: {self._pieces_left} pieces of the server's update are missing; fetch each "
                 "with get_global_model(init_model=False, piece=i) for i = 1, 2, ... and give it to load_parameters"
             )
+
+    def _own_blocks(self) -> list[int]:
+        """What is assigned, should the server's instructions not reach here."""
+        exchange = self.client.exchanges[self.exchange]
+        if exchange.begins or exchange.recovers:
+            return self.client.agreed.blocks()
+        return self._own_draw(self.round)
 
     def _own_draw(self, index: int) -> list[int]:
         settings, blocks = self.settings, list(self.client.model.layout.pruned)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.settings.schema import Gram
+from fedspallm_appfl.settings.schema import Gram, Recovery
 from fedspallm_appfl.tensors.target import Target
 
 Groups = tuple[
@@ -21,6 +21,8 @@ Groups = tuple[
 ]  # block -> inputs in the order of the forward pass -> linears that take it
 
 UPLOADS = ("weights", "masks", "values", "grams")
+NOTHING = "nothing"  # clients are sent a model that was pruned before
+DELTAS = "deltas"  # changes of kept weights, after the exchanges of any algorithm
 DOWN = (None, "weights", "masks")
 
 
@@ -53,12 +55,16 @@ class Exchange:
             sums are `L0Sums` of weights or `Votes` of masks. None: weights are kept as they come, values are averaged, and
             with Gram matrices the server prunes.
         only: the one (block, linear) that it is about; None for all blocks.
+        turn: which round of recovery it is, from 0.
+        delta: precision of the changes that go up in recovery.
     """
 
     up: str
     down: str | None = None
     make: Make | None = None
     only: tuple[int, str] | None = None
+    turn: int = 0
+    delta: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what no upload or answer is.
@@ -66,13 +72,23 @@ class Exchange:
         Raises:
             ConfigError: `up` or `down` is none of the valid words, or `make` cannot be called.
         """
-        if self.up not in UPLOADS or self.down not in DOWN:
+        if self.up not in (*UPLOADS, DELTAS, NOTHING) or self.down not in DOWN:
             raise ConfigError(
                 f"an exchange sends one of {', '.join(UPLOADS)} up, and weights, masks or None down; got {self.up!r}, "
                 f"{self.down!r}"
             )
         if self.make is not None and not callable(self.make):
             raise ConfigError(f"an exchange's `make` is a function of sums and matrix, got {self.make!r}")
+
+    @property
+    def begins(self) -> bool:
+        """Whether it only hands out a model that was pruned before."""
+        return self.up == NOTHING
+
+    @property
+    def recovers(self) -> bool:
+        """Whether it belongs to recovery."""
+        return self.up == DELTAS
 
     def concerns(self, block: int) -> bool:
         """Whether it is about a block."""
@@ -130,6 +146,7 @@ class Algorithm:
         ups, last = [one.up for one in self.round], self.round[-1]
         agreed = [bool(number) and self.round[number - 1].down == "masks" for number in range(len(ups))]
         own = self.apart or self.pools_text
+        yield DELTAS in ups or NOTHING in ups, "changes of kept weights are not its own to ask for; set recovery.rounds"
         yield "grams" in ups and len(ups) > 1, "an exchange of Gram matrices stands alone"
         yield any(one.make and one.up in ("grams", "values") for one in self.round), "grams and values take no `make`"
         yield any(one.up == "masks" and not one.make for one in self.round), "an exchange of masks needs a `make`"
@@ -165,18 +182,27 @@ class Algorithm:
         """Whether masks of several clients are combined, so that some entries are zero by agreement."""
         return any(exchange.make is not None for exchange in self.round)
 
-    def exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:
-        """The exchanges of one round.
+    def exchanges(self, groups: Groups, gram: Gram, recovery: Recovery | None = None) -> tuple[Exchange, ...]:
+        """The exchanges of a round; those of recovery come at the end, and in the last round only (see `of_round`).
 
         Statistics of the dense model take one exchange. In a sweep (`gram.propagate: pruned`) an exchange is about one
-        input
-        of one block: the clients send its Gram matrix in the model that is pruned so far, get the pruned matrices, and go
-        on.
+        input of one block: the clients send its Gram matrix in the model that is pruned so far, get the pruned matrices,
+        and go on. Where kept weights are to be recovered, all clients have to be sent these first.
 
         Args:
             groups: for each block the linears that share an input; only algorithms that gather statistics look at them.
             gram: which statistics clients send.
+            recovery: what follows; None for nothing.
         """
+        own = self._own_exchanges(groups, gram)
+        if recovery is not None and recovery.model:
+            own = (Exchange(NOTHING, "weights"),)
+        if recovery is None or not recovery.rounds:
+            return own
+        turns = (Exchange(DELTAS, "weights", turn=turn, delta=recovery.delta) for turn in range(recovery.rounds))
+        return (*own[:-1], replace(own[-1], down="weights"), *turns)
+
+    def _own_exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:
         if not self.gathers or gram.propagate == "dense":
             return tuple(self.round)
         [one] = self.round
@@ -186,3 +212,8 @@ class Algorithm:
     def store_of(self, client: str) -> str | None:
         """The store for the model of one client, where each has its own."""
         return f"{self.name}/{client}" if self.apart else None
+
+
+def of_round(exchanges: Sequence[Exchange], last: bool) -> tuple[Exchange, ...]:
+    """The exchanges that a round has; recovery follows the last round alone."""
+    return tuple(exchange for exchange in exchanges if last or not exchange.recovers)

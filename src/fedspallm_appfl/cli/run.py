@@ -28,6 +28,12 @@ def add(verbs: Any) -> None:
         "fedspallm run configs/llama2_7b_globus.yaml --launcher globus",
     )
     add_config(parser)
+    add_options(parser)
+    parser.set_defaults(work=work)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How and where it runs."""
     parser.add_argument(
         "--launcher",
         choices=("serial", "mpi", "globus"),
@@ -35,7 +41,6 @@ def add(verbs: Any) -> None:
         help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
-    parser.set_defaults(work=work)
 
 
 def work(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
 from fedspallm_appfl.models.blockwise import embed
 from fedspallm_appfl.models.lazy_model import HollowModel
@@ -34,6 +34,7 @@ REPEATED = 0.03  # seconds; shorter steps are repeated
 WIDEST = 1024  # of the product that is timed
 TOKENS = 512  # of the product, and the longest window of the pass
 ENTRIES = 2**19  # hidden states of the pass
+STEP = {True: 4, False: 3}  # forward passes that a step of recovery takes; with blocks run again, and without
 SYMMETRIC = 9 / 16  # of the operations of a product, that a Gram matrix takes
 
 
@@ -64,6 +65,7 @@ def durations(job: Job) -> Durations:
             for assigned in job.draws
             for exchange in _sweeps(job)
         )
+        + job.config.recovery.rounds * _recovering(job, client, machine_of(client.train_configs))
         for client in job.clients
     }
     server = 0.0
@@ -75,8 +77,9 @@ def durations(job: Job) -> Durations:
 
 
 def _sweeps(job: Job) -> list[Exchange]:
-    """One exchange for each sweep of a round; all exchanges of Gram matrices are one."""
-    return [exchange for number, exchange in enumerate(job.exchanges) if exchange.only is None or number == 0]
+    """One exchange for each sweep of a round; all exchanges of Gram matrices are one, and recovery is not a sweep."""
+    own = of_round(job.exchanges, last=False)
+    return [exchange for number, exchange in enumerate(own) if exchange.only is None or number == 0]
 
 
 def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], exchange: Exchange) -> float:
@@ -92,6 +95,18 @@ def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], excha
             total += sum(machine.collecting(features, tokens, exchange.up == "grams") for features in inputs)
             total += 0.0 if exchange.up == "grams" else _solving(job, machine, block)
     return total
+
+
+def _recovering(job: Job, client: Client, machine: "Machine") -> float:
+    """Seconds of a round of recovery: passes of the dense model and of the pruned one, and steps."""
+    recovery, model, (windows, length) = job.config.recovery, job.model, windows_of(job, client)
+    whole = recovery.scope == "all"
+    before = (recovery.loss == "kl") if whole else 2  # passes of all windows
+    stepping = STEP[whole] * recovery.steps * max(1, recovery.batch // client.data.batch) * client.data.batch
+    passes = length * (windows * before + stepping)
+    blocks = sum(machine.forward(block, 1, client.data) for block in range(len(model.blocks)))
+    head = machine.product(length * stepping, model.hidden * model.vocabulary) if whole else 0.0
+    return passes * blocks + head
 
 
 def _passes(job: Job, client: Client, block: int, assigned: bool, goes_on: bool) -> float:
@@ -143,6 +158,10 @@ class Machine:
             self._passes[batch, length]
             + (2 * sum(linear.entries for linear in model.linears[block]) + attention) / self._products
         )
+
+    def product(self, tokens: int, entries: int) -> float:
+        """Seconds to multiply tokens by a matrix of so many entries."""
+        return tokens * 2 * entries / self._products
 
     def collecting(self, features: int, tokens: int, gram: bool) -> float:
         """Seconds to collect what is to be known of an input; `gram` if its Gram matrix is sent."""

@@ -5,6 +5,7 @@ called entries.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, of_round
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
@@ -170,13 +171,29 @@ class Job:
 
     @cached_property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """The exchanges of a round."""
-        return self.algorithm.exchanges(self.model.groups, self.config.gram)
+        """The exchanges of the last round."""
+        return self.algorithm.exchanges(self.model.groups, self.config.gram, self.config.recovery)
 
     @cached_property
     def draws(self) -> Draws:
         """The blocks of each participant in each round."""
         return draws(self.config, list(self.model.layout.pruned))
+
+    @cached_property
+    def covered(self) -> list[int]:
+        """Blocks that some client prunes in some round; all clients recover all of them."""
+        if self.config.recovery.model:
+            return list(self.model.layout.pruned)
+        return sorted({block for assigned in self.draws for mine in assigned.values() for block in mine})
+
+    def assigned(self, number: int, exchange: Exchange) -> Mapping[str, list[int]]:
+        """The blocks of each participant in an exchange of a round."""
+        drawn = self.draws[number]
+        return dict.fromkeys(drawn, self.covered) if exchange.recovers else drawn
+
+    def of_round(self, number: int) -> tuple[Exchange, ...]:
+        """The exchanges of a round, from 0."""
+        return of_round(self.exchanges, number + 1 == self.rounds)
 
     @property
     def rounds(self) -> int:
@@ -197,11 +214,12 @@ class Job:
     def folds(self) -> tuple[Fold, ...]:
         """What the server makes of each exchange; asked for its memory, it needs no weights."""
         layout, groups = self.model.layout, self.model.groups
-        return folds(Context(layout, self.model.stored, self.told, Path(), "cpu", _no_weights, groups))
+        context = Context(layout, self.model.stored, self.told, Path(), "cpu", _no_weights, groups)
+        return folds(context, self.exchanges)
 
     def fold(self, number: int) -> Fold:
-        """The fold of an exchange; a single one serves all exchanges of a sweep."""
-        return self.folds[min(number, len(self.folds) - 1)]
+        """The fold of an exchange."""
+        return self.folds[number]
 
     def up(self, exchange: Exchange, mask_only: bool = False) -> Sizes:
         """Bytes of each unit that goes up in an exchange, by block.

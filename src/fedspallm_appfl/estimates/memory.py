@@ -53,6 +53,8 @@ class Memory:
         return self.needed + self.mapped
 
 
+VECTORS = 5  # of kept weights: values, gradient, two of the optimizer, and one on the way
+TAPE = 3  # times what a forward pass of a block takes, that its backward pass does
 CHOSEN = 64  # bytes a token: indices of eight experts
 Parts = dict[str, int]
 
@@ -76,7 +78,9 @@ def client_memory(job: Job, client: Client) -> Memory:
         "activations": 0 if on_disk else states,
         "earlier blocks of a message": _earlier(job, client),
     }
-    work = (moment for block in model.layout.pruned for moment in _at_work(job, client, block))
+    pruned = () if job.config.recovery.model else model.layout.pruned
+    work = [moment for block in pruned for moment in _at_work(job, client, block)]
+    work += _recovering(job, client, 0 if on_disk else states) if job.config.recovery.rounds else []
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
@@ -186,7 +190,7 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
 
 def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
-    model, [exchange] = job.model, job.exchanges
+    model, exchange = job.model, job.exchanges[0]
     features = [
         model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
     ]
@@ -223,6 +227,34 @@ def _sweeping(job: Job, client: Client, block: int) -> Iterator[Parts]:
     yield {"one block": _block(model, block), "forward passes": tokens * forward_bytes(model, block)}
 
 
+def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
+    """What training takes: weights, of the kept ones a vector with gradient and optimizer, and one block's activations."""
+    model, recovery = job.model, job.config.recovery
+    whole, size = recovery.scope == "all", max(model.arithmetic.itemsize, 2)
+    size = FLOAT if model.arithmetic == torch.float16 else size
+    kept = {block: _kept(job, block) for block in job.covered}
+    held = sum if whole else max
+    entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
+    tokens = _tokens(job, client)
+    logits = 6 * FLOAT * model.vocabulary if whole else 0  # of both models, as shares, and gradients
+    between = model.hidden * size * len(model.blocks) if whole else 0  # what goes into each block, for the way back
+    inside = max(TAPE * forward_bytes(model, block) * size // model.arithmetic.itemsize for block in kept)
+    again = model.outer * FLOAT if size != model.arithmetic.itemsize else 0  # the outer parts in float32
+    yield {
+        "pruned model": held(model.blocks) * size + entries + again,
+        "kept weights": VECTORS * FLOAT * held(kept.values()),
+        "forward passes": tokens * (max(logits, inside) + between),
+        "dense model's states": states if recovery.loss == "kl" or not whole else 0,
+    }
+
+
+def _kept(job: Job, block: int) -> int:
+    """Kept entries of a block."""
+    shapes = job.model.shapes[block].items()
+    entries = {name: rows * columns for name, (rows, columns) in shapes}
+    return sum(count - job.sparsity.of(block, name).zeros(count) for name, count in entries.items())
+
+
 def closing_bytes(units: Sequence[UnitBytes], clients: int) -> int:
     """The most that open units of a block take: when they are closed, one after the other; those of one client at once."""
     rest, finished, most = sum(unit.sums for unit in units), 0, 0
@@ -243,7 +275,7 @@ def server_memory(job: Job, together: int = 1) -> Memory:
 def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:
     """What the server holds at the worst moment of an exchange, with so many blocks open."""
     comm, open_blocks = job.config.client_configs.comm_configs, _open_blocks(job, number)
-    upload = max(sum(units.values()) for units in job.up(job.exchanges[number]).values())
+    upload = max((sum(units.values()) for units in job.up(job.exchanges[number]).values()), default=0)
     return {
         "other open blocks": sum(_sums(open_blocks)[1:at_once]),
         "block to close": max((closing_bytes(units, clients) for units, clients in open_blocks), default=0),
@@ -259,7 +291,8 @@ def _sums(open_blocks: Sequence[tuple[Sequence[UnitBytes], int]]) -> list[int]:
 def _open_blocks(job: Job, number: int) -> list[tuple[list[UnitBytes], int]]:
     """The units of each block in an exchange, and how many clients send them."""
     exchange, fold, found = job.exchanges[number], job.fold(number), []
-    for block, clients in _senders(job).items():
+    everybody = dict.fromkeys(job.covered, len(job.clients))
+    for block, clients in (everybody if exchange.recovers else _senders(job)).items():
         if exchange.concerns(block):
             names = fold.units(block) if exchange.only is None else (exchange.only[1],)
             found.append(([fold.bytes_of(block, name, clients) for name in names], clients))

@@ -29,7 +29,7 @@ RESULT = 3  # copies of a whole result: its messages as text, the text that is m
 ON_GPU = ("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices")
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
-Payload = dict[tuple[int, int, str], float]  # (exchange, block, linear) -> bytes
+Payload = dict[tuple[str | None, int, str], float]  # (what goes down, block, linear) -> bytes
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def turns(job: Job, compressed: bool = False) -> list[Turn]:
     fresh: list[Payload] = []  # of the last exchange
     waiting: dict[str, float] = {}  # the most that a client has sent so far; where it is late, that may still lie there
     found = []
-    for number, assigned in enumerate(rounds):
-        changed = sorted({block for mine in assigned.values() for block in mine})
-        for index, exchange in enumerate(made):
+    for number in range(len(rounds)):
+        for index, exchange in enumerate(job.of_round(number)):
+            assigned = job.assigned(number, exchange)
+            changed = sorted({block for mine in assigned.values() for block in mine})
             up = {client: sum(uploads[index][client][block] for block in mine) for client, mine in assigned.items()}
             waiting = {client: max(size, waiting.get(client, 0)) for client, size in up.items()}
             ended = (number + 1, index + 1) == (len(rounds), len(made))
@@ -110,7 +111,9 @@ def _payloads(job: Job, index: int, changed: list[int], share: float) -> list[Pa
     table = job.down(job.exchanges[index])
     sizes = {block: table[block] for block in changed if block in table}
     parts = plan(sizes, max(1, len(sizes)), job.config.client_configs.comm_configs.max_message_bytes)
-    return [{(index, block, name): share * sizes[block][name] for block, name in part} for part in parts]
+    return [
+        {(job.exchanges[index].down, block, name): share * sizes[block][name] for block, name in part} for part in parts
+    ]
 
 
 def _inline(job: Job) -> bool:

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
+from fedspallm_appfl.algorithms.algorithm import of_round
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
@@ -22,10 +23,18 @@ from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
 from fedspallm_appfl.reports.progress import duration
 from fedspallm_appfl.reports.report import bytes_text
+from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out
 
-WORDS = {"weights": "pruned weights", "masks": "masks", "values": "values", "grams": "Gram matrices"}
+WORDS = {
+    "nothing": "nothing",
+    "deltas": "changes of kept weights",
+    "weights": "pruned weights",
+    "masks": "masks",
+    "values": "values",
+    "grams": "Gram matrices",
+}
 
 
 def tables(job: Job) -> Group:
@@ -51,7 +60,12 @@ def _who_prunes_what(job: Job) -> Iterator[str]:
 
 def _what_travels(job: Job) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
-    yield f"each round: {_exchanges([(one.up, one.down) for one in job.exchanges], job)}"
+    own, recovery = of_round(job.exchanges, last=False), job.config.recovery
+    first = "once" if recovery.model else "each round"
+    yield f"{first}: {_exchanges([(one.up, one.down) for one in own], job)}"
+    if recovery.rounds:
+        times = count(recovery.rounds, "round")
+        yield f"then {times} of recovery: changes of kept weights up, weights down; nothing down after the last"
     try:
         made = traffic.messages(job)
         yield f"a client sends {made.count} messages a round, the largest of {bytes_text(made.largest)}"
@@ -84,13 +98,17 @@ def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
     """What goes up and down in the exchanges of a round; what is answered in no round is left out."""
     distinct = list(dict.fromkeys(kinds))
     repeated = len(kinds) > len(distinct)
-    never = job.rounds == 1 and not repeated
+    never = job.rounds == 1 and not repeated and not job.config.recovery.rounds
     last = distinct[-1]
     ways = [
         f"{WORDS[up]} up" + (f", {WORDS[down]} down" if down and not (never and (up, down) == last) else "")
         for up, down in distinct
     ]
-    at_last = "; nothing down after the last upload of all" if last[1] and not never else ""
+    at_last = (
+        "; nothing down after the last upload of all"
+        if last[1] and not never and not job.config.recovery.rounds
+        else ""
+    )
     return (f"{len(kinds)} times " if repeated else "") + "; ".join(ways) + at_last
 
 
@@ -220,6 +238,9 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "activations": "data.activations: file",
     "one block": NO_SETTING,
     "forward passes": "data.batch",
+    "pruned model": "recovery.scope: blockwise",
+    "kept weights": "recovery.scope: blockwise",
+    "dense model's states": "data.activations: file",
     "pruning a block": "train_configs.pruner: wanda",
     "Gram matrices": NO_SETTING,
     "packed statistics": "gram.precision: int8",

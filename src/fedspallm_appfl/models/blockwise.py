@@ -69,7 +69,12 @@ class Activations:
 
     def take_output(self, number: int, out: Any) -> None:
         """Put what a block gave for a batch in the place of its input."""
-        self.hidden[number] = out[0] if isinstance(out, tuple | list) else out
+        self.hidden[number] = output_of(out)
+
+
+def output_of(out: Any) -> Tensor:
+    """The hidden states among what a block returns."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 @torch.no_grad()
@@ -184,11 +189,20 @@ def advance(block: nn.Module, index: int, state: Activations) -> None:
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Run what comes after the blocks: for each batch (token ids (B, T), logits (B, T, vocabulary))."""
     for ids, hidden in zip(windows.split(batch), state.hidden, strict=True):
-        yield ids, torch.no_grad()(logits)(model, ids, hidden)
+        with torch.no_grad():
+            made = logits(model, ids, hidden)
+        yield ids, made
+        del made  # not kept while the next ones are made
 
 
 def logits(model: LazyModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """What the model makes of the hidden states behind its last block: (B, T, vocabulary)."""
+    """What the model makes of the last block's output: (B, T, vocabulary), with a graph if one is wanted.
+
+    Args:
+        model: the model.
+        ids: (B, T) int64 token ids.
+        hidden: (B, T, H).
+    """
     *returns, last = _returns(model)
     through = [_return_input(values) for values in returns]
     with _forwards_replaced(model.blocks, [*through, _return_always(wrapped(hidden, last))]):

@@ -26,9 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```"""
+UNTRAINED = "It was not trained after pruning. It has"
+TRAINED = "Kept weights were fitted to text for a few steps after pruning. It has"
 LIMITS = """- Zeros are stored like other weights: files are as large as the base model's, and dense kernels run no faster.
 - Only the weights above were changed. Embeddings, norms, biases and the head are those of the base model.
-- It was not trained after pruning. It has the limits of the base model, and perplexities show what it lost beside it."""
+- {trained} the limits of the base model, and perplexities show what it lost beside it."""
 
 
 def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, float]]) -> None:
@@ -53,7 +55,7 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
         "## Use",
         USE,
         "## What it does not do",
-        LIMITS,
+        LIMITS.format(trained=TRAINED if config.recovery.rounds else UNTRAINED),
         "## Licence",
         _terms(licence),
     ]

@@ -249,9 +249,24 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
             markdown(["client", "up", "down"], rows),
             markdown(["round", "up", "down"], per_round),
             markdown(["block", "uploads", "up", "dense", "times smaller"], _bytes_by_block(results, log)),
+            *_recovery(config, log),
             f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
         ]
     )
+
+
+def _recovery(config: Config, log: EventLog) -> list[str]:
+    """What recovery was and sent; nothing without."""
+    recovery = config.recovery
+    if not recovery.rounds:
+        return []
+    sent = [event for event in log.of("upload") if event["exchange"] >= event["exchanges"] - recovery.rounds]
+    loss = "each block's output" if recovery.scope == "blockwise" else f"loss {recovery.loss}"
+    return [
+        f"Recovery: {count(recovery.rounds, 'round')} of {count(recovery.steps, 'step')} of {recovery.batch} windows, "
+        f"{loss}. Clients sent {sum(event['bytes'] for event in sent):,} bytes of changes "
+        f"in {recovery.delta}, part of what is above."
+    ]
 
 
 def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:

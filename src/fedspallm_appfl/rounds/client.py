@@ -8,13 +8,14 @@ while a sweep stands still.
 import json
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import of_round
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
@@ -90,9 +91,8 @@ class LocalClient:
         self.settings = settings
         self._use_threads()
         model = settings.model
-        chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
         allow_code_of(model)
-        self.model = _dense_model(model.path, model.blocks, model.dtype, settings.device, model.hash, chosen)
+        self.model = self._open(model.dtype)
         windows, self._own_windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
@@ -101,10 +101,21 @@ class LocalClient:
         algorithm = registry.find(settings.algorithm)
         self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
-        self.exchanges = algorithm.exchanges(groups, settings.gram)
-        self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks)
+        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery)
+        in_float32 = partial(self._open, "float32")
+        self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks, in_float32)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
+
+    def _open(self, dtype: str) -> LazyModel:
+        """The dense model in an arithmetic; clients of a process share it."""
+        settings, model = self.settings, self.settings.model
+        chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
+        return _dense_model(model.path, model.blocks, dtype, settings.device, model.hash, chosen)
+
+    def exchanges_in(self, index: int) -> int:
+        """How many exchanges a round has."""
+        return len(of_round(self.exchanges, index + 1 == self.settings.rounds))
 
     def messages(self, exchange: int) -> list[list[Unit]]:
         """The messages of an exchange, each as its (block, unit) pairs; the same for all clients.
@@ -114,7 +125,7 @@ class LocalClient:
         layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
         groups = self._source.groups
         bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
-        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes)
+        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes) or [[]]
 
     def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
         """Begin to make what an exchange of a round sends of the assigned blocks."""
@@ -125,7 +136,9 @@ class LocalClient:
 
     def sweeps_on(self, exchange: int) -> bool:
         """Whether the sweep of an exchange goes on in the next one."""
-        return self.exchanges[exchange].only is not None and exchange + 1 < len(self.exchanges)
+        return all(one.only is not None for one in self.exchanges[exchange : exchange + 2]) and (
+            exchange + 1 < len(self.exchanges)
+        )
 
     @property
     def in_exchange(self) -> bool:

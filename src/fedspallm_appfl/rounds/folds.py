@@ -7,7 +7,7 @@ Legend: O out features, I in features.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, Make, Matrix
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.pruning import from_sums, magnitude
@@ -28,12 +28,14 @@ from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.pruner import Pruned, check_mask, named
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.exact_sum import ExactSum
 from fedspallm_appfl.tensors.sparsity import row_counts
 from fedspallm_appfl.tensors.target import NM, Target
+from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
 from fedspallm_appfl.wire.store import GramStore, PackedStore, SumsT, load_sums, save_sums
-from fedspallm_appfl.wire.update import Check, check_gram, check_matrix, check_values
+from fedspallm_appfl.wire.update import Check, check_delta, check_gram, check_matrix, check_values
 
 GLOBAL, MASKS, STATISTICS = "global", "masks", "statistics"  # folders of the server's state
 DOWN = {None: GLOBAL, "weights": GLOBAL, "masks": MASKS}  # what goes down -> the store that it comes from
@@ -574,14 +576,85 @@ def with_earlier_rounds(context: Context, sums: SumsT, block: int, unit: str) ->
     return sums
 
 
+@dataclass
+class DeltaSums:
+    """Changes of the kept entries of a matrix, added up.
+
+    Attributes:
+        total: (kept,), each client's change times its weight.
+        weight: of all clients.
+    """
+
+    total: ExactSum
+    weight: int = 0
+
+
+class DeltaFold(_MatrixFold):
+    """Changes of kept weights into their mean, which is added to the global model."""
+
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        super().__init__(context, exchange)
+        self._store = PackedStore(context.folder / GLOBAL)
+
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
+        """Two doubles a kept entry; then the mean and the weight, in doubles and floats."""
+        entries = self._entries(block, unit)
+        kept = entries - self._context.target(block, unit).zeros(entries)
+        return UnitBytes(16 * kept, 16 * kept, self._packed_bytes(block, unit))
+
+    def check(self, client: str, block: int, unit: str) -> Check:
+        """A change of each kept entry, none larger than the largest weight of the matrix."""
+
+        def check(packed: Any, where: str) -> PackedDelta:
+            before = self._before(block, unit)
+            assert before.values is not None, "the global model has weights"
+            largest = largest_magnitude(before.values)
+            return check_delta(packed, where, before.kept, self._exchange.delta, largest)
+
+        return check
+
+    def open(self, block: int, unit: str, clients: int) -> DeltaSums:
+        """Empty sums."""
+        return DeltaSums(ExactSum(self._before(block, unit).kept, device=self._context.device))
+
+    def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
+        """Sums of any magnitude fit."""
+
+    def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
+        """Fold a change."""
+        changes = packed.changes(len(sums.total.high)).to(self._context.device)
+        sums.total.add(changes.double() * weight)
+        sums.weight += weight
+
+    def close(self, block: int, unit: str, sums: DeltaSums) -> tuple[Stores, dict[str, int]]:
+        """Add the mean to the weights, and round them to the dtype of the checkpoint."""
+        before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
+        assert before.values is not None, "the global model has weights"
+        values = (before.values.float() + mean).to(self._context.dtype)
+        return {GLOBAL: {unit: replace(before, values=values)}}, {}
+
+    def unreached(self, block: int, unit: str) -> Stores:
+        """It stays as it is."""
+        return {}
+
+    def _before(self, block: int, unit: str) -> Packed:
+        return (self._store.get(block, unit) or {})[unit]
+
+
 _FOLDS: dict[str, Callable[[Context, Exchange], Fold]] = {
     "weights": lambda context, exchange: (WeightFold if exchange.make else KeepFold)(context, exchange),
     "masks": VoteFold,
     "values": ValueFold,
     "grams": GramFold,
+    DELTAS: DeltaFold,
+    NOTHING: KeepFold,  # of no upload
 }
 
 
-def folds(context: Context) -> tuple[Fold, ...]:
-    """The folds of an algorithm's exchanges; a single one serves all exchanges of a sweep."""
-    return tuple(_FOLDS[exchange.up](context, exchange) for exchange in registry.find(context.settings.algorithm).round)
+def folds(context: Context, exchanges: Sequence[Exchange]) -> tuple[Fold, ...]:
+    """The fold of each exchange; a single one serves all exchanges of a sweep."""
+    made: dict[Exchange, Fold] = {}
+    for exchange in (replace(one, only=None) for one in exchanges):
+        if exchange not in made:
+            made[exchange] = _FOLDS[exchange.up](context, exchange)
+    return tuple(made[replace(one, only=None)] for one in exchanges)

@@ -64,12 +64,16 @@ def needs_text(client: Client) -> bool:
 
 def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
     """The blocks of each participant in each round, of those that have something to prune."""
+    if config.recovery.model:
+        return [dict.fromkeys(roster(config), [])]
     rounds, strategy = config.server_configs.num_global_epochs, config.client_configs.train_configs.layer_sampling
     return [draw(strategy, config.seed, index, rounds, roster(config), blocks) for index in range(rounds)]
 
 
 def uncovered(config: Config, blocks: int | Sequence[int]) -> list[int]:
     """Blocks that no client prunes in any round, with the layers that the run will draw."""
+    if config.recovery.model:
+        return []
     drawn = {block for assigned in draws(config, blocks) for mine in assigned.values() for block in mine}
     return sorted(set(range(blocks) if isinstance(blocks, int) else blocks) - drawn)
 
@@ -87,6 +91,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "prune": config.prune,
         "algorithm": config.algorithm,
         "gram": config.gram,
+        "recovery": config.recovery,
         "comparisons": comparisons(config),
         "mask_only": [
             client.client_id for client in participants(config) if pruners.keeps_weights(client.train_configs)
@@ -126,6 +131,7 @@ def client_settings(
         "seed": config.seed,
         "algorithm": config.algorithm,
         "gram": config.gram,
+        "recovery": config.recovery,
         "rounds": config.server_configs.num_global_epochs,
         "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
@@ -97,7 +97,7 @@ class GlobalModel:
     Attributes:
         done: the global model's pruned blocks.
         round: the round that is on.
-        exchanges: what travels in a round.
+        exchanges: what travels in the last round; those of recovery are not in earlier ones.
     """
 
     def __init__(self, context: Context, on_event: OnEvent = ignore) -> None:
@@ -113,8 +113,9 @@ class GlobalModel:
         self.on_event = on_event
         self.done = PackedStore(self.folder / GLOBAL)
         self.round = Round(-1, {})
-        self.exchanges = registry.find(self.settings.algorithm).exchanges(context.groups, self.settings.gram)
-        self._folds = folds(context)
+        algorithm, settings = registry.find(self.settings.algorithm), self.settings
+        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery)
+        self._folds = folds(context, self.exchanges)
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -137,7 +138,7 @@ class GlobalModel:
         context, settings = self.context, self.settings
         shapes = context.layout.pruned
         bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
-        return plan(bytes_of, blocks_per_message, limit)
+        return plan(bytes_of, blocks_per_message, limit) or [[]]
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
         """Expect from each client its assigned blocks.
@@ -147,6 +148,9 @@ class GlobalModel:
         """
         self._require_closed()
         self.round = Round(index, assigned)
+        if self.exchange.begins:
+            self.round.assigned = {client: [] for client in assigned}
+            self.round.closed = {block: self.done.names(block) for block in self.done.blocks()}
 
     def next_exchange(self) -> bool:
         """Begin the next exchange of the round; whether there is one.
@@ -155,11 +159,23 @@ class GlobalModel:
             RuntimeError: blocks of this one are still open.
         """
         self._require_closed()
-        if self.round.exchange + 1 == len(self.exchanges):
+        if self.round.exchange + 1 == len(self._of_this_round):
             return False
         self.round.exchange += 1
         self.round.closed = {}
+        if self.exchange.recovers:
+            blocks = self._whole_blocks()  # whoever pruned them: the weights of all belong together
+            self.round.assigned = {client: list(blocks) for client in self.round.assigned}
         return True
+
+    @property
+    def _of_this_round(self) -> tuple[Exchange, ...]:
+        return of_round(self.exchanges, self.round.index + 1 == self.settings.rounds)
+
+    def _whole_blocks(self) -> list[int]:
+        """Blocks of the global model of which every matrix is there."""
+        pruned = self.context.layout.pruned
+        return [block for block in self.done.blocks() if set(self.done.names(block)) == set(pruned[block])]
 
     def _require_closed(self) -> None:
         if self.open_blocks():
@@ -234,7 +250,7 @@ class GlobalModel:
 
     @property
     def _fold(self) -> Fold:
-        return self._folds[min(self.round.exchange, len(self._folds) - 1)]
+        return self._folds[self.round.exchange]
 
     def _units(self, block: int) -> tuple[str, ...]:
         """What a client sends of a block in this exchange."""
@@ -401,7 +417,7 @@ class GlobalModel:
         noted = self._facts.setdefault(block, {"zeros": 0, "zeros_before_expansion": 0, "over_target": 0})
         for name, count in facts.items():
             noted[name] = noted.get(name, 0) + count
-        for name, packed in linears.items():
+        for name, packed in linears.items() if not self.exchange.recovers else ():  # its zeros were counted before
             zeros = packed.entries - packed.kept
             noted["zeros"] += zeros
             noted["over_target"] += max(0, zeros - self.context.target(block, name).zeros(packed.entries))
@@ -414,7 +430,7 @@ class GlobalModel:
             self._held -= {(block, name) for name in linears} if store == GLOBAL else set()
             self.round.closed.setdefault(block, []).extend(linears if store == self._down_store else ())
         later = self.exchanges[self.round.exchange + 1 :]
-        if any(exchange.concerns(block) for exchange in later):
+        if self.exchange.recovers or any(one.concerns(block) and not one.recovers for one in later):
             return
         self.round.changed.add(block)
         clients = sorted(self.round.clients_of(block))

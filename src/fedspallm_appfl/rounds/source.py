@@ -1,9 +1,10 @@
 """All that a client's sweep over its private text needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import Groups
@@ -38,6 +39,7 @@ class Source:
         groups: linears that share an input; empty where only matrices travel.
         agreed: pruned blocks that came down.
         masks: masks that came down, of blocks whose values are still to come.
+        in_float32: () -> the model in float32, for gradients in the place of an arithmetic of too narrow a range.
     """
 
     model: LazyModel
@@ -46,6 +48,12 @@ class Source:
     groups: Groups = ()
     agreed: Agreed = field(default_factory=_nothing)
     masks: Agreed = field(default_factory=_nothing)
+    in_float32: Callable[[], LazyModel] | None = None
+
+    def trainable(self) -> LazyModel:
+        """The dense model in an arithmetic whose gradients do not vanish: float32 where it is float16."""
+        narrow = self.model.dtype == torch.float16 and self.in_float32 is not None
+        return self.in_float32() if narrow and self.in_float32 else self.model
 
     def embedded(self, windows: Tensor | None = None) -> Activations:
         """Activations in front of the first block, of its own windows or of others."""

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from fedspallm_appfl.algorithms.algorithm import Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Exchange, Groups
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
+from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.wire.deltas import delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.packed import Packed, Shapes, Unreached, pack, pack_mask, pack_values, packed_sizes
 from fedspallm_appfl.wire.update import Unit
@@ -90,11 +92,20 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
     return pack_gram(sums, source.settings.gram.precision)
 
 
+def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
+    """Changes of kept weights; what the client was sent is what it begins with."""
+    learner = Learner(source.trainable(), source.agreed.get, source.windows, source.settings, exchange.turn)
+    for block, changes in recovered(learner, blocks):
+        yield block, {name: (change, {}) for name, change in changes.items()}
+
+
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
     "weights": _weights,
     "masks": _masks,
     "values": _values,
     "grams": _grams,
+    DELTAS: _deltas,
+    NOTHING: lambda source, exchange, blocks: iter(()),
 }
 
 
@@ -127,4 +138,14 @@ def sizes(
             for block in shapes
             if exchange.concerns(block)
         }
+    if exchange.begins:
+        return {}
+    if exchange.recovers:
+        return {block: _delta_sizes(exchange.delta, linears, sparsity, block) for block, linears in shapes.items()}
     return {block: packed_sizes(linears, sparsity, dtype, exchange.up, block) for block, linears in shapes.items()}
+
+
+def _delta_sizes(precision: str, shapes: Shapes, sparsity: Sparsity, block: int) -> dict[str, int]:
+    entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    kept = {name: count - sparsity.of(block, name).zeros(count) for name, count in entries.items()}
+    return {name: delta_size(count, precision) for name, count in kept.items()}

@@ -22,6 +22,7 @@ from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, write_report
 from fedspallm_appfl.reports.result import Result
+from fedspallm_appfl.rounds.beginning import BEGINNING
 from fedspallm_appfl.rounds.folds import STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
@@ -31,6 +32,7 @@ from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.validation.words import attention_words
 from fedspallm_appfl.wire.store import PackedStore
 
+BEFORE, RECOVERED = "before", "recovered"  # rows of a table
 Launch = Callable[[Config, Path, OnEvent], Any]
 
 
@@ -121,7 +123,8 @@ def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, f
     algorithm = algorithm_of(config)
     dense = {name: perplexity[name] for name in DENSE if name in perplexity}
     if not algorithm.apart:
-        mine = {config.algorithm: perplexity[config.algorithm]} if perplexity else {}
+        name = RECOVERED if config.recovery.model else config.algorithm
+        mine = {name: perplexity[name]} if perplexity else {}
         card.write(folder, config, dense | mine)
         return
     for client in _whole(config, log):
@@ -138,6 +141,8 @@ def _whole(config: Config, log: EventLog) -> list[str]:
 def _methods(config: Config, model: GlobalModel, log: EventLog) -> dict[str, PrunedBlock]:
     """What is measured: name, or name/client, -> the pruned blocks of a model; the global one comes last."""
     methods: dict[str, PrunedBlock] = {}
+    if config.recovery.model:
+        return {BEFORE: model.store(BEGINNING).get, RECOVERED: model.done.get}
     for algorithm in map(registry.find, (*comparisons(config), config.algorithm)):
         if algorithm.apart:
             stores = [algorithm.store_of(client) or "" for client in _whole(config, log)]

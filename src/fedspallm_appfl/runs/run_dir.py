@@ -53,13 +53,15 @@ def _inputs_inside(config: Config, folder: Path) -> str | None:
     """An input of the run that lies in a place where the run will write."""
     texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
     inputs = {config.model.path: "the dense model of model.path"}
+    inputs |= {config.recovery.model: "the pruned model of recovery.model"} if config.recovery.model else {}
     inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
     for path, what in inputs.items():
         place = Path(path).expanduser().resolve()
         if any(place.is_relative_to((folder / name).resolve()) for name in OWN):
             return what
-    if Path(config.model.path).expanduser().resolve() == folder.resolve():
-        return "the dense model of model.path"
+    for path, what in list(inputs.items())[: 1 + bool(config.recovery.model)]:
+        if Path(path).expanduser().resolve() == folder.resolve():
+            return what
     return None
 
 
@@ -68,6 +70,7 @@ def _with_whole_paths(config: Config) -> Config:
     whole = copy.deepcopy(config)
     if Path(config.model.path).expanduser().is_dir():
         whole.model.path = _whole(config.model.path)
+    whole.recovery.model = config.recovery.model and _whole(config.recovery.model)
     for client in whole.clients:
         client.data.text = client.data.text and _whole(client.data.text)
     whole.plugins = [_whole(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins]

@@ -176,6 +176,43 @@ class Allocation:
 
 
 @dataclass
+class Recovery:
+    """Training after pruning: masks stay, clients fit kept weights to their text, and the server averages the changes."""
+
+    model: str | None = key(
+        None,
+        "folder of a model that was pruned before, or its run_dir: nothing is pruned, and its zeros stay; "
+        "`fedspallm recover` sets it",
+    )
+    rounds: int = key(0, "rounds of recovery, after the last round of the algorithm; 0 for none", least=0, most=MOST)
+    scope: str = key(
+        "all",
+        "`all`: the whole model at once; `blockwise`: one block after the other, fitted to the dense block's output, with "
+        "one in memory",
+        choices=("all", "blockwise"),
+    )
+    loss: str = key(
+        "kl",
+        "with `all`: `kl`, the divergence from the dense model's predictions; `next_token`, which over-fits a small text",
+        choices=("kl", "next_token"),
+    )
+    steps: int = key(16, "optimizer steps of a client in a round, for each block with `blockwise`", least=1, most=MOST)
+    batch: int = key(8, "windows in a step, at least `data.batch`", least=1, most=MOST)
+    lr: float = key(
+        0.02,
+        "how far a step goes, as a share of a matrix's root mean square; it falls to 0 over the round",
+        least=0,
+        most=1,
+        range="greater than 0, at most 1, got {value}",
+    )
+    delta: str = key(
+        "int4",
+        "precision in which changes of kept weights travel: `int4`, `int8`, `fp16`",
+        choices=("int4", "int8", "fp16"),
+    )
+
+
+@dataclass
 class AggregatorKwargs:
     """How uploads are combined."""
 
@@ -481,6 +518,7 @@ class Config:
     )
     allocation: Allocation = group(Allocation)
     gram: Gram = group(Gram)
+    recovery: Recovery = group(Recovery)
     model: Model = group(Model)
     prune: Prune = group(Prune)
     server_configs: ServerConfigs = group(ServerConfigs)
@@ -542,6 +580,7 @@ class ClientSettings(TrainConfigs):
         seed: the experiment's.
         algorithm: name of the algorithm.
         gram: which statistics to send, for algorithms that gather them.
+        recovery: what follows pruning.
         rounds: number of rounds.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
         own_windows: windows of its text to measure on at the end.
@@ -556,6 +595,7 @@ class ClientSettings(TrainConfigs):
     seed: int = 0
     algorithm: str = "fedspallm"
     gram: Gram = group(Gram)
+    recovery: Recovery = group(Recovery)
     rounds: int = 1
     roster: dict[str, float] = field(default_factory=dict)
     own_windows: int = 0
@@ -571,6 +611,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
         prune: which matrices are pruned.
         algorithm: name of the algorithm.
         gram: which statistics clients send, for algorithms that gather them.
+        recovery: what follows pruning.
         comparisons: algorithms whose models are made of the same uploads, beside the global one.
         mask_only: clients whose pruner leaves kept weights as they are; they send masks without values.
         layer_sampling: how blocks are assigned.
@@ -589,6 +630,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     prune: Prune = group(Prune)
     algorithm: str = "fedspallm"
     gram: Gram = group(Gram)
+    recovery: Recovery = group(Recovery)
     comparisons: list[str] = field(default_factory=list)
     mask_only: list[str] = field(default_factory=list)
     layer_sampling: str = "balanced"

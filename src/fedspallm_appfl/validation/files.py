@@ -143,7 +143,7 @@ def travelling(
         groups: linears that share an input.
     """
     sparsity = config.client_configs.train_configs.sparsity
-    made = algorithm_of(config).exchanges(groups, config.gram)
+    made = algorithm_of(config).exchanges(groups, config.gram, config.recovery)
     answered = len(made) - (config.server_configs.num_global_epochs == 1)
     for number, exchange in enumerate(made):
         yield sizes(exchange, shapes, sparsity, dtype, groups, config.gram)

@@ -13,7 +13,7 @@ from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
-from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, TrainConfigs
+from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, Recovery, TrainConfigs
 
 ONE_PLACE = ("pruner", "damping", "damping_retries", "iterations", "refit", "threads")
 
@@ -90,13 +90,42 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
     if not algorithm.federates:
         yield from _whole_model_once(config)
+    yield from _recovery(config)
+
+
+def _recovery(config: Config) -> Iterator[str]:
+    """What does not go with recovery."""
+    recovery, name = config.recovery, config.algorithm
+    if not recovery.rounds:
+        if recovery != Recovery():
+            yield "recovery: its keys are without effect while recovery.rounds is 0; set it to 1"
+        return
+    if not algorithm_of(config).federates:
+        yield f"recovery.rounds: with {name} there is nobody to average changes with; leave it at 0"
+    if recovery.model and config.server_configs.num_global_epochs > 1:
+        yield "server_configs.num_global_epochs: nothing is pruned with recovery.model; set recovery.rounds instead"
+    usual = Recovery()
+    if recovery.scope == "blockwise" and recovery.loss != usual.loss:
+        yield f"recovery.loss: blocks are fitted to the dense block's output; leave it at {usual.loss}, or set scope to all"
+    for index, client in enumerate(config.clients):
+        if client.data.batch > recovery.batch:
+            yield (
+                f"recovery.batch: at least the data.batch of every client, got {recovery.batch} and "
+                f"{client.data.batch} of clients.{index}"
+            )
+        if not needs_text(client) and not client.data.text and not client.endpoint_id:
+            yield (
+                f"clients.{index}.data.text: client {client.client_id!r} has no private text, and recovery needs "
+                "some; name a file or a folder"
+            )
 
 
 def _without_effect(config: Config) -> Iterator[str]:
     """What would be silently ignored."""
     algorithm, kwargs = algorithm_of(config), config.server_configs.aggregator_kwargs
     path, name, usual = "server_configs.aggregator_kwargs", config.algorithm, AggregatorKwargs()
-    if kwargs.weights != usual.weights and not algorithm.averages:
+    averages = algorithm.averages or config.recovery.rounds
+    if kwargs.weights != usual.weights and not averages:
         yield f"{path}.weights: nothing is averaged over clients with {name}; leave it at {usual.weights}"
     if kwargs.expansion != usual.expansion and not algorithm.expands:
         yield f"{path}.expansion: no mask is expanded with {name}; leave it at {usual.expansion}"

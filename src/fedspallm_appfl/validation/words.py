@@ -81,8 +81,11 @@ def headline(config: Config) -> str:
 
 
 def how(config: Config) -> str:
-    """Algorithm and pruners."""
-    return f"{algorithm_of(config).title} with {config.pruners()}"
+    """Algorithm, pruners, and what follows."""
+    if config.recovery.model:
+        return f"recovery of {config.recovery.model}"
+    after = " and recovery" if config.recovery.rounds else ""
+    return f"{algorithm_of(config).title} with {config.pruners()}{after}"
 
 
 def rounds_text(config: Config) -> str:

@@ -97,6 +97,11 @@ class PackedStore:
                 if only in (None, name)
             }
 
+    def names(self, block: int) -> list[str]:
+        """The matrices that are stored of a block."""
+        with safe_open(self._file(block), framework="pt") as file:
+            return list(json.loads(file.metadata()["shapes"]))
+
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
 

@@ -23,12 +23,13 @@ from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.compression import Parts, deflated, inflated, is_plain, require
+from fedspallm_appfl.wire.deltas import PackedDelta, parts_of_delta
 from fedspallm_appfl.wire.grams import MOST_TOKENS, PackedGram
 from fedspallm_appfl.wire.packed import Packed, Unreached
 
 FORMAT = "fedspallm-update/2"
 
-Unit = Packed | PackedGram | Unreached  # what travels under one name
+Unit = Packed | PackedGram | PackedDelta | Unreached  # what travels under one name
 Units = tuple[tuple[int, str, Any], ...]  # (block, name, unit)
 Check = Callable[[Any, str], Any]  # what arrived for a unit, and what to name in errors -> the unit
 
@@ -214,6 +215,34 @@ def check_gram(packed: Any, where: str, parts: Parts) -> PackedGram:
     made = PackedGram(packed["tokens"], **plain)
     problem = made.problem()
     require(problem is None, where, problem or "")
+    return made
+
+
+def check_delta(packed: Any, where: str, kept: int, precision: str, largest: float) -> PackedDelta:
+    """Refuse a change that is not one of so many entries; returns it with nothing compressed.
+
+    Args:
+        packed: what arrived.
+        where: what to name in the error.
+        kept: entries that the mask keeps.
+        precision: in which changes travel.
+        largest: the largest magnitude that a change may have.
+
+    Raises:
+        UpdateError: the first thing that is wrong.
+    """
+    parts = parts_of_delta(kept, precision)
+    complete = isinstance(packed, Mapping) and set(packed) - {"zstd"} == set(parts)
+    require(complete, where, f"a change has the keys {', '.join(sorted(parts))}, and `zstd` if compressed")
+    require(all(is_plain(packed[part]) for part in parts), where, f"{', '.join(parts)} must be tensors in memory")
+    made = PackedDelta(**{part: inflated(packed, part, where, *shape) for part, shape in parts.items()})
+    changed = largest_magnitude(made.changes(kept))
+    require(not bool((made.scale < 0).any()), where, "a scale is not negative")
+    require(
+        changed <= largest,
+        where,
+        f"weights change by {changed:g}, and the largest of the matrix is {largest:g}; lower recovery.lr",
+    )
     return made
 
 

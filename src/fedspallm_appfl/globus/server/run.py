@@ -11,7 +11,7 @@ that others sent are aggregated without them.
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.rounds.participants import client_settings
 from fedspallm_appfl.settings.schema import Client, Config
 
-Unit = tuple[int, str, str]
+Unit = tuple[str | None, str, str]
 logger = logging.getLogger(__name__)
 
 
@@ -182,7 +182,7 @@ def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEve
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     server.scheduler.spare_others = True
-    down = Downlink(connection)
+    down = Downlink(connection, [exchange.down for exchange in server.aggregator.global_model.exchanges])
     instructions: dict[str, Any] = {}
     number = 0
     while not server.training_finished():
@@ -212,7 +212,14 @@ class Downlink:
         places: where the payloads are, in the order of loading.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, kinds: Sequence[str | None]) -> None:
+        """Nothing has gone down.
+
+        Args:
+            connection: to the clients.
+            kinds: what each exchange sends down.
+        """
+        self._kinds = kinds
         self.places: list[dict[str, Any]] = []
         self._units: list[set[Unit]] = []
         self._connection = connection
@@ -223,7 +230,7 @@ class Downlink:
         fresh = []
         for payload in payloads:
             if payload:
-                fresh.append((self._connection.place(payload, f"down.{self._made}"), _units(payload)))
+                fresh.append((self._connection.place(payload, f"down.{self._made}"), self._units_of(payload)))
                 self._made += 1
         newer: set[Unit] = set().union(*(units for _, units in fresh))
         kept = [(p, u) for p, u in zip(self.places, self._units, strict=True) if not u or u - newer]
@@ -231,8 +238,7 @@ class Downlink:
         self.places, self._units = [p for p, _ in kept + fresh], [u for _, u in kept + fresh]
         self._connection.remove(gone)
 
-
-def _units(payload: Mapping[str, Any]) -> set[Unit]:
-    """The (exchange, block, linear) of a payload: masks do not replace weights."""
-    exchange = payload.get("exchange", 0)
-    return {(exchange, block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}
+    def _units_of(self, payload: Mapping[str, Any]) -> set[Unit]:
+        """The (kind, block, linear) of a payload: masks do not replace weights."""
+        kind = self._kinds[payload.get("exchange", 0)]
+        return {(kind, block, linear) for block, linears in payload.get("blocks", {}).items() for linear in linears}

@@ -54,7 +54,7 @@ def _look_at_model(request: dict[str, Any], settings: ClientSettings, site: Site
 
 def _look_at_text(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
     client, data = settings.client_id, settings.data
-    site.require_text(client, pruners.find(settings.pruner))
+    site.require_text(client, pruners.find(settings.pruner), settings.recovery.rounds > 0)
     if site.text is None:
         return "not needed"
     tokenizer = tokenizer_for(site.model_folder(settings.model.path), site.text)

@@ -7,7 +7,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     clients:                           # the clients of this endpoint
       hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
-    may_send: [weights, masks, values] # uploads that may leave this site
+    may_send: [weights, masks, values] # uploads that may leave this site; recovery only if it is named
     evaluation: false                  # the pruned model is not measured on text of this site; true if left out
     min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
     trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
@@ -40,7 +40,8 @@ KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust
 CLIENT_KEYS = {"text", "field"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
-SENDINGS = (*UPLOADS, TOKEN_COUNTS)
+RECOVERY = "recovery"  # changes of kept weights after training on the text
+SENDINGS = (*UPLOADS, TOKEN_COUNTS, RECOVERY)
 BLANK = "<private text>"
 SHORT_NAME = 3  # characters; names this short occur in many words
 
@@ -53,7 +54,7 @@ class Site:
         model: the dense model here; None if the server's `model.path` is also right here.
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
-        may_send: which of `SENDINGS` may leave; the last of them only where the site file names it.
+        may_send: which of `SENDINGS` may leave; the last two of them only where the site file names them.
         min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
         plugins: files or modules that add pruners or algorithms here.
         trust_remote_code: code of the model folder may run here.
@@ -87,22 +88,24 @@ class Site:
                 f" (gram.first_input: private needs {TOKEN_COUNTS}, and so does gram.propagate: pruned, where the "
                 "server decides what inputs depend on)"
             )
+            instead = "set recovery.rounds to 0" if kept == [RECOVERY] else "use another algorithm"
             raise ConfigError(
-                f"client {client}: this site does not send {', '.join(kept)}; use another algorithm"
+                f"client {client}: this site does not send {', '.join(kept)}; {instead}"
                 f"{asked if TOKEN_COUNTS in kept else ''}, or add them to may_send in the site file"
             )
 
-    def require_text(self, client: str, pruner: Pruner) -> None:
-        """Refuse to prune without text where the pruner needs some.
+    def require_text(self, client: str, pruner: Pruner, recovers: bool = False) -> None:
+        """Refuse to prune without text where the pruner, or what follows it, needs some.
 
         Args:
             client: whom to name.
             pruner: its pruner.
+            recovers: kept weights are to be fitted to the text.
 
         Raises:
             ConfigError: the site file names no text.
         """
-        if not self.text and pruner.needs is not None:
+        if not self.text and (recovers or pruner.needs is not None):
             raise ConfigError(
                 f"client {client}: the site file names no private text; give `text` under clients: {client}:"
             )

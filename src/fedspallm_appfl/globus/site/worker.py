@@ -23,7 +23,7 @@ from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
-from fedspallm_appfl.globus.site.site_file import BLANK, TOKEN_COUNTS, Site, load_site
+from fedspallm_appfl.globus.site.site_file import BLANK, RECOVERY, TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
@@ -119,11 +119,14 @@ def sendings(settings: ClientSettings) -> set[str]:
         ConfigError: the algorithm or the pruner is neither built in nor of a plugin of this site.
     """
     algorithm, gram = algorithms.find(settings.algorithm), settings.gram
+    after = {RECOVERY} if settings.recovery.rounds else set()
+    if settings.recovery.model:
+        return after
     if algorithm.gathers:
         harmless = gram.first_input == "public" and gram.propagate == "dense"
-        return {"grams"} if harmless else {"grams", TOKEN_COUNTS}
+        return after | ({"grams"} if harmless else {"grams", TOKEN_COUNTS})
     alone = pruners.keeps_weights(settings)
-    return {"masks" if one.up == "weights" and alone else one.up for one in algorithm.round}
+    return after | {"masks" if one.up == "weights" and alone else one.up for one in algorithm.round}
 
 
 def require_consent(settings: ClientSettings, site: Site) -> None:
@@ -140,7 +143,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
             "python FILE says why"
         ) from error
     site.require_consent(settings.client_id, sendings(settings))
-    if algorithms.find(settings.algorithm).gathers:
+    if algorithms.find(settings.algorithm).gathers and not settings.recovery.model:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
 
 
@@ -184,7 +187,7 @@ def _agent(settings: ClientSettings, site: Site) -> Any:
 def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     """What the client is told, with the paths and decisions of this site in the place of the server's."""
     client = settings.client_id
-    site.require_text(client, pruners.find(settings.pruner))
+    site.require_text(client, pruners.find(settings.pruner), settings.recovery.rounds > 0)
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
     settings.data.field = site.field or settings.data.field
     settings.agreed = None  # nor one that is written to

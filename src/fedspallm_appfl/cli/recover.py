@@ -1,0 +1,33 @@
+"""`fedspallm recover`: fit the kept weights of a model that was pruned before."""
+
+import argparse
+from typing import Any
+
+from fedspallm_appfl.cli import run
+from fedspallm_appfl.cli.arguments import add_config, command
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = command(
+        verbs,
+        "recover",
+        "Fit the kept weights of a model that was pruned before, by whatever tool, to the texts of the clients.",
+        "fedspallm recover runs/demo configs/demo.yaml run_dir=runs/demo-recovered",
+        "fedspallm recover models/wanda-70 configs/demo.yaml run_dir=runs/recovered recovery.steps=32",
+    )
+    parser.add_argument("pruned", metavar="RUN_DIR_OR_MODEL", help="run_dir of a finished run, or a model folder")
+    add_config(parser)
+    run.add_options(parser)
+    parser.set_defaults(work=work)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Do it."""
+    from fedspallm_appfl.rounds.beginning import sparsity_of
+    from fedspallm_appfl.settings.schema import plain
+
+    mine = [f"recovery.model={args.pruned}", f"client_configs.train_configs.sparsity={plain(sparsity_of(args.pruned))}"]
+    asked = any(word.startswith("recovery.rounds=") for word in args.overrides)
+    args.overrides = [*([] if asked else ["recovery.rounds=1"]), *mine, *args.overrides]
+    return run.work(args)

@@ -1,0 +1,312 @@
+"""Recovery: rounding that is right in the mean, one step by hand, zeros that stay, and a server that adds up exactly."""
+
+import itertools
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import log_softmax
+
+from fedspallm_appfl.cli import main
+from fedspallm_appfl.errors import PruningError, UpdateError
+from fedspallm_appfl.models.layout import Layout, Linear
+from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.recovery.losses import kl
+from fedspallm_appfl.recovery.rounding import rounded
+from fedspallm_appfl.recovery.steps import generator, order
+from fedspallm_appfl.recovery.training import Learner, recovered
+from fedspallm_appfl.settings.schema import Pruning, Recovery
+from fedspallm_appfl.tensors.target import parse_target
+from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
+from fedspallm_appfl.wire.packed import pack
+from fedspallm_appfl.wire.update import compress, make_update
+from helpers.rounds import client_settings, global_model, server_settings
+from helpers.tiny import events, linears, run, save_tiny, tiny_config, weights
+
+
+def test_levels_of_four_bits_by_hand():
+    levels = torch.tensor([-7, 7, 0, 3, -1], dtype=torch.int8)
+    packed = packed_nibbles(levels)
+    assert packed.tolist() == [1 | 15 << 4, 8 | 11 << 4, 7]
+    assert torch.equal(unpacked_nibbles(packed, 5), levels)
+    made = PackedDelta(packed, torch.tensor([0.5]).bfloat16())
+    assert made.changes(5).tolist() == [-3.5, 3.5, 0, 1.5, -0.5]
+    assert made.nbytes == delta_size(5, "int4") == 3 + 2
+    assert (delta_size(129, "int4"), delta_size(129, "int8"), delta_size(129, "fp16")) == (69, 133, 262)
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("int4", 7), ("int8", 127), ("fp16", None)])
+def test_rounding_is_right_in_the_mean_and_never_off_by_a_level(precision, levels):
+    change = 1e-4 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+    change[7], change[200:] = 0.0, 0.0  # the last group is all zeros
+    random = torch.Generator().manual_seed(1)
+    seen = torch.stack([rounded(change, precision, random).changes(300) for _ in range(400)])
+    largest = torch.nn.functional.pad(change, (0, 84)).view(3, 128).abs().amax(1).repeat_interleave(128)[:300]
+    step = 1.01 * largest / levels if levels else change.abs() * 2**-7
+    assert bool(((seen - change).abs() <= step).all())
+    assert bool(((seen.mean(0) - change).abs() <= 5 * step / (2 * 20)).all()) or levels is None
+    assert bool((seen[:, 200:] == 0).all())
+    one, other = (rounded(change, precision, generator(0, "a")).changes(300) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_every_batch_has_its_turn():
+    steps = list(order(5, 4, 3, generator("any")))
+    assert [len(one) for one in steps] == [3] * 4
+    seen = list(itertools.chain(*steps))
+    assert sorted(seen[:5]) == sorted(seen[5:10]) == list(range(5)) and seen[:5] != seen[5:10]
+
+
+def test_the_divergence_by_hand():
+    logits, dense = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0))
+    share = dense.softmax(-1)
+    by_hand = sum(
+        float(p * (p.log() - q)) for p, q in zip(share.flatten(), log_softmax(logits, -1).flatten(), strict=True)
+    )
+    assert float(kl(logits, torch.zeros(1, 3), dense)) == pytest.approx(by_hand / 3, rel=1e-5)
+    assert float(kl(dense, torch.zeros(1, 3), dense)) == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return LazyModel(str(save_tiny(tmp_path_factory.mktemp("model"), torch.float32)))
+
+
+def halved(model):
+    """Every matrix with about half of its entries."""
+    made, random = {}, torch.Generator().manual_seed(0)
+    for block, linears_of in enumerate(model.layout.blocks):
+        dense = {one.name: model.skeleton.dense_weight(block, one) for one in linears_of}
+        keep = {name: torch.rand(one.shape, generator=random) < 0.5 for name, one in dense.items()}
+        made[block] = {name: pack(one, keep[name], torch.float32) for name, one in dense.items()}
+    return made
+
+
+def learner(model, pruned, **recovery):
+    windows = torch.randint(model.vocabulary, (4, 12), generator=torch.Generator().manual_seed(0))
+    told = Recovery(**{"rounds": 1, "batch": 4, "delta": "fp16", **recovery})
+    settings = client_settings(batch=2, client="a", recovery=told)
+    return Learner(model, pruned.get, windows, settings, 0)
+
+
+def changes(of):
+    pruned = {block: of.pruned(block) for block in range(3)}
+    return {
+        (block, name): delta.changes(pruned[block][name].kept)
+        for block, made in recovered(of, {0, 1, 2})
+        for name, delta in made.items()
+    }
+
+
+@pytest.mark.parametrize("loss", ["kl", "next_token"])
+def test_a_step_is_the_sign_of_the_gradient_of_the_whole_model(model, loss):
+    """AdamW's first step goes as far as the learning rate; the oracle is the model of transformers with all in memory."""
+    import transformers
+
+    pruned, lr = halved(model), 0.01
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model.skeleton.folder, dtype=torch.float32)
+    of = learner(model, pruned, loss=loss, steps=1, lr=lr)
+    with torch.no_grad():
+        wanted = whole(of.windows).logits
+    parameters = {}
+    for block, made in pruned.items():
+        for name, packed in made.items():
+            parameters[block, name] = whole.get_parameter(f"model.layers.{block}.{name}.weight")
+            parameters[block, name].data = packed.unpack_weight()
+    out = whole(of.windows, labels=of.windows if loss == "next_token" else None)
+    (out.loss if loss == "next_token" else kl(out.logits, of.windows, wanted)).backward()
+    found = changes(of)
+    assert found.keys() == parameters.keys()
+    for (block, name), parameter in parameters.items():
+        packed = pruned[block][name]
+        gradient, size = parameter.grad[packed.unpack_mask()], packed.values.square().mean().sqrt()
+        sure = gradient.abs() > 0.1 * gradient.abs().mean()
+        assert torch.allclose(found[block, name][sure], (-lr * size * gradient.sign())[sure], rtol=0.05)
+        assert sure.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("scope", ["all", "blockwise"])
+def test_the_model_comes_nearer_to_the_dense_one(model, scope):
+    """And the blocks of the dense model that others use are as they were."""
+    pruned = halved(model)
+    of = learner(model, pruned, scope=scope, steps=12, lr=0.03)
+    found = changes(of)
+    after = {
+        block: {n: replace(p, values=p.values + found[block, n]) for n, p in made.items()}
+        for block, made in pruned.items()
+    }
+
+    def distance(blocks):
+        from fedspallm_appfl.models.blockwise import advance, embed, finish
+
+        ends = []
+        for matrices in ({}, blocks):
+            state = embed(model, of.windows, 4)
+            for index in range(3):
+                with model.block(index, matrices.get(index)) as module:
+                    advance(module, index, state)
+            ends.append(next(finish(model, of.windows, state, 4))[1])
+        return float(kl(ends[1], of.windows, ends[0]))
+
+    assert distance(after) < 0.9 * distance(pruned)
+    assert all(parameter.is_meta for parameter in model.blocks.parameters())
+
+
+def test_a_loss_that_is_not_finite_names_the_client(model):
+    with pytest.raises(
+        PruningError, match="client a, round 1 of recovery: the loss of recovery is .*; lower recovery.lr"
+    ):
+        changes(learner(model, halved(model), steps=30, lr=1e30))
+
+
+LAYOUT = Layout("layers", ((Linear("q", (4, 6), False),),))
+WEIGHT = torch.arange(24).view(4, 6) / 8 - 1.0
+KEEP = torch.arange(24).view(4, 6) % 2 == 0
+
+
+def server(folder, weights="equal"):
+    told = server_settings(
+        Pruning("wanda", parse_target(0.5)), recovery=Recovery(rounds=1, delta="int8"), weights=weights
+    )
+    made = global_model(LAYOUT, torch.float16, told, folder, lambda block, name: WEIGHT.half())
+    made.begin_round(0, {client: [0] for client in "abc"})
+    for client in "abc":
+        made.receive(client, make_update(0, {0: {"q": pack(WEIGHT, KEEP, torch.float16)}}), 1)
+    assert [piece.units for piece in made.changes(10**6)] == [[(0, "q")]]  # all need the weights
+    assert made.next_exchange() and made.exchange.recovers
+    return made
+
+
+def delta(*levels, scale=1 / 64):
+    return PackedDelta(
+        torch.tensor([*levels, *[0] * (12 - len(levels))], dtype=torch.int8), torch.tensor([scale]).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("turn", list(itertools.permutations("abc")))
+def test_changes_are_averaged_exactly_in_any_order(tmp_path, turn):
+    sent, samples = {"a": delta(64, 1), "b": delta(-32, 1), "c": delta(0, 2, 100)}, {"a": 3, "b": 1, "c": 8}
+    made = server(tmp_path, "sample_size")
+    for client in turn:
+        update = make_update(0, {0: {"q": sent[client]}}, 1)
+        made.receive(client, compress(update) if client == "a" else update, samples[client])
+    [packed] = made.done.get(0).values()
+    assert torch.equal(packed.unpack_mask(), KEEP)
+    before, mean = WEIGHT[KEEP].half(), torch.zeros(12)
+    mean[:3] = torch.tensor([(3 * 64 - 32) / 12, (3 + 1 + 16) / 12, 8 * 100 / 12]) / 64
+    assert torch.equal(packed.values, (before.float() + mean).half())
+    assert not made.next_exchange() and made.round.changed == {0}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"levels": torch.zeros(11, dtype=torch.int8)}, r"levels must be 12 entries of torch.int8"),
+        ({"levels": torch.zeros(12)}, r"levels must be 12 entries of torch.int8"),
+        ({"scale": torch.tensor([float("nan")]).bfloat16()}, "weights change by nan"),
+        ({"scale": torch.tensor([float("inf")]).bfloat16()}, "weights change by nan"),
+        (
+            {"scale": torch.tensor([1.0]).bfloat16()},
+            "weights change by 7, and the largest of the matrix is 1.75; lower",
+        ),
+        ({"scale": torch.tensor([-0.01]).bfloat16()}, "a scale is not negative"),
+        ({"mask": torch.zeros(3)}, "a change has the keys levels, scale"),
+    ],
+)
+def test_what_is_no_change_is_refused(tmp_path, change, why):
+    made = server(tmp_path)
+    update = make_update(0, {0: {"q": delta(7, -7)}}, 1)
+    update["blocks"]["0"]["q"] |= change
+    with pytest.raises(UpdateError, match=f"client b, block 0, q: {why}"):
+        made.receive("b", update, 1)
+
+
+def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path):
+    """Two clients prune some blocks of each round only; what was predicted is what travels."""
+    from fedspallm_appfl.estimates import over_globus, traffic
+    from fedspallm_appfl.estimates.job import Job
+    from fedspallm_appfl.settings.reading import load_config
+
+    shares = [f"clients.{client}.train_configs.resource_share=0.4" for client in (0, 1, 2)]
+    recovery = {"rounds": 2, "steps": 2, "batch": 4}
+    file = tiny_config(
+        tmp_path, save_tiny(tmp_path / "model"), "fedspallm", server_configs={"num_global_epochs": 2}, recovery=recovery
+    )
+    job = Job.of(load_config(file, shares)[0])
+    plain = linears(weights(run(file, *shares, "recovery.rounds=0", "recovery.steps=16", "recovery.batch=8")))
+    (tmp_path / "run").rename(tmp_path / "pruned")
+    folder = run(file, *shares)
+    after = linears(weights(folder))
+    for name, tensor in plain.items():
+        assert torch.equal(tensor != 0, after[name] != 0)
+        assert not torch.equal(tensor, after[name]) or bool((tensor != 0).all())  # dense where nobody pruned
+    uploads = events(folder, "upload")
+    for number, one in enumerate(traffic.traffic(job)):
+        sent = {c: sum(e["bytes"] for e in uploads if (e["round"], e["client"]) == (number, c)) for c in one.up}
+        assert sent == one.up
+        assert events(folder, "round")[number]["bytes_down"] == one.down
+    [down] = {event["bytes_down"] for event in events(folder, "measured")}
+    assert down == traffic.final(job)
+    assert [turn.round for turn in over_globus.turns(job)] == [0, 1, 1, 1]
+    last = [sum(e["bytes"] for e in uploads if e["exchange"] == 2 and e["client"] == c) for c in one.up]
+    assert list(over_globus.turns(job)[-1].up.values()) == last
+    healed = ["recover", str(folder.parent / "pruned"), str(file), "server_configs.num_global_epochs=1"]
+    assert main([*healed, "recovery.rounds=2", f"run_dir={tmp_path / 'healed'}"]) == 0  # the same from its folder
+    again = linears(weights(tmp_path / "healed"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+    assert "# 3 clients, 1 round, recovery of" in (tmp_path / "healed" / "report.md").read_text("utf-8")
+    report = (folder / "report.md").read_text("utf-8")
+    assert "Recovery: 2 rounds of 2 steps of 4 windows, loss kl. Clients sent" in report
+    assert "were fitted to text" in (folder / "model" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only pruned matrices may"),
+        ({}, "has no zeros in the matrices"),
+    ],
+)
+def test_what_was_not_made_of_the_dense_model_is_refused(tmp_path, capsys, change, why):
+    model = save_tiny(tmp_path / "model")
+    shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        tensors | {n: v + tensors[n] for n, v in change.items()},
+        tmp_path / "other" / "model.safetensors",
+        {"format": "pt"},
+    )
+    file = tiny_config(tmp_path, model, "fedspallm", recovery={"steps": 1, "batch": 4})
+    assert main(["recover", str(tmp_path / "other"), str(file)]) == 2
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_what_does_not_go_with_recovery_is_said_before(tmp_path, capsys):
+    file, found = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "fedspallm"), []
+    for words in (
+        ["recovery.steps=3"],
+        ["recovery.rounds=1", "algorithm=standalone", "client_configs.data.batch=1"],
+        ["recovery.rounds=1", "recovery.batch=2"],
+        ["recovery.rounds=1", "recovery.scope=blockwise", "recovery.loss=next_token"],
+        ["recovery.model=runs", "recovery.rounds=1", "server_configs.num_global_epochs=2"],
+    ):
+        assert main(["validate", str(file), *words]) == 2
+        found.append(capsys.readouterr().err)
+    for said, why in zip(
+        found,
+        (
+            "recovery: its keys are without effect while recovery.rounds is 0",
+            "recovery.rounds: with standalone there is nobody to average changes with",
+            "recovery.batch: at least the data.batch of every client, got 2 and 4 of clients.0",
+            "recovery.loss: blocks are fitted to the dense block's output; leave it at kl",
+            "server_configs.num_global_epochs: nothing is pruned with recovery.model",
+        ),
+        strict=True,
+    ):
+        assert why in said
+    for weights_of in ("equal", "sample_size"):  # gram averages nothing but in recovery
+        given = ["algorithm=gram", f"server_configs.aggregator_kwargs.weights={weights_of}"]
+        assert main(["validate", str(file), *given, "recovery.rounds=1"]) == 0
