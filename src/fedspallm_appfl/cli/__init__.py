@@ -1,4 +1,4 @@
-"""The command line `fedspallm`, one file a verb.
+"""The command line `fedspallm`, one file a verb; those for Globus Compute in a folder of their own.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL.
@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import doctor, estimate, evaluate, functions, prune, recover, run, site, study, validate
+from fedspallm_appfl.cli import estimate, evaluate, prune, recover, run, study, validate
 from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.errors import FedSpaLLMError
 
 VERBS = (run, validate, doctor, site, functions, estimate, study, prune, recover, evaluate)
