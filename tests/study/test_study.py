@@ -45,9 +45,13 @@ TEXTS = ("austen", "jargon")
         ("gram-dense", {"algorithm": "gram", "propagate": "pruned", "target": "dense"}),
         ("magnitude", {"algorithm": "fedprllm", "pruner": "magnitude"}),
         ("standalone+admm", {"algorithm": "standalone", "pruner": "admm"}),
+        ("gram+fisher", {"algorithm": "gram", "allocation": "fisher"}),
+        ("gram+recovery+wanda", {"algorithm": "gram", "pruner": "wanda", "recovers": True}),
+        ("fast", {"algorithm": "fedprllm", "pruner": "wanda", "allocation": "uniform"}),
+        ("best", {"algorithm": "gram", "pruner": "admm", "allocation": "fisher", "recovers": True}),
     ],
 )
-def test_a_name_says_algorithm_pruner_and_how_gram_sweeps(text, expected):
+def test_a_name_says_algorithm_pruner_stages_and_how_gram_sweeps(text, expected):
     assert parse_method(text) == Method(text, **expected)
 
 
@@ -55,10 +59,14 @@ def test_a_name_says_algorithm_pruner_and_how_gram_sweeps(text, expected):
     ("text", "message"),
     [
         ("fedspalm", "got 'fedspalm'; did you mean fedspallm?"),
-        ("gram_sweep", "one of fedspallm, fedprllm, fedavg, .*gram-sweep, gram-dense, magnitude; got 'gram_sweep'"),
-        ("gram+adm", r"gram\+adm: a pruner is one of .*; got 'adm'; did you mean admm\?"),
-        ("gram+", r"a pruner is one of .*; got ''$"),
-        ("magnitude+wanda", "write magnitude"),
+        (
+            "gram_sweep",
+            "one of fedspallm, fedprllm, fedavg, .*gram-dense, magnitude, paper, fast, best; got 'gram_sweep'",
+        ),
+        ("gram+adm", r"gram\+adm: a pruner or a stage is one of .*; got 'adm'; did you mean admm\?"),
+        ("gram+", r"a pruner or a stage is one of .*, fisher, recovery; got ''$"),
+        ("magnitude+wanda", r"says its pruner twice; leave out \+wanda"),
+        ("best+wanda", r"says its pruner twice; leave out \+wanda"),
     ],
 )
 def test_an_unknown_name_is_explained_with_the_valid_ones(text, message):

@@ -19,6 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "algorithm": "gram",
         "client_configs": {"train_configs": {"pruner": "admm"}},
+        "allocation": {"method": "fisher"},
+        "recovery": {"rounds": 1},
     },
 }
 

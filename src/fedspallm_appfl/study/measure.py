@@ -84,7 +84,8 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
             config = plan.experiment(method, target, seed)
             if config.allocation.asked:  # a choice holds for all methods
                 _allocate(config, chosen)
-            if seed in gathered and method.shares_uploads:
+            shares = method.shares_uploads and not config.recovery.rounds
+            if seed in gathered and shares:
                 cell = _from_sums(config, method, texts, *gathered[seed])
             else:
                 _forget(plan, gathered)
@@ -92,7 +93,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
                 for other in others:
                     if other.key not in file.cells:
                         file.add(other)
-                if method.shares_uploads:
+                if shares:
                     gathered[seed] = Path(config.run_dir) / STATISTICS, cell
             file.add(cell)
             progress.ends(f"perplexity {cell.mean:.2f}")

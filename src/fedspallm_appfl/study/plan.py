@@ -17,7 +17,8 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.runs.further_models import folder_name
 from fedspallm_appfl.settings import plugins
-from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.presets import PRESETS
+from fedspallm_appfl.settings.reading import load_config, read_config
 from fedspallm_appfl.settings.schema import Config, Gram, plain
 from fedspallm_appfl.tensors.target import Target, parse_target
 from fedspallm_appfl.tensors.targets import DEFAULT_KEY
@@ -48,6 +49,8 @@ class Method:
         pruner: the pruner of all clients; None leaves it to the configuration.
         propagate: of `gram`.
         target: of `gram`.
+        allocation: how targets of matrices are chosen; None leaves it to the configuration.
+        recovers: a round of recovery follows, or those of the configuration.
     """
 
     name: str
@@ -55,18 +58,26 @@ class Method:
     pruner: str | None = None
     propagate: str = "dense"
     target: str = "own"
+    allocation: str | None = None
+    recovers: bool = False
 
     @property
     def shares_uploads(self) -> bool:
         """Whether its uploads serve all targets and pruners."""
-        return registry.find(self.algorithm).gathers and self.propagate == "dense"
+        return registry.find(self.algorithm).gathers and self.propagate == "dense" and not self.recovers
+
+    def in_run_of(self, other: "Method") -> bool:
+        """Whether a model of its kind can be made of the uploads of the other one's run."""
+        alike = (self.pruner, self.allocation) == (other.pruner, other.allocation)
+        return alike and not (self.recovers or other.recovers)
 
 
-SHORTCUTS = {
+SHORTCUTS: dict[str, dict[str, Any]] = {
     "gram-sweep": {"algorithm": "gram", "propagate": "pruned"},
     "gram-dense": {"algorithm": "gram", "propagate": "pruned", "target": "dense"},
     "magnitude": {"algorithm": "fedprllm", "pruner": "magnitude"},
 }
+STAGES: dict[str, dict[str, Any]] = {"fisher": {"allocation": "fisher"}, "recovery": {"recovers": True}}
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class Plan:
         for owner in (made.client_configs, *made.clients):
             owner.train_configs.sparsity = owner.train_configs.sparsity.with_default(target)
             owner.train_configs.pruner = method.pruner or owner.train_configs.pruner
+        made.allocation.method = method.allocation or made.allocation.method
+        made.recovery.rounds = max(made.recovery.rounds, int(method.recovers))
         made.run_dir = str(self.out / RUNS / f"{method.name}-{folder_name(str(target))}-seed{seed}")
         return made
 
@@ -112,7 +125,7 @@ class Plan:
         """Methods that are measured in the run of another one, from its uploads."""
         if not (self.share_uploads and registry.find(method.algorithm).compares):
             return []
-        return [one for one in self.methods if one.algorithm in registry.COMPARISONS and one.pruner == method.pruner]
+        return [one for one in self.methods if one.algorithm in registry.COMPARISONS and one.in_run_of(method)]
 
     def settings(self) -> dict[str, Any]:
         """What all cells have in common, in plain types."""
@@ -136,19 +149,34 @@ class Plan:
 
 
 def parse_method(text: str) -> Method:
-    """Read NAME or NAME+PRUNER.
+    """Read NAME, NAME+PRUNER, and stages after it: NAME+PRUNER+fisher+recovery. A preset is a name too.
 
     Raises:
         ConfigError: a name is none; lists the valid ones.
     """
-    name, plus, pruner = text.partition("+")
-    _require("an algorithm", name, (*registry.names(), *SHORTCUTS))
-    if plus:
-        _require(f"{text}: a pruner", pruner, pruners.names())
-    if plus and "pruner" in SHORTCUTS.get(name, {}):
-        raise ConfigError(f"--algorithms: {name} is a pruner of its own, got {text}; write {name}")
-    made: dict[str, Any] = {"algorithm": name, **({"pruner": pruner} if plus else {}), **SHORTCUTS.get(name, {})}
+    name, *more = text.split("+")
+    _require("an algorithm", name, (*registry.names(), *SHORTCUTS, *PRESETS))
+    made: dict[str, Any] = {"algorithm": name} | SHORTCUTS.get(name, {}) | _preset(name)
+    for word in more:
+        _require(f"{text}: a pruner or a stage", word, (*pruners.names(), *STAGES))
+        said = STAGES.get(word) or {"pruner": word}
+        if taken := said.keys() & made.keys():
+            raise ConfigError(f"--algorithms: {text} says its {', '.join(taken)} twice; leave out +{word}")
+        made |= said
     return Method(text, **made)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """What a preset says of a method; nothing if it is none."""
+    if name not in PRESETS:
+        return {}
+    config, _ = read_config({"preset": name})
+    return {
+        "algorithm": config.algorithm,
+        "pruner": config.client_configs.train_configs.pruner,
+        "allocation": config.allocation.method,
+        "recovers": bool(config.recovery.rounds),
+    }
 
 
 def _require(what: str, name: str, valid: Sequence[str]) -> None:
