@@ -37,6 +37,7 @@ WIDTHS = (0.0, 0.08, 0.15, 0.25)  # that `auto` tries
 LEVELS = 5  # at which the loss of a matrix is known
 MOST = Fraction(98, 100)  # of a matrix that is pruned, but where all are pruned more
 LEAST = Fraction(1, 8)  # of the target of all; where almost nothing is pruned, the logarithm of the loss says nothing
+JUDGE = "sparsegpt"  # the pruner of the models that widths are judged by, whatever that of the run
 NAME = "of the public text"  # what errors call the client that prunes on it
 
 
@@ -160,6 +161,7 @@ def _loss(config: Config, model: LazyModel, mine: Tensor, others: Tensor, sparsi
     """The mean loss of a token on other windows, of the model that SparseGPT prunes on some."""
     batch, train = config.allocation.batch, config.client_configs.train_configs
     settings = ClientSettings(
+        pruner=JUDGE,
         sparsity=sparsity,
         damping=train.damping,
         damping_retries=train.damping_retries,
