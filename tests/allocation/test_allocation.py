@@ -14,6 +14,7 @@ from fedspallm_appfl.allocation.curves import look, unseen_experts
 from fedspallm_appfl.allocation.fisher import sensitivities
 from fedspallm_appfl.allocation.text import public_windows
 from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.estimates.memory import allocation_memory
 from fedspallm_appfl.models.experts import Part
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
@@ -22,7 +23,7 @@ from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import first_pages
-from helpers.tiny import events, run, save_tiny, tiny_config, weights
+from helpers.tiny import BLOCKS, HIDDEN, events, run, save_tiny, tiny_config, weights
 
 LEVELS = [parse_target(text).share for text in ("0.4", "0.7")]
 WINDOWS = torch.arange(4 * 12).view(4, 12) * 7 % 512
@@ -177,3 +178,13 @@ def test_experts_in_one_tensor_are_refused():
     part = Part("mlp.experts", "mlp.experts.down_proj", 0, None, (8, 4), False)
     layout = Layout("model.layers", ((Linear("mlp.experts.0.down_proj", (8, 4), False, part, True),),))
     assert "block 0 holds its experts in one tensor, mlp.experts.down_proj" in unseen_experts(layout)
+
+
+def test_an_estimate_counts_the_choice(tiny, tmp_path):
+    """Four windows more cost their hidden states: in front of each block, behind the last, and their gradients."""
+    made = [fs.estimate(fs.load_config(config_of(tmp_path, tiny), allocation=CHOSEN | {"windows": n})) for n in (6, 10)]
+    few, many = (allocation_memory(one.job) for one in made)
+    more = many.parts["hidden states of all blocks"] - few.parts["hidden states of all blocks"]
+    assert more == 4 * 32 * (HIDDEN * 4 + 8) * (BLOCKS + 2)
+    assert made[0].durations.allocation > 0
+    assert fs.estimate(tiny_config(tmp_path, tiny, "fedspallm")).durations.allocation == 0

@@ -21,7 +21,7 @@ from fedspallm_appfl.allocation.fisher import sensitivities
 from fedspallm_appfl.allocation.shares import Curve, counts
 from fedspallm_appfl.allocation.text import public_windows
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.events import Event, OnEvent, ignore
+from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.rounds.pruning import prune_blocks
@@ -37,6 +37,7 @@ WIDTHS = (0.0, 0.08, 0.15, 0.25)  # that `auto` tries
 LEVELS = 5  # at which the loss of a matrix is known
 MOST = Fraction(98, 100)  # of a matrix that is pruned, but where all are pruned more
 LEAST = Fraction(1, 8)  # of the target of all; where almost nothing is pruned, the logarithm of the loss says nothing
+JUDGE = "sparsegpt"  # the pruner of the models that widths are judged by, whatever that of the run
 NAME = "of the public text"  # what errors call the client that prunes on it
 
 
@@ -48,20 +49,13 @@ class Allocation:
         sparsity: the target of each matrix.
         width: how far targets may be from that of the run.
         losses: width -> mean loss of a token on other windows of the text; empty if the width was given.
+        shares: `blocks.N.NAME` -> share, of matrices with a target of their own, in the order of the model.
     """
 
     sparsity: Sparsity
     width: float
     losses: dict[float, float]
-
-    def shown(self) -> Event:
-        """Width, losses, and the share of each matrix that has one of its own, in the order of the model."""
-        others = dict(self.sparsity.others) if isinstance(self.sparsity, Targets) else {}
-        return {
-            "width": self.width,
-            "losses": {f"{width:g}": loss for width, loss in self.losses.items()},
-            "targets": {name: float(target.share) for name, target in others.items()},
-        }
+    shares: dict[str, float]
 
 
 def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
@@ -82,7 +76,8 @@ def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
     made = copy.deepcopy(config)
     for owner in (made.client_configs, *made.clients):
         owner.train_configs.sparsity = chosen.sparsity
-    on_event({"event": "allocation", **chosen.shown()})
+    losses_of = {f"{width:g}": loss for width, loss in chosen.losses.items()}
+    on_event({"event": "allocation", "width": chosen.width, "losses": losses_of, "targets": chosen.shares})
     if not chosen.width:
         on_event(
             {"event": "notice", "text": "allocation: the uniform target lost least on the public text, so it holds"}
@@ -106,7 +101,8 @@ def allocate(config: Config, on_event: OnEvent = ignore) -> Allocation:
             found[width] = _loss(config, model, mine, others, made[width])
             on_event({"event": "allocating", "what": f"width {width:g}, loss {found[width]:.4f}"})
     best = min(found, key=lambda width: (found[width], width)) if found else widths[0]
-    return Allocation(made[best], best, found)
+    shares = {full_name(*key): float(made[best].of(*key).share) for key in curves if best}
+    return Allocation(made[best], best, found, shares)
 
 
 def targets(curves: Mapping[Key, Curve], base: Target, width: float) -> Sparsity:
@@ -160,6 +156,7 @@ def _loss(config: Config, model: LazyModel, mine: Tensor, others: Tensor, sparsi
     """The mean loss of a token on other windows, of the model that SparseGPT prunes on some."""
     batch, train = config.allocation.batch, config.client_configs.train_configs
     settings = ClientSettings(
+        pruner=JUDGE,
         sparsity=sparsity,
         damping=train.damping,
         damping_retries=train.damping_retries,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.schema import Allocation, Config
 from fedspallm_appfl.texts.checks import check_vocabulary
 from fedspallm_appfl.texts.drawing import draw
 from fedspallm_appfl.texts.tokenizer import tokenizer_for
@@ -15,6 +15,11 @@ from fedspallm_appfl.texts.windows import Cut
 SHIPPED = "public.txt"  # in this folder; `make_public_text` has made it
 LENGTH = 512  # tokens in a window, or what the model takes if that is less
 DRAWN = "allocation"  # what windows are drawn by, as those of a client are by its id
+
+
+def window_length(settings: Allocation, longest: int | None) -> int:
+    """Tokens in a window, for a model that takes `longest` of them, or any number."""
+    return settings.length or min(LENGTH, longest or LENGTH)
 
 
 def public_windows(config: Config, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
@@ -27,7 +32,7 @@ def public_windows(config: Config, skeleton: Skeleton) -> tuple[Tensor, Tensor]:
         DataError: the text cannot be read, has fewer than two windows, or does not go with the model.
     """
     settings = config.allocation
-    length = settings.length or min(LENGTH, skeleton.longest_window or LENGTH)
+    length = window_length(settings, skeleton.longest_window)
     with as_file(files(__package__) / SHIPPED) as shipped:
         paths = settings.text or str(shipped)
         tokenizer, cut = (

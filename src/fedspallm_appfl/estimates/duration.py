@@ -8,6 +8,7 @@ Legend: O out features, I in features, T tokens in a window.
 """
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
+from fedspallm_appfl.allocation.choice import JUDGE, LEVELS, WIDTHS
 from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
 from fedspallm_appfl.models.blockwise import embed
 from fedspallm_appfl.models.lazy_model import HollowModel
@@ -27,6 +29,7 @@ from fedspallm_appfl.pruning.statistics import InputGram, Statistic
 from fedspallm_appfl.settings.schema import Client, Data, Pruning, TrainConfigs
 from fedspallm_appfl.tensors.target import NM, Target
 
+PASSES = 3  # forward, again and backward; or to collect, with what was pruned, and on other windows
 SPREAD = 2.0  # measured times lay between half and twice the estimate
 SIDES = (64, 128, 256, 512, 1024, 2048)  # of the matrices that are timed, as long as that does not take long
 LONGEST = 0.05  # seconds; after a step that takes more, no larger one is timed
@@ -45,10 +48,12 @@ class Durations:
     Attributes:
         clients: client -> seconds, in all rounds.
         server: seconds that the server prunes, where it does; aggregation is not counted.
+        allocation: seconds that it takes to choose the targets of all matrices, where they are chosen.
     """
 
     clients: dict[str, float]
     server: float
+    allocation: float = 0.0
 
 
 def durations(job: Job) -> Durations:
@@ -73,7 +78,25 @@ def durations(job: Job) -> Durations:
         machine = machine_of(job.config.client_configs.train_configs)
         changed = (set().union(*assigned.values()) for assigned in job.draws)
         server = sum(_solving(job, machine, block) for blocks in changed for block in blocks)
-    return Durations(clients, server)
+    allocating = _allocating(job, machine_of) if job.config.allocation.asked else 0.0
+    return Durations(clients, server, allocating)
+
+
+def _allocating(job: Job, machine_of: Callable[[TrainConfigs], "Machine"]) -> float:
+    """Seconds that the server takes before the run: loss curves, gradients, and a model for each width that is tried."""
+    train = dataclasses.replace(job.config.client_configs.train_configs, pruner=JUDGE, refit=False)
+    machine, data = machine_of(train), Data(windows=job.config.allocation.windows, batch=job.config.allocation.batch)
+    data.length = job.allocation_length
+    tokens, total = data.windows * data.length, 0.0
+    tries = len(WIDTHS) if job.config.allocation.width == "auto" else 0
+    for block in job.model.layout.pruned:
+        once = machine.forward(block, tokens, data)
+        inputs = [job.model.shapes[block][names[0]][1] for names in job.model.groups[block]]
+        collecting = sum(machine.collecting(features, tokens, True) for features in inputs)
+        changes = sum(machine.collecting(features, rows, True) for rows, features in job.model.shapes[block].values())
+        total += PASSES * once + collecting + LEVELS * (_solving(job, machine, block) + changes)
+        total += tries * (PASSES * once + collecting + _solving(job, machine, block))
+    return total
 
 
 def _sweeps(job: Job) -> list[Exchange]:

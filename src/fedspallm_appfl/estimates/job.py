@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups, of_round
+from fedspallm_appfl.allocation.text import window_length
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
-from fedspallm_appfl.models.lazy_model import Skeleton, known_layout, without_weights
+from fedspallm_appfl.models.lazy_model import Skeleton, known_layout, longest_window, without_weights
 from fedspallm_appfl.models.storage.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.pruning.pruner import Pruner
@@ -57,6 +58,7 @@ class Outline:
         folder: its folder, maybe without weights.
         assumed: there are no weights to see the dtype of, so that it is the one in `config.json`.
         found: its blocks, with the linears that stay dense too; None where there are none.
+        longest: tokens that it takes at most; None if it has no limit.
     """
 
     layout: Layout
@@ -69,6 +71,7 @@ class Outline:
     folder: Path = Path()
     assumed: bool = False
     found: Layout | None = None
+    longest: int | None = None
 
     @property
     def hidden(self) -> int:
@@ -110,7 +113,13 @@ def open_outline(settings: Model, prune: Prune | None = None) -> Outline:
 
 
 def _outline(
-    folder: Path, model: nn.Module, layout: Layout, found: Layout, stored: torch.dtype, settings: Model, assumed: bool
+    folder: Path,
+    model: PreTrainedModel,
+    layout: Layout,
+    found: Layout,
+    stored: torch.dtype,
+    settings: Model,
+    assumed: bool,
 ) -> Outline:
     outer, blocks = 0, [0] * len(layout.blocks)
     for name, parameter in model.named_parameters():
@@ -118,10 +127,13 @@ def _outline(
             blocks[int(name.removeprefix(f"{layout.path}.").split(".")[0])] += parameter.numel()
         else:
             outer += parameter.numel()
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     arithmetic = stored if settings.dtype == "auto" else DTYPES[settings.dtype]
     groups = shared_inputs(folder, layout)
-    return Outline(layout, groups, outer, tuple(blocks), vocabulary, stored, arithmetic, folder, assumed, found)
+    longest = longest_window(model)
+    return Outline(
+        layout, groups, outer, tuple(blocks), vocabulary, stored, arithmetic, folder, assumed, found, longest
+    )
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,11 @@ class Job:
     def rounds(self) -> int:
         """Number of rounds."""
         return self.config.server_configs.num_global_epochs
+
+    @property
+    def allocation_length(self) -> int:
+        """Tokens in a window of the public text that targets are chosen on."""
+        return window_length(self.config.allocation, self.model.longest)
 
     @property
     def hidden_copies(self) -> int:

@@ -13,12 +13,14 @@ Legend: O out features, I in features, H hidden size, F widest input or output o
 in a window, L decoder blocks.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fedspallm_appfl.allocation.choice import JUDGE
 from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, windows_of
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds import UnitBytes
@@ -55,6 +57,7 @@ class Memory:
 
 VECTORS = 5  # of kept weights: values, gradient, two of the optimizer, and one on the way
 TAPE = 3  # times what a forward pass of a block takes, that its backward pass does
+GRAPH = 3  # tensors as wide as inputs and outputs of a block's linears that its backward pass keeps, about
 CHOSEN = 64  # bytes a token: indices of eight experts
 Parts = dict[str, int]
 
@@ -324,6 +327,27 @@ def evaluation_memory(job: Job, windows: Mapping[str, int]) -> Memory:
         "a block, or logits": max(logits, *blocks),
     }
     return with_heap(parts, _mapped(model))
+
+
+def allocation_memory(job: Job) -> Memory:
+    """Memory of the server before the run, while it chooses the targets of all matrices."""
+    model, asked = job.model, job.config.allocation
+    train = dataclasses.replace(job.config.client_configs.train_configs, pruner=JUDGE, refit=False)
+    size, length = max(model.arithmetic.itemsize, 2), job.allocation_length
+    tokens = min(asked.batch, asked.windows) * length
+    parts = {
+        "outer parts": model.outer * size,
+        "hidden states of all blocks": (len(model.blocks) + 2) * _activations(model, asked.windows, length),
+    }
+    moments = [{"gradients": tokens * model.vocabulary * (size + 4 * FLOAT)}]
+    for block in model.layout.pruned:
+        kept = GRAPH * size * sum(map(sum, model.shapes[block].values()))  # what the backward pass wants
+        widest = max(features for _, features in model.shapes[block].values())
+        largest = max(linear.entries for linear in model.layout.blocks[block])
+        solving = pruning_bytes(model, train, block, 0) + InputGram.nbytes(widest) + 2 * FLOAT * largest
+        moments.append({"one block": _block(model, block), "gradients": tokens * kept})
+        moments.append({"one block": _block(model, block), "pruning a block": solving})
+    return with_heap(parts | worst(moments), _mapped(model))
 
 
 def serial_memory(job: Job) -> Memory:

@@ -90,6 +90,7 @@ def _time(job: Job, found: Durations) -> Iterator[str]:
     each = duration(most) if duration(least) == duration(most) else f"{duration(least)} to {duration(most)}"
     together = f", {duration(sum(found.clients.values()))} for all" if len(found.clients) > 1 else ""
     server = f", {duration(found.server)} for the server" if found.server else ""
+    server += f", {duration(found.allocation)} before that to choose targets" if found.allocation else ""
     spread = f"runs took {1 / SPREAD:g} to {SPREAD:g} times that"
     yield f"time on this CPU: {each} a client{together}{server}; {spread}"
 
@@ -255,6 +256,8 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "what goes down": NO_SETTING,
     "result of a task": "comm_configs.store",
     "results that wait": "comm_configs.store",
+    "hidden states of all blocks": "allocation.windows",
+    "gradients": "allocation.batch",
     "windows of all texts": "evaluation.windows",
     "a block, or logits": "evaluation.batch",
     "heap": NO_SETTING,
@@ -272,6 +275,8 @@ def _processes(job: Job, windows: Mapping[str, int] | None) -> Iterator[Process]
         yield "serial, all in one", memory.serial_memory(job), None
         if not job.algorithm.pools_text:
             yield from _ranks(job)
+    if job.config.allocation.asked:
+        yield "allocation, at the server", memory.allocation_memory(job), None
     if windows:
         yield "evaluation", memory.evaluation_memory(job, windows), None
 

@@ -118,7 +118,7 @@ class Skeleton:
     @property
     def longest_window(self) -> int | None:
         """Tokens that the model takes at most; None if it has no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest_window(self.model)
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """A parameter of the model, in memory of its own; `dtype` None is that of the checkpoint."""
@@ -357,6 +357,11 @@ def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
         raise ModelError(why) from error
     _require_plain(folder, config)
     return model
+
+
+def longest_window(model: PreTrainedModel) -> int | None:
+    """Tokens that a model takes at most; None if it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def replaced_attention(model: PreTrainedModel) -> str | None:

@@ -52,6 +52,7 @@ def problem(config: Config, overwrite: bool) -> str | None:
 def _inputs_inside(config: Config, folder: Path) -> str | None:
     """An input of the run that lies in a place where the run will write."""
     texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
+    texts.append(config.allocation.text)
     inputs = {config.model.path: "the dense model of model.path"}
     inputs |= {config.recovery.model: "the pruned model of recovery.model"} if config.recovery.model else {}
     inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
@@ -74,6 +75,7 @@ def _with_whole_paths(config: Config) -> Config:
     for client in whole.clients:
         client.data.text = client.data.text and _whole(client.data.text)
     whole.plugins = [_whole(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins]
+    whole.allocation.text = config.allocation.text and _whole(config.allocation.text)
     whole.evaluation.texts = {name: _whole(text) for name, text in config.evaluation.texts.items()}
     return whole
 
