@@ -257,6 +257,9 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
     assert main([*healed, "recovery.rounds=2", f"run_dir={tmp_path / 'healed'}"]) == 0  # the same from its folder
     again = linears(weights(tmp_path / "healed"))
     assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+    [one] = traffic.traffic(Job.of(load_config(tmp_path / "healed" / "config.yaml")[0]))
+    assert sum(one.up.values()) == sum(event["bytes"] for event in events(tmp_path / "healed", "upload"))
+    assert one.down == events(tmp_path / "healed", "round")[0]["bytes_down"]
     assert "# 3 clients, 1 round, recovery of" in (tmp_path / "healed" / "report.md").read_text("utf-8")
     report = (folder / "report.md").read_text("utf-8")
     assert "Recovery: 2 rounds of 2 steps of 4 windows, loss kl. Clients sent" in report
