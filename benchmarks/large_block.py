@@ -8,6 +8,7 @@ from benchmarks.measure import seconds, wall_seconds
 from benchmarks.memory import peak_above
 from benchmarks.tables import Table
 from benchmarks.uploads import SEVEN_B, SMALL, context, receive_all, upload
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.estimates.memory import closing_bytes
 from fedspallm_appfl.rounds.folds import folds
 
@@ -37,5 +38,6 @@ def run(where: Context) -> Table:
 
 def predicted(shapes: dict[str, tuple[int, int]], clients: int) -> dict[str, float]:
     """What the package itself predicts for this job, by the names of the rows."""
-    [fold] = folds(context(shapes, Path()))
+    made = context(shapes, Path())
+    [fold] = folds(made, registry.find(made.settings.algorithm).round)
     return {PEAK: closing_bytes([fold.bytes_of(0, name, clients) for name in shapes], clients) / 1e6}

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import doctor, estimate, evaluate, functions, prune, recover, run, site, study, validate
+from fedspallm_appfl.cli import doctor, estimate, evaluate, functions, prune, run, site, study, validate
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.errors import FedSpaLLMError
 
-VERBS = (run, validate, doctor, site, functions, estimate, study, prune, recover, evaluate)
+VERBS = (run, validate, doctor, site, functions, estimate, study, prune, evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

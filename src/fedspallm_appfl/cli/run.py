@@ -1,7 +1,8 @@
-"""`fedspallm run`: in one process, under mpiexec, or over Globus Compute."""
+"""`fedspallm run`, and `fedspallm recover`, which begins with a model that was pruned before: in one process, under mpiexec, or over Globus Compute."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli.arguments import add_config, command
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    """Declare the verb."""
+    """Declare the verbs."""
     parser = command(
         verbs,
         "run",
@@ -27,13 +28,21 @@ def add(verbs: Any) -> None:
         "mpiexec --oversubscribe -n 5 fedspallm run configs/demo.yaml --launcher mpi --overwrite",
         "fedspallm run configs/llama2_7b_globus.yaml --launcher globus",
     )
-    add_config(parser)
-    add_options(parser)
-    parser.set_defaults(work=work)
+    _add_options(parser, work)
+    parser = command(
+        verbs,
+        "recover",
+        "Fit the kept weights of a model that was pruned before, by whatever tool, to the texts of the clients.",
+        "fedspallm recover runs/demo configs/demo.yaml run_dir=runs/demo-recovered",
+        "fedspallm recover models/wanda-70 configs/demo.yaml run_dir=runs/recovered recovery.steps=32",
+    )
+    parser.add_argument("pruned", metavar="RUN_DIR_OR_MODEL", help="run_dir of a finished run, or a model folder")
+    _add_options(parser, recover)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int]) -> None:
     """How and where it runs."""
+    add_config(parser)
     parser.add_argument(
         "--launcher",
         choices=("serial", "mpi", "globus"),
@@ -41,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
+    parser.set_defaults(work=work)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -52,6 +62,16 @@ def work(args: argparse.Namespace) -> int:
     introduce(config, shown)
     (_over_globus if globus else _serial)(config, shown, args.overwrite)
     return 0
+
+
+def recover(args: argparse.Namespace) -> int:
+    """Do it with a model that was pruned before."""
+    from fedspallm_appfl.rounds.beginning import sparsity_of
+    from fedspallm_appfl.settings.schema import plain
+
+    mine = [f"recovery.model={args.pruned}", f"client_configs.train_configs.sparsity={plain(sparsity_of(args.pruned))}"]
+    args.overrides = ["recovery.rounds=1", *mine, *args.overrides]
+    return work(args)
 
 
 def _serial(config: "Config", shown: "Console", overwrite: bool) -> None:
