@@ -1,4 +1,4 @@
-"""`fedspallm run`, and `fedspallm recover`, which begins with a model that was pruned before: in one process, under mpiexec, or over Globus Compute."""
+"""`fedspallm run` and `recover`: in one process, under mpiexec, or over Globus Compute."""
 
 import argparse
 import sys
