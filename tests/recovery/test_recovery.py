@@ -121,11 +121,40 @@ def test_a_step_is_the_sign_of_the_gradient_of_the_whole_model(model, loss):
     found = changes(of)
     assert found.keys() == parameters.keys()
     for (block, name), parameter in parameters.items():
-        packed = pruned[block][name]
-        gradient, size = parameter.grad[packed.unpack_mask()], packed.values.square().mean().sqrt()
-        sure = gradient.abs() > 0.1 * gradient.abs().mean()
-        assert torch.allclose(found[block, name][sure], (-lr * size * gradient.sign())[sure], rtol=0.05)
-        assert sure.float().mean() > 0.8
+        assert_signs(found[block, name], pruned[block][name], parameter.grad, lr)
+
+
+def assert_signs(change, packed, gradient, lr):
+    """A first step of AdamW, where the gradient is not too small to be sure of its sign."""
+    gradient, size = gradient[packed.unpack_mask()], packed.values.square().mean().sqrt()
+    sure = gradient.abs() > 0.1 * gradient.abs().mean()
+    assert torch.allclose(change[sure], (-lr * size * gradient.sign())[sure], rtol=0.05)
+    assert sure.float().mean() > 0.8
+
+
+def test_a_block_is_fitted_to_the_dense_one_behind_blocks_that_were_fitted(model):
+    """The oracle is the model of transformers, with the first block as it was after its step."""
+    import transformers
+
+    pruned, lr = halved(model), 0.05
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model.skeleton.folder, dtype=torch.float32)
+    of = learner(model, pruned, scope="blockwise", steps=1)
+    found = changes(of)
+    with torch.no_grad():
+        wanted = whole(of.windows, output_hidden_states=True).hidden_states[2]
+    for name, packed in pruned[0].items():
+        fitted = replace(packed, values=packed.values + found[0, name])
+        whole.get_parameter(f"model.layers.0.{name}.weight").data = fitted.unpack_weight()
+    for name, packed in pruned[1].items():
+        whole.get_parameter(f"model.layers.1.{name}.weight").data = packed.unpack_weight()
+    made = whole(of.windows, output_hidden_states=True).hidden_states[2]
+    errors = [
+        (one - other).square().sum() / other.square().sum()
+        for one, other in zip(made.split(2), wanted.split(2), strict=True)
+    ]
+    sum(errors).backward()
+    for name, packed in pruned[1].items():
+        assert_signs(found[1, name], packed, whole.get_parameter(f"model.layers.1.{name}.weight").grad, lr)
 
 
 @pytest.mark.parametrize("scope", ["all", "blockwise"])
