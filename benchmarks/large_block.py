@@ -38,6 +38,6 @@ def run(where: Context) -> Table:
 
 def predicted(shapes: dict[str, tuple[int, int]], clients: int) -> dict[str, float]:
     """What the package itself predicts for this job, by the names of the rows."""
-    told = context(shapes, Path())
-    [fold] = folds(told, registry.find(told.settings.algorithm).round)
+    made = context(shapes, Path())
+    [fold] = folds(made, registry.find(made.settings.algorithm).round)
     return {PEAK: closing_bytes([fold.bytes_of(0, name, clients) for name in shapes], clients) / 1e6}

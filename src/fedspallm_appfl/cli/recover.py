@@ -28,6 +28,5 @@ def work(args: argparse.Namespace) -> int:
     from fedspallm_appfl.settings.schema import plain
 
     mine = [f"recovery.model={args.pruned}", f"client_configs.train_configs.sparsity={plain(sparsity_of(args.pruned))}"]
-    asked = any(word.startswith("recovery.rounds=") for word in args.overrides)
-    args.overrides = [*([] if asked else ["recovery.rounds=1"]), *mine, *args.overrides]
+    args.overrides = ["recovery.rounds=1", *mine, *args.overrides]
     return run.work(args)

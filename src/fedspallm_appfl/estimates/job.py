@@ -199,9 +199,9 @@ class Job:
         return sorted({block for assigned in self.draws for mine in assigned.values() for block in mine})
 
     def assigned(self, number: int, exchange: Exchange) -> Mapping[str, list[int]]:
-        """The blocks of each participant in an exchange of a round."""
+        """The blocks of each participant in an exchange of a round; of a model that was pruned before, all."""
         drawn = self.draws[number]
-        return dict.fromkeys(drawn, self.covered) if exchange.recovers else drawn
+        return dict.fromkeys(drawn, self.covered) if exchange.recovers or exchange.begins else drawn
 
     def of_round(self, number: int) -> tuple[Exchange, ...]:
         """The exchanges of a round, from 0."""

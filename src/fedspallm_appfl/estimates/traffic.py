@@ -53,7 +53,8 @@ def traffic(job: Job) -> list[RoundTraffic]:
     uploads = {alone: _uploads(job, own, alone) for alone in set(kinds.values())}
     recovery = _uploads(job, after, masks_alone=False)
     made = []
-    for number, assigned in enumerate(job.draws):
+    for number in range(job.rounds):
+        assigned = job.assigned(number, own[0])
         last = number + 1 == job.rounds
         more = job.covered if last and after else []
         up = {
@@ -259,12 +260,13 @@ def _statistics(job: Job) -> int:
 def _state(job: Job) -> int:
     """Packed models, masks that were agreed on, and sums that later rounds need."""
     mine, models = _pruned(job), [job.algorithm, *map(registry.find, job.comparisons)]
-    everybody = set().union(*mine.values())
+    everybody = set(job.covered)
 
     def packed(blocks: set[int], parts: str = "weights") -> int:
         return sum(sum(job.packed(block, parts).values()) for block in blocks)
 
     stored = sum(sum(map(packed, mine.values())) if model.apart else packed(everybody) for model in models)
+    stored += packed(everybody) if job.config.recovery.model else 0  # as it was before
     stored += packed(everybody, "masks") if any(one.down == "masks" for one in job.exchanges) else 0
     cumulative = job.config.server_configs.aggregator_kwargs.fold == "cumulative"
     return stored + (_entry_of_sums(job) * sum(map(job.model.entries, everybody)) if cumulative else 0)
@@ -288,6 +290,8 @@ def _agreed(job: Job) -> int:
     """What came down, of which later rounds replace what earlier ones sent."""
     own = of_round(job.exchanges, last=False)
     everything, last = _down(job, own), _down(job, own if len(own) < len(job.exchanges) else own[:-1])
+    if len(own) < len(job.exchanges):
+        return sum(last[block] for block in job.covered)
     early = {block for assigned in job.draws[:-1] for mine in assigned.values() for block in mine}
     late = {block for mine in job.draws[-1].values() for block in mine} - early
     return sum(everything[block] for block in early) + sum(last[block] for block in late)

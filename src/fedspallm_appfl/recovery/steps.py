@@ -54,7 +54,7 @@ def train(
     Raises:
         PruningError: the loss is not finite.
     """
-    groups = [{"params": [one.values], "lr": settings.lr * one.magnitude} for one in kept if len(one.values)]
+    groups = [{"params": [one.values], "lr": settings.reach * one.magnitude} for one in kept if len(one.values)]
     if not groups:
         return
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, foreach=False)

@@ -34,11 +34,13 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    The whole run is `rounds * exchanges * clients * messages` uploads; the time left is estimated from those received.
+    An exchange is `clients * messages` uploads; recovery comes in the last round alone. The time left is
+    estimated from those received.
     """
 
-    def __init__(self, console: Console, rounds: int, clients: int) -> None:
+    def __init__(self, console: Console, rounds: int, clients: int, recovery: int = 0) -> None:
         self._console = console
+        self._recovery = recovery
         self._rounds = rounds
         self._clients = clients
         self._first = 0.0
@@ -92,7 +94,8 @@ class RunProgress(_Shown):
 
     def _upload(self, event: Event) -> None:
         self._uploads += 1
-        total = self._rounds * event["exchanges"] * self._clients * event["messages"]
+        exchanges = self._rounds * (event["exchanges"] - self._recovery) + self._recovery
+        total = exchanges * self._clients * event["messages"]
         what = f"{self._round(event)}  client {event['client']}  "
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"

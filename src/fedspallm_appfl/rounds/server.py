@@ -226,7 +226,9 @@ class GlobalModel:
         """How an upload of a unit is checked."""
         check = self._fold.check(client, block, unit)
         expert = self.context.layout.linear(block, unit).expert
-        return check_expert(check, statistics=self.exchange.up == "grams") if expert else check
+        if not expert or self.exchange.recovers:
+            return check
+        return check_expert(check, statistics=self.exchange.up == "grams")
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round; what it has sent counts, unit by unit.

@@ -48,7 +48,8 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
     Returns:
         What it has shown.
     """
-    with RunProgress(console, config.server_configs.num_global_epochs, len(participants(config))) as progress:
+    rounds, recovery = config.server_configs.num_global_epochs, config.recovery.rounds
+    with RunProgress(console, rounds, len(participants(config)), recovery) as progress:
         results, log = conduct(config, launch, overwrite, progress)
     console.print(closing(config, results, log))
     if absent := absence_line(log):

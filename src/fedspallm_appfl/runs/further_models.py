@@ -23,7 +23,7 @@ from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
 from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.settings.schema import Allocation, Config
+from fedspallm_appfl.settings.schema import Allocation, Config, Recovery
 from fedspallm_appfl.tensors.target import NM, parse_target
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.validation.files import unfit
@@ -156,6 +156,7 @@ def _config(run: Path, pruner: str | None) -> Config:
             f"{run} holds no {STATISTICS}/; name the run_dir of a finished run with algorithm gram and gram.propagate dense"
         )
     config, problems = load_config(run / "config.yaml")
+    config.recovery = Recovery()  # that was of the run's own model
     if pruner is not None:
         for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
             train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it

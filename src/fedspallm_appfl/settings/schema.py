@@ -198,9 +198,10 @@ class Recovery:
     )
     steps: int = key(16, "optimizer steps of a client in a round, for each block with `blockwise`", least=1, most=MOST)
     batch: int = key(8, "windows in a step, at least `data.batch`", least=1, most=MOST)
-    lr: float = key(
-        0.02,
-        "how far a step goes, as a share of a matrix's root mean square; it falls to 0 over the round",
+    lr: float | None = key(
+        None,
+        "how far a step goes at first, as a share of a matrix's root mean square; it falls to 0 over the round; empty "
+        "means 0.02 with `all`, 0.05 with `blockwise`",
         least=0,
         most=1,
         range="greater than 0, at most 1, got {value}",
@@ -210,6 +211,11 @@ class Recovery:
         "precision in which changes of kept weights travel: `int4`, `int8`, `fp16`",
         choices=("int4", "int8", "fp16"),
     )
+
+    @property
+    def reach(self) -> float:
+        """The learning rate, or what was found to be best with the scope."""
+        return self.lr if self.lr is not None else 0.02 if self.scope == "all" else 0.05
 
 
 @dataclass

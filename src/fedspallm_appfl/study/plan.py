@@ -19,7 +19,7 @@ from fedspallm_appfl.runs.further_models import folder_name
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.settings.reading import load_config, read_config
-from fedspallm_appfl.settings.schema import Config, Gram, plain
+from fedspallm_appfl.settings.schema import Config, Gram, Recovery, plain
 from fedspallm_appfl.tensors.target import Target, parse_target
 from fedspallm_appfl.tensors.targets import DEFAULT_KEY
 from fedspallm_appfl.validation.files import check_with_files, unfit
@@ -113,6 +113,7 @@ class Plan:
         made.evaluation.compare = [other.algorithm for other in self.companions(method)]
         asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target)
         made.gram = asked if registry.find(method.algorithm).gathers else Gram()
+        made.recovery = made.recovery if registry.find(method.algorithm).federates else Recovery()
         for owner in (made.client_configs, *made.clients):
             owner.train_configs.sparsity = owner.train_configs.sparsity.with_default(target)
             owner.train_configs.pruner = method.pruner or owner.train_configs.pruner
