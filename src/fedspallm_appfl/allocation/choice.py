@@ -110,11 +110,10 @@ def targets(curves: Mapping[Key, Curve], base: Target, width: float) -> Sparsity
 
     Matrices without a curve keep `base`: nothing is known of them.
     """
-    if not width:
+    if not width or not curves:
         return base
-    least, most = (float(end) for end in bounds(base, width))
     total = sum(base.zeros(curve.entries) for curve in curves.values())
-    zeros = dict(zip(curves, counts(list(curves.values()), [(least, most)] * len(curves), total), strict=True))
+    zeros = dict(zip(curves, counts(list(curves.values()), [bounds(base, width)] * len(curves), total), strict=True))
     found = {full_name(*key): share_of(count, curves[key].entries) for key, count in zeros.items()}
     # A pattern means longer names that end with it too; the last one decides, so longer ones come later.
     return Targets(base, tuple(sorted(found.items(), key=lambda one: len(one[0]))))

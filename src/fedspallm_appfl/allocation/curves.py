@@ -2,7 +2,8 @@
 
 One pass of the dense model over the windows: at each block the Gram matrices of its inputs are collected, and each matrix
 is pruned with SparseGPT to each level. Of a matrix that loses E = W - W', a row loses `e_o G e_o^T / tokens`: the mean
-square of what its output changes by. Only these numbers stay, and the hidden states in front of each block, for `fisher`.
+square of what its output changes by, over all tokens, whether they reach it or not. Only these numbers stay, and the
+hidden states in front of each block, for `fisher`.
 
 Legend: O out features, I in features, B windows in a batch, T tokens in a window, H hidden size.
 """
@@ -79,7 +80,7 @@ def look(model: LazyModel, windows: Tensor, levels: Sequence[Fraction], settings
             with inputs.watched(block):
                 _advance(block, index, state, inputs)
             for names, gram in inputs.groups():
-                made.lost.update(_lost(model, index, names, gram, levels, settings))
+                made.lost.update(_lost(model, index, names, gram, levels, settings, windows.numel()))
                 del gram  # not kept while the next is used
     return Pass(made.lost, state, made.before)
 
@@ -105,11 +106,17 @@ def _advance(block: nn.Module, index: int, state: Activations, inputs: SharedInp
 
 @torch.no_grad()
 def _lost(
-    model: LazyModel, index: int, names: list[str], gram: InputGram, levels: Sequence[Fraction], settings: Pruning
+    model: LazyModel,
+    index: int,
+    names: list[str],
+    gram: InputGram,
+    levels: Sequence[Fraction],
+    settings: Pruning,
+    tokens: int,
 ) -> dict[Key, Lost]:
     """What linears that share an input lose; uses the Gram matrix up."""
-    where, tokens = f"allocation, block {index}, {names[0]}", gram.tokens
-    if tokens or not model.layout.linear(index, names[0]).expert:
+    where = f"allocation, block {index}, {names[0]}"
+    if gram.tokens or not model.layout.linear(index, names[0]).expert:
         check_statistic(gram, where, model.skeleton, index)
     full = gram.matrix()
     try:
@@ -119,7 +126,7 @@ def _lost(
     found = {}
     for name in names:
         dense = model.skeleton.dense_matrix(index, name).to(model.device, torch.float32)
-        rows = [_row_losses(dense, Ratio(level), factor, full) / max(1, tokens) for level in levels]
+        rows = [_row_losses(dense, Ratio(level), factor, full) / tokens for level in levels]
         found[index, name] = Lost(dense.numel(), torch.stack(rows))
         model.skeleton.files.release()
     return found

@@ -9,6 +9,7 @@ Legend: K matrices, L levels, P points of a curve.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 POINTS = 257  # of a curve
 HALVINGS = 80  # of the range in which the common marginal loss lies
 Floats = NDArray[np.float64]
+Bounds = tuple[Fraction | float, Fraction | float]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Curve:
         return all(0 < loss < np.inf for loss in self.losses)
 
 
-def counts(curves: Sequence[Curve], bounds: Sequence[tuple[float, float]], total: int) -> list[int]:
+def counts(curves: Sequence[Curve], bounds: Sequence[Bounds], total: int) -> list[int]:
     """Zeros of each matrix, `total` together.
 
     Args:
@@ -48,8 +50,8 @@ def counts(curves: Sequence[Curve], bounds: Sequence[tuple[float, float]], total
     Raises:
         ValueError: bounds and total do not go together.
     """
-    least = np.array([round(low * curve.entries) for curve, (low, _) in zip(curves, bounds, strict=True)])
-    most = np.array([round(high * curve.entries) for curve, (_, high) in zip(curves, bounds, strict=True)])
+    least = np.array([int(low * curve.entries) for curve, (low, _) in zip(curves, bounds, strict=True)])
+    most = np.array([int(high * curve.entries) for curve, (_, high) in zip(curves, bounds, strict=True)])
     if not least.sum() <= total <= most.sum():
         raise ValueError(f"{total} zeros are not between {least.sum()} and {most.sum()}")
     below, above = _around(curves, bounds, total)
@@ -58,9 +60,9 @@ def counts(curves: Sequence[Curve], bounds: Sequence[tuple[float, float]], total
     return _whole(wanted, least, most, total)
 
 
-def _around(curves: Sequence[Curve], bounds: Sequence[tuple[float, float]], total: int) -> tuple[Floats, Floats]:
+def _around(curves: Sequence[Curve], bounds: Sequence[Bounds], total: int) -> tuple[Floats, Floats]:
     """Zeros of each matrix at two marginal losses that are as near as numbers go, with the total between them."""
-    grids = [np.linspace(low, high, POINTS) for low, high in bounds]
+    grids = [np.linspace(float(low), float(high), POINTS) for low, high in bounds]
     slopes = [_marginal(curve, grid) for curve, grid in zip(curves, grids, strict=True)]
     entries = np.array([curve.entries for curve in curves])
 
