@@ -19,6 +19,7 @@ from fedspallm_appfl.recovery.losses import kl
 from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import generator, order
 from fedspallm_appfl.recovery.training import Learner, recovered
+from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
@@ -355,3 +356,11 @@ def test_what_does_not_go_with_recovery_is_said_before(tmp_path, capsys):
     for weights_of in ("equal", "sample_size"):  # gram averages nothing but in recovery
         given = ["algorithm=gram", f"server_configs.aggregator_kwargs.weights={weights_of}"]
         assert main(["validate", str(file), *given, "recovery.rounds=1"]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [("auto", True), ("bfloat16", False), ("float32", False)])
+def test_gradients_are_computed_in_float32_where_the_model_is_in_float16(tmp_path, dtype, wide):
+    """The range of float16 ends where gradients of large models lie."""
+    narrow = LazyModel(str(save_tiny(tmp_path)), dtype=dtype)
+    of = Source(narrow, torch.zeros(1, 2), client_settings(), in_float32=lambda: "in float32")
+    assert (of.trainable() == "in float32") == wide
