@@ -11,6 +11,7 @@ from fedspallm_appfl.pruning.least_squares import Correlation
 from fedspallm_appfl.pruning.registry import keeps_weights, prepare
 from fedspallm_appfl.pruning.statistics import InputNorms
 from fedspallm_appfl.settings.schema import PRUNERS, Pruning
+from fedspallm_appfl.tensors.sparsity import select
 from fedspallm_appfl.tensors.target import NM, parse_target
 from helpers.least_squares import DAMPING, correlated_inputs, error, matrix_of, normal, prepared, rounded, solve_oracle
 
@@ -164,38 +165,51 @@ def test_the_scale_of_the_inputs_changes_nothing(exponent):
 
 def test_more_steps_find_a_better_mask():
     weight, matrix = normal(60, 80), matrix_of(correlated_inputs(80))
-    errors = [error(prune(weight, "0.6", matrix, iterations=n)[0], weight, matrix) for n in (10, 30, 100)]
+    errors = [error(prune(weight, "0.6", matrix, iterations=n)[0], weight, matrix) for n in (5, 15, 60)]
     assert errors == sorted(errors, reverse=True)
     mask = prune(weight, "0.6", matrix, iterations=0)[1]
-    scores = weight.abs() * matrix.diagonal().sqrt()
+    scores = weight.abs() / torch.linalg.inv(Correlation(matrix.clone(), DAMPING + admm.EASED).matrix).diagonal().sqrt()
+    scores = scores * matrix.diagonal().sqrt()
     assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_few_steps_are_better_than_sparsegpt_too():
+    weight, matrix = normal(60, 80), matrix_of(correlated_inputs(80))
+    sparsegpt = error(prepared("sparsegpt", "0.6", matrix).prune(weight)[0], weight, matrix)
+    for steps in (2, 4, 6):
+        assert error(prune(weight, "0.6", matrix, iterations=steps)[0], weight, matrix) < sparsegpt
 
 
 def test_the_penalties_run_from_the_first_to_the_last_in_any_number_of_steps():
     first, last = admm.PENALTIES
     assert admm._schedule(0) == []
-    assert admm._schedule(3) == [(first, 3)]
-    for steps in (12, 60, 61):
+    assert admm._schedule(1) == [(first, 1)]
+    for steps in (2, 6, 12, 60, 61):
         penalties, counts = zip(*admm._schedule(steps), strict=True)
-        assert (sum(counts), max(counts)) == (steps, admm.PERIOD)
+        assert sum(counts) == steps
+        assert max(counts) - min(counts) <= 1
+        assert max(counts) <= admm.PERIOD
+        assert len(counts) >= min(steps, admm.LEAST_PENALTIES)
         assert (penalties[0], penalties[-1]) == pytest.approx((first, last))
         assert np.diff(np.log(penalties)) == pytest.approx(np.log(last / first) / (len(counts) - 1))
 
 
 @pytest.mark.parametrize("text", ["0.5", "2:4"])
 def test_the_steps_are_those_of_the_paper(text):
-    """Oracle: X, D and the scaled multiplier apart, with an explicit inverse, in float64; the first penalty only."""
+    """Oracle: X, D and the scaled multiplier apart, with explicit inverses and scaled matrices, in float64."""
     weight, matrix, target = normal(12, 24), matrix_of(correlated_inputs(24)), parse_target(text)
     correlation = Correlation(matrix.clone(), DAMPING)
-    state, mask = admm._search(correlation.scaled(weight), target, correlation, admm.PERIOD)
-    c, rho = correlation.matrix.double(), admm.PENALTIES[0]
-    w = d = weight.double() * correlation.scale.double()
-    u = torch.zeros_like(d)
-    kept = admm._largest(w, target)
+    metric = admm.Metric(correlation)
+    state, mask = admm._search(correlation.scaled(weight) * metric.scale, target, metric, 3)
+    c, one = correlation.matrix.double(), torch.eye(24).double()
+    costs = 1 / torch.linalg.inv(c + admm.EASED * one).diagonal()
+    c = c / costs.sqrt() / costs.sqrt().unsqueeze(1)
+    w = weight.double() * correlation.scale.double() * costs.sqrt()
+    kept = ~select(w.abs(), target, per_row=False)
     d, u = w * kept, w * ~kept
-    for _ in range(admm.PERIOD):
-        x = (w @ c + rho * (d - u)) @ torch.linalg.inv(c + rho * torch.eye(24).double())
-        d = (x + u) * admm._largest(x + u, target)
+    for rho in np.geomspace(*admm.PENALTIES, 3):
+        x = (w @ c + rho * (d - u)) @ torch.linalg.inv(c + rho * one)
+        d = (x + u) * ~select((x + u).abs(), target, per_row=False)
         u = u + x - d
     torch.testing.assert_close(state.double(), d + u, rtol=1e-4, atol=1e-5)
     assert torch.equal(mask, d != 0)
@@ -212,6 +226,6 @@ def test_it_is_one_of_the_pruners_and_changes_weights():
     settings = Pruning("admm", parse_target("0.5"))
     assert "admm" in PRUNERS
     assert not keeps_weights(settings)
-    assert settings.iterations == admm.STEPS == 60
+    assert settings.iterations == admm.STEPS == 20
     with pytest.raises(TypeError, match="admm needs the Gram matrix"):
         prepare(settings, InputNorms.of(torch.ones(4), 1))

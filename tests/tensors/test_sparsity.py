@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.tensors.sparsity import (
+    SPACING,
     first_in_groups,
     kth_smallest,
     row_counts,
@@ -125,6 +126,16 @@ def test_the_kth_smallest_is_the_kth_of_the_sorted_scores(seed):
     assert [kth_smallest(scores, k).item() for k in range(1, 18)] == sorted(scores.tolist())
     assert kth_smallest(scores[::2], 3).item() == sorted(scores[::2].tolist())[2]
     assert torch.equal(scores, given)
+
+
+@pytest.mark.parametrize("scores", [torch.randn(40000), torch.arange(40000.0), tied_scores(40000), torch.ones(40000)])
+def test_a_sample_of_many_scores_only_says_where_to_look(scores):
+    ordered = scores.sort().values
+    for k in (1, 2, 700, 19999, 20000, 39999, 40000):
+        assert kth_smallest(scores, k) == ordered[k - 1]
+    misleading = scores.clone()
+    misleading[::SPACING] = 1e9
+    assert kth_smallest(misleading, 20000) == misleading.sort().values[19999]
 
 
 def test_infinite_scores_and_both_zeros_have_their_place():

@@ -21,7 +21,7 @@ from fedspallm_appfl.pruning.statistics import damp, inverse_norms
 ROWS = 1024  # solved together: enough for a GEMM at full speed, and few enough to need little memory
 STRIPS = 5  # float32 copies of the rows that are solved together
 MOST_ITERATIONS = 50
-TOLERANCE = 1e-4  # stop when an iteration lowers the error by a smaller share
+TOLERANCE = 1e-3  # stop when an iteration lowers the error by a smaller share
 ROUNDING = 1e-6  # a row whose residual falls to this share of the initial one is solved: the rest is rounding
 
 
@@ -61,14 +61,13 @@ class Correlation:
         solution[:, dead] = (weight[:, dead] * mask[:, dead]).to(solution.dtype)
         return solution
 
-    def shrinkage(self, penalty: float) -> Tensor:
-        """(I, I) float32, `rho (C + rho)^-1`, the step of ADMM."""
-        damped = self.matrix.clone()
-        damped.diagonal().add_(penalty)
-        by_column = damped.mT  # as LAPACK wants it, so that no copies are made
-        torch.linalg.cholesky(by_column, out=by_column)
-        torch.cholesky_inverse(by_column, out=by_column)
-        return damped.mul_(penalty)
+
+def inverted(matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric, positive definite matrix (I, I) float32, in its place."""
+    by_column = matrix.mT  # as LAPACK wants it, so that no copies are made
+    torch.linalg.cholesky(by_column, out=by_column)
+    torch.cholesky_inverse(by_column, out=by_column)
+    return matrix
 
 
 def refit(weight: Tensor, mask: Tensor, start: Tensor, correlation: Correlation) -> Tensor:
@@ -102,14 +101,15 @@ def descend(solution: Tensor, weight: Tensor, mask: Tensor, matrix: Tensor) -> N
         mask: (O, I) bool, True = kept.
         matrix: (I, I) float32, symmetric and positive definite, with a constant diagonal.
     """
+    kept = numbers(mask)
     lost = weight.sub_(solution)
     residual = lost @ matrix
     error = float(_dots(lost, residual).sum())
-    direction = lost.copy_(residual.mul_(mask))
+    direction = lost.copy_(residual.mul_(kept))
     square = _dots(residual, residual)
     solved = ROUNDING**2 * square
     for _ in range(MOST_ITERATIONS):
-        image = (direction @ matrix).mul_(mask)
+        image = (direction @ matrix).mul_(kept)
         step = torch.where(square > solved, square / _dots(direction, image), 0.0)
         solution.addcmul_(direction, step)
         gain = float((step * square).sum())
@@ -124,6 +124,11 @@ def descend(solution: Tensor, weight: Tensor, mask: Tensor, matrix: Tensor) -> N
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """(O, 1), the inner products of the rows."""
     return torch.linalg.vecdot(a, b).unsqueeze(1)
+
+
+def numbers(mask: Tensor) -> Tensor:
+    """A bool mask as zeros and ones, by which torch multiplies much faster; the same memory."""
+    return mask.view(torch.int8)
 
 
 def slices(rows: int) -> list[slice]:

@@ -330,7 +330,7 @@ class Pruning:
     damping_retries: int = key(
         3, "how often a failed factorization is tried again with ten times the damping", least=0, most=100
     )
-    iterations: int = key(60, "ADMM: steps at most; fewer are faster, more a little better", least=1, most=MOST)
+    iterations: int = key(20, "ADMM: steps at most; fewer are faster, more a little better", least=1, most=MOST)
     refit: bool = key(False, "least squares on the kept weights after SparseGPT or Wanda")
     min_tokens: int = key(
         32,
