@@ -139,13 +139,24 @@ def test_more_models_of_the_same_sums_get_targets_of_their_own(tiny, tmp_path):
     manifest = json.loads((folder / "further" / "sparsegpt-0.6" / "manifest.json").read_text())
     assert manifest["zeros"] == sum(int(0.6 * one["entries"]) for one in manifest["matrices"])
     assert len({one["target"] for one in manifest["matrices"]}) > 10
-    assert fs.cli.main(["prune", str(folder), "--sparsity", "2:4"]) == 2
+    assert fs.cli.main(["prune", str(folder), "--sparsity", "2:4"]) == 0
+    manifest = json.loads((folder / "further" / "sparsegpt-2-4" / "manifest.json").read_text())
+    assert {one["target"] for one in manifest["matrices"]} == {"2:4"}
+
+
+def test_with_n_m_there_is_nothing_to_choose_and_the_run_says_so(tiny, tmp_path):
+    shared = {"train_configs": {"sparsity": "2:4"}}
+    file = tiny_config(tmp_path, tiny, "fedspallm", client_configs=shared, allocation=CHOSEN)
+    config, events = fs.load_config(file), []
+    assert (fs.validate(file), allocated(config, events.append)) == ([], config)
+    assert [event["text"] for event in events] == [
+        "allocation: 2:4 is the target of each group of entries, so there is nothing to choose"
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"sparsity": "2:4"}, "allocation is for shares such as 0.7"),
         ({"sparsity": {"default": 0.5, "blocks.0": 0.3}}, "allocation chooses the target of each matrix"),
         ({"allocation": {"width": 0.1}}, "its other keys do nothing with method uniform"),
         ({"allocation": {**CHOSEN, "width": "1.5"}}, "allocation.width: auto, or a number in [0, 1) such as 0.15"),

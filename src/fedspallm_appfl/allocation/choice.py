@@ -70,7 +70,11 @@ def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
         ModelError: the model cannot be read, or its experts lie in one tensor.
         PruningError: a matrix cannot be pruned.
     """
-    if not config.allocation.asked or isinstance(config.client_configs.train_configs.sparsity, Targets):
+    sparsity = config.client_configs.train_configs.sparsity
+    if config.allocation.asked and not config.allocates:
+        text = f"allocation: {sparsity} is the target of each group of entries, so there is nothing to choose"
+        on_event({"event": "notice", "text": text})
+    if not config.allocates or isinstance(sparsity, Targets):
         return config
     chosen = allocate(config, on_event)
     made = copy.deepcopy(config)

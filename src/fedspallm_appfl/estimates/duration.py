@@ -78,7 +78,7 @@ def durations(job: Job) -> Durations:
         machine = machine_of(job.config.client_configs.train_configs)
         changed = (set().union(*assigned.values()) for assigned in job.draws)
         server = sum(_solving(job, machine, block) for blocks in changed for block in blocks)
-    allocating = _allocating(job, machine_of) if job.config.allocation.asked else 0.0
+    allocating = _allocating(job, machine_of) if job.config.allocates else 0.0
     return Durations(clients, server, allocating)
 
 

@@ -275,7 +275,7 @@ def _processes(job: Job, windows: Mapping[str, int] | None) -> Iterator[Process]
         yield "serial, all in one", memory.serial_memory(job), None
         if not job.algorithm.pools_text:
             yield from _ranks(job)
-    if job.config.allocation.asked:
+    if job.config.allocates:
         yield "allocation, at the server", memory.allocation_memory(job), None
     if windows:
         yield "evaluation", memory.evaluation_memory(job, windows), None

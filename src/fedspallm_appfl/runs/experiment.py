@@ -174,7 +174,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "algorithm": config.algorithm,
         "seed": config.seed,
         "fedspallm_appfl": __version__,
-        "target": str(sparsity.default if config.allocation.asked else sparsity),
+        "target": str(sparsity.default if config.allocates else sparsity),
         "allocation": plain(config.allocation),
         "pruner": config.pruners(),
         "block_weights": skeleton.block_weights,

@@ -23,8 +23,8 @@ from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
 from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.settings.schema import Allocation, Config, Recovery
-from fedspallm_appfl.tensors.target import NM, parse_target
+from fedspallm_appfl.settings.schema import Config, Recovery
+from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.validation.files import unfit
 from fedspallm_appfl.validation.rules import check
@@ -103,7 +103,7 @@ def prune(run: Path, targets: Sequence[str], pruner: str | None, console: Consol
 def _models(run: Path, config: Config, targets: Sequence[str], layout: Layout) -> list[Model]:
     """What is to be made, each once."""
     given = config.client_configs.train_configs.sparsity
-    aims = dict.fromkeys(_target(text, layout, given, config.allocation) for text in targets)
+    aims = dict.fromkeys(_target(text, layout, given) for text in targets)
     return [Model(target, run / FURTHER / f"{config.pruners()}-{folder_name(str(target.default))}") for target in aims]
 
 
@@ -170,14 +170,12 @@ def _config(run: Path, pruner: str | None) -> Config:
     return config
 
 
-def _target(text: str, layout: Layout, given: Sparsity, asked: Allocation) -> Sparsity:
+def _target(text: str, layout: Layout, given: Sparsity) -> Sparsity:
     """A target in the place of the default one of the run; what it says of some matrices stands."""
     try:
         target = given.with_default(parse_target(text))
     except ValueError as error:
         raise ConfigError(f"--sparsity: {error}") from error
-    if asked.asked and isinstance(target.default, NM):
-        raise ConfigError(f"--sparsity: the run chose targets of matrices, so a share such as 0.7; got {text}")
     for problem in unfit(layout, target):
         raise ConfigError(problem)
     return target

@@ -13,7 +13,6 @@ from typing import Any
 
 from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import UUID, Allocation, Client, Config, Rule, Store
-from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
@@ -103,15 +102,11 @@ def _top(config: Config) -> Iterator[str]:
 
 def _allocation(config: Config) -> Iterator[str]:
     asked, sparsity = config.allocation, config.client_configs.train_configs.sparsity
-    if not asked.asked:
-        if asked != Allocation():
-            yield "allocation: its other keys do nothing with method uniform; set allocation.method to fisher"
-        return
-    where = "client_configs.train_configs.sparsity"
-    if isinstance(sparsity, Targets):
+    if not asked.asked and asked != Allocation():
+        yield "allocation: its other keys do nothing with method uniform; set allocation.method to fisher"
+    if asked.asked and isinstance(sparsity, Targets):
+        where = "client_configs.train_configs.sparsity"
         yield f"{where}: allocation chooses the target of each matrix, so one share for all; got {shown(sparsity)}"
-    elif isinstance(sparsity, NM):
-        yield f"{where}: allocation is for shares such as 0.7, as each n:m group has its own count; got {shown(sparsity)}"
 
 
 def _clients(config: Config) -> Iterator[str]:

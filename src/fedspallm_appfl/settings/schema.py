@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedspallm_appfl.tensors.target import Target, parse_target
+from fedspallm_appfl.tensors.target import NM, Target, parse_target
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 Paths = str | list[str]
@@ -531,6 +531,11 @@ class Config:
     client_configs: ClientConfigs = group(ClientConfigs)
     clients: list[Client] = field(default_factory=list)
     evaluation: Evaluation = group(Evaluation)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether matrices get targets of their own; with n:m each group has one."""
+        return self.allocation.asked and not isinstance(self.client_configs.train_configs.sparsity, NM)
 
     def pruners(self) -> str:
         """The pruners that clients use, in the order of the file."""

@@ -82,7 +82,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
                 progress.ends("measured in the run of another method")
                 continue
             config = plan.experiment(method, target, seed)
-            if config.allocation.asked:  # a choice holds for all methods
+            if config.allocates:  # a choice holds for all methods
                 _allocate(config, chosen)
             shares = method.shares_uploads and not config.recovery.rounds
             if seed in gathered and shares:

@@ -59,7 +59,7 @@ def check_with_files(config: Config) -> list[str]:
             held_out_windows(name, text, cut, evaluation.windows, *known)
         except DataError as error:
             problems.append(str(error))
-    if config.allocation.asked and skeleton is not None:
+    if config.allocates and skeleton is not None:
         problems += _allocation(config, skeleton)
     if config.evaluation.texts:
         problems += too_long("evaluation.length", length, longest)
