@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import log_softmax
 
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import of_round
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.blockwise import advance, embed, finish
@@ -20,7 +22,7 @@ from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import generator, order
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.source import Source
-from fedspallm_appfl.settings.schema import Pruning, Recovery
+from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
 from fedspallm_appfl.wire.packed import pack
@@ -364,3 +366,9 @@ def test_gradients_are_computed_in_float32_where_the_model_is_in_float16(tmp_pat
     narrow = LazyModel(str(save_tiny(tmp_path)), dtype=dtype)
     of = Source(narrow, torch.zeros(1, 2), client_settings(), in_float32=lambda: "in float32")
     assert (of.trainable() == "in float32") == wide
+
+
+def test_clients_are_sent_the_pruned_model_and_recovery_follows_the_last_round():
+    made = registry.find("gram").exchanges((), Gram(), Recovery(rounds=2))
+    assert [(one.up, one.down) for one in made] == [("grams", "weights"), ("deltas", "weights"), ("deltas", "weights")]
+    assert of_round(made, last=False) == made[:1] and of_round(made, last=True) == made
