@@ -36,6 +36,7 @@ from helpers.s3_double import BUCKET, keys, s3_service
 from helpers.tiny import events, run, save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
+CHOSEN = {"method": "fisher", "windows": 4, "length": 64, "width": "0.2"}  # targets of matrices
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
 
 
@@ -151,7 +152,8 @@ def test_each_measures_its_own_model_where_each_has_one(tmp_path, site, capsys):
 
 @pytest.mark.parametrize("algorithm", ["consensus", "gram", "standalone"])
 def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, algorithm):
-    config = write_config(tmp_path, algorithm=algorithm)
+    chosen = {"allocation": CHOSEN} if algorithm == "gram" else {}
+    config = write_config(tmp_path, algorithm=algorithm, **chosen)
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
