@@ -23,10 +23,11 @@ pytestmark = [pytest.mark.mpi, without_mpiexec]
 WHOLE_GRAMS = {"precision": "fp32", "propagate": "pruned", "target": "dense"}
 RECOVERY = {"rounds": 2, "steps": 2}
 SPLIT = {"client_configs": {"comm_configs": {"compression": "zstd", "max_message_bytes": 9000}}}
+CHOSEN = {"allocation": {"method": "fisher", "windows": 4, "length": 32, "width": "0.2"}}
 ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take part in some blocks of two rounds
     "gram": ("gram", {"gram": {"precision": "int8"}, "recovery": RECOVERY}, "cumulative"),
     "gram sweep": ("gram", {"gram": WHOLE_GRAMS}, "latest"),
-    "consensus": ("consensus", {**SPLIT, "recovery": {**RECOVERY, "scope": "blockwise"}}, "latest"),
+    "consensus": ("consensus", {**SPLIT, **CHOSEN, "recovery": {**RECOVERY, "scope": "blockwise"}}, "latest"),
     "own pruner": (
         "fedspallm",
         {"plugins": [str(ROOT / "examples/plugins/ria.py")], "client_configs": {"train_configs": {"pruner": "ria"}}},

@@ -36,6 +36,7 @@ from helpers.s3_double import BUCKET, keys, s3_service
 from helpers.tiny import events, run, save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
+CHOSEN = {"method": "fisher", "windows": 4, "length": 64, "width": "0.2"}  # targets of matrices
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
 
 
@@ -151,10 +152,10 @@ def test_each_measures_its_own_model_where_each_has_one(tmp_path, site, capsys):
 
 @pytest.mark.parametrize("algorithm", ["consensus", "gram", "standalone"])
 def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, capsys, algorithm):
-    """With a round of recovery in one of them, to which sites have to consent."""
-    recovery = {"recovery": {"rounds": 1, "steps": 2, "batch": 3}} if algorithm == "gram" else {}
-    config = write_config(tmp_path, algorithm=algorithm, **recovery)
-    if recovery:
+    """With targets that the server chose and a round of recovery in one of them, to which sites have to consent."""
+    stages = {"allocation": CHOSEN, "recovery": {"rounds": 1, "steps": 2, "batch": 3}} if algorithm == "gram" else {}
+    config = write_config(tmp_path, algorithm=algorithm, **stages)
+    if stages:
         assert over_globus(config) == 2
         assert "austen: this site does not send recovery; set recovery.rounds to 0" in capsys.readouterr().err
         write_site(site, DOMAINS[:3], may_send=["grams", "recovery"])

@@ -13,7 +13,7 @@ from fedspallm_appfl.texts.tokenizer import tokenizer_for
 from fedspallm_appfl.texts.windows import Cut
 
 SHIPPED = "public.txt"  # in this folder; `make_public_text` has made it
-LENGTH = 512  # tokens in a window, or what the model takes if that is less
+LENGTH = 256  # tokens in a window, or what the model takes if that is less
 DRAWN = "allocation"  # what windows are drawn by, as those of a client are by its id
 
 

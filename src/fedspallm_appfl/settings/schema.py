@@ -163,9 +163,9 @@ class Allocation:
     )
     text: Paths | None = key(None, "public text, as `data.text`; empty takes the one that comes with the package")
     field: str | None = key(None, "as `data.field`")
-    windows: int = key(32, "windows of it that the targets are made of, at most half of the text", least=1, most=MOST)
+    windows: int = key(64, "windows of it that the targets are made of, at most half of the text", least=1, most=MOST)
     length: int | None = key(
-        None, "tokens in a window; empty means 512, or what the model takes if that is less", least=2, most=MOST
+        None, "tokens in a window; empty means 256, or what the model takes if that is less", least=2, most=MOST
     )
     batch: int = key(1, "windows in a forward or backward pass", least=1, most=MOST)
 
