@@ -34,7 +34,7 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_ap
 demo: install  ## Prune the bundled model with four clients; about a minute
 	$(BIN)/fedspallm run configs/demo.yaml --overwrite
 
-study: install  ## Compare nine methods on the bundled model; ten minutes
+study: install  ## Compare eleven methods on the bundled model; half an hour
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
 real: $(REAL)/config.json  ## Measure all methods on a pretrained model and write docs/results.md; hours, and a package of 94 MB

@@ -34,6 +34,8 @@ DEFAULT = (
     "gram",
     "consensus+admm",
     "gram+admm",
+    "gram+admm+fisher",
+    "best",
     "centralized",
 )
 RUNS = "runs"  # a run directory for each cell
