@@ -14,6 +14,7 @@ from fedspallm_appfl.algorithms.algorithm import Matrix
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.pruning.registry import find
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.participants import comparisons
 from fedspallm_appfl.settings.reading import load_config
@@ -235,9 +236,12 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
     aggregation = server_settings(pruning, "gram", gram=gram)
     apart, together = (serve(tmp_path / str(len(of)), of, aggregation, folder) for of in (four, one))
     assert apart.keys() == together.keys()
+    close = (
+        2e-3 if find(pruner).fits else 1e-5
+    )  # a fit ends a little short of the solution, and where depends on its start
     for key, (weight, mask) in together.items():
         assert torch.equal(apart[key][1], mask), key
-        assert torch.allclose(apart[key][0], weight, rtol=1e-4, atol=1e-5), key
+        assert torch.allclose(apart[key][0], weight, rtol=1e-4, atol=close), key
 
 
 def test_with_one_block_gram_is_centralized(tmp_path):
