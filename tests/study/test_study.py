@@ -90,7 +90,7 @@ def config(tmp_path_factory):
 def test_the_defaults_are_methods_that_the_demo_can_run(tmp_path):
     plan, problems = planned(DEMO_CONFIG, ["evaluation.compare=[standalone]"], DEFAULT, out=tmp_path)
     assert problems == []
-    assert (plan.targets, plan.seeds, len(plan.methods)) == ((parse_target(0.5),), (0,), 9)
+    assert (plan.targets, plan.seeds, len(plan.methods)) == ((parse_target(0.5),), (0,), 11)
 
 
 def test_all_problems_of_all_combinations_are_reported_together(tmp_path, config):
