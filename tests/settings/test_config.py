@@ -194,6 +194,8 @@ DOUBLED = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\
         (DOUBLED, "more than 200000 values, with aliases followed"),
         ("a: " + "[" * 20_000, "more than 50 groups in each other"),
         ("a: " + "{b: " * 60, "more than 50 groups in each other"),
+        ("seed: " + "1" * 5000, "a number cannot be read"),
+        ("seed: !!float x", "a number cannot be read"),
         ("a: &a [*a]", "an alias stands for a group that it lies in"),
     ],
 )
@@ -397,8 +399,13 @@ def test_a_preset_lies_below_the_file_and_above_it_as_an_override(value, tmp_pat
         assert value(pruner, f"preset: {name}\n{own}") == "magnitude"
         assert value(pruner, own, f"preset={name}") == expected
         assert value(pruner, own, f"{pruner}=wanda", f"preset={name}") == "wanda"
+        assert value("recovery.rounds", "preset: best\n", f"preset='{name}'") == preset["recovery"]["rounds"]
         config, _ = load_config(tmp_path / "experiment.yaml", (), {"preset": name})
         assert (config.algorithm, read_config(plain(config))) == (preset["algorithm"], (config, []))
+
+
+def test_an_override_takes_the_preset_of_a_file_away(value):
+    assert value("algorithm", "preset: best\n", "preset=null") == "fedspallm"
 
 
 def test_a_preset_that_is_none_is_refused_with_those_that_are(read):

@@ -47,8 +47,8 @@ TEXTS = ("austen", "jargon")
         ("standalone+admm", {"algorithm": "standalone", "pruner": "admm"}),
         ("gram+fisher", {"algorithm": "gram", "allocation": "fisher"}),
         ("gram+recovery+wanda", {"algorithm": "gram", "pruner": "wanda", "recovers": True}),
-        ("fast", {"algorithm": "fedprllm", "pruner": "wanda", "allocation": "uniform"}),
-        ("best", {"algorithm": "gram", "pruner": "admm", "allocation": "fisher", "recovers": True}),
+        ("fast+recovery", {"algorithm": "fedprllm", "preset": "fast", "recovers": True}),
+        ("best", {"algorithm": "gram", "preset": "best"}),
     ],
 )
 def test_a_name_says_algorithm_pruner_stages_and_how_gram_sweeps(text, expected):
@@ -65,8 +65,8 @@ def test_a_name_says_algorithm_pruner_stages_and_how_gram_sweeps(text, expected)
         ),
         ("gram+adm", r"gram\+adm: a pruner or a stage is one of .*; got 'adm'; did you mean admm\?"),
         ("gram+", r"a pruner or a stage is one of .*, fisher, recovery; got ''$"),
-        ("magnitude+wanda", r"says its pruner twice; leave out \+wanda"),
-        ("best+wanda", r"says its pruner twice; leave out \+wanda"),
+        ("magnitude+wanda", r"there is one already; leave out \+wanda"),
+        ("best+wanda", r"there is one already; leave out \+wanda"),
     ],
 )
 def test_an_unknown_name_is_explained_with_the_valid_ones(text, message):

@@ -4,7 +4,6 @@ A function of the dense model, the public text, the target of the run and the se
 is sent, and puts the result in the place of `sparsity`; nobody else has to know.
 """
 
-import copy
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import ClientSettings, Config, OwnData
 from fedspallm_appfl.tensors.patterns import full_name
-from fedspallm_appfl.tensors.target import Ratio, Target
+from fedspallm_appfl.tensors.target import NM, Ratio, Target
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.packed import Unreached, pack
 from fedspallm_appfl.wire.store import PackedStore
@@ -71,22 +70,19 @@ def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
         PruningError: a matrix cannot be pruned.
     """
     sparsity = config.client_configs.train_configs.sparsity
-    if config.allocation.asked and not config.allocates:
+    if config.allocation.asked and isinstance(sparsity, NM):
         text = f"allocation: {sparsity} is the target of each group of entries, so there is nothing to choose"
         on_event({"event": "notice", "text": text})
     if not config.allocates or isinstance(sparsity, Targets):
         return config
     chosen = allocate(config, on_event)
-    made = copy.deepcopy(config)
-    for owner in (made.client_configs, *made.clients):
-        owner.train_configs.sparsity = chosen.sparsity
     losses_of = {f"{width:g}": loss for width, loss in chosen.losses.items()}
     on_event({"event": "allocation", "width": chosen.width, "losses": losses_of, "targets": chosen.shares})
-    if not chosen.width:
+    if chosen.losses and not chosen.width:
         on_event(
             {"event": "notice", "text": "allocation: the uniform target lost least on the public text, so it holds"}
         )
-    return made
+    return config.with_sparsity(chosen.sparsity)
 
 
 def allocate(config: Config, on_event: OnEvent = ignore) -> Allocation:

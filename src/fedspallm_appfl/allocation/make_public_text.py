@@ -9,7 +9,8 @@ SOURCES/NAME`), as `python -m fedspallm_appfl.allocation.make_public_text SOURCE
     zlib1g-dev          zlib.h                                           zlib licence, which stands in its first lines
     (none)              Python files of this project                     MIT
 
-None of it overlaps the texts of the demo. The pieces of all parts take turns, so that any stretch of it has all styles.
+None of it overlaps the texts of the demo. The Python files are those of the day it was made: it is not made anew when they
+change, as that would change targets. The pieces of all parts take turns, so that any stretch of it has all styles.
 """
 
 import gzip

@@ -183,10 +183,7 @@ def _target(text: str, layout: Layout, given: Sparsity) -> Sparsity:
 
 def _allocated(config: Config, target: Sparsity) -> Sparsity:
     """The targets of all matrices, chosen as in the run if it has chosen any."""
-    mine = copy.deepcopy(config)
-    for owner in (mine.client_configs, *mine.clients):
-        owner.train_configs.sparsity = target
-    return allocated(mine).client_configs.train_configs.sparsity
+    return allocated(config.with_sparsity(target)).client_configs.train_configs.sparsity
 
 
 def folder_name(text: str) -> str:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedspallm_appfl.errors import ConfigError, first_line
-from fedspallm_appfl.settings import yaml_text
-from fedspallm_appfl.settings.presets import PRESETS, filled, over
+from fedspallm_appfl.settings import presets, yaml_text
+from fedspallm_appfl.settings.presets import over
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.targets import Sparsity, parse_sparsity
 
@@ -48,13 +48,17 @@ def load_config(
     Raises:
         ConfigError: the file cannot be read as YAML, or an override has no `=`.
     """
-    return read_config(over(_merge(_read(Path(file)), overrides), filled(more or {})))
+    loaded, above = _read(Path(file)), more or {}
+    name = over(_merged(loaded, overrides), above).get("preset")
+    above_file = "preset" in above or any(one.startswith("preset=") for one in overrides)
+    layers = (loaded, presets.of(name)) if above_file else (presets.of(name), loaded)
+    return read_config(over(_merged(over(*layers), overrides), above))
 
 
 def read_config(raw: dict[str, Any]) -> tuple[Config, list[str]]:
     """The same from plain keys and values."""
     problems: list[str] = []
-    raw = filled(raw)
+    raw = over(presets.of(raw.get("preset")), raw)
     merged = {**raw, "clients": _merged_clients(raw, problems)}
     return build(Config, merged, "", problems), _without_echoes(problems)
 
@@ -64,7 +68,7 @@ def to_yaml(config: Config) -> str:
     return yaml_text.dump(plain(config))
 
 
-def _read(file: Path) -> DictConfig:
+def _read(file: Path) -> dict[str, Any]:
     resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     resolver("here", lambda path: str((file.resolve().parent / path).resolve()), replace=True)
     try:
@@ -76,21 +80,21 @@ def _read(file: Path) -> DictConfig:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
     try:
-        return OmegaConf.create(filled(loaded))
+        OmegaConf.create(loaded)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as a configuration: {first_line(error)}") from error
+    return loaded
 
 
-def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    for override in sorted(overrides, key=lambda one: not one.startswith("preset=")):  # it lies below the others
+def _merged(plain_values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    loaded = OmegaConf.create(plain_values)
+    for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(
                 f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
             )
         try:
-            if key == "preset":
-                loaded.merge_with(PRESETS.get(value, {}))
             OmegaConf.update(loaded, key, yaml_text.load(value), merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error

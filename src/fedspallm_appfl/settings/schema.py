@@ -8,6 +8,7 @@ Nothing here imports torch: a wrong key or value is refused at once. `reading` m
 `page` writes docs/configuration.md from them.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,7 @@ class Allocation:
         "auto",
         "how far the target of a matrix may be from `sparsity`, such as 0.15; `auto` tries a few, 0 among them, and keeps "
         "the one with the smallest loss on other windows of the text",
-        form=(r"auto|0?\.[0-9]{1,6}|0", "auto, or a number in [0, 1) such as 0.15"),
+        form=(r"auto|0?\.(?=.*[1-9])[0-9]{1,6}", "auto, or a number between 0 and 1 such as 0.15"),
     )
     text: Paths | None = key(None, "public text, as `data.text`; empty takes the one that comes with the package")
     field: str | None = key(None, "as `data.field`")
@@ -534,8 +535,16 @@ class Config:
 
     @property
     def allocates(self) -> bool:
-        """Whether matrices get targets of their own; with n:m each group has one."""
-        return self.allocation.asked and not isinstance(self.client_configs.train_configs.sparsity, NM)
+        """Whether matrices get targets of their own; with n:m each group has one, and a model to recover its zeros."""
+        given = self.recovery.model or isinstance(self.client_configs.train_configs.sparsity, NM)
+        return self.allocation.asked and not given
+
+    def with_sparsity(self, sparsity: Sparsity) -> "Config":
+        """The same with another target, for all clients."""
+        made = copy.deepcopy(self)
+        for owner in (made.client_configs, *made.clients):
+            owner.train_configs.sparsity = sparsity
+        return made
 
     def pruners(self) -> str:
         """The pruners that clients use, in the order of the file."""

@@ -85,7 +85,10 @@ def load(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML, or a key stands twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:
+        raise yaml.YAMLError(f"a number cannot be read: {str(error)[:200]}") from error
 
 
 def dump(value: Any) -> str:

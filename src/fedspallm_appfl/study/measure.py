@@ -83,7 +83,7 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
                 continue
             config = plan.experiment(method, target, seed)
             if config.allocates:  # a choice holds for all methods
-                _allocate(config, chosen)
+                config = _allocated(config, chosen)
             shares = method.shares_uploads and not config.recovery.rounds
             if seed in gathered and shares:
                 cell = _from_sums(config, method, texts, *gathered[seed])
@@ -102,13 +102,12 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
         _forget(plan, gathered)
 
 
-def _allocate(config: Config, chosen: dict[tuple[str, int], Sparsity]) -> None:
-    """Put the targets of all matrices into a configuration, those of an earlier cell where they are the same."""
+def _allocated(config: Config, chosen: dict[tuple[str, int], Sparsity]) -> Config:
+    """A configuration with the targets of all matrices, those of an earlier cell where they are the same."""
     key = str(config.client_configs.train_configs.sparsity), config.seed
     if key not in chosen:
         chosen[key] = allocated(config).client_configs.train_configs.sparsity
-    for owner in (config.client_configs, *config.clients):
-        owner.train_configs.sparsity = chosen[key]
+    return config.with_sparsity(chosen[key])
 
 
 def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:

@@ -16,7 +16,7 @@ from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.runs.further_models import folder_name
-from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings import plugins, presets
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.settings.reading import load_config, read_config
 from fedspallm_appfl.settings.schema import Config, Gram, Recovery, plain
@@ -53,6 +53,7 @@ class Method:
         target: of `gram`.
         allocation: how targets of matrices are chosen; None leaves it to the configuration.
         recovers: a round of recovery follows, or those of the configuration.
+        preset: lies below all of these and above the configuration.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     target: str = "own"
     allocation: str | None = None
     recovers: bool = False
+    preset: str | None = None
 
     @property
     def shares_uploads(self) -> bool:
@@ -70,7 +72,7 @@ class Method:
 
     def in_run_of(self, other: "Method") -> bool:
         """Whether a model of its kind can be made of the uploads of the other one's run."""
-        alike = (self.pruner, self.allocation) == (other.pruner, other.allocation)
+        alike = (self.pruner, self.allocation, self.preset) == (other.pruner, other.allocation, other.preset)
         return alike and not (self.recovers or other.recovers)
 
 
@@ -111,6 +113,8 @@ class Plan:
     def experiment(self, method: Method, target: Target, seed: int) -> Config:
         """The configuration of one cell."""
         made = copy.deepcopy(self.config)
+        if method.preset:
+            made, _ = read_config(presets.applied(plain(made), method.preset))
         made.algorithm, made.seed = method.algorithm, seed
         made.evaluation.compare = [other.algorithm for other in self.companions(method)]
         asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target)
@@ -152,34 +156,21 @@ class Plan:
 
 
 def parse_method(text: str) -> Method:
-    """Read NAME, NAME+PRUNER, and stages after it: NAME+PRUNER+fisher+recovery. A preset is a name too.
+    """Read NAME, NAME+PRUNER, and stages after it: NAME+PRUNER+fisher+recovery. A preset is a NAME with its own pruner.
 
     Raises:
         ConfigError: a name is none; lists the valid ones.
     """
     name, *more = text.split("+")
     _require("an algorithm", name, (*registry.names(), *SHORTCUTS, *PRESETS))
-    made: dict[str, Any] = {"algorithm": name} | SHORTCUTS.get(name, {}) | _preset(name)
+    made: dict[str, Any] = SHORTCUTS.get(name, {"algorithm": presets.of(name).get("algorithm", name)})
+    made = made | ({"preset": name} if name in PRESETS else {})
     for word in more:
         _require(f"{text}: a pruner or a stage", word, (*pruners.names(), *STAGES))
-        said = STAGES.get(word) or {"pruner": word}
-        if taken := said.keys() & made.keys():
-            raise ConfigError(f"--algorithms: {text} says its {', '.join(taken)} twice; leave out +{word}")
-        made |= said
+        if word not in STAGES and {"pruner", "preset"} & made.keys():
+            raise ConfigError(f"--algorithms: {text} names a pruner, and there is one already; leave out +{word}")
+        made |= STAGES.get(word) or {"pruner": word}
     return Method(text, **made)
-
-
-def _preset(name: str) -> dict[str, Any]:
-    """What a preset says of a method; nothing if it is none."""
-    if name not in PRESETS:
-        return {}
-    config, _ = read_config({"preset": name})
-    return {
-        "algorithm": config.algorithm,
-        "pruner": config.client_configs.train_configs.pruner,
-        "allocation": config.allocation.method,
-        "recovers": bool(config.recovery.rounds),
-    }
 
 
 def _require(what: str, name: str, valid: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ def headline(config: Config) -> str:
     """Who prunes how, in a line."""
     clients = f"{len(config.clients)} client{'s' * (len(config.clients) != 1)}"
     sparsity = config.client_configs.train_configs.sparsity
-    together = " of all matrices together" if config.allocation.asked else ""
+    together = " of all matrices together" if config.allocates else ""
     return f"{clients}, {rounds_text(config)}, {how(config)}, sparsity {sparsity}{together}"
 
 
