@@ -23,7 +23,7 @@ from fedspallm_appfl.wire.grams import gram_size
 from fedspallm_appfl.wire.messages import plan
 
 ZSTD_VALUES = {torch.float16: 0.84}  # measured: what shuffled and compressed values shrink to
-ZSTD_DELTAS = {"int4": 0.95, "int8": 0.99, "fp16": 0.93}  # measured on the demo: the same of changes
+ZSTD_DELTAS = {"int4": 0.95, "int8": 0.99, "fp16": 0.91}  # measured on the demo: the same of changes
 ZSTD_GRAMS = {"fp32": 0.91, "bf16": 0.80, "int8": 0.81}  # measured on the demo: the same of statistics
 
 
