@@ -26,7 +26,7 @@ from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
 from fedspallm_appfl.wire.packed import pack
-from fedspallm_appfl.wire.update import compress, make_update
+from fedspallm_appfl.wire.update import check_delta, compress, make_update
 from helpers.families import save_family
 from helpers.rounds import client_settings, global_model, server_settings
 from helpers.tiny import events, linears, run, save_tiny, tiny_config, weights
@@ -196,6 +196,21 @@ def test_a_loss_that_is_not_finite_names_the_client(model):
         changes(learner(model, halved(model), steps=30, lr=1e30))
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
+def test_no_client_asks_for_more_than_the_server_takes(model, precision):
+    """However far its steps went."""
+    pruned = halved(model)
+    of = learner(model, pruned, steps=20, lr=1.0, delta=precision)
+    clipped = 0
+    for block, made in recovered(of, {0, 1, 2}):
+        for name, delta in made.items():
+            packed = pruned[block][name]
+            largest = float(packed.values.abs().max())
+            check_delta(delta.to_dict(), "here", packed.kept, precision, largest)
+            clipped += int((delta.changes(packed.kept).abs() > 0.8 * largest).sum())
+    assert clipped
+
+
 LAYOUT = Layout("layers", ((Linear("q", (4, 6), False, expert=True),),))
 WEIGHT = torch.arange(24).view(4, 6) / 8 - 1.0
 KEEP = torch.arange(24).view(4, 6) % 2 == 0
@@ -240,11 +255,11 @@ def test_changes_are_averaged_exactly_in_any_order(tmp_path, turn):
     [
         ({"levels": torch.zeros(11, dtype=torch.int8)}, r"levels must be 12 entries of torch.int8"),
         ({"levels": torch.zeros(12)}, r"levels must be 12 entries of torch.int8"),
-        ({"scale": torch.tensor([float("nan")]).bfloat16()}, "weights change by nan"),
-        ({"scale": torch.tensor([float("inf")]).bfloat16()}, "weights change by nan"),
+        ({"scale": torch.tensor([float("nan")]).bfloat16()}, "a scale is finite"),
+        ({"scale": torch.tensor([float("inf")]).bfloat16()}, "a scale is finite"),
         (
             {"scale": torch.tensor([1.0]).bfloat16()},
-            "weights change by 7, and the largest of the matrix is 1.75; lower",
+            "weights change by 7, and the largest of the matrix is 1.75: no honest",
         ),
         ({"scale": torch.tensor([-0.01]).bfloat16()}, "a scale is not negative"),
         ({"mask": torch.zeros(3)}, "a change has the keys levels, scale"),
