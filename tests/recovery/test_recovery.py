@@ -375,6 +375,28 @@ def test_what_does_not_go_with_recovery_is_said_before(tmp_path, capsys):
         assert main(["validate", str(file), *given, "recovery.rounds=1"]) == 0
 
 
+def test_what_was_pruned_outlives_a_recovery_that_fails(tmp_path, capsys, monkeypatch):
+    """Its model is that of the run without recovery; sums are where `fedspallm prune` looks for them."""
+    shape = {"rounds": 1, "steps": 1, "batch": 4}
+    file = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "gram", count=2)
+    plain = linears(weights(run(file, "run_dir=" + str(tmp_path / "run"))))
+    shutil.rmtree(tmp_path / "run")
+
+    def fails(*args):
+        raise PruningError("client a: the loss is nan")
+
+    monkeypatch.setattr("fedspallm_appfl.recovery.training.train", fails)
+    assert main(["run", str(file), *(f"recovery.{key}={value}" for key, value in shape.items())]) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan. The model as it was pruned is in" in error and "fedspallm recover" in error
+    monkeypatch.undo()
+    kept = linears(weights(tmp_path / "run"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.items())
+    assert main(["prune", str(tmp_path / "run"), "--sparsity", "0.7"]) == 0
+    healed = ["recover", str(tmp_path / "run"), str(file), f"run_dir={tmp_path / 'healed'}"]
+    assert main([*healed, "recovery.steps=1", "recovery.batch=4"]) == 0
+
+
 @pytest.mark.parametrize(("dtype", "wide"), [("auto", True), ("bfloat16", False), ("float32", False)])
 def test_gradients_are_computed_in_float32_where_the_model_is_in_float16(tmp_path, dtype, wide):
     """The range of float16 ends where gradients of large models lie."""

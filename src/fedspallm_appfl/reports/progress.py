@@ -69,6 +69,8 @@ class RunProgress(_Shown):
             self._waits(
                 f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
+        elif event["event"] == "pruned":
+            self._waits("the pruned model is written, recovery begins")
         elif event["event"] == "allocating":
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":
