@@ -1,6 +1,7 @@
 """Recovery: rounding that is right in the mean, one step by hand, zeros that stay, and a server that adds up exactly."""
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -329,14 +330,15 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only pruned matrices may"),
-        ({}, "has no zeros in the matrices"),
+        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only matrices that take part"),
+        ({}, "has no zeros beyond those of"),
     ],
 )
 def test_what_was_not_made_of_the_dense_model_is_refused(tmp_path, capsys, change, why):
     model = save_tiny(tmp_path / "model")
     shutil.copytree(model, tmp_path / "other")
     tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:4] *= 0 if change else 1
     save_file(
         tensors | {n: v + tensors[n] for n, v in change.items()},
         tmp_path / "other" / "model.safetensors",
@@ -409,3 +411,54 @@ def test_clients_are_sent_the_pruned_model_and_recovery_follows_the_last_round()
     made = registry.find("gram").exchanges((), Gram(), Recovery(rounds=2))
     assert [(one.up, one.down) for one in made] == [("grams", "weights"), ("deltas", "weights"), ("deltas", "weights")]
     assert of_round(made, last=False) == made[:1] and of_round(made, last=True) == made
+
+
+def pruned_elsewhere(model, folder, matrices):
+    """A model folder in which other hands have made some share of these matrices zero."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    for name, share in matrices.items():
+        flat = tensors[name].view(-1)
+        flat[: int(share * len(flat))] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path):
+    """Whatever block they are in; rounds are those of the file, and a path may look like YAML."""
+    model = save_tiny(tmp_path / "model")
+    block = "model.layers.{}.{}.weight".format
+    asked = {block(0, "mlp.up_proj"): 0.7, block(0, "mlp.down_proj"): 0.5, block(2, "self_attn.q_proj"): 0.5}
+    folder = pruned_elsewhere(model, tmp_path / "~other: {1} #2", asked | {block(1, "mlp.up_proj"): 0.005})
+    tensors = load_file(folder / "model.safetensors")
+    tensors[block(1, "mlp.up_proj")] = load_file(model / "model.safetensors")[block(1, "mlp.up_proj")]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = tiny_config(tmp_path, model, "gram", count=2, recovery={"rounds": 2, "steps": 2, "batch": 4})
+    assert main(["recover", str(folder), str(file)]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run" / "model"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == set(asked)
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
+    assert {event["exchange"] for event in events(tmp_path / "run", "upload") if event["bytes"]} == {1, 2}
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
+    assert {one["name"]: float(one["target"]) for one in manifest["matrices"]} == asked
+    report = (tmp_path / "run" / "report.md").read_text("utf-8")
+    assert "before expansion" not in report and "No client drew" not in report and "`prune.ignore`" in report
+    card = (tmp_path / "run" / "model" / "README.md").read_text("utf-8")
+    assert "pruned before, then recovered with" in card and str(tmp_path) not in card
+
+
+def test_who_pruned_a_model_stays_known(tmp_path):
+    """Targets of its matrices too, whatever the configuration says."""
+    model = save_tiny(tmp_path / "model")
+    file = tiny_config(tmp_path, model, "fedspallm", count=2)
+    targets = "client_configs.train_configs.sparsity={default: 0.6, down_proj: '2:4'}"
+    folder = run(file, "client_configs.train_configs.pruner=wanda", targets)
+    healed = ["recover", str(folder), str(file), f"run_dir={tmp_path / 'healed'}", "algorithm=gram"]
+    assert main([*healed, "recovery.steps=1", "recovery.batch=4"]) == 0
+    made, again = (json.loads((f / "manifest.json").read_text("utf-8")) for f in (folder, tmp_path / "healed"))
+    for key in ("algorithm", "pruner", "target", "allocation"):
+        assert again[key] == made[key]
+    assert [one["target"] for one in again["matrices"]] == [one["target"] for one in made["matrices"]]
+    card = (tmp_path / "healed" / "model" / "README.md").read_text("utf-8")
+    assert "pruned by FedSpaLLM with wanda, then recovered" in card

@@ -23,7 +23,7 @@ from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, write_report
 from fedspallm_appfl.reports.result import Result
-from fedspallm_appfl.rounds.beginning import BEGINNING
+from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
 from fedspallm_appfl.rounds.folds import GLOBAL, STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
@@ -147,8 +147,8 @@ def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, f
     algorithm = algorithm_of(config)
     dense = {name: perplexity[name] for name in DENSE if name in perplexity}
     if not algorithm.apart:
-        name = RECOVERED if config.recovery.model else config.algorithm
-        mine = {name: perplexity[name]} if perplexity else {}
+        names = (BEFORE, RECOVERED) if config.recovery.model else (config.algorithm,)
+        mine = {name: perplexity[name] for name in names} if perplexity else {}
         card.write(folder, config, dense | mine)
         return
     for client in _whole(config, log):
@@ -209,6 +209,8 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "prune": plain(config.prune),
         "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }
+    before = manifest_of(config.recovery.model)  # who pruned it stays true
+    manifest |= {name: before[name] for name in ("algorithm", "pruner", "target", "allocation") if before}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return matrices
 
