@@ -1,6 +1,7 @@
 """Recovery: rounding that is right in the mean, one step by hand, zeros that stay, and a server that adds up exactly."""
 
 import itertools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -26,7 +27,7 @@ from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
 from fedspallm_appfl.wire.packed import pack
-from fedspallm_appfl.wire.update import compress, make_update
+from fedspallm_appfl.wire.update import check_delta, compress, make_update
 from helpers.families import save_family
 from helpers.rounds import client_settings, global_model, server_settings
 from helpers.tiny import events, linears, run, save_tiny, tiny_config, weights
@@ -196,6 +197,21 @@ def test_a_loss_that_is_not_finite_names_the_client(model):
         changes(learner(model, halved(model), steps=30, lr=1e30))
 
 
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
+def test_no_client_asks_for_more_than_the_server_takes(model, precision):
+    """However far its steps went."""
+    pruned = halved(model)
+    of = learner(model, pruned, steps=20, lr=1.0, delta=precision)
+    clipped = 0
+    for block, made in recovered(of, {0, 1, 2}):
+        for name, delta in made.items():
+            packed = pruned[block][name]
+            largest = float(packed.values.abs().max())
+            check_delta(delta.to_dict(), "here", packed.kept, precision, largest)
+            clipped += int((delta.changes(packed.kept).abs() > 0.8 * largest).sum())
+    assert clipped
+
+
 LAYOUT = Layout("layers", ((Linear("q", (4, 6), False, expert=True),),))
 WEIGHT = torch.arange(24).view(4, 6) / 8 - 1.0
 KEEP = torch.arange(24).view(4, 6) % 2 == 0
@@ -240,11 +256,11 @@ def test_changes_are_averaged_exactly_in_any_order(tmp_path, turn):
     [
         ({"levels": torch.zeros(11, dtype=torch.int8)}, r"levels must be 12 entries of torch.int8"),
         ({"levels": torch.zeros(12)}, r"levels must be 12 entries of torch.int8"),
-        ({"scale": torch.tensor([float("nan")]).bfloat16()}, "weights change by nan"),
-        ({"scale": torch.tensor([float("inf")]).bfloat16()}, "weights change by nan"),
+        ({"scale": torch.tensor([float("nan")]).bfloat16()}, "a scale is finite"),
+        ({"scale": torch.tensor([float("inf")]).bfloat16()}, "a scale is finite"),
         (
             {"scale": torch.tensor([1.0]).bfloat16()},
-            "weights change by 7, and the largest of the matrix is 1.75; lower",
+            "weights change by 7, and the largest of the matrix is 1.75: no honest",
         ),
         ({"scale": torch.tensor([-0.01]).bfloat16()}, "a scale is not negative"),
         ({"mask": torch.zeros(3)}, "a change has the keys levels, scale"),
@@ -314,14 +330,15 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only pruned matrices may"),
-        ({}, "has no zeros in the matrices"),
+        ({"model.norm.weight": 2.0}, "model.norm.weight differs from that of .*, and only matrices that take part"),
+        ({}, "has no zeros beyond those of"),
     ],
 )
 def test_what_was_not_made_of_the_dense_model_is_refused(tmp_path, capsys, change, why):
     model = save_tiny(tmp_path / "model")
     shutil.copytree(model, tmp_path / "other")
     tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:4] *= 0 if change else 1
     save_file(
         tensors | {n: v + tensors[n] for n, v in change.items()},
         tmp_path / "other" / "model.safetensors",
@@ -360,6 +377,28 @@ def test_what_does_not_go_with_recovery_is_said_before(tmp_path, capsys):
         assert main(["validate", str(file), *given, "recovery.rounds=1"]) == 0
 
 
+def test_what_was_pruned_outlives_a_recovery_that_fails(tmp_path, capsys, monkeypatch):
+    """Its model is that of the run without recovery; sums are where `fedspallm prune` looks for them."""
+    shape = {"rounds": 1, "steps": 1, "batch": 4}
+    file = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "gram", count=2)
+    plain = linears(weights(run(file, "run_dir=" + str(tmp_path / "run"))))
+    shutil.rmtree(tmp_path / "run")
+
+    def fails(*args):
+        raise PruningError("client a: the loss is nan")
+
+    monkeypatch.setattr("fedspallm_appfl.recovery.training.train", fails)
+    assert main(["run", str(file), *(f"recovery.{key}={value}" for key, value in shape.items())]) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan. The model as it was pruned is in" in error and "fedspallm recover" in error
+    monkeypatch.undo()
+    kept = linears(weights(tmp_path / "run"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.items())
+    assert main(["prune", str(tmp_path / "run"), "--sparsity", "0.7"]) == 0
+    healed = ["recover", str(tmp_path / "run"), str(file), f"run_dir={tmp_path / 'healed'}"]
+    assert main([*healed, "recovery.steps=1", "recovery.batch=4"]) == 0
+
+
 @pytest.mark.parametrize(("dtype", "wide"), [("auto", True), ("bfloat16", False), ("float32", False)])
 def test_gradients_are_computed_in_float32_where_the_model_is_in_float16(tmp_path, dtype, wide):
     """The range of float16 ends where gradients of large models lie."""
@@ -372,3 +411,54 @@ def test_clients_are_sent_the_pruned_model_and_recovery_follows_the_last_round()
     made = registry.find("gram").exchanges((), Gram(), Recovery(rounds=2))
     assert [(one.up, one.down) for one in made] == [("grams", "weights"), ("deltas", "weights"), ("deltas", "weights")]
     assert of_round(made, last=False) == made[:1] and of_round(made, last=True) == made
+
+
+def pruned_elsewhere(model, folder, matrices):
+    """A model folder in which other hands have made some share of these matrices zero."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    for name, share in matrices.items():
+        flat = tensors[name].view(-1)
+        flat[: int(share * len(flat))] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path):
+    """Whatever block they are in; rounds are those of the file, and a path may look like YAML."""
+    model = save_tiny(tmp_path / "model")
+    block = "model.layers.{}.{}.weight".format
+    asked = {block(0, "mlp.up_proj"): 0.7, block(0, "mlp.down_proj"): 0.5, block(2, "self_attn.q_proj"): 0.5}
+    folder = pruned_elsewhere(model, tmp_path / "~other: {1} #2", asked | {block(1, "mlp.up_proj"): 0.005})
+    tensors = load_file(folder / "model.safetensors")
+    tensors[block(1, "mlp.up_proj")] = load_file(model / "model.safetensors")[block(1, "mlp.up_proj")]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = tiny_config(tmp_path, model, "gram", count=2, recovery={"rounds": 2, "steps": 2, "batch": 4})
+    assert main(["recover", str(folder), str(file)]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run" / "model"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == set(asked)
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
+    assert {event["exchange"] for event in events(tmp_path / "run", "upload") if event["bytes"]} == {1, 2}
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
+    assert {one["name"]: float(one["target"]) for one in manifest["matrices"]} == asked
+    report = (tmp_path / "run" / "report.md").read_text("utf-8")
+    assert "before expansion" not in report and "No client drew" not in report and "`prune.ignore`" in report
+    card = (tmp_path / "run" / "model" / "README.md").read_text("utf-8")
+    assert "pruned before, then recovered with" in card and str(tmp_path) not in card
+
+
+def test_who_pruned_a_model_stays_known(tmp_path):
+    """Targets of its matrices too, whatever the configuration says."""
+    model = save_tiny(tmp_path / "model")
+    file = tiny_config(tmp_path, model, "fedspallm", count=2)
+    targets = "client_configs.train_configs.sparsity={default: 0.6, down_proj: '2:4'}"
+    folder = run(file, "client_configs.train_configs.pruner=wanda", targets)
+    healed = ["recover", str(folder), str(file), f"run_dir={tmp_path / 'healed'}", "algorithm=gram"]
+    assert main([*healed, "recovery.steps=1", "recovery.batch=4"]) == 0
+    made, again = (json.loads((f / "manifest.json").read_text("utf-8")) for f in (folder, tmp_path / "healed"))
+    for key in ("algorithm", "pruner", "target", "allocation"):
+        assert again[key] == made[key]
+    assert [one["target"] for one in again["matrices"]] == [one["target"] for one in made["matrices"]]
+    card = (tmp_path / "healed" / "model" / "README.md").read_text("utf-8")
+    assert "pruned by FedSpaLLM with wanda, then recovered" in card

@@ -1,6 +1,6 @@
 """What verbs share: a configuration without problems, and where results are printed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,14 @@ def well_formed(file: str, overrides: Sequence[str]) -> "Config":
     return config
 
 
-def checked(file: str, overrides: Sequence[str], files: bool, overwrite: bool, globus: bool | None = None) -> "Config":
+def checked(
+    file: str,
+    overrides: Sequence[str],
+    files: bool,
+    overwrite: bool,
+    globus: bool | None = None,
+    change: "Callable[[Config], Config] | None" = None,
+) -> "Config":
     """A configuration without problems.
 
     Args:
@@ -36,11 +43,13 @@ def checked(file: str, overrides: Sequence[str], files: bool, overwrite: bool, g
         files: open model and text as well.
         overwrite: earlier results may be replaced.
         globus: it is for a run over Globus Compute; None if the endpoints of the clients say so.
+        change: what the verb makes of the configuration before it is checked.
 
     Raises:
         ConfigError: lists all problems that were found.
     """
     config = well_formed(file, overrides)
+    config = change(config) if change else config
 
     from fedspallm_appfl.api import prepared, problems_of
 

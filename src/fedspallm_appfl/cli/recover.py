@@ -1,10 +1,13 @@
 """`fedspallm recover`: fit the kept weights of a model that was pruned before."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli import run
 from fedspallm_appfl.cli.arguments import add_config, command
+
+if TYPE_CHECKING:
+    from fedspallm_appfl.settings.schema import Config
 
 
 def add(verbs: Any) -> None:
@@ -24,9 +27,11 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    from fedspallm_appfl.rounds.beginning import sparsity_of
-    from fedspallm_appfl.settings.schema import plain
 
-    mine = [f"recovery.model={args.pruned}", f"client_configs.train_configs.sparsity={plain(sparsity_of(args.pruned))}"]
-    args.overrides = ["recovery.rounds=1", *mine, *args.overrides]
+    def change(config: "Config") -> "Config":
+        from fedspallm_appfl.rounds.beginning import to_recover
+
+        return to_recover(config, args.pruned)
+
+    args.change = change
     return run.work(args)

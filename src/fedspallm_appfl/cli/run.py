@@ -41,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
+    parser.set_defaults(change=None)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -48,10 +49,14 @@ def work(args: argparse.Namespace) -> int:
     if args.launcher == "mpi":
         return _under_mpi(args)
     globus = args.launcher == "globus"
-    config, shown = checked(args.config, args.overrides, True, args.overwrite, globus), console()
+    config, shown = _checked(args, globus), console()
     introduce(config, shown)
     (_over_globus if globus else _serial)(config, shown, args.overwrite)
     return 0
+
+
+def _checked(args: argparse.Namespace, globus: bool) -> "Config":
+    return checked(args.config, args.overrides, True, args.overwrite, globus, args.change)
 
 
 def _serial(config: "Config", shown: "Console", overwrite: bool) -> None:
@@ -103,7 +108,7 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
         config = mpi.receive_config(comm)
         mpi.run_clients(config, comm)
         return 0
-    config = checked(args.config, args.overrides, True, args.overwrite, False)
+    config = _checked(args, False)
     mpi.check_ranks(comm, config)
     forget_windows()  # those of the clients, which other ranks draw
     shown = console(plain=True)

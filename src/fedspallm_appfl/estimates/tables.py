@@ -61,8 +61,8 @@ def _who_prunes_what(job: Job) -> Iterator[str]:
 def _what_travels(job: Job) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
     own, recovery = of_round(job.exchanges, last=False), job.config.recovery
-    first = "once" if recovery.model else "each round"
-    yield f"{first}: {_exchanges([(one.up, one.down) for one in own], job)}"
+    if not recovery.model:
+        yield f"each round: {_exchanges([(one.up, one.down) for one in own], job)}"
     if recovery.rounds:
         times = count(recovery.rounds, "round")
         yield f"then {times} of recovery: changes of kept weights up, weights down; nothing down after the last"

@@ -14,7 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.models.layout import Linear
+from fedspallm_appfl.recovery.rounding import ROUNDS_UP
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.wire.packed import Packed
 
@@ -58,15 +60,17 @@ class Kept:
 
     @torch.no_grad()
     def changes(self, pruned: Mapping[str, Packed]) -> Iterator[tuple[str, Tensor]]:
-        """What was added to each matrix: (linear, (kept,) float32 on the CPU, in the order of its packed values)."""
+        """What was added to each matrix: (linear, (kept,) float32 on the CPU, in the order of its packed values).
+
+        No entry changes by more than the largest weight of its matrix, even once it is rounded: the server takes no more.
+        """
         whole = torch.zeros(self.parameter.shape, device=self.parameter.device).masked_scatter_(self.mask, self.values)
         for linear in self.linears:
             before = pruned[linear.name]
             assert before.values is not None, "what was agreed on has weights"
-            yield (
-                linear.name,
-                bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - before.values.float(),
-            )
+            change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - before.values.float()
+            most = largest_magnitude(before.values) / ROUNDS_UP
+            yield linear.name, change.clamp_(-most, most)
 
 
 def _take_gradient(mask: Tensor, values: nn.Parameter, parameter: Tensor) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fedspallm_appfl.wire.deltas import GROUP, KINDS, PackedDelta, packed_nibbles
 
+ROUNDS_UP = 1 + 2**-7  # how much larger a change may be once it is rounded: by a step of its scale, bfloat16
+
 
 def rounded(change: Tensor, precision: str, random: torch.Generator) -> PackedDelta:
     """Pack a change.

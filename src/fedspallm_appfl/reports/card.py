@@ -16,7 +16,7 @@ from fedspallm_appfl.models.storage.export import BASE_CARD, CARD
 from fedspallm_appfl.reports.report import markdown
 from fedspallm_appfl.reports.result import label, mean
 from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.validation.words import how
+from fedspallm_appfl.validation.words import how, origin
 
 LICENCE = ("license", "license_name", "license_link")  # keys of a card, as the hub spells them
 
@@ -48,8 +48,7 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, {manifest['target']} sparse",
-        f"{base}, pruned with fedspallm-appfl {__version__} in a federation of {len(config.clients)} clients, "
-        f"{how(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
+        f"{base}, {_made(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
         f"{100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices that could be pruned.",
         *_perplexities(config, perplexity),
         "## Use",
@@ -60,6 +59,14 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
         _terms(licence),
     ]
     (folder / "model" / CARD).write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _made(config: Config) -> str:
+    """What was done, where, and by what; no path."""
+    where = f"with fedspallm-appfl {__version__} in a federation of {len(config.clients)} clients"
+    if config.recovery.model:
+        return f"{origin(config).strip() or 'pruned before'}, then recovered {where}"
+    return f"pruned {where}, {how(config)}"
 
 
 def _base(config: Config) -> str:

@@ -34,8 +34,8 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    An exchange is `clients * messages` uploads; recovery comes in the last round alone. The time left is
-    estimated from those received.
+    An exchange is `clients * messages` uploads; recovery comes in the last round alone. The time left of pruning, and then
+    of recovery, is estimated from the uploads of each.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int, recovery: int = 0) -> None:
@@ -45,6 +45,7 @@ class RunProgress(_Shown):
         self._clients = clients
         self._first = 0.0
         self._uploads = 0
+        self._recovers = False
         self._bursts = False
         self._places: list[Event] = []
         self._bar = _bar(console, "{task.percentage:3.0f} %")
@@ -69,6 +70,8 @@ class RunProgress(_Shown):
             self._waits(
                 f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
+        elif event["event"] == "pruned":
+            self._waits("the pruned model is written, recovery begins")
         elif event["event"] == "allocating":
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":
@@ -93,8 +96,11 @@ class RunProgress(_Shown):
             self._bar.update(self._task, description=escape(what))
 
     def _upload(self, event: Event) -> None:
+        recovers = event["exchange"] >= event["exchanges"] - self._recovery
+        if recovers != self._recovers:  # another phase, of another pace
+            self._recovers, self._uploads = recovers, 0
         self._uploads += 1
-        exchanges = self._rounds * (event["exchanges"] - self._recovery) + self._recovery
+        exchanges = self._recovery if recovers else self._rounds * (event["exchanges"] - self._recovery)
         total = exchanges * self._clients * event["messages"]
         what = f"{self._round(event)}  client {event['client']}  "
         what += (
@@ -110,7 +116,7 @@ class RunProgress(_Shown):
             self._first = time.monotonic()
             return ""
         seconds = (time.monotonic() - self._first) / (self._uploads - self._clients) * (total - self._uploads)
-        return f"  {duration(seconds)} of pruning left"
+        return f"  {duration(seconds)} of {'recovery' if self._recovers else 'pruning'} left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
         """Move the bar; without one, print a line if there is news."""

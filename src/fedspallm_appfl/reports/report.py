@@ -36,6 +36,11 @@ from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
 from fedspallm_appfl.validation.words import headline, how
 
+TAKES_PART = (
+    "Matrices take part that have zeros beyond those of the dense model, at least 1 % of their entries. The others stay as "
+    "they are; `prune.ignore` in `config.yaml` lists them."
+)
+
 
 def bytes_text(count: float) -> str:
     """Bytes as readable text: 1234567 -> "1.2 MB"."""
@@ -204,7 +209,7 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
     words = (
         "`before expansion` is the share that every client pruned; `kept but zero` counts kept weights that are zero."
     )
-    if not algorithm_of(config).votes:
+    if not algorithm_of(config).votes or config.recovery.model:
         head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
         words = "`kept but zero` counts kept weights that are zero."
     table = markdown(head, rows)
@@ -265,7 +270,8 @@ def _recovery(config: Config, log: EventLog) -> list[str]:
     return [
         f"Recovery: {count(recovery.rounds, 'round')} of {count(recovery.steps, 'step')} of {recovery.batch} windows, "
         f"{loss}. Clients sent {sum(event['bytes'] for event in sent):,} bytes of changes "
-        f"in {recovery.delta}, part of what is above."
+        f"in {recovery.delta}, part of what is above.",
+        *([TAKES_PART] if recovery.model else []),
     ]
 
 
@@ -301,11 +307,11 @@ def _participation(config: Config, results: Result, log: EventLog) -> str:
     table = markdown(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
-    missed = sorted(every - covered)
+    missed = [] if config.recovery.model else sorted(every - covered)
     notes = [table, *_absences(config, log)]
     if missed:
         notes.append(f"No client drew these blocks, and they stay dense: {to_text(missed)}.")
-    if config.client_configs.train_configs.layer_sampling == "uniform":
+    if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
     return "\n\n".join(notes)
@@ -373,7 +379,8 @@ def _settings(config: Config, log: EventLog) -> str:
     data = {(client.data.windows, client.data.length) for client in config.clients}
     begin = "".join(dict.fromkeys(_beginning(config, client.data.bos, client.data.text) for client in config.clients))
     calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
+    before = f", pruned model `{config.recovery.model}`" if config.recovery.model else ""
     return (
-        f"Model `{config.model.path}`; {calibration} per client for pruning, seed {config.seed}{begin}. The resolved "
-        f"configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
+        f"Model `{config.model.path}`{before}; {calibration} per client for pruning, seed {config.seed}{begin}. The "
+        f"resolved configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
     )

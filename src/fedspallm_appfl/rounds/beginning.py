@@ -1,22 +1,32 @@
-"""A model that was pruned before, by whatever tool, as what the server begins with: its zeros are the masks."""
+"""A model that was pruned before, by whatever tool, as what the server begins with: its zeros are the masks.
 
+A matrix takes part in recovery if it has zeros beyond those of the dense model, at least `LEAST` of its entries. The others
+stay as they are: whoever left them dense meant it so.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import GLOBAL
-from fedspallm_appfl.settings.reading import load_config
-from fedspallm_appfl.settings.schema import ServerSettings
-from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
+from fedspallm_appfl.tensors.patterns import full_name
+from fedspallm_appfl.tensors.target import Ratio, Target, parse_target
+from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import PackedStore
 
 BEGINNING = "beginning"  # folder of the server's state: the model as it was
-DIGITS = 4  # of a sparsity that was counted
+LEAST = Fraction(1, 100)  # share of a matrix that is zero beyond the dense model's zeros
+DIGITS = 9  # of a share that is written as a decimal
 
 
 def folder_of(path: str) -> Path:
@@ -28,8 +38,92 @@ def folder_of(path: str) -> Path:
     folder = Path(path).expanduser()
     inside = folder if (folder / "config.json").is_file() else folder / "model"
     if not (inside / "config.json").is_file():
-        raise ConfigError(f"recovery.model: {path} is neither a model folder nor a run_dir with one in model/")
+        own = sorted(one.name for one in folder.glob("models/*") if one.is_dir())
+        hint = f"; it has a model for each client: name one of models/{', models/'.join(own)}" if own else ""
+        raise ConfigError(f"recovery.model: {path} is neither a model folder nor a run_dir with one in model/{hint}")
     return inside
+
+
+def manifest_of(path: str | None) -> dict[str, Any]:
+    """What the run that made a model says of it; empty for a model of another tool.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    folder = Path(path or "").expanduser()
+    file = (folder.parent if folder.name == "model" else folder) / "manifest.json"
+    if path is None or (folder / "config.json").is_file() and folder.name != "model" or not file.is_file():
+        return {}
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        {one["name"]: parse_target(one["target"]) for one in manifest["matrices"]}
+        {name: manifest[name] for name in ("algorithm", "pruner", "target", "allocation")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} is not the manifest of a run: {error}; remove it, or name another model") from error
+    return manifest
+
+
+def to_recover(config: Config, path: str) -> Config:
+    """The configuration of an experiment as one that recovers a model: its targets are those of the model.
+
+    Raises:
+        ConfigError: the path is neither a model folder nor a run directory.
+        ModelError: the model is not the dense one pruned.
+    """
+    made = copy.deepcopy(config)
+    made.recovery.model, made.recovery.rounds = path, config.recovery.rounds or 1
+    made.allocation = Allocation()  # nothing is chosen any more
+    targets, others = _read(made, path)
+    made.prune.ignore = [*config.prune.ignore, *others]
+    for owner in (made.client_configs, *made.clients):
+        owner.train_configs.sparsity = _together(targets)
+    return made
+
+
+def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
+    """The targets of the matrices that take part, and patterns of those that do not."""
+    asked = {one["name"]: parse_target(one["target"]) for one in manifest_of(path).get("matrices", [])}
+    dense = Skeleton.of(config)
+    pruned = opened(config, dense)
+    targets: dict[str, Target] = {}
+    others: list[str] = []
+    for block, linears in enumerate(dense.layout.blocks):
+        mine: dict[str, Target] = {}
+        for linear in linears:
+            now, before = (of.dense_weight(block, linear) == 0 for of in (pruned, dense))
+            zeros = int(now.count_nonzero())
+            if zeros - int(before.count_nonzero()) >= LEAST * linear.entries:
+                target = asked.get(dense.place(block, linear).name)
+                fits = target is not None and target.zeros(linear.entries) == zeros
+                mine[linear.name] = target if target is not None and fits else counted(zeros, linear.entries)
+        left = [linear.name for linear in linears if linear.name not in mine]
+        others += [full_name(block, name) for name in left] if mine else [f"blocks.{block}"] if left else []
+        targets |= {full_name(block, name): target for name, target in mine.items()}
+        for skeleton in (dense, pruned):
+            skeleton.files.release()
+    if not targets:
+        raise ModelError(
+            f"{path} has no zeros beyond those of {dense.folder} in the matrices that prune.include and prune.ignore "
+            "leave: nothing to recover"
+        )
+    return targets, others
+
+
+def counted(zeros: int, entries: int) -> Target:
+    """The target of a matrix that has so many zeros: the shortest decimal that means them."""
+    for digits in range(1, DIGITS):
+        share = Fraction(-(-zeros * 10**digits // entries), 10**digits)
+        if share < 1 and Ratio(share).zeros(entries) == zeros:
+            return Ratio(share)
+    return Ratio(Fraction(zeros, entries))
+
+
+def _together(targets: Mapping[str, Target]) -> Sparsity:
+    """One target, that of most matrices, and the others."""
+    every = list(targets.values())
+    usual = max(dict.fromkeys(every), key=every.count)
+    others = tuple((name, target) for name, target in targets.items() if target != usual)
+    return Targets(usual, others) if others else usual
 
 
 def begin(settings: ServerSettings, dense: Skeleton, folder: Path) -> None:
@@ -41,54 +135,55 @@ def begin(settings: ServerSettings, dense: Skeleton, folder: Path) -> None:
         folder: of the server's state.
 
     Raises:
-        ModelError: it is not the dense model with other numbers in the matrices that are pruned.
+        ModelError: it is not the dense model with other numbers in the matrices that are pruned, or its zeros are not those
+            that the targets say.
     """
-    where, pruned = _opened(settings, dense)
+    pruned = opened(settings, dense)
+    _require_same_rest(dense, pruned)
     for block, linears in enumerate(dense.layout.blocks):
         weights = {linear.name: pruned.dense_weight(block, linear) for linear in linears}
-        if any(bool((weight == 0).any()) for weight in weights.values()):
-            packed = {name: pack(weight, weight != 0, dense.stored_dtype) for name, weight in weights.items()}
-            for store in (GLOBAL, BEGINNING):
-                PackedStore(folder / store).save(block, packed)
+        packed = {name: pack(weight, weight != 0, dense.stored_dtype) for name, weight in weights.items()}
+        for name, one in packed.items():
+            target, zeros = settings.sparsity.of(block, name), one.entries - one.kept
+            if target.zeros(one.entries) != zeros:
+                raise ModelError(
+                    f"{pruned.folder}: block {block}, {name} has {zeros} zeros in {one.entries} entries, not sparsity "
+                    f"{target}; start it with fedspallm recover, which takes targets from the model"
+                )
+        for store in (GLOBAL, BEGINNING) if packed else ():
+            PackedStore(folder / store).save(block, packed)
         pruned.files.release()
-    if not PackedStore(folder / GLOBAL).blocks():
-        raise ModelError(
-            f"{where} has no zeros in the matrices that prune.include and prune.ignore leave: nothing to keep"
-        )
 
 
-def _opened(settings: ServerSettings, dense: Skeleton) -> tuple[Path, Skeleton]:
+def opened(settings: Config | ServerSettings, dense: Skeleton) -> Skeleton:
+    """The pruned model, without weights.
+
+    Raises:
+        ConfigError: there is none.
+        ModelError: its matrices are not those of the dense model.
+    """
     where = folder_of(settings.recovery.model or "")
     pruned = Skeleton.of(replace(settings, model=replace(settings.model, path=str(where))))
     if pruned.layout != dense.layout or pruned.stored_dtype != dense.stored_dtype:
         raise ModelError(
-            f"{where} is not {dense.folder} pruned: its matrices have other names or shapes, or are {pruned.stored_dtype} "
-            f"instead of {dense.stored_dtype}; name the dense model that it was made of in model.path"
+            f"recovery.model: {where} is not {dense.folder} pruned: its matrices have other names or shapes, or are "
+            f"{pruned.stored_dtype} instead of {dense.stored_dtype}; name the dense model that it was made of in model.path"
         )
+    return pruned
+
+
+def _require_same_rest(dense: Skeleton, pruned: Skeleton) -> None:
+    """Refuse a model that differs where nothing is recovered."""
+    for name, mine, its in _rest(dense, pruned):
+        if mine.shape != its.shape or not torch.equal(mine, its):
+            raise ModelError(
+                f"{pruned.folder}: {name} differs from that of {dense.folder}, and only matrices that take part in "
+                "recovery may; take the dense model that it was made of, and leave pruned matrices out of prune.ignore"
+            )
+
+
+def _rest(dense: Skeleton, pruned: Skeleton) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     inside = {dense.layout.parameter(block, one) for block, of in enumerate(dense.layout.blocks) for one in of}
-    for name, parameter in dense.model.named_parameters():
+    for name, _ in dense.model.named_parameters():
         if name not in inside:
-            mine, its = (one.read(name, torch.device("cpu"), None) for one in (dense, pruned))
-            if parameter.shape != its.shape or not torch.equal(mine, its):
-                raise ModelError(
-                    f"{where}: {name} differs from that of {dense.folder}, and only pruned matrices may; take the dense "
-                    "model that it was made of"
-                )
-    return where, pruned
-
-
-def sparsity_of(path: str) -> Sparsity:
-    """The target that a pruned model was made for, where its run says so, else its share of zeros in matrices."""
-    inside = folder_of(path)
-    config = inside.parent / "config.yaml"
-    if config.is_file():
-        asked: Sparsity = load_config(config)[0].client_configs.train_configs.sparsity
-        return asked
-    skeleton = Skeleton(str(inside))
-    zeros = entries = 0
-    for block, linears in enumerate(skeleton.layout.blocks):
-        for linear in linears:
-            weight = skeleton.dense_weight(block, linear)
-            zeros, entries = zeros + int((weight == 0).sum()), entries + weight.numel()
-        skeleton.files.release()
-    return parse_target(str(round(zeros / entries, DIGITS)))
+            yield name, dense.read(name, torch.device("cpu"), None), pruned.read(name, torch.device("cpu"), None)

@@ -164,6 +164,8 @@ class GlobalModel:
         self.round.exchange += 1
         self.round.closed = {}
         if self.exchange.recovers:
+            if not self.exchange.turn and not self.settings.recovery.model:
+                self.on_event({"event": "pruned"})
             blocks = self._whole_blocks()  # whoever pruned them: the weights of all belong together
             self.round.assigned = {client: list(blocks) for client in self.round.assigned}
         return True

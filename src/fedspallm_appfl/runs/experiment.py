@@ -13,7 +13,8 @@ from rich.markup import escape
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
-from fedspallm_appfl.events import EventLog, OnEvent
+from fedspallm_appfl.errors import FedSpaLLMError
+from fedspallm_appfl.events import Event, EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
@@ -22,8 +23,8 @@ from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, write_report
 from fedspallm_appfl.reports.result import Result
-from fedspallm_appfl.rounds.beginning import BEGINNING
-from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
+from fedspallm_appfl.rounds.folds import GLOBAL, STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
@@ -85,12 +86,10 @@ def conduct(
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds})
         told = allocated(config, log)
-        aggregator = launch(told, folder / "state", log)
+        aggregator = _launched(told, launch, folder, log)
         if named := replaced_attention(aggregator.skeleton.model):
             log({"event": "notice", "text": attention_words(named)})
-        statistics_folder = folder / "state" / STATISTICS
-        if statistics_folder.is_dir():
-            statistics_folder.rename(folder / STATISTICS)  # for `fedspallm prune`
+        _keep_statistics(folder)
         matrices, place = _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
@@ -103,6 +102,30 @@ def conduct(
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
     return results, log
+
+
+def _launched(config: Config, launch: Launch, folder: Path, log: EventLog) -> Any:
+    """Run the rounds. What was pruned is written before recovery begins, so that it outlives whatever happens then."""
+
+    def on_event(event: Event) -> None:
+        if event["event"] == "pruned":
+            _keep_statistics(folder)
+            write_pruned(config, Skeleton.of(config), PackedStore(folder / run_dir.STATE / GLOBAL), folder)
+        log(event)
+
+    try:
+        return launch(config, folder / run_dir.STATE, on_event)
+    except FedSpaLLMError as error:
+        if not log.of("pruned"):
+            raise
+        again = f"fedspallm recover {folder} CONFIG.yaml run_dir=ANOTHER tries again"
+        raise type(error)(f"{error}. The model as it was pruned is in {folder}: {again}") from error
+
+
+def _keep_statistics(folder: Path) -> None:
+    """Put sums where `fedspallm prune` looks for them."""
+    if (folder / run_dir.STATE / STATISTICS).is_dir():
+        (folder / run_dir.STATE / STATISTICS).rename(folder / STATISTICS)
 
 
 def _write(
@@ -124,8 +147,8 @@ def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, f
     algorithm = algorithm_of(config)
     dense = {name: perplexity[name] for name in DENSE if name in perplexity}
     if not algorithm.apart:
-        name = RECOVERED if config.recovery.model else config.algorithm
-        mine = {name: perplexity[name]} if perplexity else {}
+        names = (BEFORE, RECOVERED) if config.recovery.model else (config.algorithm,)
+        mine = {name: perplexity[name] for name in names} if perplexity else {}
         card.write(folder, config, dense | mine)
         return
     for client in _whole(config, log):
@@ -186,6 +209,8 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "prune": plain(config.prune),
         "matrices": [matrix.to_dict() | {"target": target} for matrix, target in zip(matrices, targets, strict=True)],
     }
+    before = manifest_of(config.recovery.model)  # who pruned it stays true
+    manifest |= {name: before[name] for name in ("algorithm", "pruner", "target", "allocation") if before}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return matrices
 

@@ -13,6 +13,7 @@ from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.models.choice import unmatched
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.rounds.beginning import opened
 from fedspallm_appfl.rounds.participants import algorithm_of, own_windows
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.settings import schema
@@ -42,6 +43,7 @@ def check_with_files(config: Config) -> list[str]:
         problems.append(f"model: {error}")
     if skeleton is not None:
         problems += _sizes(config, skeleton)
+        problems += _to_recover(config, skeleton)
     longest = skeleton.longest_window if skeleton else None
     for client in config.clients:
         if client.data.text:
@@ -64,6 +66,15 @@ def check_with_files(config: Config) -> list[str]:
     if config.evaluation.texts:
         problems += too_long("evaluation.length", length, longest)
     return problems
+
+
+def _to_recover(config: Config, skeleton: Skeleton) -> Iterator[str]:
+    """What keeps a model from being recovered, as far as it shows without its weights."""
+    try:
+        if config.recovery.model:
+            opened(config, skeleton)
+    except FedSpaLLMError as error:
+        yield str(error)
 
 
 def _allocation(config: Config, skeleton: Skeleton) -> Iterator[str]:
@@ -111,7 +122,7 @@ def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
     layout, comm = skeleton.layout, config.client_configs.comm_configs
     if config.algorithm not in algorithms.names():  # `rules.check` says so
         return
-    if algorithm_of(config).gathers:
+    if algorithm_of(config).gathers and not config.recovery.model:
         if config.gram.drift and any(linear.expert for block in layout.blocks for linear in block):
             yield (
                 "gram.target: the dense model sends other tokens to an expert than the pruned one, so that their outputs "

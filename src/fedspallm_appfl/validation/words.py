@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
+from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.models.choice import by_kind, in_words, left_dense, together
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
+from fedspallm_appfl.rounds.beginning import manifest_of
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.texts.files import text_files
@@ -15,10 +17,11 @@ def forecast(config: Config) -> list[str]:
     skeleton = Skeleton.of(config)
     blocks = skeleton.layout.blocks
     entries = sum(linear.entries for block in blocks for linear in block)
+    does = "recovers" if config.recovery.model else "prunes"
     lines = [
         headline(config),
         *_notices(config),
-        f"prunes {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
+        f"{does} {sum(map(len, blocks))} matrices with {entries:,} weights in {len(skeleton.layout.pruned)} blocks:",
         *_listed([(", ".join(together(linear.name for linear in linears)),) for linears in blocks]),
     ]
     if named := replaced_attention(skeleton.model):
@@ -49,7 +52,7 @@ def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
             f"leaves dense the blocks that no client draws in {rounds_text(config)}: {to_text(missed)}; "
             "raise resource_share or num_global_epochs to reach them"
         )
-    if config.client_configs.train_configs.layer_sampling == "uniform":
+    if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(blocks))
         yield f"uniform sampling leaves {expected:.2f} blocks a round to nobody, in expectation"
 
@@ -66,7 +69,7 @@ def _notices(config: Config) -> Iterator[str]:
             f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} cannot be made of the uploads of "
             f"{config.algorithm}"
         )
-    if algorithm_of(config).gathers:
+    if algorithm_of(config).gathers and not config.recovery.model:
         gram = config.gram
         yield f"clients send Gram matrices in {gram.precision}, of inputs of the {gram.propagate} model"
         if gram.first_input == "private":
@@ -82,11 +85,20 @@ def headline(config: Config) -> str:
 
 
 def how(config: Config) -> str:
-    """Algorithm, pruners, and what follows."""
+    """Algorithm, pruners, and what follows; of a model that was pruned before what is known of it."""
     if config.recovery.model:
-        return f"recovery of {config.recovery.model}"
+        return f"recovery of a model{origin(config)}"
     after = " and recovery" if config.recovery.rounds else ""
     return f"{algorithm_of(config).title} with {config.pruners()}{after}"
+
+
+def origin(config: Config) -> str:
+    """How a model that is recovered was pruned; empty where nobody says so."""
+    made = manifest_of(config.recovery.model)
+    if not made:
+        return ""
+    known = made["algorithm"] in registry.names()
+    return f" pruned by {registry.find(made['algorithm']).title if known else made['algorithm']} with {made['pruner']}"
 
 
 def rounds_text(config: Config) -> str:

@@ -236,12 +236,14 @@ def check_delta(packed: Any, where: str, kept: int, precision: str, largest: flo
     require(complete, where, f"a change has the keys {', '.join(sorted(parts))}, and `zstd` if compressed")
     require(all(is_plain(packed[part]) for part in parts), where, f"{', '.join(parts)} must be tensors in memory")
     made = PackedDelta(**{part: inflated(packed, part, where, *shape) for part, shape in parts.items()})
-    changed = largest_magnitude(made.changes(kept))
+    require(bool(made.scale.isfinite().all()), where, "a scale is finite")
     require(not bool((made.scale < 0).any()), where, "a scale is not negative")
+    require(bool(made.levels.isfinite().all()), where, "levels are finite")
+    changed = largest_magnitude(made.changes(kept))
     require(
         changed <= largest,
         where,
-        f"weights change by {changed:g}, and the largest of the matrix is {largest:g}; lower recovery.lr",
+        f"weights change by {changed:g}, and the largest of the matrix is {largest:g}: no honest client sends more",
     )
     return made
 
