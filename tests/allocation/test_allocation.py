@@ -159,7 +159,10 @@ def test_with_n_m_there_is_nothing_to_choose_and_the_run_says_so(tiny, tmp_path)
     [
         ({"sparsity": {"default": 0.5, "blocks.0": 0.3}}, "allocation chooses the target of each matrix"),
         ({"allocation": {"width": 0.1}}, "its other keys do nothing with method uniform"),
-        ({"allocation": {**CHOSEN, "width": "1.5"}}, "allocation.width: auto, or a number between 0 and 1 such as 0.15"),
+        (
+            {"allocation": {**CHOSEN, "width": "1.5"}},
+            "allocation.width: auto, or a number between 0 and 1 such as 0.15",
+        ),
         ({"allocation": {**CHOSEN, "length": 65}}, "allocation.length: the model takes at most 64 tokens"),
         ({"allocation": {**CHOSEN, "text": "nowhere.txt"}}, "allocation.text: the text nowhere.txt cannot be read"),
     ],
