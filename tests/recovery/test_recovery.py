@@ -212,6 +212,15 @@ def test_no_client_asks_for_more_than_the_server_takes(model, precision):
     assert clipped
 
 
+@pytest.mark.parametrize("scope", ["all", "blockwise"])
+def test_a_server_that_sends_no_weights_is_refused(model, scope):
+    whole = halved(model)
+    without_values = {**whole[1], "mlp.up_proj": replace(whole[1]["mlp.up_proj"], values=None)}
+    for sent in ({0: whole[0]}, whole | {1: without_values}):
+        with pytest.raises(UpdateError, match=r"client a, round 1 of recovery, block 1, .*has not sent its"):
+            list(recovered(learner(model, sent, scope=scope, steps=1), {0, 1}))
+
+
 LAYOUT = Layout("layers", ((Linear("q", (4, 6), False, expert=True),),))
 WEIGHT = torch.arange(24).view(4, 6) / 8 - 1.0
 KEEP = torch.arange(24).view(4, 6) % 2 == 0

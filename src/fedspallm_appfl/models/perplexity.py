@@ -1,4 +1,4 @@
-"""Perplexity, block by block (docs/method.md section 6).
+"""Perplexity, block by block (docs/method.md section 7).
 
 Windows of `length` tokens that do not overlap; the first token of a window is not predicted. The dense model is always
 evaluated with the same settings, so that numbers stand beside their reference.

@@ -67,7 +67,7 @@ class Kept:
         whole = torch.zeros(self.parameter.shape, device=self.parameter.device).masked_scatter_(self.mask, self.values)
         for linear in self.linears:
             before = pruned[linear.name]
-            assert before.values is not None, "what was agreed on has weights"
+            assert before.values is not None, "`recovered` refuses others"
             change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - before.values.float()
             most = largest_magnitude(before.values) / ROUNDS_UP
             yield linear.name, change.clamp_(-most, most)

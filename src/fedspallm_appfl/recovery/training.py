@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fedspallm_appfl.devices import give_back
+from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.models.blockwise import Activations, advance, embed, logits, output_of
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.recovery.kept import Kept, kept_of
@@ -82,12 +83,26 @@ class Learner:
         }
 
 
+def _require_sent(learner: Learner, blocks: set[int]) -> None:
+    """Refuse to begin with matrices that did not come down whole."""
+    for block in sorted(blocks):
+        sent = learner.pruned(block) or {}
+        for linear in learner.model.layout.blocks[block]:
+            if linear.name not in sent or sent[linear.name].values is None:
+                raise UpdateError(
+                    f"{learner.where}, block {block}, {linear.name}: the server asks for its recovery and has not sent its "
+                    "mask and weights; nothing is trained"
+                )
+
+
 def recovered(learner: Learner, blocks: set[int]) -> Changes:
     """Train, and give the changes of some blocks.
 
     Raises:
+        UpdateError: the server has not sent a matrix of these blocks; names client and block.
         PruningError: the loss is not finite; names the client.
     """
+    _require_sent(learner, blocks)
     return _SCOPES[learner.settings.recovery.scope](learner, blocks)
 
 

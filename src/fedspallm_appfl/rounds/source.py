@@ -52,8 +52,7 @@ class Source:
 
     def trainable(self) -> LazyModel:
         """The dense model in an arithmetic whose gradients do not vanish: float32 where it is float16."""
-        narrow = self.model.dtype == torch.float16 and self.in_float32 is not None
-        return self.in_float32() if narrow and self.in_float32 else self.model
+        return self.in_float32() if self.in_float32 and self.model.dtype == torch.float16 else self.model
 
     def embedded(self, windows: Tensor | None = None) -> Activations:
         """Activations in front of the first block, of its own windows or of others."""

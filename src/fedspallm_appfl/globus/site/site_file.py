@@ -9,7 +9,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site; recovery only if it is named
     evaluation: false                  # the pruned model is not measured on text of this site; true if left out
-    min_tokens: 8192                   # statistics (`grams`) of fewer tokens do not leave
+    min_tokens: 8192                   # nothing leaves of statistics (`grams`) or recovery of fewer tokens
     trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
 
@@ -125,6 +125,24 @@ class Site:
             raise ConfigError(
                 f"client {client}: this site sends no statistics of fewer tokens than {own}, gram.min_tokens is {least}; "
                 "remove gram.min_tokens, or set min_tokens in the site file"
+            )
+
+    def require_training(self, client: str, tokens: int, windows: int) -> None:
+        """Refuse to train on too few tokens, from whose gradients text might be read back.
+
+        Args:
+            client: whom to name.
+            tokens: tokens of all steps together.
+            windows: tokens of its windows.
+
+        Raises:
+            ConfigError: one of them is below the minimum of this site.
+        """
+        if self.min_tokens is not None and min(tokens, windows) < self.min_tokens:
+            raise ConfigError(
+                f"client {client}: this site trains on no fewer tokens than {self.min_tokens}; the steps of recovery take "
+                f"{tokens}, the windows have {windows}; raise recovery.steps or data.windows, or lower min_tokens in the "
+                "site file"
             )
 
     def model_folder(self, path: str) -> Path:

@@ -145,6 +145,10 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
     site.require_consent(settings.client_id, sendings(settings))
     if algorithms.find(settings.algorithm).gathers and not settings.recovery.model:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
+    if settings.recovery.rounds:
+        recovery, data = settings.recovery, settings.data
+        steps = recovery.steps * recovery.batch * data.length
+        site.require_training(settings.client_id, steps, data.windows * data.length)
 
 
 def site_store(request: dict[str, Any], site: Site) -> DataStore | None:
