@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 
-from fedspallm_appfl.allocation.choice import LEAST, MOST, bounds, share_of, targets
+from fedspallm_appfl.allocation.choice import LEAST, MOST, bounds, targets
 from fedspallm_appfl.allocation.shares import Curve, counts
-from fedspallm_appfl.tensors.target import Ratio, parse_target
+from fedspallm_appfl.tensors.target import Ratio, parse_target, share_of
 from fedspallm_appfl.tensors.targets import Targets, parse_sparsity
 
 LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8)

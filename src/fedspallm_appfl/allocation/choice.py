@@ -27,7 +27,7 @@ from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import ClientSettings, Config, OwnData
 from fedspallm_appfl.tensors.patterns import full_name
-from fedspallm_appfl.tensors.target import NM, Ratio, Target
+from fedspallm_appfl.tensors.target import NM, Target, share_of
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.packed import Unreached, pack
 from fedspallm_appfl.wire.store import PackedStore
@@ -117,16 +117,6 @@ def targets(curves: Mapping[Key, Curve], base: Target, width: float) -> Sparsity
     found = {full_name(*key): share_of(count, curves[key].entries) for key, count in zeros.items()}
     # A pattern means longer names that end with it too; the last one decides, so longer ones come later.
     return Targets(base, tuple(sorted(found.items(), key=lambda one: len(one[0]))))
-
-
-def share_of(zeros: int, entries: int) -> Ratio:
-    """The shortest decimal share that asks for exactly so many zeros."""
-    scale = 1
-    while True:
-        share = Fraction(-(-zeros * scale // entries), scale)
-        if share < 1 and Ratio(share).zeros(entries) == zeros:
-            return Ratio(share)
-        scale *= 10
 
 
 def bounds(base: Target, width: float) -> tuple[Fraction, Fraction]:

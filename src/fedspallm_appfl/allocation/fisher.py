@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedspallm_appfl.allocation.curves import Key, Pass
-from fedspallm_appfl.models.blockwise import logits
+from fedspallm_appfl.models.blockwise import logits, output_of
 from fedspallm_appfl.models.lazy_model import LazyModel
 
 
@@ -96,6 +96,4 @@ def _through(call: Any, hidden: Tensor, gradient: Tensor) -> Tensor:
     """(B, T, H), the gradient in front of a block from the one behind it."""
     with torch.enable_grad():
         before = hidden.detach().requires_grad_()
-        out = call(before)
-        behind = out[0] if isinstance(out, tuple | list) else out
-        return torch.autograd.grad(behind, before, gradient)[0]
+        return torch.autograd.grad(output_of(call(before)), before, gradient)[0]

@@ -19,14 +19,13 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import GLOBAL
 from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
 from fedspallm_appfl.tensors.patterns import full_name
-from fedspallm_appfl.tensors.target import Ratio, Target, parse_target
+from fedspallm_appfl.tensors.target import Target, parse_target, share_of
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import PackedStore
 
 BEGINNING = "beginning"  # folder of the server's state: the model as it was
 LEAST = Fraction(1, 100)  # share of a matrix that is zero beyond the dense model's zeros
-DIGITS = 9  # of a share that is written as a decimal
 
 
 def folder_of(path: str) -> Path:
@@ -75,9 +74,7 @@ def to_recover(config: Config, path: str) -> Config:
     made.allocation = Allocation()  # nothing is chosen any more
     targets, others = _read(made, path)
     made.prune.ignore = [*config.prune.ignore, *others]
-    for owner in (made.client_configs, *made.clients):
-        owner.train_configs.sparsity = _together(targets)
-    return made
+    return made.with_sparsity(_together(targets))
 
 
 def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
@@ -95,7 +92,7 @@ def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
             if zeros - int(before.count_nonzero()) >= LEAST * linear.entries:
                 target = asked.get(dense.place(block, linear).name)
                 fits = target is not None and target.zeros(linear.entries) == zeros
-                mine[linear.name] = target if target is not None and fits else counted(zeros, linear.entries)
+                mine[linear.name] = target if target is not None and fits else share_of(zeros, linear.entries)
         left = [linear.name for linear in linears if linear.name not in mine]
         others += [full_name(block, name) for name in left] if mine else [f"blocks.{block}"] if left else []
         targets |= {full_name(block, name): target for name, target in mine.items()}
@@ -107,15 +104,6 @@ def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
             "leave: nothing to recover"
         )
     return targets, others
-
-
-def counted(zeros: int, entries: int) -> Target:
-    """The target of a matrix that has so many zeros: the shortest decimal that means them."""
-    for digits in range(1, DIGITS):
-        share = Fraction(-(-zeros * 10**digits // entries), 10**digits)
-        if share < 1 and Ratio(share).zeros(entries) == zeros:
-            return Ratio(share)
-    return Ratio(Fraction(zeros, entries))
 
 
 def _together(targets: Mapping[str, Target]) -> Sparsity:

@@ -75,6 +75,15 @@ class NM(_Single):
 Target = Ratio | NM
 
 
+def share_of(zeros: int, entries: int) -> Ratio:
+    """The shortest decimal share that asks for exactly so many zeros; 1 if there is nothing else."""
+    for digits in range(len(str(entries)) + 1):  # one of them lies in any interval of 1 / entries
+        share = Fraction(-(-zeros * 10**digits // entries), 10**digits)
+        if share < 1 and Ratio(share).zeros(entries) == zeros:
+            return Ratio(share)
+    return Ratio(Fraction(zeros, entries))
+
+
 def parse_target(text: str | float | int) -> Target:
     """Read a target as it stands in a configuration.
 
