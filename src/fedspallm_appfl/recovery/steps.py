@@ -6,7 +6,6 @@ goes down in a line to zero. Weight decay is none: it would shrink what pruning 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.recovery.kept import Kept
 from fedspallm_appfl.settings.schema import Recovery
+from fedspallm_appfl.tensors import seeds
 
 BETAS = (0.9, 0.95)
 
 
 def generator(*names: object) -> torch.Generator:
-    """Random numbers that follow from names alone, whatever process asks for them."""
-    digest = hashlib.sha256("/".join(map(str, ("recovery", *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    """Random numbers of recovery (see `seeds`)."""
+    return seeds.generator("recovery", *names)
 
 
 def order(batches: int, steps: int, each: int, random: torch.Generator) -> Iterator[list[int]]:

@@ -6,7 +6,6 @@
   likely, except in a cell's width at both ends.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.tensors.seeds import generator
 from fedspallm_appfl.texts.checks import too_few
 from fedspallm_appfl.texts.content import Content
 from fedspallm_appfl.texts.files import are_tokens, text_files
@@ -69,8 +69,7 @@ def draw_windows(windows: Tensor, count: int, seed: int, client: str, spare: int
 
 
 def _generator(seed: int, client: str) -> Generator:
-    digest = hashlib.sha256(f"calibration/{seed}/{client}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return generator("calibration", seed, client)
 
 
 def _drawn(files: Sequence[str], cut: Cut, tokenizer: Any, count: int, seed: int, client: str, spare: int) -> Tensor:
