@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedspallm_appfl.errors import ConfigError, first_line
@@ -48,11 +48,8 @@ def load_config(
     Raises:
         ConfigError: the file cannot be read as YAML, or an override has no `=`.
     """
-    loaded, above = _read(Path(file)), more or {}
-    name = over(_merged(loaded, overrides), above).get("preset")
-    above_file = "preset" in above or any(one.startswith("preset=") for one in overrides)
-    layers = (loaded, presets.of(name)) if above_file else (presets.of(name), loaded)
-    return read_config(over(_merged(over(*layers), overrides), above))
+    above = more or {}
+    return read_config(over(_merge(_read(Path(file)), overrides), over(presets.of(above.get("preset")), above)))
 
 
 def read_config(raw: dict[str, Any]) -> tuple[Config, list[str]]:
@@ -68,7 +65,7 @@ def to_yaml(config: Config) -> str:
     return yaml_text.dump(plain(config))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> DictConfig:
     resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     resolver("here", lambda path: str((file.resolve().parent / path).resolve()), replace=True)
     try:
@@ -80,22 +77,24 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
     try:
-        OmegaConf.create(loaded)
+        return OmegaConf.create(loaded)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as a configuration: {first_line(error)}") from error
-    return loaded
 
 
-def _merged(plain_values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    loaded = OmegaConf.create(plain_values)
-    for override in overrides:
+def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    named = [one for one in overrides if one.startswith("preset=")]
+    for override in (*named[-1:], *(one for one in overrides if one not in named)):  # a preset lies below the others
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(
                 f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
             )
         try:
-            OmegaConf.update(loaded, key, yaml_text.load(value), merge=True)
+            parsed = yaml_text.load(value)
+            if override in named:
+                loaded.merge_with(presets.of(parsed))
+            OmegaConf.update(loaded, key, parsed, merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error
     try:
