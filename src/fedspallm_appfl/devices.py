@@ -1,4 +1,4 @@
-"""Choose a device, and give freed memory back to the system.
+"""Choose a device and threads, and give freed memory back to the system.
 
 A GPU is chosen by the rank's place among the client ranks of its node, never by its global rank, and only among the GPUs
 that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays bound. Where a process sees one GPU, it
@@ -8,6 +8,8 @@ uses that. More ranks than GPUs share them in turn.
 import ctypes
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -43,6 +45,17 @@ def choose_device(asked: str, local_rank: int) -> str:
             )
         return "cpu"
     return f"cuda:{local_rank % seen}"
+
+
+@contextmanager
+def threads(wanted: int | None = None) -> Iterator[None]:
+    """So many CPU threads, None for as many as there are; afterwards as many as before, whatever was set meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def give_back() -> None:

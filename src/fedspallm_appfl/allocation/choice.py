@@ -6,8 +6,7 @@ is sent, and puts the result in the place of `sparsity`; nobody else has to know
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,9 +18,9 @@ from fedspallm_appfl.allocation.curves import Key, look
 from fedspallm_appfl.allocation.fisher import sensitivities
 from fedspallm_appfl.allocation.shares import Curve, counts
 from fedspallm_appfl.allocation.text import public_windows
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_device, threads
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source
@@ -90,8 +89,8 @@ def allocate(config: Config, on_event: OnEvent = ignore) -> Allocation:
     train, settings = config.client_configs.train_configs, config.allocation
     base = train.sparsity.default
     widths = WIDTHS if settings.width == "auto" else (float(settings.width),)
-    with _threads(train.threads):
-        model = LazyModel.of(_exact(config), choose_device(config.server_configs.device, 0))
+    with threads(train.threads):  # so that the bits do not depend on where the server runs
+        model = _opened(config)
         mine, others = public_windows(config, model.skeleton)
         curves = _curves(config, model, mine, max(widths))
         on_event({"event": "allocating", "what": f"{len(curves)} loss curves"})
@@ -168,19 +167,10 @@ def _loss(config: Config, model: LazyModel, mine: Tensor, others: Tensor, sparsi
     return loss.total / loss.tokens
 
 
-def _exact(config: Config) -> Config:
-    """The configuration with arithmetic in which squared gradients do not vanish, as they do in float16."""
-    named = config.model.dtype
-    half = Skeleton.of(config).stored_dtype is torch.float16 if named == "auto" else named == "float16"
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")) if half else config
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """The threads of the pruning, so that the bits do not depend on where the server runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _opened(config: Config) -> LazyModel:
+    """The dense model, in arithmetic in which squared gradients do not vanish, as they do in float16."""
+    device = choose_device(config.server_configs.device, 0)
+    model = LazyModel.of(config, device)
+    if model.dtype != torch.float16:
+        return model
+    return LazyModel.of(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32")), device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.allocation.choice import JUDGE, LEVELS, WIDTHS
+from fedspallm_appfl.devices import threads
 from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
 from fedspallm_appfl.models.blockwise import embed
 from fedspallm_appfl.models.lazy_model import HollowModel
@@ -234,15 +235,11 @@ class Machine:
 
     def _seconds(self, step: Callable[[], object]) -> float:
         """Seconds of a step with the client's threads: the least of several, as nothing makes it faster than it is."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._train.threads or before)
-        try:
+        with threads(self._train.threads):
             found, started = [_timed(step)], time.perf_counter()
             while found[0] < LONGEST and time.perf_counter() - started < REPEATED:
                 found.append(_timed(step))
-            return min(found)
-        finally:
-            torch.set_num_threads(before)
+        return min(found)
 
 
 def _timed(step: Callable[[], object]) -> float:

@@ -7,9 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_device, threads
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
@@ -28,12 +26,11 @@ def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     Returns:
         The aggregator, with the global model in it.
     """
-    threads = torch.get_num_threads()
     try:
-        return _run(config, state_dir, on_event)
+        with threads():  # clients set their own
+            return _run(config, state_dir, on_event)
     finally:
         forget()
-        torch.set_num_threads(threads)
 
 
 def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
