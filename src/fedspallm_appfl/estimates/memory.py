@@ -26,6 +26,7 @@ from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds import UnitBytes
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
 from fedspallm_appfl.wire.grams import packing_bytes
+from fedspallm_appfl.wire.packed import kept_entries
 
 FLOAT = 4  # bytes of what statistics and pruners calculate in
 APPFL = 80_000_000  # measured: what APPFL 1.12 adds to a process that has torch and transformers
@@ -235,7 +236,7 @@ def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
     model, recovery = job.model, job.config.recovery
     whole, size = recovery.scope == "all", max(model.arithmetic.itemsize, 2)
     size = FLOAT if model.arithmetic == torch.float16 else size
-    kept = {block: _kept(job, block) for block in job.covered}
+    kept = {block: sum(kept_entries(model.shapes[block], job.sparsity, block).values()) for block in job.covered}
     held = sum if whole else max
     entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
     tokens = _tokens(job, client)
@@ -249,13 +250,6 @@ def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
         "forward passes": tokens * (max(logits, inside) + between),
         "dense model's states": states if recovery.loss == "kl" or not whole else 0,
     }
-
-
-def _kept(job: Job, block: int) -> int:
-    """Kept entries of a block."""
-    shapes = job.model.shapes[block].items()
-    entries = {name: rows * columns for name, (rows, columns) in shapes}
-    return sum(count - job.sparsity.of(block, name).zeros(count) for name, count in entries.items())
 
 
 def closing_bytes(units: Sequence[UnitBytes], clients: int) -> int:

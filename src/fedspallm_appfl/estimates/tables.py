@@ -28,8 +28,6 @@ from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {
-    "nothing": "nothing",
-    "deltas": "changes of kept weights",
     "weights": "pruned weights",
     "masks": "masks",
     "values": "values",

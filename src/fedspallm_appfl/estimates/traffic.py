@@ -289,9 +289,9 @@ def is_weighted(job: Job) -> bool:
 def _agreed(job: Job) -> int:
     """What came down, of which later rounds replace what earlier ones sent."""
     own = of_round(job.exchanges, last=False)
-    everything, last = _down(job, own), _down(job, own if len(own) < len(job.exchanges) else own[:-1])
-    if len(own) < len(job.exchanges):
-        return sum(last[block] for block in job.covered)
+    everything, last = _down(job, own), _down(job, own[:-1])
+    if len(own) < len(job.exchanges):  # recovery begins with all that was pruned
+        return sum(everything[block] for block in job.covered)
     early = {block for assigned in job.draws[:-1] for mine in assigned.values() for block in mine}
     late = {block for mine in job.draws[-1].values() for block in mine} - early
     return sum(everything[block] for block in early) + sum(last[block] for block in late)

@@ -118,7 +118,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         *_own_text(config, results, log),
         "## Sparsity",
         _sparsity(config, results.matrices, log),
-        *targets.section(log, markdown),
+        *_targets(log),
         "## Bytes",
         _bytes(config, results, log),
         "## Who took part",
@@ -232,6 +232,16 @@ def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> str:
         f"\n\nFewer than {least} of a client reached some experts: {left_out} uploads of matrices or statistics "
         f"were left out, and {unreached} that came from no client {done}."
     )
+
+
+def _targets(log: EventLog) -> list[str]:
+    """Targets that were chosen; nothing where every matrix has that of the run."""
+    chosen = log.of("allocation")
+    if not chosen:
+        return []
+    line, found = targets.choice_line(chosen[-1]), chosen[-1]["targets"]
+    table = [targets.WORDS, markdown(*targets.table(found))] if found else []
+    return ["## Targets", f"{line[0].upper()}{line[1:]}.", *table]
 
 
 def _bytes(config: Config, results: Result, log: EventLog) -> str:

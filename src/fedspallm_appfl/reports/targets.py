@@ -1,8 +1,10 @@
 """What the report says of targets that were chosen for each matrix."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-from fedspallm_appfl.events import Event, EventLog
+from fedspallm_appfl.events import Event
+
+WORDS = "Share of each matrix that is pruned; all together have as many zeros as with one target for all."
 
 
 def choice_line(event: Event) -> str:
@@ -24,16 +26,3 @@ def table(targets: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(matrix for row in cells.values() for matrix in row))
     rows = [[block, *(row.get(name, "-") for name in names)] for block, row in cells.items()]
     return ["block", *names], rows
-
-
-def section(log: EventLog, markdown: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> list[str]:
-    """The part of the report; nothing where every matrix has the target of the run."""
-    chosen = log.of("allocation")
-    if not chosen:
-        return []
-    line = choice_line(chosen[-1])
-    made = [f"## Targets\n\n{line[0].upper()}{line[1:]}."]
-    if chosen[-1]["targets"]:
-        words = "Share of each matrix that is pruned; all together have as many zeros as with one target for all."
-        made += [words, markdown(*table(chosen[-1]["targets"]))]
-    return made

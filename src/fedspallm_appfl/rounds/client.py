@@ -136,9 +136,8 @@ class LocalClient:
 
     def sweeps_on(self, exchange: int) -> bool:
         """Whether the sweep of an exchange goes on in the next one."""
-        return all(one.only is not None for one in self.exchanges[exchange : exchange + 2]) and (
-            exchange + 1 < len(self.exchanges)
-        )
+        both = self.exchanges[exchange : exchange + 2]
+        return len(both) == 2 and all(one.only is not None for one in both)
 
     @property
     def in_exchange(self) -> bool:

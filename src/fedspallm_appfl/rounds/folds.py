@@ -189,6 +189,11 @@ class _MatrixFold:
         rows, columns = self._context.shape(block, unit)
         return rows * columns
 
+    def _kept(self, block: int, unit: str) -> int:
+        """Entries that its target keeps."""
+        entries = self._entries(block, unit)
+        return entries - self._context.target(block, unit).zeros(entries)
+
     def _packed_bytes(self, block: int, unit: str) -> int:
         """Bytes of a matrix with values once packed."""
         context, entries = self._context, self._entries(block, unit)
@@ -372,8 +377,7 @@ class ValueFold(_MeanFold):
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of kept entries alone."""
-        entries = self._entries(block, unit)
-        kept = entries - self._context.target(block, unit).zeros(entries)
+        kept = self._kept(block, unit)
         sums = L0Sums.entry_bytes(self._weights(block, unit), clients) * kept
         return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
 
@@ -598,8 +602,7 @@ class DeltaFold(_MatrixFold):
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Two doubles a kept entry; then the mean and the weight, in doubles and floats."""
-        entries = self._entries(block, unit)
-        kept = entries - self._context.target(block, unit).zeros(entries)
+        kept = self._kept(block, unit)
         return UnitBytes(16 * kept, 16 * kept, self._packed_bytes(block, unit))
 
     def check(self, client: str, block: int, unit: str) -> Check:

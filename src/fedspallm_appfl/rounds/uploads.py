@@ -20,7 +20,16 @@ from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.deltas import delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
-from fedspallm_appfl.wire.packed import Packed, Shapes, Unreached, pack, pack_mask, pack_values, packed_sizes
+from fedspallm_appfl.wire.packed import (
+    Packed,
+    Shapes,
+    Unreached,
+    kept_entries,
+    pack,
+    pack_mask,
+    pack_values,
+    packed_sizes,
+)
 from fedspallm_appfl.wire.update import Unit
 
 Noted = tuple[Unit, dict[str, float]]  # what travels, and what the report should say about it
@@ -141,11 +150,10 @@ def sizes(
     if exchange.begins:
         return {}
     if exchange.recovers:
-        return {block: _delta_sizes(exchange.delta, linears, sparsity, block) for block, linears in shapes.items()}
+        return {
+            block: {
+                name: delta_size(kept, exchange.delta) for name, kept in kept_entries(linears, sparsity, block).items()
+            }
+            for block, linears in shapes.items()
+        }
     return {block: packed_sizes(linears, sparsity, dtype, exchange.up, block) for block, linears in shapes.items()}
-
-
-def _delta_sizes(precision: str, shapes: Shapes, sparsity: Sparsity, block: int) -> dict[str, int]:
-    entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    kept = {name: count - sparsity.of(block, name).zeros(count) for name, count in entries.items()}
-    return {name: delta_size(count, precision) for name, count in kept.items()}

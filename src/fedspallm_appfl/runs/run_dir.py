@@ -53,14 +53,14 @@ def _inputs_inside(config: Config, folder: Path) -> str | None:
     """An input of the run that lies in a place where the run will write."""
     texts = [client.data.text for client in config.clients] + list(config.evaluation.texts.values())
     texts.append(config.allocation.text)
-    inputs = {config.model.path: "the dense model of model.path"}
-    inputs |= {config.recovery.model: "the pruned model of recovery.model"} if config.recovery.model else {}
-    inputs |= {path: f"the text {path}" for text in texts for path in _as_list(text)}
+    models = {config.model.path: "the dense model of model.path"}
+    models |= {config.recovery.model: "the pruned model of recovery.model"} if config.recovery.model else {}
+    inputs = models | {path: f"the text {path}" for text in texts for path in _as_list(text)}
     for path, what in inputs.items():
         place = Path(path).expanduser().resolve()
         if any(place.is_relative_to((folder / name).resolve()) for name in OWN):
             return what
-    for path, what in list(inputs.items())[: 1 + bool(config.recovery.model)]:
+    for path, what in models.items():
         if Path(path).expanduser().resolve() == folder.resolve():
             return what
     return None

@@ -139,6 +139,12 @@ def packed_size(shape: tuple[int, int], zeros: int, dtype: torch.dtype) -> int:
     return -(-entries // 8) + (entries - zeros) * dtype.itemsize
 
 
+def kept_entries(shapes: Shapes, sparsity: Sparsity, block: int) -> dict[str, int]:
+    """Entries of each matrix of a block that its target keeps."""
+    entries = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    return {name: count - sparsity.of(block, name).zeros(count) for name, count in entries.items()}
+
+
 def packed_sizes(
     shapes: Shapes, sparsity: Sparsity, dtype: torch.dtype, parts: str = "weights", block: int = 0
 ) -> dict[str, int]:
