@@ -11,7 +11,7 @@ from fedspallm_appfl.errors import ModelError
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 
-ONCE = ("start", "place", "block", "round", "measured", "allocation", "notice")  # kinds that count only once
+ONCE = ("start", "block", "round", "measured", "allocation", "notice")  # kinds that count only once
 
 
 def ignore(event: Event) -> None:
@@ -26,14 +26,12 @@ class EventLog:
     """
 
     def __init__(self, file: Path, *listeners: OnEvent) -> None:
-        """Go on after the events that the file holds, which listeners get first."""
+        """Go on after the events that the file holds."""
         self._file = file
         self._listeners = listeners
         self.events: list[Event] = list(_read(file))
         self._known = {_frozen(event) for event in self.events if event["event"] in ONCE}
         self._started = time.monotonic() - (self.events[-1]["time"] if self.events else 0.0)
-        for event in self.events:
-            self._tell(event)
 
     def __call__(self, event: Event) -> None:
         """Take one event; `time` is seconds of work since the log was begun.
@@ -50,11 +48,8 @@ class EventLog:
                 file.write(json.dumps(stamped, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ModelError(f"{self._file} cannot be written: {error}; make room there") from error
-        self._tell(stamped)
-
-    def _tell(self, event: Event) -> None:
         for listener in self._listeners:
-            listener(event)
+            listener(stamped)
 
     def of(self, kind: str) -> list[Event]:
         """Events of one kind."""

@@ -1,6 +1,7 @@
 """A run that is cut off at any moment and goes on ends with the model of one that was not."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -8,10 +9,9 @@ from fedspallm_appfl import events
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.rounds import journal
 from fedspallm_appfl.runs import experiment, run_dir, serial
-from fedspallm_appfl.wire import store
 from helpers.experiments import DOMAINS, first_pages
+from helpers.knife import Knife
 from helpers.tiny import save_tiny, tiny_config
 
 SHARES = [
@@ -27,43 +27,6 @@ CASES = {
     "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
     "models apart": ("standalone", {}),
 }
-
-
-class Cut(BaseException):
-    """The process ended."""
-
-
-class Knife:
-    """Counts the moments between which a file is written, and ends the process at one of them."""
-
-    def __init__(self, monkeypatch):
-        self.count, self.at = 0, None
-        for module, name in ((store, "publish"), (journal, "rename"), (journal, "write_text"), (events.EventLog, "_tell")):
-            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
-
-    def _counted(self, work):
-        def counted(*args):
-            self._tick()
-            work(*args)
-            self._tick()
-
-        return counted
-
-    def _tick(self):
-        self.count += 1
-        if self.count == self.at:
-            raise Cut
-
-    def cut(self, at, work):
-        """Do something, but for what comes after a moment; whether it ended before."""
-        self.count, self.at = 0, at
-        try:
-            work()
-        except Cut:
-            return True
-        finally:
-            self.at = None
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +50,13 @@ def test_it_ends_with_the_same_bits_wherever_it_was_cut_off(tmp_path, tiny_model
     algorithm, changes = CASES[case]
     texts = {"evaluation": {"texts": {"a": str(first_pages("bible"))}, "length": 24, "windows": 2}}
     shared = {"checkpoint_every": 1e-6} | texts | changes
-    knife, draw = Knife(monkeypatch), random.Random(case)
+    knife, draw = Knife(monkeypatch.setattr), random.Random(case)
     whole = tiny_config(tmp_path / "whole", tiny_model, algorithm, **shared)
     knife.cut(None, lambda: go(whole))
     moments, expected = knife.count, models(whole.parent / "run")
     for number in range(4):
         file = tiny_config(tmp_path / str(number), tiny_model, algorithm, **shared)
-        cut = [knife.cut(draw.randrange(1, moments), lambda: go(file)) for _ in range(2)]  # the second may end first
+        cut = [knife.cut(draw.randrange(1, moments), partial(go, file)) for _ in range(2)]  # the second may end first
         assert cut[0]
         assert (cut[1] and run_dir.is_cut_off(file.parent / "run")) or run_dir.finished(file.parent / "run")
         if not run_dir.finished(file.parent / "run"):
@@ -108,10 +71,12 @@ def test_it_ends_with_the_same_bits_wherever_it_was_cut_off(tmp_path, tiny_model
 
 
 def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, monkeypatch):
-    knife = Knife(monkeypatch)
+    knife = Knife(monkeypatch.setattr)
     file = tiny_config(tmp_path, tiny_model, "fedspallm")
     assert knife.cut(40, lambda: go(file))
-    with pytest.raises(ConfigError, match=r"exists and is not empty; give another run_dir, --resume to go on with it, or"):
+    with pytest.raises(
+        ConfigError, match=r"exists and is not empty; give another run_dir, --resume to go on with it, or"
+    ):
         go(file, resume=False)
     other = tiny_config(tmp_path, tiny_model, "fedspallm", seed=7)
     with pytest.raises(ConfigError, match=r"begun with another configuration.*: seed \(0 before, now 7\); use"):

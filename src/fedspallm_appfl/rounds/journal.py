@@ -33,14 +33,18 @@ class Journal:
         self._exchange = [-1, -1]
 
     def begin(self, position: Mapping[str, Any]) -> None:
-        """Note that an exchange is on, or that more is known of it.
+        """Note that an exchange is on, of which nothing is finished.
 
         Args:
             position: plain types; `exchange` is (round, exchange).
         """
         self._exchange = list(position["exchange"])
+        self.amend(position)
+        shutil.rmtree(self.folder / FINISHED, ignore_errors=True)
+
+    def amend(self, position: Mapping[str, Any]) -> None:
+        """Note that more is known of the exchange that is on."""
         write_text(self.folder / POSITION, json.dumps(position))
-        self._read_records()
 
     def making(self, block: int) -> Path:
         """The folder for what is being made of a block."""

@@ -353,7 +353,7 @@ class GlobalModel:
         for block in [block for block in self._closed if not self._can_be_finished(block)]:
             del self._closed[block], self._ready[block], self._facts[block]
         self._position["given_up"] = sorted(self.round.given_up)
-        self._journal.begin(self._position)
+        self._journal.amend(self._position)
 
     def _can_be_finished(self, block: int) -> bool:
         return any(self.owes(client, block) for client in self.round.assigned)

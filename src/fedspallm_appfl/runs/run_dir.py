@@ -25,6 +25,7 @@ from fedspallm_appfl.wire.durable import write_text
 MARK = "metrics.jsonl"  # a run writes this first: never overwrite a folder without it
 LOCK = ".lock"
 STATE = "state"
+CLIENTS = "clients"  # in it, of clients that see it
 CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
 OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
@@ -45,7 +46,7 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
             return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
     except (OSError, ValueError) as error:
         return f"run_dir: {folder} cannot be used: {error}; name another folder"
-    if resume and not finished(folder):
+    if resume:
         return _changed(config, folder) if is_cut_off(folder) else None
     if not overwrite:
         go_on = "--resume to go on with it, " if is_cut_off(folder) else ""
@@ -151,6 +152,8 @@ def claimed(config: Config, overwrite: bool, resume: bool = False) -> Iterator[P
         raise ConfigError(wrong)
     folder = Path(config.run_dir).expanduser()
     with locked(folder, "name another folder"):
+        if resume and finished(folder):
+            raise ConfigError(f"run_dir: the run in {folder} is finished; there is nothing to go on with")
         if not (resume and is_cut_off(folder)):
             for name in OWN:
                 _remove(folder / name)

@@ -13,6 +13,7 @@ from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.placement import describe
+from fedspallm_appfl.runs.run_dir import CLIENTS
 from fedspallm_appfl.settings.schema import Config
 
 
@@ -42,7 +43,7 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
     for place in describe(0, placed):
         on_event({"event": "place", **vars(place)})
-    agreed, kept = state_dir / "agreed", state_dir / "clients"
+    agreed, kept = state_dir / "agreed", state_dir / CLIENTS
     shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
     told = [client_settings(config, client, device, limit, agreed, kept) for client, device in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
