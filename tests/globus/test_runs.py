@@ -3,8 +3,10 @@
 import base64
 import functools
 import json
+import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ from fedspallm_appfl.validation.rules import prepared_for_globus
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 from helpers.experiments import DOMAINS, first_pages, small_config, uneven
 from helpers.globus_double.executor import Site
+from helpers.knife import Knife
 from helpers.paths import DEMO
 from helpers.s3_double import BUCKET, keys, s3_service
 from helpers.tiny import events, run, save_tiny
@@ -389,6 +392,7 @@ def test_a_task_that_the_sdk_has_lost_sight_of_is_found_again(site, monkeypatch,
             raise answer
         if answer:
             futures["t"].set_result(answer)
+        return [future for future in futures.values() if not future.done()]
 
     monkeypatch.setattr(globus_communicator, "LOOK_AGAIN", 0.0)
     monkeypatch.setattr(globus_communicator.sdk_executor.Executor, "_load_tasks_status", load)
@@ -411,9 +415,80 @@ def test_a_task_that_the_sdk_has_lost_sight_of_is_found_again(site, monkeypatch,
     assert server.busy() == set()
 
 
+def test_a_connection_that_stays_lost_ends_the_run(site, monkeypatch):
+    def load(futures, client):
+        raise OSError("no route")
+
+    monkeypatch.setattr(globus_communicator, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(globus_communicator.sdk_executor.Executor, "_load_tasks_status", load)
+    server = GlobusServer(ENDPOINTS, patience=0.2)
+    server.look_for("a", "prune", {}, "t")
+    assert server.recv_result_from_one_client(0.0) is None
+    time.sleep(0.25)
+    with pytest.raises(
+        FederationError, match=r"no connection .* connection_deadline is 0\.2; tasks are out at a and go on"
+    ):
+        server.recv_result_from_one_client(0.0)
+
+
+def test_a_result_that_fell_between_two_connections_is_looked_up(site, monkeypatch):
+    def load(futures, client):
+        futures["t"].set_result({"messages": []})
+        return []
+
+    monkeypatch.setattr(globus_communicator, "LOOK_UP", -1.0)
+    monkeypatch.setattr(globus_communicator.sdk_executor.Executor, "_load_tasks_status", load)
+    server = GlobusServer(ENDPOINTS)
+    server.executing_task_futs[ComputeFuture("t")] = Task("a", "prune", {})
+    assert server.recv_result_from_one_client(0.1).result == {"messages": []}
+    assert server.busy() == set()
+
+
+def test_a_task_that_the_service_does_not_know_is_sent_again(site, monkeypatch):
+    monkeypatch.setattr(globus_communicator.sdk_executor.Executor, "_load_tasks_status", lambda *_, **__: [])
+    server = GlobusServer(ENDPOINTS)
+    server.gce._get_result_watcher = lambda: SimpleNamespace(watch_for_task_results=lambda executor, futures: None)
+    server.look_for("a", "look_around", {"client": "a"}, "t")
+    server.recv_result_from_one_client(0.0)
+    [task] = server.executing_task_futs.values()
+    assert (task.client, task.kind, task.request, task.sent) == ("a", "look_around", {"client": "a"}, 1)
+
+
 def test_a_result_that_is_no_json_is_not_read(site):
     with pytest.raises(DeserializationError, match="DillDataBase64 disabled"):
         GlobusServer(ENDPOINTS).gce.serializer.deserialize(DillDataBase64().serialize({"messages": []}))
+
+
+@functools.cache
+def _exchanged(request):
+    return json.dumps(globus_worker.run_exchange(json.loads(request)))
+
+
+@pytest.fixture
+def over_wire(tmp_path, monkeypatch):
+    """Run a federation of three over a wire; gives events and aggregator."""
+    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:3]}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
+    monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
+
+    def over_wire(wire, file, *overrides, state=None):
+        config = prepared_for_globus(load_config(file, overrides)[0])
+        dense = globus.model_hash(Path(config.model.path))
+        store = globus.open_store(vars(config.client_configs.comm_configs.store), "run", create=True)
+        events = []
+        connection = globus.Connection(config, wire, store, "run", dense)
+        state = state or tmp_path / f"state-{time.monotonic_ns()}"
+        aggregator = globus.run(config, state, events.append, connection)
+        return events, aggregator
+
+    return over_wire
+
+
+@pytest.fixture
+def federation(tmp_path, over_wire):
+    """The same with the fastest of pruners."""
+    quick = "client_configs.train_configs.pruner=magnitude"
+    return lambda wire, **changes: over_wire(wire, write_config(tmp_path, **changes), quick)
 
 
 class Wire:
@@ -454,6 +529,9 @@ class Wire:
     def busy(self):
         return {client for client, _, _ in self.tasks}
 
+    def task_ids(self):
+        return {client: f"task of {client}" for client in self.busy()}
+
     def status_of(self, client):
         return "offline" if client in self.offline else "online"
 
@@ -464,36 +542,55 @@ class Wire:
         self.tasks = []
 
 
-@functools.cache
-def _exchanged(request):
-    return json.dumps(globus_worker.run_exchange(json.loads(request)))
+class LastingWire(Wire):
+    """The service and the sites, which outlive the server: tasks are found by their ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = {}  # id -> task
+
+    def exchanged(self, request):
+        return globus_worker.run_exchange(request)  # which places what the server will look for
+
+    def send_task_to_one_client(self, client, kind, *, metadata):
+        super().send_task_to_one_client(client, kind, metadata=metadata)
+        self.out[f"task of {client}"] = self.tasks[-1]
+
+    def look_for(self, client, kind, request, task_id):
+        self.tasks.append(self.out[task_id])
+
+    def restarted(self):
+        """What a server that comes back begins with."""
+        self.tasks = []
+        return self
 
 
-@pytest.fixture
-def over_wire(tmp_path, monkeypatch):
-    """Run a federation of three over a wire; gives events and aggregator."""
-    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:3]}
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
-    monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
-
-    def over_wire(wire, file, *overrides):
-        config = prepared_for_globus(load_config(file, overrides)[0])
-        dense = globus.model_hash(Path(config.model.path))
-        store = globus.open_store(vars(config.client_configs.comm_configs.store), "run", create=True)
-        events = []
-        connection = globus.Connection(config, wire, store, "run", dense)
-        state = tmp_path / f"state-{time.monotonic_ns()}"
-        aggregator = globus.run(config, state, events.append, connection)
-        return events, aggregator
-
-    return over_wire
-
-
-@pytest.fixture
-def federation(tmp_path, over_wire):
-    """The same with the fastest of pruners."""
-    quick = "client_configs.train_configs.pruner=magnitude"
-    return lambda wire, **changes: over_wire(wire, write_config(tmp_path, **changes), quick)
+@pytest.mark.parametrize("algorithm", ["fedspallm", "consensus"])
+def test_a_server_that_comes_back_finds_its_tasks_and_ends_with_the_same_bits(
+    over_wire, tmp_path, monkeypatch, algorithm
+):
+    store, state = tmp_path / "store", tmp_path / "state-of-one"
+    store.mkdir()
+    changes = {
+        "algorithm": algorithm,
+        "server_configs": {"num_global_epochs": 2, "scheduler_kwargs": {"max_open_blocks": 1}},
+        "client_configs": {"comm_configs": {"store": {"connector": "file", "folder": str(store)}}},
+    }
+    file, quick = write_config(tmp_path, **changes), "client_configs.train_configs.pruner=wanda"
+    knife, draw = Knife(monkeypatch.setattr), random.Random(algorithm)
+    expected = []
+    knife.cut(None, lambda: expected.append(stored(over_wire(LastingWire(), file, quick)[1])))
+    moments, asked = knife.count, []
+    for _ in range(6):
+        wire = LastingWire()
+        assert knife.cut(draw.randrange(1, moments), partial(over_wire, wire, file, quick, state=state))
+        assert stored(over_wire(wire.restarted(), file, quick, state=state)[1]) == expected[0]
+        assert uploads_in(store) == []
+        asked.append(len(wire.asked))
+        shutil.rmtree(state)
+    exchanges = 2 * len(load_config(file)[0].clients) * (2 if algorithm == "consensus" else 1)
+    assert min(asked) == exchanges  # somewhere nothing had to be asked for again
+    assert max(asked) <= exchanges + 3
 
 
 def uploads_in(folder):

@@ -109,9 +109,12 @@ def _serial(config: "Config", shown: "Console", args: argparse.Namespace) -> Non
 def _over_globus(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
     from fedspallm_appfl.globus.server import preflight, run
     from fedspallm_appfl.runs import experiment
+    from fedspallm_appfl.runs.run_dir import is_cut_off
 
-    with run.connected(config) as connection:
-        preflight.require(look_at_endpoints(connection, shown), config.server_configs.min_clients)
+    goes_on = args.resume and is_cut_off(Path(config.run_dir).expanduser())  # tasks may be out, and endpoints busy
+    with run.connected(config, goes_on) as connection:
+        if not goes_on:
+            preflight.require(look_at_endpoints(connection, shown), config.server_configs.min_clients)
         launch = partial(run.run, connection=connection)
         experiment.run(config, launch, shown, args.overwrite, args.resume)
 

@@ -278,6 +278,12 @@ class ServerConfigs:
         least=1,
         most=MOST,
     )
+    connection_deadline: float | None = key(
+        3600.0,
+        "over Globus Compute: seconds without a connection to the service after which the run ends, to be gone on with by "
+        "`fedspallm resume`; empty waits without limit",
+        least=0.0,
+    )
     round_deadline: float | None = key(
         None,
         "over Globus Compute: seconds that an exchange may take (FedSpaLLM has one a round, `consensus` two, a sweep of "

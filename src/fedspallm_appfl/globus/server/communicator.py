@@ -20,11 +20,11 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from dataclasses import dataclass
 from typing import Any
 
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.errors import ConfigError, FederationError, first_line
+from fedspallm_appfl.globus.server.outcome import Outcome, Task
 from fedspallm_appfl.globus.site import tasks as globus_tasks
 
 registration.guard_piq()
@@ -48,6 +48,7 @@ SUBMISSION_LIMIT = 10_000_000  # bytes, from the documentation of the service
 AROUND = 2**16  # bytes of a submission besides the request
 NOT_FOUND = 404
 LOOK_AGAIN = 15.0  # seconds
+LOOK_UP = 300.0  # seconds after which a task is looked for though the connection seems well
 THREAD_ENDED = "SDK thread quit"  # a RuntimeError of the SDK if it could not even request the connection
 REFUSALS = (
     "not permitted on endpoint",
@@ -59,42 +60,6 @@ logger = logging.getLogger(__name__)
 TASKS = {"look_around": globus_tasks.look_around, "prune": globus_tasks.prune}
 
 
-@dataclass
-class Task:
-    """A task that was sent.
-
-    Attributes:
-        client: the client it is for.
-        kind: which of `TASKS`.
-        request: its argument, as it was sent.
-        sent: how often it was sent.
-    """
-
-    client: str
-    kind: str
-    request: dict[str, Any]
-    sent: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended.
-
-    Attributes:
-        client: the client it was for.
-        request: its argument.
-        result: what it returned; None if it failed.
-        problem: why it failed, in one line.
-        details: the remote traceback, if there is one.
-    """
-
-    client: str
-    request: dict[str, Any]
-    result: dict[str, Any] | None
-    problem: str = ""
-    details: str = ""
-
-
 class GlobusServer(GlobusComputeServerCommunicator):
     """Sends tasks to the endpoints of clients and receives their results.
 
@@ -103,12 +68,18 @@ class GlobusServer(GlobusComputeServerCommunicator):
         executing_task_futs: future -> unfinished task.
     """
 
-    def __init__(self, endpoints: Mapping[str, str], functions: Mapping[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        endpoints: Mapping[str, str],
+        functions: Mapping[str, str | None] | None = None,
+        patience: float | None = None,
+    ) -> None:
         """Log in.
 
         Args:
             endpoints: client -> endpoint id.
             functions: one of `TASKS` -> the id under which it is registered; None if this run has to register it.
+            patience: seconds that the connection may be lost; None for any time.
 
         Raises:
             FederationError: the service cannot be reached, or refuses the login.
@@ -118,6 +89,8 @@ class GlobusServer(GlobusComputeServerCommunicator):
         self.executing_task_futs: dict[Future, Task] = {}
         self._out_of_sight: dict[str, Task] = {}  # task id -> what runs while there is no connection
         self._look_at = 0.0  # when to ask for them
+        self._patience = patience
+        self._lost_at: float | None = None
         logging.getLogger(sdk_executor.__name__).setLevel(logging.CRITICAL)  # futures report the same
         warnings.filterwarnings("ignore", "\\s*Environment differences detected", UserWarning)  # irrelevant for JSON
         self._client = logged_in()
@@ -226,6 +199,7 @@ class GlobusServer(GlobusComputeServerCommunicator):
             if task_id is not None and (ended or isinstance(error, AMQPError)):
                 logger.warning("client %s: the connection to Globus Compute was lost; its task continues", task.client)
                 self._out_of_sight[task_id] = task
+                self._lost_at = time.monotonic() if self._lost_at is None else self._lost_at
                 return None
             words = str(error).strip() or repr(error)
             line = f"{type(error).__name__}: {words.splitlines()[-1][:MOST]}"
@@ -233,19 +207,76 @@ class GlobusServer(GlobusComputeServerCommunicator):
             return Outcome(task.client, task.request, None, line + hint, words[-MOST:] if "\n" in words else "")
 
     def _find_again(self) -> None:
-        """Wait again for tasks that the SDK gave up without a connection; they may have finished since."""
-        if not self._out_of_sight or time.monotonic() < self._look_at:
+        """Wait again for tasks that the SDK gave up without a connection; they may have finished since.
+
+        Raises:
+            FederationError: there has been no connection for too long.
+        """
+        now = time.monotonic()
+        self._look_up(now)
+        if not self._out_of_sight or now < self._look_at:
             return
-        self._look_at = time.monotonic() + LOOK_AGAIN
+        self._look_at = now + LOOK_AGAIN
         futures = {task_id: ComputeFuture(task_id) for task_id in self._out_of_sight}
         try:
-            sdk_executor.Executor._load_tasks_status(futures, client=self._client)
-            open_ones = [future for future in futures.values() if not future.done()]
-            self.gce._get_result_watcher().watch_for_task_results(self.gce, open_ones)
+            pending = sdk_executor.Executor._load_tasks_status(futures, client=self._client)
+            self.gce._get_result_watcher().watch_for_task_results(self.gce, pending)
         except Exception as error:  # noqa: BLE001 - any error may be temporary
             logger.warning("no connection to Globus Compute: %s; retrying in %.0f s", first_line(error), LOOK_AGAIN)
+            self._require_patience(now)
             return
-        self.executing_task_futs |= {future: self._out_of_sight.pop(task_id) for task_id, future in futures.items()}
+        self._lost_at = None
+        for task_id, future in futures.items():
+            task = self._out_of_sight.pop(task_id)
+            if future.done() or future in pending:
+                self.executing_task_futs[future] = task
+            else:  # the service does not know it any more
+                self._submit(task)
+
+    def _require_patience(self, now: float) -> None:
+        self._lost_at = now if self._lost_at is None else self._lost_at
+        if self._patience is not None and now - self._lost_at >= self._patience:
+            raise FederationError(
+                f"no connection to Globus Compute for {now - self._lost_at:.0f} s, server_configs.connection_deadline is "
+                f"{self._patience:g}; tasks are out at {', '.join(sorted(self.busy()))} and go on there"
+            )
+
+    def _look_up(self, now: float) -> None:
+        """Ask for tasks that have been out for long: a result may have fallen between two connections."""
+        old = {
+            task_id: future
+            for future, task in self.executing_task_futs.items()
+            if (task_id := getattr(future, "task_id", None)) and not future.done() and now - task.looked > LOOK_UP
+        }
+        if not old:
+            return
+        twins = {task_id: ComputeFuture(task_id) for task_id in old}
+        for future in old.values():
+            self.executing_task_futs[future].looked = now
+        try:
+            sdk_executor.Executor._load_tasks_status(twins, client=self._client)
+        except Exception as error:  # noqa: BLE001 - any error may be temporary
+            logger.warning("tasks cannot be looked up at Globus Compute: %s", first_line(error))
+            return
+        for task_id, twin in twins.items():
+            if twin.done():
+                self.executing_task_futs[twin] = self.executing_task_futs.pop(old[task_id])
+
+    def look_for(self, client: str, kind: str, request: Mapping[str, Any], task_id: str) -> None:
+        """Wait for a task that an earlier start has sent; it is sent again if the service does not know it any more.
+
+        Args:
+            client: the client whose endpoint has it.
+            kind: one of `TASKS`.
+            request: what it would be sent with.
+            task_id: its id.
+        """
+        self._out_of_sight[task_id] = Task(client, kind, dict(request))
+
+    def task_ids(self) -> dict[str, str]:
+        """Client -> id of its task, where the service has accepted one."""
+        ids = {task.client: getattr(future, "task_id", None) for future, task in self.executing_task_futs.items()}
+        return {client: str(task_id) for client, task_id in ids.items() if task_id}
 
     def busy(self) -> set[str]:
         """Clients with an unfinished task."""

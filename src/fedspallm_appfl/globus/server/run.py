@@ -18,12 +18,15 @@ from typing import Any
 
 from fedspallm_appfl.errors import DataStoreError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.globus.server import ledger
+from fedspallm_appfl.globus.server.ledger import Ledger
 from fedspallm_appfl.globus.server.measuring import measure
 from fedspallm_appfl.globus.server.turn import Turn
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.rounds.participants import client_settings
+from fedspallm_appfl.runs.run_dir import STATE, is_cut_off
 from fedspallm_appfl.settings.schema import Client, Config
 
 Unit = tuple[str | None, str, str]
@@ -38,7 +41,10 @@ class Connection:
         run: the run's name in the data store.
         wire: sends tasks and receives results.
         store: the data store; None if everything is sent with the tasks.
+        ledger: what is written down for a later start, once the run has a folder.
     """
+
+    ledger: Ledger
 
     def __init__(self, config: Config, wire: Any, store: DataStore | None, run: str, dense: str) -> None:
         self.config = config
@@ -91,15 +97,21 @@ class Connection:
             except DataStoreError as error:  # the end of the run may remove it with the rest
                 logger.warning("%s", error)
 
+    def note(self) -> None:
+        """Write down which tasks are out."""
+        self.ledger.note(self.wire.task_ids(), self.store.names if self.store else ())
+
     def close(self) -> None:
-        """Close everything, and remove what is left in the store."""
+        """Close everything, and remove what is left in the store, unless the run was cut off and may go on."""
         busy = ", ".join(sorted(self.wire.busy()))
         if busy:
             logger.warning("a task may still be running at %s; its endpoint accepts no other work until it ends", busy)
         try:
             self.wire.shutdown_all_clients()
         finally:
-            if self.store:
+            if self.store and is_cut_off(Path(self.config.run_dir).expanduser()):
+                self.store.close()
+            elif self.store:
                 _clear(self.store)
 
 
@@ -112,8 +124,12 @@ def _clear(store: DataStore) -> None:
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[Connection]:
+def connected(config: Config, resume: bool = False) -> Iterator[Connection]:
     """Log in to Globus Compute and open the data store.
+
+    Args:
+        config: the experiment.
+        resume: a run that was cut off goes on, with what it has in the store; else that is removed.
 
     Raises:
         FederationError: the service cannot be used.
@@ -125,12 +141,12 @@ def connected(config: Config) -> Iterator[Connection]:
     registration.register()
     from fedspallm_appfl.globus.server.communicator import GlobusServer
 
-    run = uuid.uuid4().hex
     dense = model_hash(resolve_model(config.model.path))
-    store = open_store(vars(config.client_configs.comm_configs.store), run, create=True)
+    run, store = _store_of(config, resume)
     try:
         endpoints = {client.client_id: str(client.endpoint_id) for client in config.clients}
-        wire = GlobusServer(endpoints, vars(config.server_configs.functions))
+        patience = config.server_configs.connection_deadline
+        wire = GlobusServer(endpoints, vars(config.server_configs.functions), patience)
     except BaseException:
         if store:
             _clear(store)
@@ -140,6 +156,20 @@ def connected(config: Config) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
+
+
+def _store_of(config: Config, resume: bool) -> tuple[str, DataStore | None]:
+    """A run's name and its data store: those of a run that goes on, or new ones."""
+    settings, folder = vars(config.client_configs.comm_configs.store), Path(config.run_dir).expanduser()
+    before = ledger.read(folder / STATE) if config.run_dir and is_cut_off(folder) else None
+    run = before["run"] if before and resume else uuid.uuid4().hex
+    if before and not resume and (old := open_store(settings, before["run"], create=True)):
+        old.names.update(before["objects"])
+        _clear(old)
+    store = open_store(settings, run, create=True)
+    if before and resume and store:
+        store.names.update(before["objects"])
+    return run, store
 
 
 def registered_functions() -> dict[str, str]:
@@ -182,16 +212,18 @@ def run(config: Config, state_dir: Path, on_event: OnEvent, connection: Connecti
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     server.scheduler.spare_others = True
-    down = Downlink(connection, [exchange.down for exchange in server.aggregator.global_model.exchanges])
+    connection.ledger = Ledger(state_dir, connection.run)
+    kinds = [exchange.down for exchange in server.aggregator.global_model.exchanges]
+    down = Downlink(connection, kinds, f"down.{connection.ledger.starts}")  # tasks of an earlier start read its own
+    pieces = server.get_parameters(serial_run=True)[1].get("held", 0)
+    down.add(server.get_parameters(init_model=False, held=number)[0] for number in range(pieces))
     instructions: dict[str, Any] = {}
-    number = 0
     while not server.training_finished():
-        answers = Turn(connection, server, on_event, number).run(down.places, instructions)
+        answers = Turn(connection, server, on_event).run(down.places, instructions)
         payload = next(iter(answers.values()))[0]
         if not server.training_finished():
             down.add(_all_pieces(server, payload))
         instructions = {client: metadata for client, (_, metadata) in answers.items()}
-        number += 1
     measure(connection, server, down.places, on_event)
     return server.aggregator
 
@@ -212,13 +244,15 @@ class Downlink:
         places: where the payloads are, in the order of loading.
     """
 
-    def __init__(self, connection: Connection, kinds: Sequence[str | None]) -> None:
+    def __init__(self, connection: Connection, kinds: Sequence[str | None], name: str = "down") -> None:
         """Nothing has gone down.
 
         Args:
             connection: to the clients.
             kinds: what each exchange sends down.
+            name: what names of objects begin with.
         """
+        self._name = name
         self._kinds = kinds
         self.places: list[dict[str, Any]] = []
         self._units: list[set[Unit]] = []
@@ -230,7 +264,8 @@ class Downlink:
         fresh = []
         for payload in payloads:
             if payload:
-                fresh.append((self._connection.place(payload, f"down.{self._made}"), self._units_of(payload)))
+                place = self._connection.place(payload, f"{self._name}.{self._made}")
+                fresh.append((place, self._units_of(payload)))
                 self._made += 1
         newer: set[Unit] = set().union(*(units for _, units in fresh))
         kept = [(p, u) for p, u in zip(self.places, self._units, strict=True) if not u or u - newer]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.errors import DataStoreError, FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.globus.server.outcome import Outcome
 from fedspallm_appfl.globus.server.results import Failure, Message, printable, read_result
 from fedspallm_appfl.globus.store.places import fetched
 
@@ -24,13 +25,16 @@ DESCRIPTION = 2**24  # maximum bytes of a message besides its tensors
 class Turn:
     """One task of every client and its outcome."""
 
-    def __init__(self, connection: "Connection", server: Any, on_event: OnEvent, number: int) -> None:
+    def __init__(self, connection: "Connection", server: Any, on_event: OnEvent) -> None:
         self._connection = connection
         self._config = connection.config
         self._server = server
         self._on_event = on_event
-        self._number = number
+        self._model = server.aggregator.global_model
         self._round = server.aggregator.round
+        self._name = f"{self._round}-{self._model.round.exchange}"
+        self._planned: list[set[int]] = []  # blocks of each message
+        self._folded: list[tuple[str, set[int]]] = []  # objects whose blocks may still be open, and these
         self._arrived: dict[str, deque[tuple[str, Message]]] = {}
         self._answers: dict[str, Future] = {}
         self._began = self._said = 0.0
@@ -58,6 +62,7 @@ class Turn:
             self._remind()
             left = deadline - time.monotonic()
             outcome = self._connection.wire.recv_result_from_one_client(timeout=max(0.0, min(POLL, left)))
+            self._connection.note()
             if outcome is not None:
                 self._take(outcome)
                 self._feed()
@@ -67,11 +72,14 @@ class Turn:
             self._give_up(client, Failure(why))
         self._feed()
         self._require_quorum()
+        self._tidy()
         return {client: future.result(timeout=0) for client, future in self._answers.items()}
 
     def _send(self, down: list[dict[str, Any]], instructions: Mapping[str, Any]) -> None:
         busy, comm = self._connection.wire.busy(), self._config.client_configs.comm_configs
-        planned = self._server.aggregator.global_model.messages(comm.blocks_per_message, comm.max_message_bytes)
+        planned = self._model.messages(comm.blocks_per_message, comm.max_message_bytes)
+        self._planned = [{block for block, _ in units} for units in planned]
+        self._connection.ledger.begin(self._name)
         reads = [place["stored"] for place in down if "stored" in place]
         deadline = self._config.server_configs.round_deadline
         for client in self._config.clients:
@@ -82,13 +90,22 @@ class Turn:
                 self._give_up(name, Failure(self._why_busy(name)))
                 continue
             told = instructions.get(name) or self._server.get_parameters(serial_run=True, client_id=name)[1]
-            writes = [f"{name}.{self._number}.{message}" for message in range(len(planned))]
+            writes = [f"{name}.{self._name}.{message}" for message in range(len(planned))]
             try:
                 request = self._connection.request(client, reads, writes, deadline and deadline + GRACE)
-                request |= {"down": down, "instructions": told}
-                self._connection.wire.send_task_to_one_client(name, "prune", metadata=request)
+                self._ask(name, request | {"down": down, "instructions": told})
             except (FederationError, DataStoreError) as error:
                 self._give_up(name, Failure(str(error)))
+
+    def _ask(self, client: str, request: dict[str, Any]) -> None:
+        """Send a task, unless an earlier start of the run has sent it."""
+        ledger, wire = self._connection.ledger, self._connection.wire
+        if (answer := ledger.answer(client)) is not None:
+            self._take(Outcome(client, request, answer))
+        elif client in ledger.tasks:
+            wire.look_for(client, "prune", request, ledger.tasks[client])
+        else:
+            wire.send_task_to_one_client(client, "prune", metadata=request)
 
     def _say(self, event: str, **facts: Any) -> None:
         self._said = time.monotonic()
@@ -141,6 +158,7 @@ class Turn:
             self._connection.remove(request["names"])
             self._give_up(client, read)
         else:
+            self._connection.ledger.keep(client, outcome.result)
             self._arrived[client] = deque(zip(request["names"], read, strict=True))
             self._say("answer", client=client, seconds=round(time.monotonic() - self._began, 1))
 
@@ -154,15 +172,29 @@ class Turn:
         return bool(self._arrived[client]) and (client not in self._answers or self._answers[client].done())
 
     def _feed_one(self, client: str, name: str, message: Message) -> None:
-        place = {**message.place, "stored": name} if "stored" in message.place else message.place
         try:
-            most = self._config.client_configs.comm_configs.max_message_bytes + DESCRIPTION
-            payload = fetched(place, self._connection.store, f"client {client}", most)
-            self._connection.remove({name})
+            payload = self._payload(client, name, message)
             answer = self._server.global_update(client, payload, blocking=False, **message.metadata)
             self._answers[client] = answer
         except (UpdateError, DataStoreError) as error:
             self._give_up(client, Failure(str(error), host=message.metadata["host"]))
+
+    def _payload(self, client: str, name: str, message: Message) -> Any:
+        """What a message holds; nothing if all its blocks were finished before the run was cut off."""
+        blocks = self._planned[message.metadata["_chunk_idx"]]
+        if blocks and blocks <= (self._model.resumed or set()):
+            return {}
+        place = {**message.place, "stored": name} if "stored" in message.place else message.place
+        most = self._config.client_configs.comm_configs.max_message_bytes + DESCRIPTION
+        self._tidy()
+        self._folded.append((name, blocks))
+        return fetched(place, self._connection.store, f"client {client}", most)
+
+    def _tidy(self) -> None:
+        """Remove objects that nobody will read again: until its blocks are finished, a later start might."""
+        open_ones = self._model.open_blocks()
+        self._connection.remove({name for name, blocks in self._folded if not blocks & open_ones})
+        self._folded = [(name, blocks) for name, blocks in self._folded if blocks & open_ones]
 
     def _give_up(self, client: str, failure: Failure) -> None:
         """Continue without a client for the rest of the round."""

@@ -38,7 +38,7 @@ class DataStore:
         self.settings = dict(settings)
         self.run = _checked(run)
         self._joined = not create
-        self._names: set[str] = set()  # of objects that may be there
+        self.names: set[str] = set()  # of objects that may be there
         with self._trouble("reached"):
             self._objects = self._open(create)
         if create:
@@ -68,7 +68,7 @@ class DataStore:
         """
         if self._joined:
             self._require_run()
-        self._names.add(_checked(name))
+        self.names.add(_checked(name))
         with self._trouble("written"):
             self._objects.put(name, data)
 
@@ -96,7 +96,7 @@ class DataStore:
         _checked(name)
         with self._trouble("cleared"):
             self._of_the_server.evict(name)
-        self._names.discard(name)
+        self.names.discard(name)
 
     @property
     def _of_the_server(self) -> Objects | Bucket:
@@ -113,7 +113,7 @@ class DataStore:
             seconds: how long it may need them; None for the maximum.
         """
         writes = [_checked(name) for name in writes]
-        self._names.update(writes)
+        self.names.update(writes)
         if not isinstance(self._objects, Bucket):
             return self.settings
         with self._trouble("used"):
@@ -125,7 +125,7 @@ class DataStore:
         with self._trouble("closed"):
             try:
                 if clear:
-                    self._of_the_server.clear(set(self._names))
+                    self._of_the_server.clear(set(self.names))
             finally:
                 self._objects.close()
 

@@ -61,7 +61,7 @@ class FolderObjects(Objects):
         if not self._folder.parent.is_dir():
             raise FileNotFoundError(f"{self._folder.parent} is not a folder on this machine")
         if create:
-            self._folder.mkdir()
+            self._folder.mkdir(exist_ok=True)  # there already where the run goes on
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder} is not a folder on this machine")
         self.connector = FileConnector(str(self._folder), clear=False)
