@@ -246,11 +246,14 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
         assert torch.allclose(apart[key][0], weight, rtol=1e-4, atol=close), key
 
 
-def test_with_one_block_gram_is_centralized(tmp_path):
-    folder = save_tiny(tmp_path / "model", torch.float32, blocks=1)
+BY_BLOCK = {"precision": "fp32", "first_input": "private", "propagate": "pruned", "stride": 1}
+
+
+def test_block_by_block_gram_is_centralized(tmp_path):
+    folder = save_tiny(tmp_path / "model", torch.float32)
     made = {}
     for algorithm in ("gram", "centralized"):
-        extra = {"gram": {"precision": "fp32", "first_input": "private"}} if algorithm == "gram" else {}
+        extra = {"gram": BY_BLOCK} if algorithm == "gram" else {}
         made[algorithm] = weights(run(tiny_config(tmp_path / algorithm, folder, algorithm, 4, **extra)))
     for name, central in linears(made["centralized"]).items():
         assert torch.equal(made["gram"][name] != 0, central != 0)
@@ -258,9 +261,8 @@ def test_with_one_block_gram_is_centralized(tmp_path):
 
 
 def test_a_client_of_gram_may_be_alone(tmp_path):
-    folder = save_tiny(tmp_path / "model", torch.float32, blocks=1)
-    gram = {"precision": "fp32", "first_input": "private"}
-    one = weights(run(tiny_config(tmp_path / "one", folder, "gram", 1, gram=gram)))
+    folder = save_tiny(tmp_path / "model", torch.float32)
+    one = weights(run(tiny_config(tmp_path / "one", folder, "gram", 1, gram=BY_BLOCK)))
     other = weights(run(tiny_config(tmp_path / "other", folder, "standalone", 1)) / "models" / "austen")
     assert same(one, other)
 

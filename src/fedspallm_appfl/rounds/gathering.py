@@ -55,9 +55,9 @@ def gathered(source: Source, assigned: set[int], start: Inputs | None = None) ->
         start: the part that a sweep begins with (see `parts_of_sweep`), where the matrices of all before are agreed on.
 
     Yields:
-        (block, its inputs, each with sums, or that no token reached it); all inputs of a block, or in a sweep by input
-        one. The inputs have to be taken before the next block is asked for. When a sweep goes on after the last yield of a
-        part, the matrices of the part are agreed on.
+        (block, its inputs, each with sums, or that no token reached it); all inputs of a block, in a sweep by input one.
+        The inputs have to be taken before the next block is asked for. When a sweep goes on after the last block of a part,
+        the matrices of the part are agreed on.
 
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
@@ -165,6 +165,7 @@ def _swept(source: Source, assigned: set[int], start: Inputs | None) -> Gathered
 
 
 def _one_input(source: Source, index: int, name: str, states: _States, public: dict[str, Sums]) -> tuple[int, Found]:
+    """Of the block as it is pruned so far."""
     linear = source.model.layout.linear(index, name)
     found = [public.pop(name) if index == 0 and name in public else _sums(source, index, linear, states)]
     give_back()
