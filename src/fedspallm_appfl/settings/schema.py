@@ -293,8 +293,8 @@ class ServerConfigs:
     round_deadline: float | None = key(
         None,
         "over Globus Compute: seconds that an exchange may take (FedSpaLLM has one a round, `consensus` two, a sweep of "
-        "`gram` one for each input or each `gram.stride` blocks); clients that have not answered by then are left out of the "
-        "round; empty waits without limit",
+        "`gram` one for each input or each `gram.stride` blocks); clients that have not answered by then are left out of "
+        "the round; empty waits without limit",
         least=0,
         most=MOST,
         range=f"seconds, greater than 0 and at most {MOST}, got {{value:g}}",
