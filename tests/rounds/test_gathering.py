@@ -162,12 +162,11 @@ def put(model, path, block, name, weight):
         ({0, 1, 2}, 0, True, "memory"),
         ({0, 2}, 0, True, "file"),
         ({0, 2}, 0, False, "memory"),
-        ({0, 1, 2}, 1, False, "memory"),
         ({0, 1, 2}, 2, False, "file"),
-        ({0, 2}, 2, False, "memory"),
+        ({0, 2}, 3, False, "memory"),
         ({1, 2}, 2, False, "memory"),
     ],
-    ids=["all", "some", "own target", "by block", "by two blocks", "first of two", "second of two"],
+    ids=["all", "some", "own target", "by two blocks", "all but the second of three", "second of two"],
 )
 def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(
     family, assigned, stride, dense_target, activations
