@@ -124,26 +124,29 @@ def prune(
         return _run(config, "fs.prune", overwrite, progress)
 
 
-def run(config: Config | str | Path, *, overwrite: bool = False, progress: bool = False) -> Result:
+def run(
+    config: Config | str | Path, *, overwrite: bool = False, resume: bool = False, progress: bool = False
+) -> Result:
     """Run an experiment in this process and write its results, as `fedspallm run` does.
 
     Args:
         config: the experiment, or its YAML file.
         overwrite: replace the results of an earlier run in its `run_dir`.
+        resume: go on with a run there that was cut off, if there is one.
         progress: show what the command line shows while it runs.
 
     Raises:
         ConfigError: lists everything that keeps it from being run.
         FedSpaLLMError: it fails.
     """
-    return _run(*_opened(config), overwrite, progress)
+    return _run(*_opened(config), overwrite, progress, resume)
 
 
-def _run(config: Config, name: str, overwrite: bool, progress: bool) -> Result:
-    refuse(name, problems_of(config, globus=False, files=True, overwrite=overwrite))
+def _run(config: Config, name: str, overwrite: bool, progress: bool, resume: bool = False) -> Result:
+    refuse(name, problems_of(config, globus=False, files=True, overwrite=overwrite, resume=resume))
     if not progress:
-        return experiment.conduct(config, serial.run, overwrite)[0]
-    return experiment.run(config, serial.run, console(), overwrite)
+        return experiment.conduct(config, serial.run, overwrite, resume=resume)[0]
+    return experiment.run(config, serial.run, console(), overwrite, resume)
 
 
 def load_config(file: str | Path, **settings: Any) -> Config:
@@ -263,7 +266,7 @@ def estimate(config: Config | str | Path) -> Estimate:
     return Estimate(Job.of(prepared(config, globus)))
 
 
-def problems_of(config: Config, globus: bool, files: bool, overwrite: bool) -> list[str]:
+def problems_of(config: Config, globus: bool, files: bool, overwrite: bool, resume: bool = False) -> list[str]:
     """Everything that keeps an experiment from being run.
 
     Args:
@@ -271,11 +274,12 @@ def problems_of(config: Config, globus: bool, files: bool, overwrite: bool) -> l
         globus: it is for a run over Globus Compute.
         files: open model and text as well.
         overwrite: earlier results may be replaced.
+        resume: a run that was cut off may be gone on with.
     """
     problems = rules.check(config)
     config = prepared(config, globus)
     problems += rules.check_for_globus(config) if globus else rules.check_on_this_machine(config)
-    problem = run_dir.problem(config, overwrite) if config.run_dir else None
+    problem = run_dir.problem(config, overwrite, resume) if config.run_dir else None
     problems += [problem] if problem else []
     if files:
         problems += with_files.check_with_files(config)

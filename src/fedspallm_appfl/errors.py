@@ -35,6 +35,12 @@ class UpdateError(FedSpaLLMError):
     """An upload that is not what the server assigned."""
 
 
+class Terminated(BaseException):
+    """The process was told to end from outside; its message is the signal's name."""
+
+    code = 143  # exit code
+
+
 class DataStoreError(FedSpaLLMError):
     """A data store that cannot be reached, or an object that is not in it."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from fedspallm_appfl.cli import main
 from fedspallm_appfl.runs import mpi
 from helpers.experiments import UNEVEN, merge, small_config
 from helpers.paths import DEMO, ROOT, TESTS
-from helpers.processes import ENVIRONMENT, end, fedspallm, finish, mpiexec, without_mpiexec
+from helpers.processes import ENVIRONMENT, end, fedspallm, finish, mpiexec, start, without_mpiexec
 from helpers.tiny import events, linears, save_tiny, tiny_config, weights
 
 pytestmark = [pytest.mark.mpi, without_mpiexec]
@@ -207,3 +208,34 @@ def test_a_bad_configuration_is_reported_once(tmp_path):
     code, _, err = finish(fedspallm(2, small_config(tmp_path, 2), "client_configs.train_configs.sparsity=1.5"))
     assert code != 0
     assert err.count("sparsity is a share in [0, 1), got 1.5") == 1
+
+
+def knife(moment, *words, ranks=0):
+    """Start a command whose server is killed at a moment."""
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    }
+    command = (sys.executable, "-m", "helpers.knife", moment, *words, *(["--launcher", "mpi"] if ranks else []))
+    return finish(mpiexec(ranks, *command, env=environment) if ranks else start(*command, env=environment))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("many", [pytest.param(1, id="once"), pytest.param(20, id="often", marks=pytest.mark.slow)])
+def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_bits(tmp_path, many):
+    """Killed by kill -9 in three ranks or as one process, and then gone on with in two ranks, three, or as one process."""
+    settings = {"num_global_epochs": 2, "aggregator_kwargs": {"fold": "cumulative"}}
+    changes = {"server_configs": settings, "recovery": RECOVERY, "checkpoint_every": 1e-6}
+    config = tiny_config(tmp_path, save_tiny(tmp_path / "model"), "fedspallm", 4, **changes)
+    code, _, err = knife(0, "run", config, f"run_dir={tmp_path / 'whole'}")
+    assert code == 0, err
+    moments, draw = int(err.split()[-1]), random.Random(0)
+    for number in range(many):
+        for ranks, later in ((3, 2), (0, 3)) if many > 1 else ((3, 2),):
+            folder = tmp_path / f"{number}-{ranks}"
+            at = draw.randrange(1, moments // 3 if ranks else moments)  # in ranks the server writes alone
+            code, _, err = knife(at, "run", config, f"run_dir={folder}", ranks=ranks)
+            assert code, err
+            code, out, err = knife(0, "run", config, "--resume", f"run_dir={folder}", ranks=later)
+            assert code == 0, err
+            assert same_files(tmp_path / "whole", folder, "model/model.safetensors", "manifest.json")
+            assert not (folder / "state").exists() and not (folder / ".lock").exists()

@@ -247,7 +247,7 @@ def test_what_tasks_load_and_send_is_what_was_predicted(algorithm, changes, tiny
     wire = Wire(watch)
     store = open_store(vars(config.client_configs.comm_configs.store), "run", create=True)
     connection = globus.Connection(config, wire, store, "run", model_hash(tiny_model))
-    globus.run(config, connection, tmp_path / "state", events.append)
+    globus.run(config, tmp_path / "state", events.append, connection)
 
     of, clients = Job.of(config), len(config.clients)
     turns = estimate_globus.turns(of)

@@ -487,7 +487,7 @@ def over_wire(tmp_path, monkeypatch):
         events = []
         connection = globus.Connection(config, wire, store, "run", dense)
         state = tmp_path / f"state-{time.monotonic_ns()}"
-        aggregator = globus.run(config, connection, state, events.append)
+        aggregator = globus.run(config, state, events.append, connection)
         return events, aggregator
 
     return over_wire

@@ -111,6 +111,7 @@ def test_votes_of_a_later_round_replace_or_add(tmp_path, algorithm, fold):
         give_values(model)
     model.begin_round(1, {"ann": [0], "cy": [0, 2]})
     send(model, [("ann", masks("ann", [0], 1)), ("cy", masks("cy", [0, 2], 1))])
+    model.end_exchange()
     earlier = [("ann", 0), ("bob", 0)] if fold == "cumulative" else []
     store = model.store("masks" if algorithm == "consensus" else "global")
     assert store.blocks() == [0, 1, 2]
@@ -238,6 +239,7 @@ def test_statistics_of_a_later_round_replace_or_add(tmp_path, fold):
     send(model, [("ann", grams("ann", [0, 1])), ("bob", grams("bob", [0]))])
     model.begin_round(1, {"ann": [0], "cy": [0, 2]})
     send(model, [("ann", grams("ann", [0], 1)), ("cy", grams("cy", [0, 2], 1))])
+    model.end_exchange()
     earlier = [("ann", 0), ("bob", 0)] if fold == "cumulative" else []
     store = GramStore(tmp_path / STATISTICS)
     assert store.units() == [(block, unit) for block in range(3) for unit in ("q", "up")]
@@ -263,6 +265,7 @@ def test_the_order_of_statistics_changes_no_bit_compressed_or_not(tmp_path, prec
             update = grams(client, EVERYTHING[client], precision=precision)
             send(model, [(client, compress(update) if number % 2 else update)])
         made.append({b: {n: bits(unpack(p)[0]) for n, p in model.done.get(b).items()} for b in range(3)})
+        model.end_exchange()
         rounded = GramStore(tmp_path / str(number) / STATISTICS).load(0, "q")[2]
         assert rounded is (precision != "fp32")
     assert all(one == made[0] for one in made)

@@ -81,12 +81,12 @@ def test_long_times_are_told_in_minutes_and_hours(seconds, words):
 
 
 def test_rounds_are_counted_from_one_and_all_of_them_in_the_total(shown):
-    assert shown(upload("a", "1", round_index=1), rounds=3) == "round 2/3  client a  block 1  1/12\n"
+    assert shown(upload("a", "1", round_index=1), rounds=3) == "round 2/3  client a  block 1  5/12\n"
 
 
 def test_all_exchanges_of_a_round_are_in_the_total(shown):
     uploads = [upload("a", "1", exchange=number, exchanges=3) for number in range(3)]
-    assert [line.split("  ")[3] for line in shown(*uploads).splitlines()] == ["1/12", "2/12", "3/12"]
+    assert [line.split("  ")[3] for line in shown(*uploads).splitlines()] == ["1/12", "5/12", "9/12"]
 
 
 def test_a_message_without_blocks_is_counted_but_makes_no_line(shown):

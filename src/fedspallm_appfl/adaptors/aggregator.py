@@ -61,16 +61,19 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.skeleton.dense_matrix,
             shared_inputs(self.skeleton.folder, self.skeleton.layout) if gathers else (),
         )
-        if self.settings.recovery.model:
-            begin(self.settings, self.skeleton, context.folder)
         self.global_model = GlobalModel(context, lambda event: self.on_event(event))
-        self.round = 0
+        self.round = max(self.global_model.round.index, 0)
         self._ended: set[str] = set()
         self._pieces: list[Piece] = []
-        self._bytes_down = 0  # of this round
         self._final: dict[str, list[Piece]] = {}  # client, or empty for all of them -> what they lack at the end
         self._final_bytes: dict[tuple[str, int], int] = {}  # (store, piece) -> bytes, as they travel
-        self._begin()
+        self._held: list[Piece] = []  # what clients were sent before the run was cut off
+        if self.global_model.resumed is None:
+            if self.settings.recovery.model:
+                begin(self.settings, self.skeleton, context.folder)
+            self._begin()
+        else:
+            self._held = self.global_model.held(self.settings.max_message_bytes)
 
     @property
     def finished(self) -> bool:
@@ -81,25 +84,29 @@ class FedSpaLLMAggregator(BaseAggregator):
         """What a client gets outside the exchange of messages.
 
         Before its first message its assignment, without weights, since it holds the dense model; with `piece=i` the i-th
-        piece of what goes down. After the last round, with `final=i` the i-th piece of what the client lacks of the model
-        that it measures, and with `losses`, client -> what it has measured, nothing.
+        piece of what goes down. In a run that goes on after it was cut off the assignment says how many pieces of what
+        clients held there are, and `held=i` is the i-th. After the last round, with `final=i` the i-th piece of what the
+        client lacks of the model that it measures, and with `losses`, client -> what it has measured, nothing.
         """
         for client, losses in kwargs.get("losses", {}).items():
             self.take_losses(str(client), losses)
         if "losses" in kwargs:
             return {}, {}
+        if "held" in kwargs:
+            return self.global_model.load_piece(self._held[kwargs["held"]]), {}
         if "final" in kwargs:
             return self.final_piece(str(kwargs["client_id"]), kwargs["final"]), {}
         if "piece" in kwargs:
             return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
         asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
         known = [client for client in map(str, asked) if client in self.settings.roster]
-        return {}, self.instructions(known or list(self.settings.roster))
+        return {}, self.instructions(known or list(self.settings.roster)) | self._goes_on()
 
     def instructions(self, clients: list[str]) -> dict[str, Any]:
         """What some clients have to do next, in plain types.
 
-        `{"round": 1, "exchange": 0, "assign": {"a": "0-3,7"}}`: the round, its exchange, and the blocks of each client.
+        `{"round": 1, "exchange": 0, "assign": {"a": "0-3,7"}}`: the round, its exchange, and the blocks of each client;
+        `finished` are those of them that need not be sent, as they were before the run was cut off.
         Once all rounds are done, `{"measure": {"a": 3}}`: how many pieces it lacks of what it measures, or nothing.
         """
         if self.finished:
@@ -107,7 +114,11 @@ class FedSpaLLMAggregator(BaseAggregator):
             return {"measure": measure} if measure else {}
         now = self.global_model.round
         assign = {client: to_text(now.assigned[client]) for client in clients}
-        return {"round": now.index, "exchange": now.exchange, "assign": assign}
+        done = {"finished": to_text(sorted(self.global_model.resumed))} if self.global_model.resumed else {}
+        return {"round": now.index, "exchange": now.exchange, "assign": assign} | done
+
+    def _goes_on(self) -> dict[str, Any]:
+        return {"held": len(self._held)} if self._held else {}
 
     def receive(self, client: str, update: Any, metadata: dict[str, Any]) -> bool:
         """Fold one message.
@@ -170,19 +181,22 @@ class FedSpaLLMAggregator(BaseAggregator):
         model, self._ended = self.global_model, set()
         last_round = self.round + 1 == self.settings.rounds
         last = last_round and model.round.exchange + 1 == len(model.exchanges)
+        model.end_exchange()
         self._pieces = [] if last else model.changes(self.settings.max_message_bytes)
         first = model.load_piece(self._pieces[0]) if self._pieces else {}
-        self._bytes_down += sum(piece.nbytes for piece in self._pieces)
+        model.round.bytes_down += sum(piece.nbytes for piece in self._pieces)
         if not model.next_exchange():
             self._end_round()
         return first
 
     def _end_round(self) -> None:
         changed = to_text(sorted(self.global_model.round.changed))
-        self.on_event({"event": "round", "round": self.round, "blocks": changed, "bytes_down": self._bytes_down})
-        self._bytes_down = 0
+        down = self.global_model.round.bytes_down
+        self.on_event({"event": "round", "round": self.round, "blocks": changed, "bytes_down": down})
         self.round += 1
-        if not self.finished:
+        if self.finished:
+            self.global_model.end()
+        else:
             self._begin()
 
     def _final_of(self, client: str) -> list[Piece]:

@@ -51,7 +51,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self.round: int = 0
         self._client: LocalClient | None = None
         self.exchange: int = 0
-        self._instructions: tuple[int, int, list[int]] | None = None
+        self._instructions: tuple[int, int, list[int], list[int]] | None = None
         self._message: Message | None = None
         self._pieces_left = 0
         self.lacking: int | None = None
@@ -69,12 +69,13 @@ class FedSpaLLMTrainer(BaseTrainer):
             self._follow(instructions)
         if not self.client.in_exchange:
             self._require_all_pieces()
-            self.round, self.exchange, blocks = self._instructions or (
+            self.round, self.exchange, blocks, finished = self._instructions or (
                 self.round,
                 self.exchange,
                 self._own_blocks(),
+                [],
             )
-            self.client.start_exchange(self.round, self.exchange, blocks)
+            self.client.start_exchange(self.round, self.exchange, blocks, finished)
             self._instructions = None
         self._message = self.client.next_message()
         if not self.client.in_exchange:
@@ -113,7 +114,8 @@ class FedSpaLLMTrainer(BaseTrainer):
         self.lacking = (metadata.get("measure") or {}).get(self.client_id)
         if self.client_id in (metadata.get("assign") or {}):
             blocks = from_text(metadata["assign"][self.client_id])
-            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks
+            finished = from_text(metadata.get("finished", ""))
+            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks, finished
 
     def _require_all_pieces(self) -> None:
         if self._pieces_left > 0:

@@ -9,16 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import estimate, evaluate, prune, recover, run, study, validate
+from fedspallm_appfl.cli import estimate, evaluate, prune, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.globus import doctor, functions, site
-from fedspallm_appfl.errors import FedSpaLLMError
+from fedspallm_appfl.cli.signals import ending
+from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
-VERBS = (run, validate, doctor, site, functions, estimate, study, prune, recover, evaluate)
+VERBS = (run, resume, validate, doctor, site, functions, estimate, study, prune, recover, evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 a mistake that the message explains."""
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake that the message explains, 130 and 143 ended from outside.
+    """
     parser = parser_of_all()
     args, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in args
@@ -28,13 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if late:  # overrides may stand after options too
         args.overrides = [*args.overrides, *late]
     try:
-        return args.work(args)
+        with ending():
+            return args.work(args)
     except FedSpaLLMError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+    except Terminated as signal:
+        sys.stderr.write(f"ended by {signal}\n")
+        return Terminated.code
 
 
 def parser_of_all() -> argparse.ArgumentParser:

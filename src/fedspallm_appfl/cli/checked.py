@@ -34,6 +34,7 @@ def checked(
     overwrite: bool,
     globus: bool | None = None,
     change: "Callable[[Config], Config] | None" = None,
+    resume: bool = False,
 ) -> "Config":
     """A configuration without problems.
 
@@ -44,6 +45,7 @@ def checked(
         overwrite: earlier results may be replaced.
         globus: it is for a run over Globus Compute; None if the endpoints of the clients say so.
         change: what the verb makes of the configuration before it is checked.
+        resume: a run that was cut off may be gone on with.
 
     Raises:
         ConfigError: lists all problems that were found.
@@ -54,7 +56,7 @@ def checked(
     from fedspallm_appfl.api import prepared, problems_of
 
     globus = config.over_globus() if globus is None else globus
-    refuse(file, problems_of(config, globus, files, overwrite))
+    refuse(file, problems_of(config, globus, files, overwrite, resume))
     return prepared(config, globus)
 
 

@@ -2,11 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import checked, console, introduce
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,14 +38,22 @@ def add(verbs: Any) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How and where it runs."""
+    add_launcher(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run that was cut off, if there is one in run_dir"
+    )
+    parser.set_defaults(change=None)
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Where it runs."""
     parser.add_argument(
         "--launcher",
         choices=("serial", "mpi", "globus"),
         default="serial",
         help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
-    parser.set_defaults(change=None)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -50,28 +62,58 @@ def work(args: argparse.Namespace) -> int:
         return _under_mpi(args)
     globus = args.launcher == "globus"
     config, shown = _checked(args, globus), console()
+    if _is_finished(config, args, shown):
+        return 0
     introduce(config, shown)
-    (_over_globus if globus else _serial)(config, shown, args.overwrite)
+    with _telling_how_to_go_on(config, args.launcher):
+        (_over_globus if globus else _serial)(config, shown, args)
     return 0
 
 
+def _is_finished(config: "Config", args: argparse.Namespace, shown: "Console") -> bool:
+    """Whether a run that is to go on has ended already, so that a job that is started again does no harm."""
+    from fedspallm_appfl.runs import run_dir
+
+    folder = Path(config.run_dir).expanduser()
+    if not (args.resume and run_dir.finished(folder)):
+        return False
+    shown.print(f"{folder} is finished: {folder / 'report.md'}", highlight=False, markup=False)
+    return True
+
+
+@contextmanager
+def _telling_how_to_go_on(config: "Config", launcher: str) -> Iterator[None]:
+    """Say what stays of a run that ends before its time."""
+    from fedspallm_appfl.runs import run_dir
+
+    try:
+        yield
+    except (FedSpaLLMError, KeyboardInterrupt, Terminated):
+        folder = Path(config.run_dir).expanduser()
+        if run_dir.is_cut_off(folder):
+            how = "" if launcher == "serial" else f" --launcher {launcher}"
+            sys.stderr.write(f"what was done stays in {folder}: fedspallm resume {folder}{how} goes on with it\n")
+        raise
+
+
 def _checked(args: argparse.Namespace, globus: bool) -> "Config":
-    return checked(args.config, args.overrides, True, args.overwrite, globus, args.change)
+    return checked(args.config, args.overrides, True, args.overwrite, globus, args.change, args.resume)
 
 
-def _serial(config: "Config", shown: "Console", overwrite: bool) -> None:
+def _serial(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
     from fedspallm_appfl.runs import experiment, serial
 
-    experiment.run(config, serial.run, shown, overwrite)
+    experiment.run(config, serial.run, shown, args.overwrite, args.resume)
 
 
-def _over_globus(config: "Config", shown: "Console", overwrite: bool) -> None:
+def _over_globus(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
     from fedspallm_appfl.globus.server import preflight, run
     from fedspallm_appfl.runs import experiment
 
     with run.connected(config) as connection:
         preflight.require(look_at_endpoints(connection, shown), config.server_configs.min_clients)
-        experiment.run(config, lambda c, state, log: run.run(c, connection, state, log), shown, overwrite)
+        launch = partial(run.run, connection=connection)
+        experiment.run(config, launch, shown, args.overwrite, args.resume)
 
 
 def look_at_endpoints(connection: "Connection", shown: "Console") -> "Findings":
@@ -105,13 +147,18 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
     from fedspallm_appfl.texts.windows import forget_windows
 
     if not mpi.is_server(comm):
-        config = mpi.receive_config(comm)
-        mpi.run_clients(config, comm)
+        if config := mpi.receive_config(comm):
+            mpi.run_clients(config, comm)
         return 0
     config = _checked(args, False)
     mpi.check_ranks(comm, config)
     forget_windows()  # those of the clients, which other ranks draw
     shown = console(plain=True)
     introduce(config, shown)
-    experiment.run(config, lambda c, state, log: mpi.run_server(c, comm, state, log), shown, args.overwrite)
+    if _is_finished(config, args, shown):
+        mpi.send_home(comm)
+        return 0
+    with _telling_how_to_go_on(config, args.launcher):
+        launch = partial(mpi.run_server, comm=comm)
+        experiment.run(config, launch, shown, args.overwrite, args.resume)
     return 0

@@ -44,7 +44,9 @@ class RunProgress(_Shown):
         self._rounds = rounds
         self._clients = clients
         self._first = 0.0
-        self._uploads = 0
+        self._uploads = 0  # of the exchange that is on
+        self._exchange = (-1, -1)
+        self._begun = 0  # uploads of earlier exchanges and starts
         self._recovers = False
         self._bursts = False
         self._places: list[Event] = []
@@ -70,6 +72,8 @@ class RunProgress(_Shown):
             self._waits(
                 f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
+        elif event["event"] == "resumed":
+            self._waits("going on where the run was cut off")
         elif event["event"] == "pruned":
             self._waits("the pruned model is written, recovery begins")
         elif event["event"] == "allocating":
@@ -96,12 +100,15 @@ class RunProgress(_Shown):
             self._bar.update(self._task, description=escape(what))
 
     def _upload(self, event: Event) -> None:
-        recovers = event["exchange"] >= event["exchanges"] - self._recovery
-        if recovers != self._recovers:  # another phase, of another pace
-            self._recovers, self._uploads = recovers, 0
+        own, each = event["exchanges"] - self._recovery, self._clients * event["messages"]
+        recovers, now = event["exchange"] >= own, (event["round"], event["exchange"])
+        if now != self._exchange:
+            before = event["exchange"] - own if recovers else event["round"] * own + event["exchange"]
+            if self._exchange == (-1, -1) or recovers != self._recovers:  # another phase, of another pace
+                self._begun = before * each
+            self._exchange, self._recovers, self._uploads = now, recovers, before * each
         self._uploads += 1
-        exchanges = self._recovery if recovers else self._rounds * (event["exchanges"] - self._recovery)
-        total = exchanges * self._clients * event["messages"]
+        total = (self._recovery if recovers else self._rounds * own) * each
         what = f"{self._round(event)}  client {event['client']}  "
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
@@ -112,10 +119,11 @@ class RunProgress(_Shown):
         """Time left, from the uploads since every client could have sent one; earlier times include start-up."""
         if self._bursts:  # all messages of an exchange arrive at once: their pace means nothing
             return ""
-        if self._uploads <= self._clients:
+        done = self._uploads - self._begun - self._clients
+        if done <= 0:
             self._first = time.monotonic()
             return ""
-        seconds = (time.monotonic() - self._first) / (self._uploads - self._clients) * (total - self._uploads)
+        seconds = (time.monotonic() - self._first) / done * (total - self._uploads)
         return f"  {duration(seconds)} of {'recovery' if self._recovers else 'pruning'} left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:

@@ -7,7 +7,8 @@ while a sweep stands still.
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.settings.schema import ClientSettings, Pooled, Prune
@@ -103,7 +105,17 @@ class LocalClient:
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery)
         in_float32 = partial(self._open, "float32")
-        self._source = Source(self.model, windows, settings, groups, self.agreed, self.masks, in_float32)
+        keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
+        self._source = Source(
+            self.model,
+            windows,
+            settings,
+            groups,
+            self.agreed,
+            self.masks,
+            checkpoint=keep or None,
+            in_float32=in_float32,
+        )
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
 
@@ -127,12 +139,16 @@ class LocalClient:
         bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
         return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes) or [[]]
 
-    def start_exchange(self, round_index: int, number: int, blocks: list[int]) -> None:
-        """Begin to make what an exchange of a round sends of the assigned blocks."""
-        exchange, assigned = self.exchanges[number], set(blocks)
+    def start_exchange(self, round_index: int, number: int, blocks: list[int], finished: Iterable[int] = ()) -> None:
+        """Begin to make what an exchange of a round sends of the assigned blocks, but for those that were sent before."""
+        exchange, assigned, done = self.exchanges[number], set(blocks), frozenset(finished)
+        wanted = assigned - done
+        if self._source.checkpoint:
+            self._source.checkpoint.begin(f"{round_index}.{number}")
         if exchange.only is None or number == 0 or self._sweep is None:
-            self._sweep = sweep(self._source, exchange, assigned)
-        self._progress = _Progress(round_index, number, assigned, self._sweep, self.messages(number))
+            made = sweep(replace(self._source, finished=done), exchange, assigned)
+            self._sweep = made if wanted else None  # a sweep that goes on begins where something is wanted
+        self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), self.messages(number))
 
     def sweeps_on(self, exchange: int) -> bool:
         """Whether the sweep of an exchange goes on in the next one."""

@@ -26,6 +26,7 @@ from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.pruning import from_sums, magnitude
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.pruner import Pruned, check_mask, named
+from fedspallm_appfl.rounds.journal import Journal
 from fedspallm_appfl.settings.schema import Pruning, ServerSettings
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.exact_sum import ExactSum
@@ -64,6 +65,10 @@ class Context:
     device: str
     dense: Callable[[int, str], Tensor]
     groups: Groups = ()
+
+    def making(self, block: int) -> Path:
+        """The folder for what an exchange makes of a block; what earlier ones made is in `folder`."""
+        return Journal(self.folder).making(block)
 
     def dense_float(self, block: int, name: str) -> Tensor:
         """A dense weight, (O, I) float32, where sums are."""
@@ -515,11 +520,10 @@ class GramFold:
         context, total = self._context, sums.result()
         linears = self._linears(block, unit)
         if context.settings.gram.propagate == "dense":
-            store = GramStore(context.folder / STATISTICS)
+            rounded = self._rounded
             if context.cumulative:
-                total = store.add(block, linears, total, self._rounded)
-            else:
-                store.save(block, linears, total, self._rounded)
+                total, rounded = GramStore(context.folder / STATISTICS).added(block, unit, total, rounded)
+            GramStore(context.making(block) / STATISTICS).save(block, linears, total, rounded)
         weights = {name: context.dense_float(block, name) for name in linears}
         pruned = prune_input(
             weights,
@@ -570,13 +574,13 @@ def with_earlier_rounds(context: Context, sums: SumsT, block: int, unit: str) ->
     Raises:
         UpdateError: the sums leave their range.
     """
-    file = context.folder / "sums" / f"{block:04d}-{unit}.safetensors"
-    if file.is_file():
+    name = Path("sums") / f"{block:04d}-{unit}.safetensors"
+    if (context.folder / name).is_file():
         try:
-            sums.merge(load_sums(type(sums), file, context.device))
+            sums.merge(load_sums(type(sums), context.folder / name, context.device))
         except ValueError as error:
             raise UpdateError(f"block {block}, {unit}: the sums of all rounds: {error}") from error
-    save_sums(sums, file)
+    save_sums(sums, context.making(block) / name)
     return sums
 
 

@@ -110,7 +110,12 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
 
 
 def client_settings(
-    config: Config, client: Client, device: str, message_bytes: int, agreed: Path | None = None
+    config: Config,
+    client: Client,
+    device: str,
+    message_bytes: int,
+    agreed: Path | None = None,
+    kept: Path | None = None,
 ) -> ClientSettings:
     """What a trainer is told.
 
@@ -120,6 +125,7 @@ def client_settings(
         device: where it runs; `auto` was decided by `choose_device`.
         message_bytes: bytes that one of its messages may have.
         agreed: folder for the pruned blocks that come down, shared by the clients of this process; None: one each.
+        kept: folder for the hidden states of clients; None: nothing is kept for a later start.
     """
     own = {
         "client_id": client.client_id,
@@ -135,6 +141,8 @@ def client_settings(
         "rounds": config.server_configs.num_global_epochs,
         "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,
+        "checkpoints": str(kept / client.client_id) if kept else None,
+        "checkpoint_every": config.checkpoint_every,
     }
     made: ClientSettings = build(ClientSettings, plain(client.train_configs) | plain(own))
     return made

@@ -82,9 +82,12 @@ def prune_blocks(source: Source, assigned: set[int], masks: Agreed | None = None
             plugin that gives something wrong; names client, block and linear.
         ConfigError: there is no room for a file of hidden states.
     """
-    state, model = source.embedded(), source.model
-    last = max(assigned, default=-1)
-    for index in range(last + 1):
+    wanted, model = assigned - source.finished, source.model
+    if not wanted:
+        return
+    state, last = source.embedded(), max(wanted)
+    for index in range(source.restored(state, min(wanted)), last + 1):
+        source.keep(index, state)
         agreed = None if index in assigned else source.agreed.get(index)
         with model.block(index, agreed) as module:
             if index in assigned:
@@ -92,7 +95,7 @@ def prune_blocks(source: Source, assigned: set[int], masks: Agreed | None = None
             give_back()
             if index < last:
                 advance(module, index, state)
-        if index in assigned:
+        if index in wanted:
             yield index, done.pop()  # a client that stands still here holds no finished block
 
 

@@ -8,6 +8,7 @@ number of clients and rounds, and never the model.
 Aggregated weights are rounded to the dtype of the checkpoint, which is also what clients send and receive.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,15 @@ from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, Context, Fold, Stores, expert_weight, folds
+from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, MASKS, Context, Fold, Stores, expert_weight, folds
+from fedspallm_appfl.rounds.journal import Journal, Latest
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
+
+BEFORE = -1  # the round that payloads name which bring a client where it stood
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Round:
         changed: blocks of which some matrix was completed in the round.
         closed: linears that were completed in the exchange: block -> names.
         given_up: clients of whom nothing more is expected.
+        bytes_down: what has gone down to each client.
     """
 
     index: int
@@ -62,6 +67,7 @@ class Round:
     changed: set[int] = field(default_factory=set)
     closed: dict[int, list[str]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
+    bytes_down: int = 0
 
     def clients_of(self, block: int) -> set[str]:
         """Clients that prune a block, or have before they were given up."""
@@ -98,10 +104,11 @@ class GlobalModel:
         done: the global model's pruned blocks.
         round: the round that is on.
         exchanges: what travels in the last round; those of recovery are not in earlier ones.
+        resumed: blocks of the exchange that is on that an earlier start has finished; None if this is the first start.
     """
 
     def __init__(self, context: Context, on_event: OnEvent = ignore) -> None:
-        """Start with nothing pruned.
+        """Start with nothing pruned, or where an earlier start in the same folder was cut off.
 
         Args:
             context: model, settings and folder.
@@ -111,7 +118,7 @@ class GlobalModel:
         self.settings = context.settings
         self.folder = context.folder
         self.on_event = on_event
-        self.done = PackedStore(self.folder / GLOBAL)
+        self.done: PackedStore = Latest(self.folder, GLOBAL)
         self.round = Round(-1, {})
         algorithm, settings = registry.find(self.settings.algorithm), self.settings
         self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery)
@@ -122,6 +129,10 @@ class GlobalModel:
         self._received: set[tuple[str, int, str]] = set()
         self._facts: dict[int, dict[str, Any]] = {}
         self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
+        self._replaced: set[Unit] = set()  # by this exchange
+        self._position: dict[str, Any] = {}
+        self._journal = Journal(self.folder)
+        self.resumed: set[int] | None = self._restored()
 
     @property
     def exchange(self) -> Exchange:
@@ -146,11 +157,28 @@ class GlobalModel:
         Raises:
             RuntimeError: blocks of the round before are still open.
         """
-        self._require_closed()
+        self.end_exchange()
         self.round = Round(index, assigned)
         if self.exchange.begins:
             self.round.assigned = {client: [] for client in assigned}
             self.round.closed = {block: self.done.names(block) for block in self.done.blocks()}
+        self._note_position()
+
+    def end_exchange(self) -> None:
+        """Put what the exchange has made in the place of what was there.
+
+        Raises:
+            RuntimeError: blocks of it are still open.
+        """
+        self._require_closed()
+        self._journal.end()
+        self._held -= self._replaced
+        self._replaced = set()
+
+    def end(self) -> None:
+        """Note that all rounds are done."""
+        self.round = replace(self.round, index=self.settings.rounds)
+        self._note_position()
 
     def next_exchange(self) -> bool:
         """Begin the next exchange of the round; whether there is one.
@@ -158,7 +186,7 @@ class GlobalModel:
         Raises:
             RuntimeError: blocks of this one are still open.
         """
-        self._require_closed()
+        self.end_exchange()
         if self.round.exchange + 1 == len(self._of_this_round):
             return False
         self.round.exchange += 1
@@ -168,6 +196,7 @@ class GlobalModel:
                 self.on_event({"event": "pruned"})
             blocks = self._whole_blocks()  # whoever pruned them: the weights of all belong together
             self.round.assigned = {client: list(blocks) for client in self.round.assigned}
+        self._note_position()
         return True
 
     @property
@@ -185,6 +214,78 @@ class GlobalModel:
                 f"round {self.round.index} cannot end: blocks {sorted(self.open_blocks())} are not complete"
             )
         self._received.clear()
+
+    def _note_position(self) -> None:
+        """Write down where the run stands, for a later start."""
+        now = self.round
+        self._position = {
+            "exchange": [now.index, now.exchange],
+            "assigned": now.assigned,
+            "given_up": sorted(now.given_up),
+            "changed": sorted(now.changed),
+            "closed": now.closed if self.exchange.begins else {},
+            "bytes_down": now.bytes_down,
+            "held": sorted(self._held),
+            "facts": copy.deepcopy(self._facts),
+        }
+        self._journal.begin(self._position)
+        self.resumed = self.resumed and set()
+
+    def _restored(self) -> set[int] | None:
+        """Go on where an earlier start stood; the blocks that it has finished."""
+        found = self._journal.restored()
+        if found is None:
+            return None
+        position, finished = found
+        self._position = position
+        index, exchange = position["exchange"]
+        closed = {int(block): names for block, names in position["closed"].items()}
+        closed |= {block: record["closed"] for block, record in finished.items()}
+        self.round = Round(
+            index,
+            {
+                client: [block for block in blocks if client not in position["given_up"] or block in finished]
+                for client, blocks in position["assigned"].items()
+            },
+            exchange,
+            set(position["changed"]) | {block for block, record in finished.items() if record["last"]},
+            closed,
+            set(position["given_up"]),
+            position["bytes_down"],
+        )
+        self._facts = {int(block): facts for block, facts in position["facts"].items()}
+        self._facts |= {block: record["facts"] for block, record in finished.items() if not record["last"]}
+        self._held = {(block, name) for block, name in position["held"]}
+        self._replaced = {(block, name) for block, record in finished.items() for name in record["made"]}
+        self._received = {
+            (client, block, unit)
+            for block in finished
+            for client in self.round.clients_of(block)
+            for unit in self._units(block)
+        }
+        return set(finished)
+
+    def held(self, limit: int) -> list[Piece]:
+        """All that clients were sent before the exchange that is on and need in it or later, in pieces.
+
+        Raises:
+            ConfigError: one matrix exceeds the limit.
+        """
+        last = self.round.exchange - 1
+        downs = {one.down: number for number, one in enumerate(self.exchanges)}  # what goes down -> an exchange of it
+        wanted: dict[str, set[Unit]] = {"weights": self._held, "masks": set()}
+        if last >= 0 and self.exchanges[last].down == "masks":
+            masks = PackedStore(self.folder / MASKS)
+            wanted["masks"] = {(block, name) for block in masks.blocks() for name in masks.names(block)}
+        pieces = []
+        for down, units in wanted.items():
+            packed = PackedStore(self.folder / DOWN[down])
+            sizes: dict[int, dict[str, int]] = {}
+            for block in sorted({block for block, _ in units}):
+                there = packed.get(block) or {}
+                sizes[block] = {name: one.nbytes for name, one in there.items() if (block, name) in units}
+            pieces += _pieces(sizes, limit, BEFORE, downs[down], DOWN[down]) if units else []
+        return [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
 
     def receive(self, client: str, update: Any, samples: int) -> int:
         """Check and fold one upload.
@@ -213,6 +314,9 @@ class GlobalModel:
             if self.exchange.concerns(block)
         }
         checked = check_update(update, f"client {client}", self.round.index, self.round.exchange, expected)
+        checked = tuple(
+            unit for unit in checked if unit[0] not in (self.resumed or ())
+        )  # they came before the run was cut off
         for block, name, _ in checked:
             if (client, block, name) in self._received:
                 raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
@@ -248,6 +352,8 @@ class GlobalModel:
                 self._close(block, unit)
         for block in [block for block in self._closed if not self._can_be_finished(block)]:
             del self._closed[block], self._ready[block], self._facts[block]
+        self._position["given_up"] = sorted(self.round.given_up)
+        self._journal.amend(self._position)
 
     def _can_be_finished(self, block: int) -> bool:
         return any(self.owes(client, block) for client in self.round.assigned)
@@ -339,7 +445,8 @@ class GlobalModel:
     def _made(self, piece: Piece) -> dict[str, Any]:
         blocks_of = {block for block, _ in piece.units}
         if piece.store:
-            stored = {block: self.store(piece.store).get(block) or {} for block in blocks_of}
+            of = PackedStore(self.folder / piece.store)  # without what the exchange that is on has made
+            stored = {block: of.get(block) or {} for block in blocks_of}
         else:
             stored = {block: self._stored(block, piece.exchange) for block in blocks_of}
         blocks: dict[int, dict[str, Packed]] = {}
@@ -355,7 +462,7 @@ class GlobalModel:
 
     def store(self, name: str) -> PackedStore:
         """The packed blocks of a store: the global model, masks, or a comparison: `fedavg` or `standalone/CLIENT`."""
-        return PackedStore(self.folder / name)
+        return Latest(self.folder, name)
 
     def _client_weight(self, client: str, samples: int) -> int:
         if samples < 1:
@@ -426,18 +533,30 @@ class GlobalModel:
     def _finish_block(self, block: int) -> None:
         """Store what this exchange made of a block."""
         del self._closed[block]
-        for store, linears in self._ready.pop(block).items():
-            self.store(store).add(block, linears)
-            self._held -= {(block, name) for name in linears} if store == GLOBAL else set()
-            self.round.closed.setdefault(block, []).extend(linears if store == self._down_store else ())
+        made = self._ready.pop(block)
+        for store, linears in made.items():
+            before = self.store(store).get(block) or {}
+            PackedStore(self._journal.making(block) / store).save(block, before | linears)
+        closed = list(made.get(self._down_store or "", ()))
+        self.round.closed.setdefault(block, []).extend(closed)
+        self._replaced |= {(block, name) for name in made.get(GLOBAL, ())}
         later = self.exchanges[self.round.exchange + 1 :]
-        if self.exchange.recovers or any(one.concerns(block) and not one.recovers for one in later):
-            return
-        self.round.changed.add(block)
-        clients = sorted(self.round.clients_of(block))
-        self.on_event(
-            {"event": "block", "round": self.round.index, "block": block, "clients": clients} | self._facts.pop(block)
-        )
+        last = not (self.exchange.recovers or any(one.concerns(block) and not one.recovers for one in later))
+        if last:
+            self.round.changed.add(block)
+            self.on_event(
+                {
+                    "event": "block",
+                    "round": self.round.index,
+                    "block": block,
+                    "clients": sorted(self.round.clients_of(block)),
+                    **self._facts[block],
+                }
+            )
+        record = {"closed": closed, "made": list(made.get(GLOBAL, ())), "last": last}
+        self._journal.finish(block, record | {"facts": self._facts.get(block, {})})
+        if last:
+            del self._facts[block]
 
     @property
     def _down_store(self) -> str | None:

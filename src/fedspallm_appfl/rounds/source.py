@@ -13,6 +13,7 @@ from fedspallm_appfl.models.blockwise import Activations, embed
 from fedspallm_appfl.models.inputs import check_statistic
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.statistics import Statistic
+from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.packed import Packed
 
@@ -39,6 +40,8 @@ class Source:
         groups: linears that share an input; empty where only matrices travel.
         agreed: pruned blocks that came down.
         masks: masks that came down, of blocks whose values are still to come.
+        finished: assigned blocks that the server has already; they are pruned again where later ones need it, not sent.
+        checkpoint: where hidden states are kept now and then; None for nowhere.
         in_float32: () -> the model in float32, for gradients in the place of an arithmetic of too narrow a range.
     """
 
@@ -48,6 +51,8 @@ class Source:
     groups: Groups = ()
     agreed: Agreed = field(default_factory=_nothing)
     masks: Agreed = field(default_factory=_nothing)
+    finished: frozenset[int] = frozenset()
+    checkpoint: Checkpoint | None = None
     in_float32: Callable[[], LazyModel] | None = None
 
     def trainable(self) -> LazyModel:
@@ -59,6 +64,15 @@ class Source:
         data = self.settings.data
         mine = self.windows if windows is None else windows
         return embed(self.model, mine, data.batch, data.activations, self.settings.client_id)
+
+    def restored(self, state: Activations, first: int) -> int:
+        """Move a state on to where an earlier start had come, at most to the first wanted block; returns its block."""
+        return self.checkpoint.restore(first, state) if self.checkpoint else 0
+
+    def keep(self, block: int, state: Activations) -> None:
+        """Remember what goes into a block, if it is time."""
+        if self.checkpoint:
+            self.checkpoint.keep(block, state)
 
     def kept(self) -> HiddenStates:
         """Room for what goes into experts."""

@@ -21,6 +21,7 @@ from fedspallm_appfl.texts.windows import Cut, windows_of
 from fedspallm_appfl.validation.files import too_long
 
 DEFAULT_LENGTH = 2048
+Rows = Mapping[str, dict[str, float]]  # method -> text -> perplexity
 DENSE: Mapping[str, PrunedBlock] = {"dense": lambda block: None}  # what every perplexity stands beside
 
 
@@ -49,7 +50,11 @@ def held_out(config: Config) -> dict[str, Tensor]:
 
 
 def evaluate(
-    config: Config, texts: Mapping[str, Tensor], methods: Mapping[str, PrunedBlock], log: OnEvent
+    config: Config,
+    texts: Mapping[str, Tensor],
+    methods: Mapping[str, PrunedBlock],
+    log: OnEvent,
+    known: Rows | None = None,
 ) -> dict[str, dict[str, float]]:
     """Perplexity of each model on each text, all with the same settings: method -> text -> perplexity.
 
@@ -57,12 +62,16 @@ def evaluate(
         config: the experiment.
         texts: as `held_out` has cut them.
         methods: name -> the pruned blocks of a model.
-        log: gets an event for each model.
+        log: gets an event for each model that is measured.
+        known: what was measured before.
     """
     device = choose_device(config.evaluation.device, 0)
     lazy = LazyModel.of(config, device)
     rows = {}
     for number, (method, pruned) in enumerate(methods.items(), 1):
+        if known and method in known:
+            rows[method] = known[method]
+            continue
         rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
         log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
     return rows

@@ -13,7 +13,7 @@ from rich.markup import escape
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
-from fedspallm_appfl.errors import FedSpaLLMError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.events import Event, EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
@@ -30,14 +30,17 @@ from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
 from fedspallm_appfl.settings.schema import Config, plain
+from fedspallm_appfl.tensors.targets import parse_sparsity
 from fedspallm_appfl.validation.words import attention_words
+from fedspallm_appfl.wire.durable import write_text
 from fedspallm_appfl.wire.store import PackedStore
 
+TARGETS = "targets.json"  # in the server's state
 BEFORE, RECOVERED = "before", "recovered"  # rows of a table
 Launch = Callable[[Config, Path, OnEvent], Any]
 
 
-def run(config: Config, launch: Launch, console: Console, overwrite: bool = False) -> Result:
+def run(config: Config, launch: Launch, console: Console, overwrite: bool = False, resume: bool = False) -> Result:
     """Run an experiment and write its results; on the server where there are several processes.
 
     Args:
@@ -45,13 +48,14 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
         launch: runs the rounds and returns the aggregator.
         console: where progress and the closing table go.
         overwrite: replace the results of an earlier run.
+        resume: go on with one that was cut off.
 
     Returns:
         What it has shown.
     """
     rounds, recovery = config.server_configs.num_global_epochs, config.recovery.rounds
     with RunProgress(console, rounds, len(participants(config)), recovery) as progress:
-        results, log = conduct(config, launch, overwrite, progress)
+        results, log = conduct(config, launch, overwrite, progress, resume=resume)
     console.print(closing(config, results, log))
     if absent := absence_line(log):
         console.print(f"[bold red]clients {escape(absent)}[/]; why: report.md", highlight=False)
@@ -63,7 +67,7 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 
 
 def conduct(
-    config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True
+    config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True, resume: bool = False
 ) -> tuple[Result, EventLog]:
     """Run an experiment and write its results, without showing them.
 
@@ -73,6 +77,7 @@ def conduct(
         overwrite: replace the results of an earlier run.
         *listeners: get every event as it happens.
         dense: measure the perplexity of the dense model too.
+        resume: go on with a run that was cut off.
 
     Returns:
         What it has shown, and all events.
@@ -81,11 +86,15 @@ def conduct(
         FedSpaLLMError: the experiment fails; what the evaluation needs is looked at before anything is sent.
     """
     texts = held_out(config)
-    with run_dir.claimed(config, overwrite) as folder:
+    with run_dir.claimed(config, overwrite, resume) as folder:
+        goes_on = run_dir.is_cut_off(folder)
         log = EventLog(folder / run_dir.MARK, *listeners)
         rounds = config.server_configs.num_global_epochs
-        log({"event": "start", "clients": list(roster(config)), "rounds": rounds})
-        told = allocated(config, log)
+        log({"event": "start", "clients": list(roster(config)), "rounds": rounds, "version": __version__})
+        if goes_on:
+            _require_version(log)
+            log({"event": "resumed"})
+        told = _allocated(config, folder / run_dir.STATE, log)
         aggregator = _launched(told, launch, folder, log)
         if named := replaced_attention(aggregator.skeleton.model):
             log({"event": "notice", "text": attention_words(named)})
@@ -93,7 +102,8 @@ def conduct(
         matrices, place = _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
-        perplexity = evaluate(config, texts, methods, log) if texts else {}
+        known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
+        perplexity = evaluate(config, texts, methods, log, known) if texts else {}
         skeleton = aggregator.skeleton
         dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
         _write_cards(config, folder, perplexity, log)
@@ -102,6 +112,25 @@ def conduct(
         write_report(folder / "report.md", config, results, log)
         shutil.rmtree(folder / "state")
     return results, log
+
+
+def _require_version(log: EventLog) -> None:
+    began = [event.get("version") for event in log.of("start")]
+    if began != [__version__]:
+        raise ConfigError(
+            f"the run was begun by fedspallm_appfl {began[0]}, and this is {__version__}: bits might differ; go on with "
+            "that version, or begin anew with --overwrite"
+        )
+
+
+def _allocated(config: Config, state: Path, log: EventLog) -> Config:
+    """The configuration with the targets that are chosen at the first start and hold for later ones."""
+    file = state / TARGETS
+    if file.is_file():
+        return config.with_sparsity(parse_sparsity(json.loads(file.read_text("utf-8"))))
+    told = allocated(config, log)
+    write_text(file, json.dumps(plain(told.client_configs.train_configs.sparsity)))
+    return told
 
 
 def _launched(config: Config, launch: Launch, folder: Path, log: EventLog) -> Any:

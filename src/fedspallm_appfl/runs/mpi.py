@@ -5,7 +5,6 @@ APPFL's MPI communicators carry the messages, slightly changed (`adaptors.mpi_co
 A rank that fails prints its traceback and aborts the whole job.
 """
 
-import signal
 import socket
 import sys
 import tempfile
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.participants import algorithm_of, client_settings
 from fedspallm_appfl.runs.placement import batches, describe
+from fedspallm_appfl.runs.run_dir import CLIENTS, STATE
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Client, Config
-
-TERMINATED = 128 + signal.SIGTERM  # exit code
 
 
 def communicator() -> Any:
@@ -46,14 +44,6 @@ def communicator() -> Any:
     return MPI.COMM_WORLD
 
 
-class Terminated(BaseException):
-    """This rank received a signal to terminate."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
-
-
 def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
     """Do a rank's work; if it fails, print the reason and abort the whole job.
 
@@ -61,12 +51,12 @@ def abort_on_failure(comm: Any, work: Callable[[], int]) -> int:
         comm: MPI's world.
         work: what to do; returns an exit code.
     """
-    signal.signal(signal.SIGTERM, _terminate)  # removes temporary folders when another rank has failed
     try:
         return work()
-    except Terminated:
-        comm.Abort(TERMINATED)
-        return TERMINATED
+    except Terminated as signal:  # this rank's own, or what mpiexec sends when another has ended
+        sys.stderr.write(f"rank {comm.Get_rank()}: ended by {signal}\n" if is_server(comm) else "")
+        comm.Abort(Terminated.code)
+        return Terminated.code
     except BaseException as error:  # noqa: BLE001 - after any error, the other ranks must not wait for this one
         sys.stdout.flush()
         expected = isinstance(error, FedSpaLLMError)
@@ -95,14 +85,19 @@ def check_ranks(comm: Any, config: Config) -> None:
     batches([client.client_id for client in config.clients], comm.Get_size() - 1)
 
 
-def receive_config(comm: Any) -> Config:
-    """The configuration that the server checked, with the targets that it chose."""
-    config: Config = comm.bcast(None, root=0)
-    plugins.load(config.plugins)
+def receive_config(comm: Any) -> Config | None:
+    """The configuration that the server checked, with the targets that it chose; None if there is nothing to do."""
+    config: Config | None = comm.bcast(None, root=0)
+    plugins.load(config.plugins if config else [])
     return config
 
 
-def run_server(config: Config, comm: Any, state_dir: Path, on_event: OnEvent) -> Any:
+def send_home(comm: Any) -> None:
+    """Tell the clients that there is nothing to do."""
+    comm.bcast(None, root=0)
+
+
+def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) -> Any:
     """Give all ranks the configuration and serve all rounds; returns the aggregator, with the global model in it."""
     comm.bcast(config, root=0)
     from fedspallm_appfl.adaptors import registration
@@ -135,19 +130,30 @@ def run_clients(config: Config, comm: Any) -> None:
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
     comm.gather(describe(comm.Get_rank(), placed), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
-        told = [client_settings(config, client, device, limit, Path(agreed)) for client, device in placed]
+        kept = _state_of(config)
+        told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
         agents = {settings.client_id: client_agent(settings) for settings in told}
         _all_rounds(comm, agents)
+
+
+def _state_of(config: Config) -> Path | None:
+    """Where clients keep their hidden states: with the server's state, if this rank sees it."""
+    state = Path(config.run_dir).expanduser() / STATE
+    return state / CLIENTS if state.is_dir() else None
 
 
 def _all_rounds(comm: Any, agents: dict[str, Any]) -> None:
     from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
 
     wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
-    first = wire.get_global_model(init_model=True)
+    payload, told = wire.get_global_model(init_model=True)
     for agent in agents.values():
-        agent.load_parameters(first)
-    status = "RUNNING"
+        agent.load_parameters((payload, told))
+    for number in range(told.get("held", 0)):
+        piece = wire.get_global_model(init_model=False, held=number)
+        for agent in agents.values():
+            agent.trainer.client.take(piece)
+    status = "RUNNING" if "assign" in told else "DONE"
     while status != "DONE":
         status = _exchange(wire, agents)
     _measure(wire, agents)

@@ -15,18 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
+from fedspallm_appfl.wire.durable import write_text
 
 MARK = "metrics.jsonl"  # a run writes this first: never overwrite a folder without it
 LOCK = ".lock"
 STATE = "state"
+CLIENTS = "clients"  # in it, of clients that see it
+CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
-OWN = ("config.yaml", "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
+OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
 
 
-def problem(config: Config, overwrite: bool) -> str | None:
+def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None:
     """Why the run directory cannot be used, or None."""
     folder = Path(config.run_dir).expanduser()
     try:
@@ -41,12 +46,52 @@ def problem(config: Config, overwrite: bool) -> str | None:
             return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
     except (OSError, ValueError) as error:
         return f"run_dir: {folder} cannot be used: {error}; name another folder"
+    if resume:
+        return _changed(config, folder) if is_cut_off(folder) else None
     if not overwrite:
+        go_on = "--resume to go on with it, " if is_cut_off(folder) else ""
         return (
-            f"run_dir: {folder} exists and is not empty; give another run_dir, or --overwrite (overwrite=True in Python) "
-            "to replace it"
+            f"run_dir: {folder} exists and is not empty; give another run_dir, {go_on}or --overwrite (overwrite=True in "
+            "Python) to replace it"
         )
     return None
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run was done there to its end: the report comes last but for the clearing of its state."""
+    return (folder / "report.md").is_file()
+
+
+def is_cut_off(folder: Path) -> bool:
+    """Whether a run was cut off there and can go on."""
+    return (folder / STATE).is_dir() and (folder / MARK).is_file() and not finished(folder)
+
+
+def _changed(config: Config, folder: Path) -> str | None:
+    """What differs from the configuration that a run was begun with."""
+    before, now = (_flat(yaml.safe_load(text)) for text in ((folder / CONFIG).read_text("utf-8"), _resolved(config)))
+    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
+    if not differ:
+        return None
+    keys = ", ".join(f"{key} ({before.get(key)!r} before, now {now.get(key)!r})" for key in differ)
+    return (
+        f"run_dir: {folder} was begun with another configuration; it goes on with the same only: {keys}; use "
+        f"fedspallm resume {folder}, or --overwrite to begin anew"
+    )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Every value of nested mappings and lists under its whole key."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            name: one for word, of in inner for name, one in _flat(of, f"{key}.{word}" if key else str(word)).items()
+        }
+    return {key: value}
+
+
+def _resolved(config: Config) -> str:
+    return to_yaml(_with_whole_paths(config))
 
 
 def _inputs_inside(config: Config, folder: Path) -> str | None:
@@ -91,21 +136,29 @@ def _as_list(paths: Paths | None) -> list[str]:
 
 
 @contextmanager
-def claimed(config: Config, overwrite: bool) -> Iterator[Path]:
+def claimed(config: Config, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """Create the folder, or clear earlier results from it if allowed, and lock it against other runs.
+
+    Args:
+        config: the experiment.
+        overwrite: replace earlier results.
+        resume: leave what is there of a run that was cut off.
 
     Raises:
         ConfigError: it must not be overwritten, cannot be written, or another run uses it.
     """
-    wrong = problem(config, overwrite)
+    wrong = problem(config, overwrite, resume)
     if wrong:
         raise ConfigError(wrong)
     folder = Path(config.run_dir).expanduser()
     with locked(folder, "name another folder"):
-        for name in OWN:
-            _remove(folder / name)
-        (folder / MARK).touch()
-        (folder / "config.yaml").write_text(to_yaml(_with_whole_paths(config)), "utf-8")
+        if resume and finished(folder):
+            raise ConfigError(f"run_dir: the run in {folder} is finished; there is nothing to go on with")
+        if not (resume and is_cut_off(folder)):
+            for name in OWN:
+                _remove(folder / name)
+            (folder / MARK).touch()
+            write_text(folder / CONFIG, _resolved(config))
         yield folder
 
 

@@ -3,6 +3,7 @@
 Clients take turns message by message. A block is then open on the server only while the clients send it.
 """
 
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.placement import describe
+from fedspallm_appfl.runs.run_dir import CLIENTS
 from fedspallm_appfl.settings.schema import Config
 
 
@@ -41,11 +43,15 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
     for place in describe(0, placed):
         on_event({"event": "place", **vars(place)})
-    agreed = state_dir / "agreed"
-    told = [client_settings(config, client, device, limit, agreed) for client, device in placed]
+    agreed, kept = state_dir / "agreed", state_dir / CLIENTS
+    shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
+    told = [client_settings(config, client, device, limit, agreed, kept) for client, device in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
-        agent.load_parameters(server.get_parameters(serial_run=True, client_id=name))
+        first = server.get_parameters(serial_run=True, client_id=name)
+        agent.load_parameters(first)
+        for number in range(first[1].get("held", 0)):
+            agent.trainer.client.take(server.get_parameters(init_model=False, held=number)[0])
     on_event({"event": "ready"})
     while not server.training_finished():
         for name, (update, instructions) in _exchange(server, agents).items():

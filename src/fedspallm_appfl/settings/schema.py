@@ -519,6 +519,12 @@ class Config:
         least=0,
         most=MOST,
     )
+    checkpoint_every: float = key(
+        60.0,
+        "seconds at least between two writings of a client's hidden states, from which `--resume` goes on; it takes longer "
+        "where writing would be more than a twentieth of the time ([docs](experiments.md#resume))",
+        least=0.0,
+    )
     plugins: list[str] = key(
         list, "Python files or modules that add pruners or algorithms: [python.md](python.md#your-own-pruner)"
     )
@@ -617,6 +623,8 @@ class ClientSettings(TrainConfigs):
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
         own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
+        checkpoints: folder for its hidden states; None for none.
+        checkpoint_every: seconds between two of them.
     """
 
     client_id: str = ""
@@ -632,6 +640,8 @@ class ClientSettings(TrainConfigs):
     roster: dict[str, float] = field(default_factory=dict)
     own_windows: int = 0
     agreed: str | None = None
+    checkpoints: str | None = None
+    checkpoint_every: float = 60.0
 
 
 @dataclass

@@ -24,6 +24,7 @@ from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.tensors import triangle
+from fedspallm_appfl.wire.durable import publish
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.update import read_matrices
 
@@ -47,7 +48,7 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), partial, metadata={name: json.dumps(value) for name, value in facts.items()})
-        partial.replace(file)
+        publish(partial, file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{what} cannot be stored in {file.parent}: {error}; make room there") from error
 
@@ -185,15 +186,14 @@ class GramStore:
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self._file(block, linear)} is damaged: {error}; run the experiment again") from error
 
-    def add(self, block: int, linears: tuple[str, ...], sums: Sums, rounded: bool) -> Sums:
-        """Add sums to those that are stored of the same input, and store and return what it makes."""
-        found = self.load(block, linears[0])
-        if found is not None:
-            earlier = found[1]
-            total = sums.upper.add_(earlier.upper.to(sums.upper.device))
-            sums, rounded = replace(sums, upper=total, tokens=sums.tokens + earlier.tokens), rounded or found[2]
-        self.save(block, linears, sums, rounded)
-        return sums
+    def added(self, block: int, linear: str, sums: Sums, rounded: bool) -> tuple[Sums, bool]:
+        """Sums with those added that are stored of the same input, and whether either was rounded."""
+        found = self.load(block, linear)
+        if found is None:
+            return sums, rounded
+        earlier = found[1]
+        total = sums.upper.add_(earlier.upper.to(sums.upper.device))
+        return replace(sums, upper=total, tokens=sums.tokens + earlier.tokens), rounded or found[2]
 
     def units(self) -> list[tuple[int, str]]:
         """(block, first linear) of all inputs that are stored, in order."""

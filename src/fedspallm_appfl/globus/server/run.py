@@ -157,14 +157,14 @@ def registered_functions() -> dict[str, str]:
         wire.shutdown_all_clients()
 
 
-def run(config: Config, connection: Connection, state_dir: Path, on_event: OnEvent) -> Any:
+def run(config: Config, state_dir: Path, on_event: OnEvent, connection: Connection) -> Any:
     """Run all rounds.
 
     Args:
         config: the experiment, which from now on is the connection's too.
-        connection: to the clients.
         state_dir: folder for the server's packed blocks and sums.
         on_event: called with a dict for each event.
+        connection: to the clients.
 
     Returns:
         The aggregator, with the global model in it.

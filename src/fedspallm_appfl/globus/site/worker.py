@@ -194,7 +194,7 @@ def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     site.require_text(client, pruners.find(settings.pruner), settings.recovery.rounds > 0)
     settings.data.text, settings.data.pool = site.text, []  # the server names no path of a text
     settings.data.field = site.field or settings.data.field
-    settings.agreed = None  # nor one that is written to
+    settings.agreed = settings.checkpoints = None  # nor one that is written to
     settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
     settings.model.trust_remote_code = False  # the site file says what may run here

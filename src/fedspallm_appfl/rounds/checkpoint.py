@@ -1,0 +1,102 @@
+"""A client's hidden states on disk now and then, so that a run that goes on does not sweep from the first block again.
+
+Two are kept: a client may be ahead of what the server has finished. Without one that fits, the sweep begins at its start;
+only the time differs.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedspallm_appfl.models.blockwise import Activations
+from fedspallm_appfl.wire.store import save_whole
+
+KEPT = 2
+SHARE = 20  # times as long as the last one took to be written, at least, before the next is
+
+
+@dataclass
+class Checkpoint:
+    """Where the hidden states of one client are kept, and when they were last.
+
+    Attributes:
+        folder: for the files of this client, which nobody else can read; they are made of private text.
+        every: seconds between two of them.
+        stage: the round and exchange that is on.
+    """
+
+    folder: Path
+    every: float
+    stage: str = ""
+    _due: float = field(default_factory=time.monotonic)
+
+    def begin(self, stage: str) -> None:
+        """Note that a sweep begins."""
+        self.stage, self._due = stage, time.monotonic() + self.every
+
+    def keep(self, block: int, state: Activations) -> None:
+        """Write what goes into a block, if it is time and nothing else carries over from block to block.
+
+        Raises:
+            ModelError: there is no room.
+        """
+        began = time.monotonic()
+        if began < self._due or not _is_whole(state):
+            return
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tensors = {str(number): hidden.cpu() for number, hidden in enumerate(state.hidden)}
+        save_whole(self.folder / f"{block:04d}.safetensors", tensors, {"stage": self.stage}, "hidden states")
+        for old in sorted(self._files(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
+            old.unlink()
+        now = time.monotonic()
+        self._due = now + max(self.every, SHARE * (now - began))
+
+    def restore(self, most: int, state: Activations) -> int:
+        """Put the latest that fits in the place of what goes into the first block.
+
+        Args:
+            most: the first block that is wanted.
+            state: in front of the first block.
+
+        Returns:
+            The block that the state now stands in front of.
+        """
+        for file in sorted(self._files(), reverse=True):
+            block = int(file.stem)
+            found = self._read(file) if block <= most else None
+            if found is not None and len(found) == len(state.hidden):
+                for number, hidden in enumerate(state.hidden):
+                    state.hidden[number] = found[number].to(hidden.device, copy=True)  # in memory of its own
+                return block
+        return 0
+
+    def _read(self, file: Path) -> list[Tensor] | None:
+        """Hidden states of the stage that is on."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                if (stored.metadata() or {}).get("stage") != f'"{self.stage}"':
+                    return None
+                return [stored.get_tensor(str(number)) for number in range(len(list(stored.keys())))]
+        except (OSError, SafetensorError):  # it is only a shortcut
+            return None
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.glob("[0-9]*.safetensors"))
+
+
+def _is_whole(state: Activations) -> bool:
+    """Whether hidden states are all that goes from block to block, and lie in memory as they would after reading."""
+    calls = state.calls[0] if state.calls else []
+    plain = all(_is_plain(call.args) and _is_plain(list(call.kwargs.values())) for call in calls)
+    return plain and all(hidden.is_contiguous() for hidden in state.hidden)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a block cannot leave anything in an argument for a later one."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, Tensor | int | float | str)

@@ -1,0 +1,115 @@
+"""What the server writes down, so that a run that was cut off goes on where it stood.
+
+What an exchange makes of a block is written into a folder of its own. Renaming that folder is the moment at which the block
+is finished. The files move to where they belong when the exchange ends, so that until then the stores hold what all clients
+have: whoever goes on needs that. `position.json` says which exchange is on.
+
+Whatever happens between two of these steps, the next start either finds a block finished or finds nothing of it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.wire.durable import rename, write_text
+from fedspallm_appfl.wire.store import PackedStore
+
+MAKING, FINISHED = "making", "finished"  # folders of the server's state: block -> store -> file
+POSITION, RECORD = "position.json", "record.json"
+
+
+class Journal:
+    """Where a run stands, in the folder of the server's state.
+
+    Attributes:
+        folder: that folder; what is finished moves into its subfolders.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._exchange = [-1, -1]
+
+    def begin(self, position: Mapping[str, Any]) -> None:
+        """Note that an exchange is on, of which nothing is finished.
+
+        Args:
+            position: plain types; `exchange` is (round, exchange).
+        """
+        self._exchange = list(position["exchange"])
+        self.amend(position)
+        shutil.rmtree(self.folder / FINISHED, ignore_errors=True)
+
+    def amend(self, position: Mapping[str, Any]) -> None:
+        """Note that more is known of the exchange that is on."""
+        write_text(self.folder / POSITION, json.dumps(position))
+
+    def making(self, block: int) -> Path:
+        """The folder for what is being made of a block."""
+        return self.folder / MAKING / f"{block:04d}"
+
+    def finish(self, block: int, record: Mapping[str, Any]) -> None:
+        """Note that a block is whole, with what a later start has to know of it, in plain types."""
+        made = self.making(block)
+        write_text(made / RECORD, json.dumps({**record, "block": block, "exchange": self._exchange}))
+        rename(made, self.folder / FINISHED / made.name)
+
+    def end(self) -> None:
+        """Move what the exchange made to where it belongs."""
+        for record in self._records():
+            for file in sorted(record.parent.glob("*/**/*.safetensors")):
+                rename(file, self.folder / file.relative_to(record.parent))
+
+    def restored(self) -> tuple[dict[str, Any], dict[int, dict[str, Any]]] | None:
+        """Where an earlier start stood; None if nowhere.
+
+        Returns:
+            (position, block -> record of what was finished of it in the exchange that is on).
+
+        Raises:
+            ModelError: what it wrote cannot be read.
+        """
+        if not (self.folder / POSITION).is_file():
+            return None
+        try:
+            position: dict[str, Any] = json.loads((self.folder / POSITION).read_text("utf-8"))
+            self._exchange = list(position["exchange"])
+            finished = {record["block"]: record for record in self._read_records()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{self.folder} is damaged: {error}; run the experiment again from its start") from error
+        shutil.rmtree(self.folder / MAKING, ignore_errors=True)
+        return position, finished
+
+    def _read_records(self) -> list[dict[str, Any]]:
+        """What is noted of the exchange that is on; notes of earlier ones go."""
+        now = []
+        for file in self._records():
+            record: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            if record["exchange"] == self._exchange:
+                now.append(record)
+            else:
+                shutil.rmtree(file.parent)
+        return now
+
+    def _records(self) -> Iterator[Path]:
+        return iter(sorted((self.folder / FINISHED).glob(f"*/{RECORD}")))
+
+
+class Latest(PackedStore):
+    """A store of the server's state with what the exchange that is on has finished, which has not moved there yet."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder / name)
+        self._finished, self._name = folder / FINISHED, name
+
+    def blocks(self) -> list[int]:
+        """Indices of the blocks that are stored or finished."""
+        fresh = {int(file.parents[self._name.count("/") + 1].name) for file in self._finished.glob(f"*/{self._name}/*")}
+        return sorted(fresh.union(super().blocks()))
+
+    def _file(self, block: int) -> Path:
+        usual = super()._file(block)
+        fresh = self._finished / f"{block:04d}" / self._name / usual.name
+        return fresh if fresh.is_file() else usual

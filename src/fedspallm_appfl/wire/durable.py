@@ -1,0 +1,33 @@
+"""Files that are whole or not there at all, also after the power went."""
+
+import os
+from pathlib import Path
+
+
+def rename(made: Path, file: Path) -> None:
+    """Put a file or folder that is complete in the place of an earlier one; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(file)
+    _sync(file.parent)
+
+
+def publish(partial: Path, file: Path) -> None:
+    """Give a file that was written under another name its own."""
+    _sync(partial)
+    rename(partial, file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file in place of an earlier one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    publish(partial, file)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

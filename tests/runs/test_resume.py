@@ -1,0 +1,87 @@
+"""A run that is cut off at any moment and goes on ends with the model of one that was not."""
+
+import random
+from functools import partial
+
+import pytest
+
+from fedspallm_appfl import events
+from fedspallm_appfl.api import prepared
+from fedspallm_appfl.cli.checked import well_formed
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.runs import experiment, run_dir, serial
+from helpers.experiments import DOMAINS, first_pages
+from helpers.knife import Knife
+from helpers.tiny import save_tiny, tiny_config
+
+SHARES = [
+    {"client_id": name, "data": {"text": str(first_pages(name))}, "train_configs": {"resource_share": share}}
+    for name, share in zip(DOMAINS[:3], (1.0, 0.7, 0.4), strict=True)
+]
+ROUNDS = {"num_global_epochs": 2, "aggregator_kwargs": {"fold": "cumulative"}}
+RECOVERY = {"rounds": 2, "steps": 2, "batch": 4}
+CASES = {
+    "rounds with sums kept": ("fedspallm", {"clients": SHARES, "server_configs": ROUNDS}),
+    "two exchanges, then recovery": ("consensus", {"recovery": RECOVERY}),
+    "sums kept of statistics": ("gram", {"server_configs": ROUNDS, "gram": {"precision": "fp32"}}),
+    "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
+    "models apart": ("standalone", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def go(file, resume=True):
+    config = prepared(well_formed(str(file), []), False)
+    experiment.conduct(config, serial.run, False, resume=resume)
+    return config
+
+
+def models(folder):
+    files = [file for name in ("model", "models") for file in (folder / name).rglob("*.safetensors")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_ends_with_the_same_bits_wherever_it_was_cut_off(tmp_path, tiny_model, monkeypatch, case):
+    algorithm, changes = CASES[case]
+    texts = {"evaluation": {"texts": {"a": str(first_pages("bible"))}, "length": 24, "windows": 2}}
+    shared = {"checkpoint_every": 1e-6} | texts | changes
+    knife, draw = Knife(monkeypatch.setattr), random.Random(case)
+    whole = tiny_config(tmp_path / "whole", tiny_model, algorithm, **shared)
+    knife.cut(None, lambda: go(whole))
+    moments, expected = knife.count, models(whole.parent / "run")
+    for number in range(4):
+        file = tiny_config(tmp_path / str(number), tiny_model, algorithm, **shared)
+        cut = [knife.cut(draw.randrange(1, moments), partial(go, file)) for _ in range(2)]  # the second may end first
+        assert cut[0]
+        assert (cut[1] and run_dir.is_cut_off(file.parent / "run")) or run_dir.finished(file.parent / "run")
+        if not run_dir.finished(file.parent / "run"):
+            go(file)
+        assert models(file.parent / "run") == expected
+        assert not (file.parent / "run" / "state").exists()
+        log = events.EventLog(file.parent / "run" / "metrics.jsonl")
+        blocks = [(event["round"], event["block"]) for event in log.of("block")]
+        assert len(set(blocks)) == len(blocks)
+        assert len(log.of("resumed")) >= 1
+        assert {event["method"] for event in log.of("evaluation")} >= {"dense"}
+
+
+def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, monkeypatch):
+    knife = Knife(monkeypatch.setattr)
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    assert knife.cut(40, lambda: go(file))
+    with pytest.raises(
+        ConfigError, match=r"exists and is not empty; give another run_dir, --resume to go on with it, or"
+    ):
+        go(file, resume=False)
+    other = tiny_config(tmp_path, tiny_model, "fedspallm", seed=7)
+    with pytest.raises(ConfigError, match=r"begun with another configuration.*: seed \(0 before, now 7\); use"):
+        go(other)
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    monkeypatch.setattr(experiment, "__version__", "99")
+    with pytest.raises(ConfigError, match=r"begun by fedspallm_appfl 0.*, and this is 99"):
+        go(file)
