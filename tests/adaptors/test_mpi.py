@@ -28,6 +28,7 @@ CHOSEN = {"allocation": {"method": "fisher", "windows": 4, "length": 32, "width"
 ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take part in some blocks of two rounds
     "gram": ("gram", {"gram": {"precision": "int8"}, "recovery": RECOVERY}, "cumulative"),
     "gram sweep": ("gram", {"gram": WHOLE_GRAMS}, "latest"),
+    "gram blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}, "recovery": RECOVERY}, "latest"),
     "consensus": ("consensus", {**SPLIT, **CHOSEN, "recovery": {**RECOVERY, "scope": "blockwise"}}, "latest"),
     "own pruner": (
         "fedspallm",

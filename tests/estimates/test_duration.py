@@ -55,12 +55,14 @@ def test_linears_that_run_before_an_input_by_hand():
         ({"algorithm": "gram"}, 64 / 96, 1, 1),
         ({"algorithm": "gram", "propagate": "pruned"}, 112 / 96, 1 + 112 / 96, 1),
         ({"algorithm": "gram", "propagate": "pruned", "target": "dense"}, 224 / 96, 2 + 224 / 96, 2),
+        ({"algorithm": "gram", "propagate": "pruned", "stride": 1}, 64 / 96, 1 + 64 / 96, 1),
+        ({"algorithm": "gram", "propagate": "pruned", "stride": 2}, 64 / 96, 1, 1),
     ],
 )
 def test_passes_by_hand(settings, at_last, amid, unassigned):
     """The last assigned block, one before it, and one that is not assigned."""
     made, one = job(experiment(**settings)), client(**settings)
-    found = [_passes(made, one, 0, *where) for where in ((True, False), (True, True), (False, True))]
+    found = [_passes(made, one, 0, blocks) for blocks in ({0}, {0, 1}, {1})]
     assert found == pytest.approx([at_last, amid, unassigned])
 
 

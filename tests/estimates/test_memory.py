@@ -153,6 +153,9 @@ def test_a_server_takes_less_with_fewer_open_blocks_and_uploads():
     assert some > estimate_memory.server_memory(job(config)).needed
 
 
+SWEPT = {"propagate": "pruned"}
+
+
 def gathering(**settings):
     """A configuration of `gram` whose first input is the client's own unless it is said."""
     return experiment(algorithm="gram", **{"first_input": "private"} | settings)
@@ -174,6 +177,15 @@ def test_a_client_in_a_sweep_by_hand():
     assert dense["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
     assert (dense["one block"], dense["Gram matrices"]) == (2 * 416, 2 * 4 * 64)
     assert dense["forward passes"] == own["forward passes"] + 16 * 4 * 8  # the other's input is kept
+
+
+def test_a_client_in_a_sweep_by_block_takes_what_one_pass_does_and_more_blocks_a_second_copy_of_the_states():
+    once, one, two = (of_client(gathering(**more)).parts for more in ({}, SWEPT | {"stride": 1}, SWEPT | {"stride": 2}))
+    assert one == once
+    assert two["activations"] == 6 * 8 * (2 * 4 * 4 + 8)
+    assert {part: size for part, size in two.items() if part not in ("activations", "heap")} == {
+        part: size for part, size in once.items() if part not in ("activations", "heap")
+    }
 
 
 def test_statistics_are_packed_one_after_the_other():

@@ -238,6 +238,7 @@ def tiny_model(tmp_path_factory):
         ("consensus", {"rounds": 2}),
         ("gram", {}),
         ("gram", {"propagate": "pruned", "rounds": 2, "shares": (0.34, 1.0)}),
+        ("gram", {"propagate": "pruned", "stride": 2, "rounds": 2, "shares": (0.34, 1.0)}),
     ],
 )
 def test_what_tasks_load_and_send_is_what_was_predicted(algorithm, changes, tiny_model, tmp_path, monkeypatch):

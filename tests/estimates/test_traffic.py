@@ -64,6 +64,7 @@ def test_a_pruner_that_keeps_weights_sends_masks_alone():
         ("gram", {}, GRAMS, 0, 0),
         ("gram", {"propagate": "pruned"}, GRAMS, 2 * PACKED, 2 * PACKED - 36),
         ("gram", {"propagate": "pruned", "target": "dense"}, GRAMS + DRIFTS, 2 * PACKED, 2 * PACKED - 36),
+        ("gram", {"propagate": "pruned", "stride": 1}, GRAMS, 2 * PACKED, PACKED),
         ("standalone", {}, PACKED, 0, 0),
     ],
 )
@@ -117,6 +118,7 @@ def test_messages_by_hand():
         ("consensus", {}, (4, PACKED - MASKS)),
         ("gram", {}, (2, GRAMS)),
         ("gram", {"propagate": "pruned"}, (8, GRAM[8])),
+        ("gram", {"propagate": "pruned", "stride": 1}, (2, GRAMS)),
     ],
 )
 def test_messages_of_all_exchanges_are_counted(algorithm, settings, expected):
@@ -309,6 +311,10 @@ def test_every_shipped_configuration_is_estimated_or_its_model_is_asked_for(file
             ["algorithm=gram", "gram.propagate=pruned"],
             "each round: 32 times Gram matrices up, pruned weights down; nothing down after the last",
         ),
+        (
+            ["algorithm=gram", "gram.propagate=pruned", "gram.stride=3"],
+            "each round: 3 times Gram matrices up, pruned weights down; nothing down after the last",
+        ),
         (["algorithm=gram"], "statistics/"),
         (["algorithm=standalone"], "models/"),
         (["algorithm=centralized"], "centralized pools the text"),
@@ -357,6 +363,7 @@ TWO_SWEEPS = {
         ("gram", {**ROUNDS, "gram": {"precision": "fp32"}}),
         ("gram", {"gram": SWEEP}),
         ("gram", TWO_SWEEPS),
+        ("gram", {**TWO_SWEEPS, "gram": {"propagate": "pruned", "stride": 2}}),
         ("standalone", {}),
         ("centralized", {}),
         ("centralized", pruner(pruner="wanda")),

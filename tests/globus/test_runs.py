@@ -167,10 +167,13 @@ def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, cap
     assert same_bits(tmp_path / "run", tmp_path / "globus")
 
 
-def write_sweep(folder):
-    """Two rounds of an exchange for each input of three narrow blocks; one client skips some."""
+SWEEPS = {"by input": {"target": "dense"}, "by block": {"stride": 1}}
+
+
+def write_sweep(folder, sweep):
+    """Two rounds of an exchange for each input, or each, of three narrow blocks; one client skips some."""
     model = {"path": str(save_tiny(folder / "tiny")), "dtype": "float32"}
-    gram = {"propagate": "pruned", "target": "dense"}
+    gram = {"propagate": "pruned", **SWEEPS[sweep]}
     file = write_config(folder, model=model, algorithm="gram", gram=gram, server_configs={"num_global_epochs": 2})
     config = yaml.safe_load(file.read_text())
     config["clients"][1]["train_configs"] = {"resource_share": 0.4}
@@ -178,27 +181,28 @@ def write_sweep(folder):
     return file
 
 
-def test_a_sweep_goes_on_from_task_to_task(tmp_path, site, capsys):
-    config = write_sweep(tmp_path)
+@pytest.mark.parametrize(("sweep", "exchanges"), [("by input", 12), ("by block", 3)])
+def test_a_sweep_goes_on_from_task_to_task(tmp_path, site, capsys, sweep, exchanges):
+    config = write_sweep(tmp_path, sweep)
     write_site(site, DOMAINS[:3], may_send=["grams", "token_counts"])
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
-    assert len(site.sent) == 3 + 2 * 12 * 3
+    assert len(site.sent) == 3 + 2 * exchanges * 3
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path, monkeypatch, over_wire, forgets):
+@pytest.mark.parametrize(("sweep", "begun"), [("by input", 1), ("by input", 5), ("by block", 2)])
+def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path, monkeypatch, over_wire, sweep, begun):
     class ForgetfulWire(Wire):
         def exchanged(self, request):
-            if forgets and request["instructions"]["exchange"] % 3 == 2:
+            if begun > 1 and request["instructions"]["exchange"] % 3 == 2:
                 globus_worker._sweeping.pop(request["client"], None)
             return globus_worker.run_exchange(request)
 
     made = []
     make = globus_worker._agent
     monkeypatch.setattr(globus_worker, "_agent", lambda *of: made.append(of[0].client_id) or make(*of))
-    config = write_sweep(tmp_path)
+    config = write_sweep(tmp_path, sweep)
     _, aggregator = over_wire(ForgetfulWire(), config)
     assert main(["run", str(config)]) == 0
     alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -206,7 +210,7 @@ def test_a_worker_that_has_forgotten_where_a_sweep_stood_begins_it_anew(tmp_path
     for block in range(3):
         for name, packed in done.get(block).items():
             assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
-    assert len(made) == 2 * 3 * (5 if forgets else 1)
+    assert len(made) == 2 * 3 * begun
     assert not globus_worker._sweeping
 
 

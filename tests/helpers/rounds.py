@@ -36,10 +36,12 @@ def dense_grams(model, windows, assigned, groups, *, public_first=None, **more):
     return whole(gathering.gathered(of, assigned))
 
 
-def swept_grams(model, windows, assigned, groups, agreed, *, start=None, dense_target=False, public_first=None, **more):
+def swept_grams(
+    model, windows, assigned, groups, agreed, *, start=None, dense_target=False, public_first=None, stride=0, **more
+):
     """Gram matrices of the model that is being pruned."""
     first = "private" if public_first is None else "public"
-    gram = Gram("fp32", "pruned", "dense" if dense_target else "own", first)
+    gram = Gram("fp32", "pruned", "dense" if dense_target else "own", first, stride=stride)
     of = source(model, windows, groups=groups, gram=gram, seed=public_first or 0, pruned=agreed, **more)
     return whole(gathering.gathered(Source(of.model, of.windows, of.settings, of.groups, agreed), assigned, start))
 

@@ -16,7 +16,7 @@ from fedspallm_appfl.wire.packed import Unreached, pack
 from fedspallm_appfl.wire.store import PackedStore
 from helpers.families import MIXTURES, save_family, windows
 from helpers.oracles import column_blocks, sparsegpt
-from helpers.rounds import dense_grams, prune_blocks
+from helpers.rounds import dense_grams, prune_blocks, swept_grams
 
 HALF = Pruning("sparsegpt", parse_target(0.5), min_tokens=1)
 
@@ -111,6 +111,11 @@ def test_gram_matrices_are_those_of_the_tokens_that_reach_an_expert(mixtral):
             expected = (inputs.double().T @ inputs.double()).triu()
             torch.testing.assert_close(sums.upper.double().triu(), expected, atol=1e-3, rtol=1e-4)
             assert sums.tokens == len(inputs)
+    for stride in (1, 2):
+        swept = dict(swept_grams(lazy, ids, {1}, groups, {}, stride=stride, settings=HALF))[1]
+        assert swept.keys() == found.keys()
+        for name, sums in found.items():
+            assert isinstance(sums, Unreached) or torch.equal(swept[name].upper, sums.upper)
 
 
 def test_what_is_written_is_what_was_pruned_and_nothing_else_changes(folder, tmp_path):

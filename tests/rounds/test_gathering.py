@@ -157,16 +157,25 @@ def put(model, path, block, name, weight):
 
 
 @pytest.mark.parametrize(
-    ("assigned", "dense_target", "activations"),
-    [({0, 1, 2}, True, "memory"), ({0, 2}, True, "file"), ({0, 2}, False, "memory")],
-    ids=["all", "some", "own target"],
+    ("assigned", "stride", "dense_target", "activations"),
+    [
+        ({0, 1, 2}, 0, True, "memory"),
+        ({0, 2}, 0, True, "file"),
+        ({0, 2}, 0, False, "memory"),
+        ({0, 1, 2}, 2, False, "file"),
+        ({0, 2}, 3, False, "memory"),
+        ({1, 2}, 2, False, "memory"),
+    ],
+    ids=["all", "some", "own target", "by two blocks", "all but the second of three", "second of two"],
 )
-def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(family, assigned, dense_target, activations):
-    """Block 1, where it is not assigned, was pruned before; others are pruned input by input while the sweep goes on."""
+def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(
+    family, assigned, stride, dense_target, activations
+):
+    """Block 1, where it is not assigned, was pruned before; others are pruned part by part while the sweep goes on."""
     _, folder = family
     model = LazyModel(str(folder))
     groups, path = groups_of(model), model.layout.path
-    dense, partly, agreed, count = whole(folder), whole(folder), {}, 0
+    dense, partly, agreed, count, pending = whole(folder), whole(folder), {}, 0, {}
 
     def agree(block, names):
         for linear in names:
@@ -177,22 +186,35 @@ def test_a_sweep_sees_the_inputs_of_the_model_that_is_pruned_so_far(family, assi
     if 1 not in assigned:
         agree(1, [linear for names in groups[1] for linear in names])
     sweep = swept_grams(
-        model, TEXT, assigned, groups, agreed, dense_target=dense_target, batch=2, activations=activations
+        model,
+        TEXT,
+        assigned,
+        groups,
+        agreed,
+        dense_target=dense_target,
+        stride=stride,
+        batch=2,
+        activations=activations,
     )
     for block, found in sweep:
-        [(leader, sums)] = found.items()
-        now = caught(partly, path, block, [leader])[leader]
-        assert sums.tokens == len(now)
-        assert close(mirror(sums.upper.clone()), now.T @ now), (block, leader)
-        if dense_target:
-            before = caught(dense, path, block, [leader])[leader]
-            drift = (before - now).T @ now
-            norms = (before - now).square().sum(0).sqrt()[:, None] * now.square().sum(0).sqrt()
-            assert bool(((sums.drift.double() - drift).abs() <= 1e-4 * norms + 1e-4).all()), (block, leader)
-        else:
-            assert sums.drift is None
-        agree(block, next(names for names in groups[block] if names[0] == leader))
-        count += 1
+        assert len(found) == (len(groups[block]) if stride else 1)
+        for leader, sums in found.items():
+            now = caught(partly, path, block, [leader])[leader]
+            assert sums.tokens == len(now)
+            assert close(mirror(sums.upper.clone()), now.T @ now), (block, leader)
+            if dense_target:
+                before = caught(dense, path, block, [leader])[leader]
+                drift = (before - now).T @ now
+                norms = (before - now).square().sum(0).sqrt()[:, None] * now.square().sum(0).sqrt()
+                assert bool(((sums.drift.double() - drift).abs() <= 1e-4 * norms + 1e-4).all()), (block, leader)
+            else:
+                assert sums.drift is None
+            pending.setdefault(block, []).extend(next(names for names in groups[block] if names[0] == leader))
+            count += 1
+        part = range(block - block % stride, block - block % stride + stride) if stride else (block,)
+        if block == max(assigned & set(part)):
+            for one in list(pending):
+                agree(one, pending.pop(one))
     assert count == sum(len(groups[block]) for block in assigned)
 
 

@@ -25,6 +25,7 @@ CASES = {
     "two exchanges, then recovery": ("consensus", {"recovery": RECOVERY}),
     "sums kept of statistics": ("gram", {"server_configs": ROUNDS, "gram": {"precision": "fp32"}}),
     "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
+    "a sweep by blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}}),
     "models apart": ("standalone", {}),
 }
 

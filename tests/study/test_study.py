@@ -43,6 +43,7 @@ TEXTS = ("austen", "jargon")
         ("gram+wanda", {"algorithm": "gram", "pruner": "wanda"}),
         ("gram-sweep+admm", {"algorithm": "gram", "pruner": "admm", "propagate": "pruned"}),
         ("gram-dense", {"algorithm": "gram", "propagate": "pruned", "target": "dense"}),
+        ("gram-blocks", {"algorithm": "gram", "propagate": "pruned", "stride": 1}),
         ("magnitude", {"algorithm": "fedprllm", "pruner": "magnitude"}),
         ("standalone+admm", {"algorithm": "standalone", "pruner": "admm"}),
         ("gram+fisher", {"algorithm": "gram", "allocation": "fisher"}),

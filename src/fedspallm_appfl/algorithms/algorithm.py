@@ -19,6 +19,7 @@ from fedspallm_appfl.tensors.target import Target
 Groups = tuple[
     tuple[tuple[str, ...], ...], ...
 ]  # block -> inputs in the order of the forward pass -> linears that take it
+Inputs = tuple[tuple[int, str], ...]  # inputs, each as (block, first linear that takes it)
 
 UPLOADS = ("weights", "masks", "values", "grams")
 NOTHING = "nothing"  # clients are sent a model that was pruned before
@@ -54,7 +55,7 @@ class Exchange:
         make: (sums, `Matrix`) -> (weight (O, I) float32, mask (O, I) bool with True = kept), or a mask to send down. The
             sums are `L0Sums` of weights or `Votes` of masks. None: weights are kept as they come, values are averaged, and
             with Gram matrices the server prunes.
-        only: the one (block, linear) that it is about; None for all blocks.
+        only: the inputs that it is about; None for all of all blocks.
         turn: which round of recovery it is, from 0.
         delta: precision of the changes that go up in recovery.
     """
@@ -62,7 +63,7 @@ class Exchange:
     up: str
     down: str | None = None
     make: Make | None = None
-    only: tuple[int, str] | None = None
+    only: Inputs | None = None
     turn: int = 0
     delta: str = ""
 
@@ -92,7 +93,27 @@ class Exchange:
 
     def concerns(self, block: int) -> bool:
         """Whether it is about a block."""
-        return self.only is None or self.only[0] == block
+        return self.only is None or any(block == one for one, _ in self.only)
+
+    def units_of(self, block: int, units: Sequence[str]) -> tuple[str, ...]:
+        """Those of a block's units that it is about."""
+        if self.only is None:
+            return tuple(units)
+        mine = {unit for one, unit in self.only if one == block}
+        return tuple(unit for unit in units if unit in mine)
+
+
+def parts_of_sweep(groups: Groups, stride: int) -> tuple[Inputs, ...]:
+    """What the exchanges of a sweep are about, in order.
+
+    Args:
+        groups: for each block the linears that share an input.
+        stride: blocks in a part, of those that are pruned; 0 makes each input a part.
+    """
+    inputs: list[Inputs] = [tuple((block, linears[0]) for linears in mine) for block, mine in enumerate(groups) if mine]
+    if not stride:
+        return tuple((one,) for mine in inputs for one in mine)
+    return tuple(sum(inputs[first : first + stride], ()) for first in range(0, len(inputs), stride))
 
 
 @dataclass(frozen=True)
@@ -186,8 +207,8 @@ class Algorithm:
         """The exchanges of a round; those of recovery come at the end, and in the last round only (see `of_round`).
 
         Statistics of the dense model take one exchange. In a sweep (`gram.propagate: pruned`) an exchange is about one
-        input of one block: the clients send its Gram matrix in the model that is pruned so far, get the pruned matrices,
-        and go on. Where kept weights are to be recovered, all clients have to be sent these first.
+        input, or all inputs of `gram.stride` blocks: the clients send Gram matrices in the model that is pruned so far,
+        get the pruned matrices, and go on. Where kept weights are to be recovered, all clients have to be sent these first.
 
         Args:
             groups: for each block the linears that share an input; only algorithms that gather statistics look at them.
@@ -206,8 +227,7 @@ class Algorithm:
         if not self.gathers or gram.propagate == "dense":
             return tuple(self.round)
         [one] = self.round
-        units = ((block, linears[0]) for block, inputs in enumerate(groups) for linears in inputs)
-        return tuple(replace(one, down="weights", only=unit) for unit in units)
+        return tuple(replace(one, down="weights", only=part) for part in parts_of_sweep(groups, gram.stride))
 
     def store_of(self, client: str) -> str | None:
         """The store for the model of one client, where each has its own."""

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
+from fedspallm_appfl.algorithms.algorithm import Exchange, of_round, parts_of_sweep
 from fedspallm_appfl.allocation.choice import JUDGE, LEVELS, WIDTHS
 from fedspallm_appfl.devices import threads
 from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
@@ -111,9 +111,7 @@ def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], excha
     windows, length = windows_of(job, client)
     tokens, last, total = windows * length, max(blocks, default=-1), 0.0
     for block in range(last + 1):
-        total += _passes(job, client, block, block in blocks, block < last) * machine.forward(
-            block, tokens, client.data
-        )
+        total += _passes(job, client, block, blocks) * machine.forward(block, tokens, client.data)
         if block in blocks:
             inputs = [job.model.shapes[block][names[0]][1] for names in job.model.groups[block]]
             total += sum(machine.collecting(features, tokens, exchange.up == "grams") for features in inputs)
@@ -133,16 +131,29 @@ def _recovering(job: Job, client: Client, machine: "Machine") -> float:
     return passes * blocks + head
 
 
-def _passes(job: Job, client: Client, block: int, assigned: bool, goes_on: bool) -> float:
+def _passes(job: Job, client: Client, block: int, blocks: set[int]) -> float:
     """How often all tokens run through a block; a pass that collects an input ends in front of it."""
+    assigned, goes_on = block in blocks, block < max(blocks)
     before = _shares_before(job, block) or [0.0]  # nothing of it is pruned
     if not job.algorithm.gathers:
         train = client.train_configs
         collected = assigned and pruner_of(train).statistic(train.refit) is not None
         return goes_on + collected * before[-1]
-    if job.config.gram.propagate == "dense":
+    gram = job.config.gram
+    if gram.propagate == "dense":
         return 1.0 if goes_on else before[-1]
-    return job.hidden_copies * (goes_on + assigned * sum(before))
+    if gram.by_input:
+        return job.hidden_copies * (goes_on + assigned * sum(before))
+    return _passes_by_block(job, block, blocks, before[-1])
+
+
+def _passes_by_block(job: Job, block: int, blocks: set[int], at_end: float) -> float:
+    """In a sweep: a pass ahead to the last block of each part, and one of what was pruned to the last part."""
+    parts = parts_of_sweep(job.model.groups, job.config.gram.stride)
+    assigned = ((part[0][0], blocks & {index for index, _ in part}) for part in parts)
+    mine = [(first, max(of)) for first, of in assigned if of]
+    ahead = sum((block < last) + at_end * (block == last) for first, last in mine if first <= block)
+    return ahead + (block < mine[-1][0])
 
 
 def _shares_before(job: Job, block: int) -> list[float]:
@@ -190,7 +201,7 @@ class Machine:
     def collecting(self, features: int, tokens: int, gram: bool) -> float:
         """Seconds to collect what is to be known of an input; `gram` if its Gram matrix is sent."""
         known = gram or pruner_of(self._train).statistic(self._train.refit) is InputGram
-        drift = 1 if gram and self._job.hidden_copies > 1 else 0
+        drift = gram and self._job.config.gram.drift
         return (SYMMETRIC + drift) * 2 * tokens * features**2 / self._grams if known else 0.0
 
     def preparing(self, features: int) -> float:

@@ -219,8 +219,9 @@ class Job:
 
     @property
     def hidden_copies(self) -> int:
-        """Hidden states that a client keeps: its own, and for the dense target those of the dense model."""
-        return 1 + (self.algorithm.gathers and self.config.gram.drift)
+        """Hidden states that a client keeps: its own, and those of the dense model, or ahead of what is pruned."""
+        gram = self.config.gram
+        return 1 + (self.algorithm.gathers and (gram.drift or gram.stride > 1))
 
     @cached_property
     def told(self) -> ServerSettings:
@@ -259,9 +260,11 @@ class Job:
         }
         if exchange.only is None:
             return packed
-        block, leader = exchange.only
-        names = next(names for names in self.model.groups[block] if names[0] == leader)
-        return {block: {name: packed[block][name] for name in names}}
+        takers = {block: {names[0]: names for names in self.model.groups[block]} for block in packed}
+        return {
+            block: {name: packed[block][name] for unit in exchange.units_of(block, list(of)) for name in of[unit]}
+            for block, of in takers.items()
+        }
 
     def packed(self, block: int, parts: str = "weights") -> dict[str, int]:
         """Bytes of each matrix of a block once packed: `weights` with masks, `masks`, or `values`."""

@@ -114,7 +114,7 @@ def _at_work(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """What a client takes beside what it holds at rest while it works at a block."""
     if not job.algorithm.gathers:
         return _pruning(job, client, block)
-    return (_sweeping if job.config.gram.propagate == "pruned" else _running_dense)(job, client, block)
+    return (_by_input if job.config.gram.by_input else _by_block)(job, client, block)
 
 
 def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
@@ -192,9 +192,9 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
     return most
 
 
-def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
+def _by_block(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
-    model, exchange = job.model, job.exchanges[0]
+    model, exchange = job.model, next(one for one in job.exchanges if one.concerns(block))
     features = [
         model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
     ]
@@ -214,14 +214,14 @@ def _running_dense(job: Job, client: Client, block: int) -> Iterator[Parts]:
         yield {"one block": _block(model, block)} | pair | inputs
 
 
-def _sweeping(job: Job, client: Client, block: int) -> Iterator[Parts]:
+def _by_input(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """One input after the other; for the dense target with a dense twin of the block, and the inputs of both."""
     model, copies, tokens = job.model, job.hidden_copies, _tokens(job, client)
     size = model.arithmetic.itemsize
     for exchange in job.exchanges:
-        if exchange.only is None or exchange.only[0] != block:
+        if exchange.only is None or not exchange.concerns(block):
             continue
-        name = exchange.only[1]
+        [(_, name)] = exchange.only
         features = model.shapes[block][name][1]
         converted = FLOAT * features * (copies - (size == FLOAT))
         inputs = max(forward_bytes(model, block) + converted, (2 * copies - 1) * FLOAT * features)
@@ -291,7 +291,7 @@ def _open_blocks(job: Job, number: int) -> list[tuple[list[UnitBytes], int]]:
     everybody = dict.fromkeys(job.covered, len(job.clients))
     for block, clients in (everybody if exchange.recovers else _senders(job)).items():
         if exchange.concerns(block):
-            names = fold.units(block) if exchange.only is None else (exchange.only[1],)
+            names = exchange.units_of(block, fold.units(block))
             found.append(([fold.bytes_of(block, name, clients) for name in names], clients))
     return found
 

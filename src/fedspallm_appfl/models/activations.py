@@ -53,6 +53,17 @@ class HiddenStatesFile:
         view = self._file[begin : begin + hidden.nbytes].view(hidden.dtype).view(hidden.shape)
         self._batches.append(view.copy_(hidden))
 
+    def copy(self) -> "HiddenStatesFile":
+        """The same in a file of its own.
+
+        Raises:
+            ConfigError: the disk has no room for it.
+        """
+        made = HiddenStatesFile(self._windows, self._client)
+        for hidden in self:
+            made.append(hidden)
+        return made
+
     def __len__(self) -> int:
         return len(self._batches)
 

@@ -67,6 +67,10 @@ class Activations:
     hidden: HiddenStates
     calls: list[list[Call]] = field(default_factory=list)
 
+    def copy(self) -> "Activations":
+        """The same, to be moved on apart from these; batches in memory are shared until one of them is replaced."""
+        return Activations(self.hidden.copy(), self.calls)
+
     def take_output(self, number: int, out: Any) -> None:
         """Put what a block gave for a batch in the place of its input."""
         self.hidden[number] = output_of(out)

@@ -1,7 +1,7 @@
 """A client's sweep that sends statistics and prunes nothing: Gram matrices of the inputs of linears.
 
-Either of the dense model in one forward pass, or of the model as it is pruned block by block and input by input, where the
-server's matrices are awaited between two inputs. See `algorithms.gram`.
+Either of the dense model in one forward pass, or in a sweep of the model as it is pruned: input by input, or some blocks at
+once, where the server's matrices are awaited between two of them. See `algorithms.gram`.
 
 Before any attention an input is a function of single tokens: its Gram matrix is a sum over the vocabulary, and a linear
 system gives back how often each token occurs in the text. That is so for the very first input, and where the MLP stands
@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fedspallm_appfl.algorithms.algorithm import Inputs, parts_of_sweep
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.models.blockwise import Activations, Stop, advance, embed
 from fedspallm_appfl.models.inputs import PROBE, SharedInputs, inputs_of
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.rounds.source import Source, check_statistics
+from fedspallm_appfl.rounds.source import Agreed, Source, check_statistics
 from fedspallm_appfl.wire.packed import Unreached
 
 Found = Iterator[tuple[str, Sums | Unreached]]  # first linear of an input, its sums
@@ -45,43 +46,55 @@ class _States:
     dense: Activations | None = None
 
 
-def gathered(source: Source, assigned: set[int], start: tuple[int, str] | None = None) -> Gathered:
+def gathered(source: Source, assigned: set[int], start: Inputs | None = None) -> Gathered:
     """Gram matrices of the inputs of some blocks.
 
     Args:
         source: the client; its `gram` settings say which model they are of.
         assigned: blocks whose inputs are wanted.
-        start: (block, first linear) of the input that a sweep begins with, where those of all earlier ones are agreed on.
+        start: the part that a sweep begins with (see `parts_of_sweep`), where the matrices of all before are agreed on.
 
     Yields:
-        (block, its inputs, each with sums, or that no token reached it); of the dense model all inputs of a block, in a
-        sweep one by one. The inputs have to be taken before the next block is asked for. When a sweep goes on after a
-        yield, the matrices of the input that it gave are agreed on.
+        (block, its inputs, each with sums, or that no token reached it); all inputs of a block, in a sweep by input one.
+        The inputs have to be taken before the next block is asked for. When a sweep goes on after the last block of a part,
+        the matrices of the part are agreed on.
 
     Raises:
         PruningError: an input holds NaN or infinity, or was never seen.
     """
     if source.settings.gram.propagate == "dense":
-        return _dense(source, assigned)
+        return _by_block(source, assigned, 0, _public_sums(source, 0 in assigned), [source.embedded()], {})
     return _swept(source, assigned, start)
 
 
-def _dense(source: Source, assigned: set[int]) -> Gathered:
-    """In one forward pass of the dense model."""
-    public, state = _public_sums(source, 0 in assigned), source.embedded()
-    last = max(assigned, default=-1)
-    for index in range(last + 1):
-        with source.model.block(index) as block:
+def _by_block(
+    source: Source, assigned: set[int], first: int, public: dict[str, Sums], states: list[Activations], pruned: Agreed
+) -> Gathered:
+    """In one forward pass.
+
+    Args:
+        source: the client.
+        assigned: blocks whose inputs are wanted, none before `first`.
+        first: the block that the hidden states stand in front of.
+        public: sums that take the place of those of the text, in the first block.
+        states: the hidden states alone; they are taken, moved on, and let go of with the last block.
+        pruned: what of the model is pruned.
+    """
+    state, last = states.pop(), max(assigned, default=-1)
+    for index in range(first, last + 1):
+        with source.model.block(index, pruned.get(index)) as block:
             if index in assigned:
                 done = [_watched_and_advanced(source, block, index, state, go_on=index < last)]
             else:
                 advance(block, index, state)
+        if index == last:
+            del state  # a sweep stands still after the yield
         give_back()
         if index in assigned:
-            yield index, _found(source, index, done.pop(), public if index == 0 else {})
+            yield index, _found(source, index, done.pop(), public if index == 0 else {}, pruned)
 
 
-def _found(source: Source, index: int, inputs: SharedInputs, public: dict[str, Sums]) -> Found:
+def _found(source: Source, index: int, inputs: SharedInputs, public: dict[str, Sums], pruned: Agreed) -> Found:
     """The sums of a block's inputs, of which none is kept that was given."""
     linears = {linear.name: linear for linear in source.model.layout.blocks[index]}
     leader = {name: names[0] for names in source.groups[index] for name in names}
@@ -94,7 +107,7 @@ def _found(source: Source, index: int, inputs: SharedInputs, public: dict[str, S
         del gram
     if not any(linear.part is not None for linear in linears.values()):
         return
-    with source.model.block(index) as block:
+    with source.model.block(index, pruned.get(index)) as block:
         for names, gram in inputs.of_experts(block):
             check_statistics(source, index, [(names, gram)])
             yield names[0], _taken(source, linears[names[0]], gram)
@@ -114,7 +127,7 @@ def _taken(source: Source, linear: Linear, gram: InputGram) -> Sums | Unreached:
 def _watched_and_advanced(
     source: Source, block: nn.Module, index: int, state: Activations, go_on: bool
 ) -> SharedInputs:
-    """What went into the linears; the block's outputs take the place of its inputs."""
+    """What went into the linears; if it goes on, the block's outputs take the place of its inputs."""
     model = source.model
     inputs = SharedInputs(
         model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device), source.kept
@@ -122,31 +135,41 @@ def _watched_and_advanced(
     with inputs.watched(block):
         for number, hidden in enumerate(state.hidden):
             with suppress(Stop):
-                state.take_output(number, state.calls[number][index](block, hidden))
+                out = state.calls[number][index](block, hidden)
+                if go_on:
+                    state.take_output(number, out)
+                del out  # not kept while the next is made
             inputs.end_of_batch(stop=not go_on)
     return inputs
 
 
-def _swept(source: Source, assigned: set[int], start: tuple[int, str] | None) -> Gathered:
-    """Input by input of the model that is being pruned."""
-    last = max(assigned, default=-1)
-    order = [(index, names[0]) for index, inputs in enumerate(source.groups) for names in inputs]
-    done = set(order[: order.index(start)]) if start else set()
-    public = _public_sums(source, 0 in assigned and (start is None or start[0] == 0))
-    states = _States(source.embedded(), source.embedded() if source.settings.gram.drift else None)
-    for index in range(last + 1):
-        linears = {linear.name: linear for linear in source.model.layout.blocks[index]}
-        for names in source.groups[index] if index in assigned else ():
-            if (index, names[0]) in done:
-                continue
-            if index == 0 and names[0] in public:
-                found: list[Sums | Unreached] = [public.pop(names[0])]
-            else:
-                found = [_sums(source, index, linears[names[0]], states)]
-            give_back()
-            yield index, iter([(names[0], found.pop())])
-        if index < last:
+def _swept(source: Source, assigned: set[int], start: Inputs | None) -> Gathered:
+    """Part by part of the model that is being pruned."""
+    gram = source.settings.gram
+    parts = parts_of_sweep(source.groups, gram.stride)
+    parts = parts[parts.index(start) if start else 0 :]
+    public = _public_sums(source, 0 in assigned and any(index == 0 for index, _ in parts[0]))
+    states, at = _States(source.embedded(), source.embedded() if gram.drift else None), 0
+    for part in parts:
+        first, mine = part[0][0], {index for index, _ in part} & assigned
+        if not mine:
+            continue
+        for index in range(at, first):
             _go_on(source, index, states)
+        at = first
+        if gram.by_input:
+            yield _one_input(source, *part[0], states, public)
+        else:
+            ahead = [states.pruned if mine == {first} else states.pruned.copy()]  # of one block no output is made
+            yield from _by_block(source, mine, first, public, ahead, source.agreed)
+
+
+def _one_input(source: Source, index: int, name: str, states: _States, public: dict[str, Sums]) -> tuple[int, Found]:
+    """Of the block as it is pruned so far."""
+    linear = source.model.layout.linear(index, name)
+    found = [public.pop(name) if index == 0 and name in public else _sums(source, index, linear, states)]
+    give_back()
+    return index, iter([(name, found.pop())])
 
 
 def _public_sums(source: Source, wanted: bool) -> dict[str, Sums]:

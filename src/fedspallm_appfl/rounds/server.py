@@ -364,10 +364,7 @@ class GlobalModel:
 
     def _units(self, block: int) -> tuple[str, ...]:
         """What a client sends of a block in this exchange."""
-        only = self.exchange.only
-        if only is not None:
-            return (only[1],) if only[0] == block else ()
-        return self._fold.units(block)
+        return self.exchange.units_of(block, self._fold.units(block))
 
     def open_blocks(self) -> set[int]:
         """Blocks of which some client sent a unit and something is still missing."""

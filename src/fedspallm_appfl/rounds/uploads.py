@@ -140,9 +140,8 @@ def sizes(
         gram = gram or Gram()
         return {
             block: {
-                names[0]: gram_size(shapes[block][names[0]][1], gram.precision, gram.drift)
-                for names in groups[block]
-                if exchange.only in (None, (block, names[0]))
+                name: gram_size(shapes[block][name][1], gram.precision, gram.drift)
+                for name in exchange.units_of(block, [names[0] for names in groups[block]])
             }
             for block in shapes
             if exchange.concerns(block)

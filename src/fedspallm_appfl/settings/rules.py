@@ -98,6 +98,10 @@ def _top(config: Config) -> Iterator[str]:
     yield from _allocation(config)
     if config.gram.target == "dense" and config.gram.propagate != "pruned":
         yield "gram.target: dense outputs are a target in a sweep; set gram.propagate to pruned, or gram.target to own"
+    if config.gram.stride and config.gram.propagate != "pruned":
+        yield "gram.stride: one pass of the dense model has no parts; set gram.propagate to pruned, or gram.stride to 0"
+    if config.gram.stride and config.gram.target == "dense":
+        yield "gram.target: dense outputs are matched input by input; set gram.stride to 0, or gram.target to own"
 
 
 def _allocation(config: Config) -> Iterator[str]:

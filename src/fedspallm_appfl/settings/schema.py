@@ -114,7 +114,8 @@ class Gram:
     )
     propagate: str = key(
         "dense",
-        "`dense`: one forward pass of the dense model; `pruned`: a sweep, with an exchange for each input of each block",
+        "`dense`: one forward pass of the dense model; `pruned`: a sweep, each exchange of which measures the model "
+        "that is pruned so far",
         choices=("dense", "pruned"),
     )
     target: str = key(
@@ -135,6 +136,17 @@ class Gram:
         least=1,
         most=MOST,
     )
+    stride: int = key(
+        0,
+        "in a sweep, blocks of an exchange, with all their inputs at once; 0: an exchange for each input of each block",
+        least=0,
+        most=MOST,
+    )
+
+    @property
+    def by_input(self) -> bool:
+        """Whether the clients measure one input after the other, with the matrices before it pruned."""
+        return self.propagate == "pruned" and not self.stride
 
     @property
     def drift(self) -> bool:
@@ -287,8 +299,8 @@ class ServerConfigs:
     round_deadline: float | None = key(
         None,
         "over Globus Compute: seconds that an exchange may take (FedSpaLLM has one a round, `consensus` two, a sweep of "
-        "`gram` one for each input); clients that have not answered by then are left out of the round; empty waits without "
-        "limit",
+        "`gram` one for each input or each `gram.stride` blocks); clients that have not answered by then are left out of "
+        "the round; empty waits without limit",
         least=0,
         most=MOST,
         range=f"seconds, greater than 0 and at most {MOST}, got {{value:g}}",

@@ -51,6 +51,7 @@ class Method:
         pruner: the pruner of all clients; None leaves it to the configuration.
         propagate: of `gram`.
         target: of `gram`.
+        stride: of `gram`.
         allocation: how targets of matrices are chosen; None leaves it to the configuration.
         recovers: a round of recovery follows, or those of the configuration.
         preset: lies below all of these and above the configuration.
@@ -61,6 +62,7 @@ class Method:
     pruner: str | None = None
     propagate: str = "dense"
     target: str = "own"
+    stride: int = 0
     allocation: str | None = None
     recovers: bool = False
     preset: str | None = None
@@ -78,6 +80,7 @@ class Method:
 
 SHORTCUTS: dict[str, dict[str, Any]] = {
     "gram-sweep": {"algorithm": "gram", "propagate": "pruned"},
+    "gram-blocks": {"algorithm": "gram", "propagate": "pruned", "stride": 1},
     "gram-dense": {"algorithm": "gram", "propagate": "pruned", "target": "dense"},
     "magnitude": {"algorithm": "fedprllm", "pruner": "magnitude"},
 }
@@ -117,7 +120,7 @@ class Plan:
             made, _ = read_config(presets.applied(plain(made), method.preset))
         made.algorithm, made.seed = method.algorithm, seed
         made.evaluation.compare = [other.algorithm for other in self.companions(method)]
-        asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target)
+        asked = dataclasses.replace(made.gram, propagate=method.propagate, target=method.target, stride=method.stride)
         made.gram = asked if registry.find(method.algorithm).gathers else Gram()
         made.recovery = made.recovery if registry.find(method.algorithm).federates else Recovery()
         for owner in (made.client_configs, *made.clients):
@@ -139,7 +142,7 @@ class Plan:
         shared = plain(self.config)
         shared |= {"run_dir": "", "seed": 0, "algorithm": ""}
         shared["evaluation"]["compare"] = []
-        shared["gram"] |= {"propagate": "", "target": ""}
+        shared["gram"] |= {"propagate": "", "target": "", "stride": 0}
         for owner in (shared["client_configs"], *shared["clients"]):
             given = owner["train_configs"]["sparsity"]
             owner["train_configs"]["sparsity"] = given | {DEFAULT_KEY: ""} if isinstance(given, dict) else ""
