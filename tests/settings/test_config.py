@@ -71,8 +71,8 @@ evaluation: {text: {}}
         "clients.1.comm_configs.max_mesage_bytes: unknown key; did you mean max_message_bytes?",
         "evaluation.text: unknown key; did you mean texts?",
         "1: unknown key; valid here are "
-        "algorithm, allocation, client_configs, clients, evaluation, gram, model, plugins, preset, prune, recovery, "
-        "run_dir, seed, server_configs",
+        "algorithm, allocation, checkpoint_every, client_configs, clients, evaluation, gram, model, plugins, preset, "
+        "prune, recovery, run_dir, seed, server_configs",
     ],
 )
 def test_every_wrong_key_is_reported_with_the_nearest_valid_one(read, problem):
