@@ -219,9 +219,11 @@ def knife(moment, *words, ranks=0):
     return finish(mpiexec(ranks, *command, env=environment) if ranks else start(*command, env=environment))
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("many", [pytest.param(1, id="once"), pytest.param(20, id="often", marks=pytest.mark.slow)])
-def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_bits(tmp_path, many):
+KILLS = int(os.environ.get("FEDSPALLM_KILLS", "1"))  # `make kills` has twenty
+
+
+@pytest.mark.timeout(600 + 200 * KILLS)
+def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_bits(tmp_path):
     """Killed by kill -9 in three ranks or as one process, and then gone on with in two ranks, three, or as one process."""
     settings = {"num_global_epochs": 2, "aggregator_kwargs": {"fold": "cumulative"}}
     changes = {"server_configs": settings, "recovery": RECOVERY, "checkpoint_every": 1e-6}
@@ -229,8 +231,8 @@ def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_b
     code, _, err = knife(0, "run", config, f"run_dir={tmp_path / 'whole'}")
     assert code == 0, err
     moments, draw = int(err.split()[-1]), random.Random(0)
-    for number in range(many):
-        for ranks, later in ((3, 2), (0, 3)) if many > 1 else ((3, 2),):
+    for number in range(KILLS):
+        for ranks, later in ((3, 2), (0, 3)) if KILLS > 1 else ((3, 2),):
             folder = tmp_path / f"{number}-{ranks}"
             at = draw.randrange(1, moments // 3 if ranks else moments)  # in ranks the server writes alone
             code, _, err = knife(at, "run", config, f"run_dir={folder}", ranks=ranks)
@@ -239,3 +241,49 @@ def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_b
             assert code == 0, err
             assert same_files(tmp_path / "whole", folder, "model/model.safetensors", "manifest.json")
             assert not (folder / "state").exists() and not (folder / ".lock").exists()
+
+
+def test_a_client_that_fails_is_left_out_and_the_others_go_on(tmp_path):
+    """One of two clients of a rank fails in each round, then both."""
+    model, least = save_tiny(tmp_path / "model"), {"min_clients": 2, "num_global_epochs": 2}
+    each = {"comm_configs": {"blocks_per_message": 1}}
+    pruner = tmp_path / "pruner.py"
+    pruner.write_text(FAILING)
+    changes = {"server_configs": least, "client_configs": each, "plugins": [str(pruner)]}
+    job, runs = [], {}
+    for failing in (["austen"], ["austen", "bible"]):
+        config = tiny_config(tmp_path / str(len(failing)), model, "fedspallm", 4, **changes)
+        names = [f"clients.{number}.train_configs.pruner=failing" for number in range(len(failing))]
+        runs[tuple(failing)] = config.parent / "run"
+        job.append(["run", str(config), "--launcher", "mpi", *names])
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    }
+    code, _, err = finish(
+        mpiexec(3, sys.executable, "-m", "helpers.mpi_commands", tmp_path / "job.json", env=environment)
+    )
+    assert code == 0, err
+    for failing, run in runs.items():
+        absent = [(event["round"], event["client"]) for event in events(run, "absent")]
+        assert sorted(absent) == [(index, name) for index in range(2) for name in failing]
+        last = [event["clients"] for event in events(run, "block") if event["block"] == 2]
+        assert last == [sorted({"austen", "bible", "csource", "sqldocs"} - set(failing))] * 2
+
+
+HELPER = (sys.executable, "-m", "helpers.mpi_commands")
+FAILING = """
+import torch
+
+import fedspallm_appfl as fs
+
+calls = []
+
+@fs.pruner("failing", needs=fs.InputNorms, keeps_weights=True)
+def failing(weight, target, inputs):
+    calls.append(weight.shape)
+    if len(calls) > 7:  # after a block
+        calls.clear()
+        raise RuntimeError("no more memory")
+    return ~fs.select(weight.abs(), target, per_row=False)
+"""

@@ -118,7 +118,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         return {"round": now.index, "exchange": now.exchange, "assign": assign} | done
 
     def _goes_on(self) -> dict[str, Any]:
-        return {"held": len(self._held)} if self._held else {}
+        left = {"given_up": sorted(self.given_up())} if self.given_up() else {}
+        return left | ({"held": len(self._held)} if self._held else {})
 
     def receive(self, client: str, update: Any, metadata: dict[str, Any]) -> bool:
         """Fold one message.

@@ -23,6 +23,7 @@ from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, request
 from mpi4py import MPI
 from torch import Tensor
 
+from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.wire.as_bytes import fill, memory, read_description, take_apart
 
 ALIGNMENT = 64  # bytes, as torch allocates
@@ -91,10 +92,28 @@ class BatchedMPIServer(MPIServerCommunicator):
         metadata = yaml.unsafe_load(request.meta_data)
         updates = self._inbox.receive(self.comm, request.payload, client_rank, _data_tag(self.comm))
         self._clients_of_rank[client_rank] = metadata["_client_ids"]
-        for client in metadata["_client_ids"]:
-            future = self.server_agent.global_update(client, updates.pop(client), blocking=False, **metadata[client])
-            self._update_global_model_futures[client] = future
+        given_up = self.server_agent.aggregator.given_up()
+        order = {
+            client: ("absent" not in metadata[client], client not in given_up) for client in metadata["_client_ids"]
+        }
+        for client in sorted(
+            order, key=order.__getitem__
+        ):  # who waits is known before the last of them ends the exchange
+            self._update_global_model_futures[client] = self._folded(client, updates.pop(client), metadata[client])
         self._check_update_global_model_futures()
+
+    def _folded(self, client: str, update: Any, metadata: dict[str, Any]) -> Any:
+        """The answer to a message, which may say that its client failed, or be refused."""
+        scheduler = self.server_agent.scheduler
+        if "absent" in metadata:
+            return scheduler.leave_out(client, metadata["absent"], metadata["waits"])
+        try:
+            return self.server_agent.global_update(client, update, blocking=False, **metadata)
+        except UpdateError as error:
+            if not scheduler.spare_others:
+                raise
+            why = {"why": str(error), "traceback": "", "host": str(metadata["host"]), "blocks": ""}
+            return scheduler.leave_out(client, why, metadata["_chunk_idx"] + 1 == metadata["_total_chunks"])
 
     def _check_update_global_model_futures(self) -> None:
         """Answer every rank all of whose clients can go on."""
@@ -129,7 +148,7 @@ class PoliteMPIClient(MPIClientCommunicator):
         return (payload, metadata) if metadata else payload
 
     def update_global_model(self, local_model: Any, client_id: str | int | None = None, **kwargs: Any) -> Any:
-        """Send the messages of all clients of this rank.
+        """Send the messages of clients of this rank.
 
         Args:
             local_model: client -> its message.
@@ -139,7 +158,8 @@ class PoliteMPIClient(MPIClientCommunicator):
         Returns:
             (payload for all clients, client -> metadata with the server's `status`, RUNNING or DONE).
         """
-        self._ask(MPITask.UPDATE_GLOBAL_MODEL, kwargs.get("kwargs", kwargs), local_model)
+        told = kwargs.get("kwargs", kwargs)
+        self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": list(local_model)}, local_model)
         status, payload, metadata = self._answer()
         for answer in metadata.values():
             answer["status"] = "DONE" if status == MPIServerStatus.DONE.value else "RUNNING"
@@ -147,7 +167,7 @@ class PoliteMPIClient(MPIClientCommunicator):
 
     def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any) -> None:
         description, tensors = take_apart(payload)
-        request = MPITaskRequest(description, yaml.dump({**metadata, "_client_ids": self.client_ids}))
+        request = MPITaskRequest(description, yaml.dump({"_client_ids": self.client_ids, **metadata}))
         tag = self.comm_rank + self.comm_size * task.value
         self.comm.Send(request_to_byte(request), dest=self.server_rank, tag=tag)
         send_tensors(self.comm, tensors, self.server_rank, _data_tag(self.comm))

@@ -6,17 +6,18 @@ an open block still waits is always let on, so nothing can lock up, also where a
 message of an exchange is answered when all clients have sent theirs.
 
 If anything fails, every waiting client gets the error; APPFL's own scheduler would leave them hanging. A launcher that can
-go on without a client sets `spare_others` and calls `give_up`.
+go on without a client sets `spare_others` and calls `give_up`, or `leave_out` where the client waits for an answer.
 """
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from appfl.algorithm.scheduler import BaseScheduler
 
 from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import FederationError, UpdateError
 
 
 class FedSpaLLMScheduler(BaseScheduler):
@@ -24,6 +25,7 @@ class FedSpaLLMScheduler(BaseScheduler):
 
     Attributes:
         spare_others: an upload that is refused fails for its client alone.
+        least: clients that must take part, for `leave_out`.
     """
 
     aggregator: FedSpaLLMAggregator
@@ -35,6 +37,7 @@ class FedSpaLLMScheduler(BaseScheduler):
         self._held: dict[str, tuple[Future, set[int]]] = {}
         self._at_barrier: dict[str, Future] = {}
         self.spare_others = False
+        self.least = 1
 
     def schedule(self, client_id: str | int, local_model: Any, **kwargs: Any) -> Future:
         """Take one message of one client.
@@ -73,6 +76,44 @@ class FedSpaLLMScheduler(BaseScheduler):
             self._at_barrier.pop(client, None)
             self.aggregator.give_up(client)
             self._go_on()
+
+    def leave_out(self, client: str, why: Mapping[str, str], waits: bool) -> Future:
+        """Go on without a client that failed, and that goes on in the next round.
+
+        Args:
+            client: who failed.
+            why: facts for the event.
+            waits: it has nothing more to do before the exchange has ended; else it is answered at once.
+
+        Returns:
+            A future of (payload, metadata) for it.
+
+        Raises:
+            FederationError: fewer clients are left than must take part.
+        """
+        future: Future[tuple[dict, dict]] = Future()
+        with self._lock:
+            if client not in self.aggregator.given_up():
+                self.aggregator.give_up(client)
+                self.aggregator.on_event({"event": "absent", "round": self.aggregator.round, "client": client, **why})
+                self._require_enough(client, why)
+            self._held.pop(client, None)
+            if waits:
+                self._at_barrier[client] = future
+            else:
+                future.set_result(({}, {"left_out": True}))
+            self._go_on()
+        return future
+
+    def _require_enough(self, client: str, why: Mapping[str, str]) -> None:
+        every, absent = self.aggregator.settings.roster, self.aggregator.given_up()
+        if len(every) - len(absent) < self.least:
+            error = FederationError(
+                f"round {self.aggregator.round + 1}: {len(every) - len(absent)} of {len(every)} clients are left, at least "
+                f"{self.least} must take part (server_configs.min_clients); the last that failed is {client}: {why['why']}"
+            )
+            self._fail(error)
+            raise error
 
     def _go_on(self) -> None:
         """End the exchange if everybody has, and answer who may go on."""

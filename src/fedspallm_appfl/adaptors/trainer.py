@@ -66,7 +66,7 @@ class FedSpaLLMTrainer(BaseTrainer):
     def train(self, **instructions: Any) -> None:
         """Make the next message of the round; the first call of an exchange starts it."""
         if instructions.get("assign"):
-            self._follow(instructions)
+            self.follow(instructions)
         if not self.client.in_exchange:
             self._require_all_pieces()
             self.round, self.exchange, blocks, finished = self._instructions or (
@@ -108,12 +108,20 @@ class FedSpaLLMTrainer(BaseTrainer):
         self.client.take(update)
         if update:
             self._pieces_left = update["pieces"] - 1 if update["piece"] == 0 else self._pieces_left - 1
-        self._follow(metadata)
+        self.follow(metadata)
 
-    def _follow(self, metadata: dict[str, Any]) -> None:
+    @property
+    def is_open(self) -> bool:
+        """Whether the client has its model and its text."""
+        return self._client is not None
+
+    def follow(self, metadata: dict[str, Any]) -> None:
+        """Take the server's instructions."""
         self.lacking = (metadata.get("measure") or {}).get(self.client_id)
         if self.client_id in (metadata.get("assign") or {}):
             blocks = from_text(metadata["assign"][self.client_id])
+            if self.is_open:
+                self.client.leave_exchange()
             finished = from_text(metadata.get("finished", ""))
             self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks, finished
 

@@ -160,6 +160,11 @@ class LocalClient:
         """Whether messages of an exchange are still to be made."""
         return self._progress is not None
 
+    def leave_exchange(self) -> None:
+        """Forget an exchange in the middle of which the client has failed."""
+        if self._progress is not None:
+            self._progress = self._sweep = None
+
     def next_message(self) -> Message:
         """Make what the next message holds.
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.participants import algorithm_of, client_settings
+from fedspallm_appfl.runs.absence import made, spare, spares, tell
 from fedspallm_appfl.runs.placement import batches, describe
 from fedspallm_appfl.runs.run_dir import CLIENTS, STATE
 from fedspallm_appfl.settings import plugins
@@ -113,6 +114,7 @@ def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) ->
             on_event({"event": "place", **vars(place)})
     server = server_agent(config, state_dir)
     server.aggregator.on_event = on_event
+    spare(server, config)
     BatchedMPIServer(comm, server, logger=_Silent(), optimize_memory=False).serve()
     return server.aggregator
 
@@ -133,7 +135,7 @@ def run_clients(config: Config, comm: Any) -> None:
         kept = _state_of(config)
         told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
         agents = {settings.client_id: client_agent(settings) for settings in told}
-        _all_rounds(comm, agents)
+        _all_rounds(comm, agents, spares(config))
 
 
 def _state_of(config: Config) -> Path | None:
@@ -142,45 +144,57 @@ def _state_of(config: Config) -> Path | None:
     return state / CLIENTS if state.is_dir() else None
 
 
-def _all_rounds(comm: Any, agents: dict[str, Any]) -> None:
+def _all_rounds(comm: Any, agents: dict[str, Any], sparing: bool) -> None:
     from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
 
     wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
     payload, told = wire.get_global_model(init_model=True)
     for agent in agents.values():
-        agent.load_parameters((payload, told))
+        agent.trainer.follow(told)
     for number in range(told.get("held", 0)):
         piece = wire.get_global_model(init_model=False, held=number)
         for agent in agents.values():
             agent.trainer.client.take(piece)
     status = "RUNNING" if "assign" in told else "DONE"
+    absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
     while status != "DONE":
-        status = _exchange(wire, agents)
-    _measure(wire, agents)
+        status = _exchange(wire, agents, absent, sparing)
+    _measure(wire, agents, absent)
     wire.invoke_custom_action(action="close_connection")
 
 
-def _exchange(wire: Any, agents: dict[str, Any]) -> str:
-    """One message of each client of the rank, sent together; returns the server's status."""
-    updates, metadata = {}, {}
-    for name, agent in agents.items():
-        agent.train()
-        updates[name], metadata[name] = agent.get_parameters()
+def _exchange(wire: Any, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> str:
+    """One message of each client of the rank, sent together; returns the server's status.
+
+    A client that fails says so once, and then waits with the others for the end of each exchange, until a round begins.
+    """
+    updates, metadata, before = {}, {}, set(absent)
+    for name in [name for name in agents if name not in absent]:
+        message = made(agents[name], absent, sparing)
+        if message is not None:
+            updates[name], metadata[name] = message
+    waits = all(told["_chunk_idx"] + 1 == told["_total_chunks"] for told in metadata.values())
+    for name in [name for name in agents if name in absent and (waits or name not in before)]:
+        updates[name], metadata[name] = {}, {"absent": absent[name], "waits": waits}
     payload, answers = wire.update_global_model(updates, kwargs=metadata)
-    for name, agent in agents.items():
-        agent.load_parameters((payload, answers[name]))
+    for name, answer in answers.items():
+        tell(agents[name], payload, answer)
+        if answer.get("left_out"):
+            absent.setdefault(name, {})
     for number in range(1, payload.get("pieces", 1)):
         piece = wire.get_global_model(init_model=False, piece=number)
         for agent in agents.values():
-            agent.load_parameters(piece)
-    return answers[next(iter(agents))]["status"]
+            tell(agent, piece, {})
+    if any(answer.get("exchange") == 0 for answer in answers.values()):
+        absent.clear()
+    return next(iter(answers.values()))["status"]
 
 
-def _measure(wire: Any, agents: dict[str, Any]) -> None:
+def _measure(wire: Any, agents: dict[str, Any], absent: Mapping[str, Any]) -> None:
     """Let each client of the rank measure the finished model on its own text; they share what all are sent."""
     losses: dict[str, dict[str, Any]] = {}
     for name, agent in agents.items():
-        if agent.trainer.lacking is None:
+        if agent.trainer.lacking is None or name in absent:
             continue
         client = agent.trainer.client
         for number in range(agent.trainer.lacking if not losses or client.final is not client.agreed else 0):

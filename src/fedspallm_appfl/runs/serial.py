@@ -4,14 +4,17 @@ Clients take turns message by message. A block is then open on the server only w
 """
 
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.devices import choose_device, threads
+from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
+from fedspallm_appfl.runs.absence import described, made, spare, spares, tell
 from fedspallm_appfl.runs.placement import describe
 from fedspallm_appfl.runs.run_dir import CLIENTS
 from fedspallm_appfl.settings.schema import Config
@@ -39,6 +42,7 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     agents_of = load()
     server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event
+    spare(server, config)
     limit = config.client_configs.comm_configs.max_message_bytes
     placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
     for place in describe(0, placed):
@@ -49,23 +53,26 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
         first = server.get_parameters(serial_run=True, client_id=name)
-        agent.load_parameters(first)
+        agent.trainer.follow(first[1])
         for number in range(first[1].get("held", 0)):
             agent.trainer.client.take(server.get_parameters(init_model=False, held=number)[0])
     on_event({"event": "ready"})
+    absent: dict[str, dict[str, str]] = dict.fromkeys(server.aggregator.given_up(), {})
     while not server.training_finished():
-        for name, (update, instructions) in _exchange(server, agents).items():
-            agents[name].load_parameters((update, instructions))
+        for name, (update, instructions) in _exchange(server, agents, absent, spares(config)).items():
+            tell(agents[name], update, instructions)
             for piece in range(1, update.get("pieces", 1)):
-                agents[name].load_parameters(server.get_parameters(init_model=False, piece=piece))
-    _measure(server, agents)
+                tell(agents[name], *server.get_parameters(init_model=False, piece=piece))
+            if instructions.get("exchange") == 0:
+                absent.pop(name, None)
+    _measure(server, agents, absent)
     return server.aggregator
 
 
-def _measure(server: Any, agents: dict[str, Any]) -> None:
+def _measure(server: Any, agents: dict[str, Any], absent: Mapping[str, Any]) -> None:
     """Let each client measure the finished model on its own text."""
     for name, agent in agents.items():
-        if agent.trainer.lacking is None:
+        if agent.trainer.lacking is None or name in absent:
             continue
         client = agent.trainer.client
         for number in range(agent.trainer.lacking):
@@ -84,13 +91,31 @@ def load() -> Any:
     return agents
 
 
-def _exchange(server: Any, agents: dict[str, Any]) -> dict[str, Any]:
+def _exchange(
+    server: Any, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool
+) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Send all messages of one exchange; returns the server's answer to each client's last one."""
-    last: dict[str, Future] = {}
-    number = server.aggregator.global_model.round.exchange
-    for _ in next(iter(agents.values())).trainer.client.messages(number):
-        for name, agent in agents.items():
-            agent.train()
-            update, metadata = agent.get_parameters()
-            last[name] = server.global_update(name, update, blocking=False, **metadata)
-    return {name: future.result() for name, future in last.items()}
+
+    def leave_out(name: str) -> Future:
+        waiting: Future = server.scheduler.leave_out(name, absent[name], waits=True)
+        return waiting
+
+    answers = {name: leave_out(name) for name in agents if name in absent}
+    ended = False
+    while not ended:
+        ended = True
+        for name in [name for name in agents if name not in absent]:
+            message = made(agents[name], absent, sparing)
+            if message is None:
+                answers[name] = leave_out(name)
+                continue
+            update, metadata = message
+            ended = ended and metadata["_chunk_idx"] + 1 == metadata["_total_chunks"]
+            try:
+                answers[name] = server.global_update(name, update, blocking=False, **metadata)
+            except UpdateError as error:
+                if not sparing:
+                    raise
+                absent[name] = described(error)
+                answers[name] = leave_out(name)
+    return {name: future.result() for name, future in answers.items()}

@@ -285,8 +285,9 @@ class ServerConfigs:
     num_global_epochs: int = key(1, "rounds", least=1, most=MOST)
     min_clients: int | None = key(
         None,
-        "over Globus Compute: a round ends once so many clients have answered, and the run ends if fewer do; empty waits "
-        "for all that have not failed",
+        "a client that fails is left out of the round, and the run ends if fewer than so many are left; over Globus "
+        "Compute a round also ends once so many have answered. Empty: over Globus Compute it waits for all that have not "
+        "failed, else the first failure ends the run",
         least=1,
         most=MOST,
     )
