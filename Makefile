@@ -14,7 +14,7 @@ CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study real test globus fast lint check triton matrix docs bench bench-peers clean
+.PHONY: help install demo study real test globus fast lint check triton kills families matrix docs bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -63,6 +63,9 @@ check: lint test  ## What CI runs
 triton: install  ## The GPU kernel in Triton's interpreter, and through its compiler; needs no GPU
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton $(TRITON)
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
+
+kills: install  ## Kill a run twenty times in one process and in three ranks, and compare what resume makes of it; ten minutes
+	FEDSPALLM_KILLS=20 $(BIN)/pytest -n 0 -q -m mpi tests/adaptors/test_mpi.py -k killed_goes_on
 
 families: install  ## Check tiny models of all families against an oracle and write docs/families.md; half an hour
 	$(BIN)/python tests/families.py --page docs/families.md

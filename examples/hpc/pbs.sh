@@ -10,6 +10,7 @@
 #PBS -l select=5:ncpus=32:mpiprocs=4:ngpus=4
 #PBS -l walltime=04:00:00
 #PBS -j oe
+#PBS -r y
 
 set -euo pipefail
 cd "$PBS_O_WORKDIR"
@@ -20,4 +21,5 @@ export HF_HUB_OFFLINE=1                       # use the model that was downloade
 export OMP_NUM_THREADS=8
 
 # 17 of the 20 places; if your MPI does not support PBS, add --hostfile "$PBS_NODEFILE".
-mpiexec -n 17 fedspallm run "$CONFIG" "run_dir=runs/${PBS_JOBID%%.*}" --launcher mpi
+# PBS ends a job with SIGTERM. A job that is run again, by PBS or by qrerun, has the same id, so that --resume goes on with it.
+mpiexec -n 17 fedspallm run "$CONFIG" "run_dir=runs/${PBS_JOBID%%.*}" --launcher mpi --resume

@@ -12,6 +12,9 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
+#SBATCH --signal=USR1@120                     # two minutes before the end: every rank ends, and state/ stays
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
@@ -24,4 +27,10 @@ export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
 # A rank that fails aborts the others; --kill-on-bad-exit covers ranks that are killed. If every rank reports that it is
 # alone, srun and the MPI library do not work together: try srun --mpi=pmix, or mpiexec instead.
-srun --kill-on-bad-exit=1 fedspallm run "$CONFIG" "run_dir=runs/$SLURM_JOB_ID" "$@" --launcher mpi
+# A job that was requeued has the same id, so that --resume goes on with its run.
+code=0
+srun --kill-on-bad-exit=1 fedspallm run "$CONFIG" "run_dir=runs/$SLURM_JOB_ID" "$@" --launcher mpi --resume || code=$?
+if [ "$code" -eq 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

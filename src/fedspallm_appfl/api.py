@@ -285,6 +285,9 @@ def problems_of(config: Config, globus: bool, files: bool, overwrite: bool, resu
         problems += with_files.check_with_files(config)
     if globus and files and not problems:
         problems += over_globus.check_sizes(config)
+    if files and not problems and config.run_dir and not resume:
+        problem = traffic.lack_of_room(Job.of(config))
+        problems += [problem] if problem else []
     return problems
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedspallm_appfl import cli
+from fedspallm_appfl.cli import main
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import job as jobs
 from fedspallm_appfl.estimates import over_globus as estimate_globus
@@ -382,6 +383,18 @@ def test_bytes_and_messages_are_those_of_a_run(algorithm, changes, tiny_model, t
     assert max(event["bytes"] for event in uploads) == made.largest
     for one in estimate.disk(of):
         assert not one.stays or written(folder / one.what) == one.nbytes
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_pruned(tiny_model, tmp_path, monkeypatch, capsys):
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    needed = sum(one.nbytes for one in estimate.disk(Job.of(load_config(file)[0])))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed // 3))
+    assert main(["run", str(file)]) == 2
+    assert f"and its disk has {needed // 3:,} free; make room" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert main(["validate", str(file)]) == 0
 
 
 def written(folder):

@@ -56,8 +56,9 @@ if __name__ == "__main__":
     from fedspallm_appfl.cli import main
 
     rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-    knife = Knife(end=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    knife.at = int(sys.argv[1]) if rank == 0 else None
+    moment, _, name = sys.argv[1].partition(":")
+    knife = Knife(end=lambda: os.kill(os.getpid(), signal.Signals[name or "SIGKILL"]))
+    knife.at = int(moment) if rank == 0 else None
     code = main(sys.argv[2:])
     sys.stderr.write(f"moments {knife.count}\n" if rank == 0 else "")
     sys.exit(code)

@@ -1,17 +1,22 @@
 """A run that is cut off at any moment and goes on ends with the model of one that was not."""
 
+import os
 import random
+import sys
 from functools import partial
 
 import pytest
 
 from fedspallm_appfl import events
 from fedspallm_appfl.api import prepared
+from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs import experiment, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
 from helpers.knife import Knife
+from helpers.paths import TESTS
+from helpers.processes import ENVIRONMENT, finish, start
 from helpers.tiny import save_tiny, tiny_config
 
 SHARES = [
@@ -86,3 +91,25 @@ def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, m
     monkeypatch.setattr(experiment, "__version__", "99")
     with pytest.raises(ConfigError, match=r"begun by fedspallm_appfl 0.*, and this is 99"):
         go(file)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model, name, capsys):
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    }
+    command = (sys.executable, "-m", "helpers.knife", f"40:{name}", "run", file)
+    code, _, err = finish(start(*command, env=environment))
+    folder = file.parent / "run"
+    assert code == 143
+    assert err.splitlines()[-3:-1] == [
+        f"what was done stays in {folder}: fedspallm resume {folder} goes on with it",
+        f"ended by {name}",
+    ]
+    assert (folder / "state").is_dir() and not (folder / ".lock").exists()
+    assert main(["resume", str(folder)]) == 0
+    assert "going on where the run was cut off" in capsys.readouterr().out
+    assert main(["resume", str(folder)]) == 0
+    assert f"{folder} is finished" in capsys.readouterr().out.replace("\n", "")
+    assert (folder / "model" / "model.safetensors").is_file()

@@ -108,11 +108,11 @@ def _serial(config: "Config", shown: "Console", args: argparse.Namespace) -> Non
 
 def _over_globus(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
     from fedspallm_appfl.globus.server import preflight, run
-    from fedspallm_appfl.runs import experiment
-    from fedspallm_appfl.runs.run_dir import is_cut_off
+    from fedspallm_appfl.runs import experiment, run_dir
 
-    goes_on = args.resume and is_cut_off(Path(config.run_dir).expanduser())  # tasks may be out, and endpoints busy
-    with run.connected(config, goes_on) as connection:
+    folder = Path(config.run_dir).expanduser()
+    goes_on = args.resume and run_dir.is_cut_off(folder)  # tasks may be out, and endpoints busy
+    with run.connected(config, folder / run_dir.STATE, goes_on) as connection:
         if not goes_on:
             preflight.require(look_at_endpoints(connection, shown), config.server_configs.min_clients)
         launch = partial(run.run, connection=connection)

@@ -1,6 +1,7 @@
 """What a run will send and keep on disk: arithmetic on shapes and settings, to the byte but for compression."""
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates.job import Job, mask_only
+from fedspallm_appfl.rounds.checkpoint import KEPT
 from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.tensors.target import NM, Target
@@ -200,6 +202,9 @@ def _mpi(job: Job) -> Transport:
     return Transport("MPI", True, "with any number of ranks" if together == clients else ranks)
 
 
+CHECKPOINTS = "state/ for hidden states of the clients"
+
+
 @dataclass(frozen=True)
 class Disk:
     """Something that a run writes.
@@ -232,6 +237,7 @@ def _beside_the_run(job: Job) -> Iterator[Disk]:
     yield Disk("pruned blocks and masks of the clients of a process", _agreed(job), False)
     everybody = sum(_hidden_states(job, client) for client in job.clients)
     yield Disk("hidden states of all clients, in TMPDIR", everybody, False)
+    yield Disk(CHECKPOINTS, KEPT * sum(_tokens_bytes(job, client) for client in job.clients), False)
 
 
 def _at_a_site(job: Job) -> Iterator[Disk]:
@@ -267,9 +273,13 @@ def _state(job: Job) -> int:
 
     stored = sum(sum(map(packed, mine.values())) if model.apart else packed(everybody) for model in models)
     stored += packed(everybody) if job.config.recovery.model else 0  # as it was before
+    if (
+        job.rounds > 1 or job.config.recovery.rounds
+    ):  # what an exchange makes stands beside what was there until it ends
+        stored += packed(everybody)
     stored += packed(everybody, "masks") if any(one.down == "masks" for one in job.exchanges) else 0
     cumulative = job.config.server_configs.aggregator_kwargs.fold == "cumulative"
-    return stored + (_entry_of_sums(job) * sum(map(job.model.entries, everybody)) if cumulative else 0)
+    return stored + (2 * _entry_of_sums(job) * sum(map(job.model.entries, everybody)) if cumulative else 0)
 
 
 def _entry_of_sums(job: Job) -> int:
@@ -299,8 +309,29 @@ def _agreed(job: Job) -> int:
 
 def _hidden_states(job: Job, client: Client) -> int:
     """Hidden states of a client that keeps them in a file."""
-    tokens = client.data.windows * client.data.length if client.data.activations == "file" else 0
-    return job.hidden_copies * tokens * job.model.hidden * job.model.arithmetic.itemsize
+    return job.hidden_copies * _tokens_bytes(job, client) if client.data.activations == "file" else 0
+
+
+def _tokens_bytes(job: Job, client: Client) -> int:
+    """Hidden states between two blocks."""
+    return client.data.windows * client.data.length * job.model.hidden * job.model.arithmetic.itemsize
+
+
+def lack_of_room(job: Job) -> str | None:
+    """Why the disk of the run directory has no room for what a run writes there, or None."""
+    folder = Path(job.config.run_dir).expanduser().absolute()
+    there = next(one for one in (folder, *folder.parents) if one.is_dir())
+    needed = sum(one.nbytes for one in disk(job) if one.what.split()[0].endswith("/"))
+    earlier = sum(
+        file.stat().st_size for file in folder.rglob("*") if file.is_file()
+    )  # goes before anything is written
+    free = shutil.disk_usage(there).free + earlier
+    if needed <= free:
+        return None
+    return (
+        f"run_dir: {folder} needs up to {needed:,} bytes (fedspallm estimate says for what), and its disk has {free:,} "
+        "free; make room, or name a folder on another disk"
+    )
 
 
 def evaluation_windows(job: Job) -> dict[str, int] | None:

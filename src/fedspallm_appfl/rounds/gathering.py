@@ -63,12 +63,28 @@ def gathered(source: Source, assigned: set[int], start: Inputs | None = None) ->
         PruningError: an input holds NaN or infinity, or was never seen.
     """
     if source.settings.gram.propagate == "dense":
-        return _by_block(source, assigned, 0, _public_sums(source, 0 in assigned), [source.embedded()], {})
+        return _dense(source, assigned - source.finished)
     return _swept(source, assigned, start)
 
 
+def _dense(source: Source, wanted: set[int]) -> Gathered:
+    """Of the dense model."""
+    if wanted:
+        public, state = _public_sums(source, 0 in wanted), source.embedded()
+        first = source.restored(state, min(wanted))
+        states = [state]
+        del state
+        yield from _by_block(source, wanted, first, public, states, {}, keep=True)
+
+
 def _by_block(
-    source: Source, assigned: set[int], first: int, public: dict[str, Sums], states: list[Activations], pruned: Agreed
+    source: Source,
+    assigned: set[int],
+    first: int,
+    public: dict[str, Sums],
+    states: list[Activations],
+    pruned: Agreed,
+    keep: bool = False,
 ) -> Gathered:
     """In one forward pass.
 
@@ -79,9 +95,12 @@ def _by_block(
         public: sums that take the place of those of the text, in the first block.
         states: the hidden states alone; they are taken, moved on, and let go of with the last block.
         pruned: what of the model is pruned.
+        keep: remember hidden states for a later start now and then.
     """
     state, last = states.pop(), max(assigned, default=-1)
     for index in range(first, last + 1):
+        if keep:
+            source.keep(index, state)
         with source.model.block(index, pruned.get(index)) as block:
             if index in assigned:
                 done = [_watched_and_advanced(source, block, index, state, go_on=index < last)]

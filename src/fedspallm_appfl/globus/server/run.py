@@ -26,7 +26,6 @@ from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.rounds.participants import client_settings
-from fedspallm_appfl.runs.run_dir import STATE, is_cut_off
 from fedspallm_appfl.settings.schema import Client, Config
 
 Unit = tuple[str | None, str, str]
@@ -46,8 +45,11 @@ class Connection:
 
     ledger: Ledger
 
-    def __init__(self, config: Config, wire: Any, store: DataStore | None, run: str, dense: str) -> None:
+    def __init__(
+        self, config: Config, wire: Any, store: DataStore | None, run: str, dense: str, state: Path | None = None
+    ) -> None:
         self.config = config
+        self._state = state
         self.wire = wire
         self.store = store
         self.run = run
@@ -109,7 +111,7 @@ class Connection:
         try:
             self.wire.shutdown_all_clients()
         finally:
-            if self.store and is_cut_off(Path(self.config.run_dir).expanduser()):
+            if self.store and self._state and ledger.read(self._state):
                 self.store.close()
             elif self.store:
                 _clear(self.store)
@@ -124,11 +126,12 @@ def _clear(store: DataStore) -> None:
 
 
 @contextmanager
-def connected(config: Config, resume: bool = False) -> Iterator[Connection]:
+def connected(config: Config, state: Path | None = None, resume: bool = False) -> Iterator[Connection]:
     """Log in to Globus Compute and open the data store.
 
     Args:
         config: the experiment.
+        state: folder of the server's state, where an earlier start may have left its ledger; None if there is none.
         resume: a run that was cut off goes on, with what it has in the store; else that is removed.
 
     Raises:
@@ -142,7 +145,7 @@ def connected(config: Config, resume: bool = False) -> Iterator[Connection]:
     from fedspallm_appfl.globus.server.communicator import GlobusServer
 
     dense = model_hash(resolve_model(config.model.path))
-    run, store = _store_of(config, resume)
+    run, store = _store_of(config, state, resume)
     try:
         endpoints = {client.client_id: str(client.endpoint_id) for client in config.clients}
         patience = config.server_configs.connection_deadline
@@ -151,17 +154,17 @@ def connected(config: Config, resume: bool = False) -> Iterator[Connection]:
         if store:
             _clear(store)
         raise
-    connection = Connection(config, wire, store, run, dense)
+    connection = Connection(config, wire, store, run, dense, state)
     try:
         yield connection
     finally:
         connection.close()
 
 
-def _store_of(config: Config, resume: bool) -> tuple[str, DataStore | None]:
+def _store_of(config: Config, state: Path | None, resume: bool) -> tuple[str, DataStore | None]:
     """A run's name and its data store: those of a run that goes on, or new ones."""
-    settings, folder = vars(config.client_configs.comm_configs.store), Path(config.run_dir).expanduser()
-    before = ledger.read(folder / STATE) if config.run_dir and is_cut_off(folder) else None
+    settings = vars(config.client_configs.comm_configs.store)
+    before = ledger.read(state) if state else None
     run = before["run"] if before and resume else uuid.uuid4().hex
     if before and not resume and (old := open_store(settings, before["run"], create=True)):
         old.names.update(before["objects"])
