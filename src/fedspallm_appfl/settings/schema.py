@@ -528,8 +528,8 @@ class Config:
     )
     checkpoint_every: float = key(
         60.0,
-        "seconds at least between two writings of a client's hidden states, from which `--resume` goes on; it takes longer "
-        "where writing would be more than a twentieth of the time ([docs](run_directory.md#going-on-after-an-interruption))",
+        "seconds at least between two writings of a client's hidden states, from which `--resume` goes on; more where "
+        "writing would take a twentieth of the time ([docs](run_directory.md#going-on-after-an-interruption))",
         least=0.0,
     )
     plugins: list[str] = key(
