@@ -12,9 +12,11 @@ from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.recovery import training
+from fedspallm_appfl.rounds.folds import DeltaFold
 from fedspallm_appfl.runs import experiment, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
-from helpers.knife import Knife
+from helpers.knife import Cut, Knife
 from helpers.paths import TESTS
 from helpers.processes import ENVIRONMENT, finish, start
 from helpers.tiny import save_tiny, tiny_config
@@ -38,6 +40,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def cut_off(*_):
+    raise Cut
 
 
 def go(file, resume=True):
@@ -74,6 +80,18 @@ def test_it_ends_with_the_same_bits_wherever_it_was_cut_off(tmp_path, tiny_model
         assert len(set(blocks)) == len(blocks)
         assert len(log.of("resumed")) >= 1
         assert {event["method"] for event in log.of("evaluation")} >= {"dense"}
+
+
+def test_a_client_trains_once_in_a_round_of_recovery_wherever_it_was_cut_off(tmp_path, tiny_model, monkeypatch):
+    file = tiny_config(tmp_path, tiny_model, "fedspallm", recovery={"rounds": 1, "steps": 2, "batch": 4})
+    trained, train = [], training.train
+    monkeypatch.setattr(training, "train", lambda *args: trained.append(args[-1]) or train(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaFold, "close", cut_off)
+        with pytest.raises(Cut):
+            go(file)
+    go(file)
+    assert len(trained) == len(set(trained)) == 3
 
 
 def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, monkeypatch):

@@ -1,10 +1,12 @@
-"""A client's hidden states on disk now and then, so that a run that goes on does not sweep from the first block again.
+"""What a client keeps on disk, so that a run that goes on does not begin at the first block again.
 
-Two are kept: a client may be ahead of what the server has finished. Without one that fits, the sweep begins at its start;
-only the time differs.
+Now and then its hidden states: two are kept, as a client may be ahead of what the server has finished. Without one that
+fits, the sweep begins at its start; only the time differs. And what it has learnt in a round of recovery, where all blocks
+are trained together.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedspallm_appfl.models.blockwise import Activations
+from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.store import save_whole
 
 KEPT = 2
+Changes = Mapping[int, Mapping[str, PackedDelta]]  # block -> linear -> its change
 SHARE = 20  # times as long as the last one took to be written, at least, before the next is
 
 
@@ -70,17 +74,45 @@ class Checkpoint:
             found = self._read(file) if block <= most else None
             if found is not None and len(found) == len(state.hidden):
                 for number, hidden in enumerate(state.hidden):
-                    state.hidden[number] = found[number].to(hidden.device, copy=True)  # in memory of its own
+                    state.hidden[number] = found[str(number)].to(hidden.device, copy=True)  # in memory of its own
                 return block
         return 0
 
-    def _read(self, file: Path) -> list[Tensor] | None:
-        """Hidden states of the stage that is on."""
+    def keep_changes(self, changes: Changes) -> None:
+        """Write the changes of all blocks.
+
+        Raises:
+            ModelError: there is no room.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tensors = {
+            f"{block}/{name}/{part}": tensor
+            for block, linears in changes.items()
+            for name, change in linears.items()
+            for part, tensor in change.to_dict().items()
+        }
+        save_whole(self._learnt, tensors, {"stage": self.stage}, "changes of weights")
+
+    def changes(self) -> Changes | None:
+        """The changes that an earlier start has written in the stage that is on; None if none."""
+        found: dict[int, dict[str, dict[str, Tensor]]] = {}
+        for key, tensor in (self._read(self._learnt) or {}).items():
+            block, name, part = key.split("/")
+            found.setdefault(int(block), {}).setdefault(name, {})[part] = tensor
+        made = {block: {name: PackedDelta(**of) for name, of in linears.items()} for block, linears in found.items()}
+        return made or None
+
+    @property
+    def _learnt(self) -> Path:
+        return self.folder / "changes.safetensors"
+
+    def _read(self, file: Path) -> dict[str, Tensor] | None:
+        """What a file holds, if it is of the stage that is on."""
         try:
             with safe_open(file, framework="pt") as stored:
                 if (stored.metadata() or {}).get("stage") != f'"{self.stage}"':
                     return None
-                return [stored.get_tensor(str(number)) for number in range(len(list(stored.keys())))]
+                return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no iterator)
         except (OSError, SafetensorError):  # it is only a shortcut
             return None
 

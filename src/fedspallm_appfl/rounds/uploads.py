@@ -3,7 +3,7 @@
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
-from fedspallm_appfl.wire.deltas import delta_size
+from fedspallm_appfl.wire.deltas import PackedDelta, delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.packed import (
     Packed,
@@ -104,8 +104,19 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
 def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     """Changes of kept weights; what the client was sent is what it begins with."""
     learner = Learner(source.trainable(), source.agreed.get, source.windows, source.settings, exchange.turn)
-    for block, changes in recovered(learner, blocks):
+    for block, changes in _learnt(source, learner, blocks):
         yield block, {name: (change, {}) for name, change in changes.items()}
+
+
+def _learnt(source: Source, learner: Learner, blocks: set[int]) -> Iterable[tuple[int, Mapping[str, PackedDelta]]]:
+    """Train, or take what an earlier start has learnt; blocks that are trained together are kept for a later one."""
+    if source.checkpoint is None or source.settings.recovery.scope != "all":
+        return recovered(learner, blocks)
+    made = source.checkpoint.changes()
+    if made is None:
+        made = dict(recovered(learner, blocks))
+        source.checkpoint.keep_changes(made)
+    return made.items()
 
 
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
