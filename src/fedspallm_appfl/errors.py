@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+QUOTED = 200  # characters of a value in a message
+
 
 class FedSpaLLMError(Exception):
     """Base of all errors that this package raises on purpose; the command line prints them without a traceback."""
@@ -47,6 +49,17 @@ class DataStoreError(FedSpaLLMError):
 
 class FederationError(FedSpaLLMError):
     """Too few clients answered in a round, or an endpoint cannot be reached."""
+
+
+def quoted(value: object) -> str:
+    """A value from outside as it may stand in a message: on one line, and not longer than anybody reads."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to write it out
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}... ({len(text)} characters)"
 
 
 def first_line(error: BaseException) -> str:

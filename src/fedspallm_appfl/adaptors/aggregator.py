@@ -1,6 +1,5 @@
 """APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
+from fedspallm_appfl.wire.metadata import checked_metadata
 from fedspallm_appfl.wire.update import block_nbytes, checked_losses, update_nbytes
 
 
@@ -135,7 +135,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         Raises:
             UpdateError: the message is not what was assigned.
         """
-        received = self.global_model.receive(client, update, int(metadata["samples"]))
+        said = checked_metadata(metadata, f"client {client}")
+        received = self.global_model.receive(client, update, said["samples"])
         self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {
@@ -144,17 +145,17 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "exchange": self.global_model.round.exchange,
                 "exchanges": len(self.global_model.exchanges),
                 "client": client,
-                "host": str(metadata.get("host", "")),
-                "message": int(metadata["_chunk_idx"]),
-                "messages": int(metadata["_total_chunks"]),
+                "host": said["host"],
+                "message": said["_chunk_idx"],
+                "messages": said["_total_chunks"],
                 "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
                 "bytes": received,
                 "block_bytes": block_nbytes(update),
-                "seconds": float(metadata["seconds"]),
-                "notes": json.loads(metadata["notes"]) if metadata.get("notes") else {},
+                "seconds": float(said["seconds"]),
+                "notes": said["notes"],
             }
         )
-        last = int(metadata["_chunk_idx"]) == int(metadata["_total_chunks"]) - 1
+        last = said["_chunk_idx"] == said["_total_chunks"] - 1
         if last:
             self.global_model.check_complete(client)
             self._ended.add(client)

@@ -13,7 +13,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import UpdateError, quoted
 
 ZSTD_LEVEL = 1  # higher levels find nothing more in masks and mantissas
 
@@ -26,7 +26,7 @@ def deflated(packed: Packed) -> dict[str, Any]:
     made, frames = dict(packed), []
     for part, tensor in packed.items():
         if isinstance(tensor, Tensor):
-            frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(_shuffled(tensor))
+            frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(_shuffled(tensor))
             if len(frame) < tensor.numel() * tensor.element_size():
                 made[part] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
                 frames.append(part)
@@ -57,7 +57,7 @@ def inflated(packed: Packed, part: str, where: str, count: int, dtype: torch.dty
 def _frames(packed: Packed, where: str) -> list[str]:
     frames = packed.get("zstd", [])
     known = type(frames) is list and all(type(p) is str and isinstance(packed.get(p), Tensor) for p in frames)
-    require(known, where, f"`zstd` lists which of the parts are compressed, got {frames!r}")
+    require(known, where, f"`zstd` lists which of the parts are compressed, got {quoted(frames)}")
     return frames
 
 
@@ -82,14 +82,24 @@ def _shuffled(tensor: Tensor) -> memoryview:
 
 
 def is_plain(part: Any) -> bool:
-    """Whether a value is a tensor that numpy can read: neither sparse nor nested, on the CPU."""
+    """Whether a value is a tensor that numpy and compiled loops can read: plain, on the CPU, with its memory."""
     return (
-        isinstance(part, Tensor)
+        type(part) is Tensor  # a subclass may say anything of itself
         and part.layout == torch.strided
         and not part.is_nested
         and not part.is_quantized
         and part.device.type == "cpu"
+        and _has_memory(part)
     )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether all entries lie in the tensor's storage, which may have been given back."""
+    if not tensor.numel():
+        return True
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
+    return bool((last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 def describe(tensor: Tensor) -> str:

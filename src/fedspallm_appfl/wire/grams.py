@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.gram_sum import GramSum
+from fedspallm_appfl.errors import quoted
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.tensors import triangle
 from fedspallm_appfl.wire.compression import Parts
@@ -62,7 +63,7 @@ class PackedGram:
     def problem(self) -> str | None:
         """Why it cannot be of a Gram matrix, or None; its dtypes and shapes are right."""
         if type(self.tokens) is not int or not 1 <= self.tokens <= MOST_TOKENS:
-            return f"they must be of 1 to {MOST_TOKENS} tokens, got {self.tokens!r}"
+            return f"they must be of 1 to {MOST_TOKENS} tokens, got {quoted(self.tokens)}"
         tensors = {name: part for name, part in self.to_dict().items() if isinstance(part, Tensor)}
         for name, tensor in tensors.items():
             if tensor.dtype != torch.int8 and not bool(tensor.isfinite().all()):
