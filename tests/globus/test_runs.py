@@ -4,6 +4,7 @@ import base64
 import functools
 import json
 import random
+import re
 import shutil
 import time
 from functools import partial
@@ -595,6 +596,45 @@ def test_a_server_that_comes_back_finds_its_tasks_and_ends_with_the_same_bits(
     exchanges = 2 * len(load_config(file)[0].clients) * (2 if algorithm == "consensus" else 1)
     assert min(asked) == exchanges  # somewhere nothing had to be asked for again
     assert max(asked) <= exchanges + 3
+
+
+def test_a_site_writes_down_what_left_and_serves_what_it_has_approved(federation, tmp_path, capsys):
+    """A run that nobody has approved, then approved, then the same with other windows."""
+    file = tmp_path / "site.yaml"
+    site = yaml.safe_load(file.read_text()) | {"audit": "audit.jsonl", "approved": "approved.txt"}
+    file.write_text(yaml.safe_dump(site))
+    with pytest.raises(FederationError, match=r"serves only configurations that it has approved, and \w{16} is not"):
+        federation(LastingWire())
+    assert main(["site", str(file)]) == 0
+    names = re.findall(r"(\w{16})\s+client (\w+): fedspallm with magnitude", capsys.readouterr().out)
+    assert sorted(client for _, client in names) == sorted(DOMAINS[:3])
+    for name, _ in names:
+        assert main(["site", str(file), "--approve", name]) == 0
+    assert main(["site", str(file), "--approve", "0" * 16]) == 2
+    (tmp_path / "audit.jsonl").unlink()
+    _, aggregator = federation(LastingWire())
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert sorted(line["client"] for line in lines) == sorted(DOMAINS[:3])
+    assert {line["configuration"] for line in lines} == {name for name, _ in names}
+    for line in lines:
+        assert (line["run"], line["function"], line["tokens"], line["error"]) == ("run", "prune", 6 * 64, "")
+        assert len(line["left"]) == 8 and all(len(one["sha256"]) == 64 for one in line["left"])
+    assert sum(one["bytes"] for line in lines for one in line["left"]) > 3 * 1_449_984 / 8  # masks
+    with pytest.raises(FederationError, match="has approved"):
+        federation(LastingWire(), client_configs={"data": {"windows": 5}})
+    last = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[-1])
+    assert last["left"] == [] and "has approved" in last["error"]
+    file.write_text(yaml.safe_dump(site | {"audit": "no/where/audit.jsonl"}))
+    with pytest.raises(FederationError, match="a file that the site file names cannot be written"):
+        federation(LastingWire())
+
+
+def test_nothing_leaves_that_was_made_of_fewer_tokens_than_a_site_asks_for(over_wire, tmp_path):
+    file = tmp_path / "site.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"min_tokens": 6 * 64 + 1}))
+    for pruner in ("sparsegpt", "wanda"):
+        with pytest.raises(FederationError, match=r"made of fewer tokens than 385, and its windows have 384"):
+            over_wire(Wire(), write_config(tmp_path), f"client_configs.train_configs.pruner={pruner}")
 
 
 def uploads_in(folder):

@@ -79,7 +79,8 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
         ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
         (
             "clients: {a: {text: x}}\npath: y",
-            "may have only the keys clients, evaluation, may_send, min_tokens, model, plugins, store, trust_remote_code",
+            "may have only the keys approved, audit, clients, evaluation, may_send, min_tokens, model, plugins, store, "
+            "trust_remote_code",
         ),
         ("clients: {a: }\nmay_send: text", "may_send .* must be a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),

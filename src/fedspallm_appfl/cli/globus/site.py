@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
         "Check a site file where it lies: texts, model, what may leave; sends nothing, and shows real paths.",
         "fedspallm site examples/globus/site.yaml",
         "fedspallm site examples/globus/site.yaml --model examples/demo/model --length 256",
+        "fedspallm site site.yaml --approve 0123456789abcdef",
     )
     parser.add_argument("site", metavar="SITE.yaml", type=Path, help="what FEDSPALLM_SITE names at the endpoint")
     parser.add_argument(
@@ -28,6 +29,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--length", type=positive, default=2048, help="tokens in a window, the server's data.length (default: 2048)"
     )
+    parser.add_argument("--approve", metavar="HASH", help="from now on serve a configuration that waits for it")
     parser.set_defaults(work=work)
 
 
@@ -35,6 +37,9 @@ def work(args: argparse.Namespace) -> int:
     """Do it."""
     from fedspallm_appfl.globus.site import check
 
+    if args.approve:
+        console().print(check.approve(args.site, args.approve), highlight=False, markup=False)
+        return 0
     table, problems = check.check(args.site, args.model, args.length)
     console().print(table)
     refuse(args.site, problems)

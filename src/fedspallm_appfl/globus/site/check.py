@@ -1,5 +1,6 @@
 """The output of `fedspallm site`: a site file as a worker would read it, for users who may see its paths."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.globus.site import record
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
 from fedspallm_appfl.settings import custom_code
@@ -73,7 +75,37 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         problems += looked.problems
         cells = (looked.files, looked.size, looked.windows, escape(_model(shared)), *_leaves(shared))
         table.add_row(escape(client), looked.where, *cells)
+    if waits := waiting(shared):
+        table.caption = escape("waiting for approval (--approve HASH):\n" + "\n".join(waits))
     return table, problems
+
+
+def approve(file: Path, name: str) -> str:
+    """Approve a configuration that waits; returns it in words.
+
+    Raises:
+        ConfigError: the site file names no file of approved ones, or none of that hash waits.
+    """
+    shared = read_site_file(file, f"{file}: ").shared
+    if shared.approved is None:
+        raise ConfigError(f"{file}: `approved` names no file, so every configuration is served")
+    asked = record.approve(Path(shared.approved), name)
+    return f"approved {name} for client {asked['client']}: {_in_words(asked['configuration'])}"
+
+
+def waiting(shared: Site) -> list[str]:
+    """Configurations that wait for approval, in words."""
+    there = record.waiting(Path(shared.approved)) if shared.approved else {}
+    return [f"{name}  client {one['client']}: {_in_words(one['configuration'])}" for name, one in there.items()]
+
+
+def _in_words(asked: Mapping[str, Any]) -> str:
+    data = asked["data"]
+    after = ", recovery" if asked["recovery"]["rounds"] else ""
+    return (
+        f"{asked['algorithm']} with {asked['pruner']}, sparsity {asked['sparsity']}, {data['windows']} windows of "
+        f"{data['length']} tokens, {asked['rounds']} rounds{after}"
+    )
 
 
 def _folder(shared: Site) -> Path | None:

@@ -6,6 +6,7 @@ import torch
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.globus.site.record import Record, require_approval
 from fedspallm_appfl.globus.site.site_file import Site, load_site
 from fedspallm_appfl.globus.site.worker import in_words, require_consent, same_model, site_store, told
 from fedspallm_appfl.globus.store.data_store import GREETING
@@ -26,8 +27,12 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
     checks: dict[str, dict[str, Any]] = {}
     try:
         site = load_site(str(request.get("client", "")))
+        record = Record(site, request, "look_around")
         settings = told(request)
+        record.settings(settings)
+        record.write()
         require_consent(settings, site)
+        require_approval(site, settings)
     except FedSpaLLMError as error:
         return {"checks": {"text": {"ok": False, "says": str(error)}}}
     looks = {"GPU": _look_at_gpu, "model": _look_at_model, "text": _look_at_text, "store": _look_at_store}

@@ -9,9 +9,11 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site; recovery only if it is named
     evaluation: false                  # the pruned model is not measured on text of this site; true if left out
-    min_tokens: 8192                   # nothing leaves of statistics (`grams`) or recovery of fewer tokens
+    min_tokens: 8192                   # nothing leaves that was made of fewer tokens
     trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
+    audit: audit.jsonl                 # a line for each task: what was asked for, what left
+    approved: approved.txt             # only configurations in it are served (fedspallm site --approve)
 
 Relative paths start from the folder of the file.
 """
@@ -36,7 +38,8 @@ from fedspallm_appfl.settings.schema import Store
 from fedspallm_appfl.texts.files import HUB
 
 SITE = "FEDSPALLM_SITE"
-KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code", "evaluation"}
+FILES = ("audit", "approved")
+KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code", "evaluation", *FILES}
 CLIENT_KEYS = {"text", "field"}
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
@@ -55,11 +58,13 @@ class Site:
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
         may_send: which of `SENDINGS` may leave; the last two of them only where the site file names them.
-        min_tokens: statistics of fewer tokens do not leave; None for no fewer than an input is wide.
+        min_tokens: nothing leaves that was made of fewer tokens; None: only statistics have a limit, the width of an input.
         plugins: files or modules that add pruners or algorithms here.
         trust_remote_code: code of the model folder may run here.
         field: column of records that holds the text; None for the server's `data.field`.
         evaluation: clients may measure the pruned model on their text, and tell the sum of losses.
+        audit: file that gets a line for each task; None for none.
+        approved: file of the configurations that are served; None for any.
     """
 
     model: str | None = None
@@ -71,6 +76,8 @@ class Site:
     trust_remote_code: bool = False
     field: str | None = None
     evaluation: bool = True
+    audit: str | None = None
+    approved: str | None = None
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -125,6 +132,22 @@ class Site:
             raise ConfigError(
                 f"client {client}: this site sends no statistics of fewer tokens than {own}, gram.min_tokens is {least}; "
                 "remove gram.min_tokens, or set min_tokens in the site file"
+            )
+
+    def require_windows(self, client: str, tokens: int) -> None:
+        """Refuse to prune on too few tokens, whatever leaves.
+
+        Args:
+            client: whom to name.
+            tokens: tokens of its windows.
+
+        Raises:
+            ConfigError: they are below the minimum of this site.
+        """
+        if self.min_tokens is not None and tokens < self.min_tokens:
+            raise ConfigError(
+                f"client {client}: this site sends nothing that was made of fewer tokens than {self.min_tokens}, and its "
+                f"windows have {tokens}; raise data.windows, or lower min_tokens in the site file"
             )
 
     def require_training(self, client: str, tokens: int, windows: int) -> None:
@@ -248,6 +271,8 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         plugins=_plugins(content.get("plugins"), file, who),
         trust_remote_code=_yes_or_no(content, "trust_remote_code", False, who),
         evaluation=_yes_or_no(content, "evaluation", True, who),
+        audit=_file(content.get("audit"), file, who),
+        approved=_file(content.get("approved"), file, who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -274,6 +299,10 @@ def _plugins(named: Any, file: Path, who: str) -> tuple[str, ...]:
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         raise ConfigError(f"{who}plugins in the site file is a list of Python files or modules")
     return tuple(_whole(file, one, who) if one.endswith(".py") else one for one in named or ())
+
+
+def _file(named: str | None, file: Path, who: str) -> str | None:
+    return _whole(file, named, who) if named else None
 
 
 def _yes_or_no(content: Mapping[str, Any], key: str, default: bool, who: str) -> bool:
@@ -317,6 +346,8 @@ def _read(file: Path, who: str) -> dict[str, Any]:
         )
     if not isinstance(content.get("model"), str | None):
         raise ConfigError(f"{who}model in the site file must be a folder or a hub name")
+    if not all(isinstance(content.get(name), str | None) for name in FILES):
+        raise ConfigError(f"{who}{' and '.join(FILES)} in the site file are names of files")
     return content
 
 

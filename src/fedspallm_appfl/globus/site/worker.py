@@ -23,6 +23,7 @@ from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
+from fedspallm_appfl.globus.site.record import Record, require_approval
 from fedspallm_appfl.globus.site.site_file import BLANK, RECOVERY, TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
@@ -48,26 +49,35 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         `{"messages": [{"payload", "metadata"}]}`, after the last round `{"losses": ...}`, or `{"error": ...}` with the
         stack, without the private text's path.
     """
-    site, client, store, exchange = Site(), None, None, 0
+    site, client, store, exchange, record = Site(), None, None, 0, None
     messages: list[dict[str, Any]] = []
     try:
         site = load_site(request["client"])
+        record = Record(site, request, "prune")
         settings = told(request)
+        record.settings(settings)
         require_consent(settings, site)
+        require_approval(site, settings)
         store = site_store(request, site)
         if "measure" in request["instructions"]:
-            return {"losses": _losses(request, settings, site, store)}
+            losses = _losses(request, settings, site, store)
+            record.leaves(json.dumps(losses).encode())
+            return {"losses": losses}
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site))
         client = amid.agent.trainer.client  # opens model and text
-        for message in _messages(amid, request, store):
+        for message in _messages(amid, request, store, record):
             messages.append(message)
         if client.sweeps_on(exchange):
             _sweeping[request["client"]] = amid
         return _within_limit({"messages": messages}, request["client"])
     except Exception as error:  # noqa: BLE001 - for any error, the server must know which client failed where
+        if record is not None:
+            record.failed(in_words(error, site))
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
     finally:
+        if record is not None:
+            record.write()
         if store is not None:
             store.close()
 
@@ -143,6 +153,8 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
             "python FILE says why"
         ) from error
     site.require_consent(settings.client_id, sendings(settings))
+    if pruners.find(settings.pruner).needs is not None:
+        site.require_windows(settings.client_id, settings.data.windows * settings.data.length)
     if algorithms.find(settings.algorithm).gathers and not settings.recovery.model:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
     if settings.recovery.rounds:
@@ -229,7 +241,9 @@ def same_model(model: HashedModel, site: Site, client: str) -> Path:
     return folder
 
 
-def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> Iterator[dict[str, Any]]:
+def _messages(
+    amid: _Amid, request: dict[str, Any], store: DataStore | None, record: Record
+) -> Iterator[dict[str, Any]]:
     agent = amid.agent
     _load(agent, request["down"], store, amid.loaded)
     agent.load_parameters(({}, request["instructions"]))
@@ -238,7 +252,8 @@ def _messages(amid: _Amid, request: dict[str, Any], store: DataStore | None) -> 
         agent.train()
         payload, metadata = agent.get_parameters()
         total = metadata["_total_chunks"]
-        yield {"payload": placed(payload, store, request["names"][number]), "metadata": metadata}
+        place = placed(payload, store, request["names"][number], record.leaves)
+        yield {"payload": place, "metadata": metadata}
         number += 1
 
 

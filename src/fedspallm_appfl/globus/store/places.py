@@ -1,7 +1,7 @@
 """The place of a payload: the data store if it is large, otherwise the message itself."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedspallm_appfl.errors import UpdateError
@@ -11,9 +11,12 @@ from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 SMALL = 2**14  # payloads of at most this many bytes are not stored as objects
 
 
-def placed(payload: Any, store: DataStore | None, name: str) -> dict[str, Any]:
-    """Put a payload into the store or into the returned dict, which says where it is."""
+def placed(
+    payload: Any, store: DataStore | None, name: str, leaves: Callable[[bytes], None] = lambda data: None
+) -> dict[str, Any]:
+    """Put a payload into the store or into the returned dict, which says where it is; `leaves` is told its bytes."""
     data = to_bytes(payload)
+    leaves(data)
     if store is None or len(data) <= SMALL:
         return {"inline": base64.b64encode(data).decode()}
     store.put(name, data)
