@@ -1,7 +1,9 @@
 """Steps of AdamW on kept entries: which windows each of them sees, and how far it goes.
 
 The learning rate is a share of a matrix's own magnitude, so that one number serves models whose weights differ in size, and
-goes down in a line to zero. Weight decay is none: it would shrink what pruning has left.
+goes down in a line to zero. How large it may be differs by model and sparsity nevertheless: unless it is given, each client
+tries the first step with smaller and smaller ones, and begins with the one that lowers the loss most. Weight decay is none:
+it would shrink what pruning has left.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
 """
@@ -17,6 +19,7 @@ from fedspallm_appfl.settings.schema import Recovery
 from fedspallm_appfl.tensors import seeds
 
 BETAS = (0.9, 0.95)
+TRIES = 8  # of learning rates, each half of the one before
 
 
 def generator(*names: object) -> torch.Generator:
@@ -53,20 +56,68 @@ def train(
     Raises:
         PruningError: the loss is not finite.
     """
-    groups = [{"params": [one.values], "lr": settings.reach * one.magnitude} for one in kept if len(one.values)]
-    if not groups:
+    kept = [one for one in kept if len(one.values)]
+    if not kept:
         return
+    reach = settings.reach if settings.lr is not None else found(kept, settings.reach, steps[0], loss_of, where)
+    groups = [{"params": [one.values], "lr": reach * one.magnitude} for one in kept]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, foreach=False)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
     for batches in steps:
-        for number in batches:
-            with torch.enable_grad():
-                loss = loss_of(number) / len(batches)
-                if not bool(loss.isfinite()):
-                    raise PruningError(f"{where}: the loss of recovery is {float(loss.detach())}; lower recovery.lr")
-                loss.backward()
+        _differentiate(batches, loss_of, where)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         for one in kept:
             one.put_back()
+
+
+def _differentiate(batches: Sequence[int], loss_of: Callable[[int], Tensor], where: str) -> float:
+    """Make the gradients of a step; returns its loss."""
+    total = 0.0
+    for number in batches:
+        with torch.enable_grad():
+            loss = loss_of(number) / len(batches)
+            if not bool(loss.isfinite()):
+                raise PruningError(f"{where}: the loss of recovery is {float(loss.detach())}; lower recovery.lr")
+            loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+@torch.no_grad()
+def found(
+    kept: Sequence[Kept], reach: float, batches: Sequence[int], loss_of: Callable[[int], Tensor], where: str
+) -> float:
+    """The learning rate with which the first step of AdamW lowers the loss of its own batches most.
+
+    Halves of `reach` are tried as long as each is better than the one before. Values are left as they were.
+
+    Args:
+        kept: what would be changed.
+        reach: the largest to try, as a share of a matrix's magnitude.
+        batches: of the first step.
+        loss_of: batch -> its mean loss.
+        where: whom to name in errors.
+
+    Raises:
+        PruningError: the loss is not finite before anything was changed.
+    """
+    best = _differentiate(batches, loss_of, where), reach / 2**TRIES
+    before = [one.values.detach().clone() for one in kept]
+    signs = [torch.zeros_like(one.values) if one.values.grad is None else one.values.grad.sign() for one in kept]
+    for one in kept:
+        one.values.grad = None
+    for tried in (reach / 2**number for number in range(TRIES)):
+        for one, old, sign in zip(kept, before, signs, strict=True):
+            one.values.copy_(old).sub_(sign, alpha=tried * float(old.square().mean().sqrt()))
+            one.put_back()
+        loss = sum(float(loss_of(number)) for number in batches) / len(batches)
+        if loss < best[0]:
+            best = loss, tried
+        elif best[1] > tried:  # the one before was better
+            break
+    for one, old in zip(kept, before, strict=True):
+        one.values.copy_(old)
+        one.put_back()
+    return best[1]
