@@ -1,6 +1,5 @@
 """APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
+from fedspallm_appfl.wire.metadata import read_metadata
 from fedspallm_appfl.wire.update import block_nbytes, checked_losses, update_nbytes
 
 
@@ -135,7 +135,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         Raises:
             UpdateError: the message is not what was assigned.
         """
-        received = self.global_model.receive(client, update, int(metadata["samples"]))
+        of = read_metadata(metadata, f"client {client}")
+        received = self.global_model.receive(client, update, of.samples)
         self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {
@@ -144,21 +145,20 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "exchange": self.global_model.round.exchange,
                 "exchanges": len(self.global_model.exchanges),
                 "client": client,
-                "host": str(metadata.get("host", "")),
-                "message": int(metadata["_chunk_idx"]),
-                "messages": int(metadata["_total_chunks"]),
+                "host": of.host,
+                "message": of.number,
+                "messages": of.total,
                 "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
                 "bytes": received,
                 "block_bytes": block_nbytes(update),
-                "seconds": float(metadata["seconds"]),
-                "notes": json.loads(metadata["notes"]) if metadata.get("notes") else {},
+                "seconds": of.seconds,
+                "notes": of.notes,
             }
         )
-        last = int(metadata["_chunk_idx"]) == int(metadata["_total_chunks"]) - 1
-        if last:
+        if of.is_last:
             self.global_model.check_complete(client)
             self._ended.add(client)
-        return last
+        return of.is_last
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round."""

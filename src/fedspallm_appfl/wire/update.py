@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
+from fedspallm_appfl.errors import quoted, shortened
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.compression import Parts, deflated, inflated, is_plain, require
@@ -89,6 +90,10 @@ def block_nbytes(update: Mapping[str, Any]) -> dict[int, int]:
     return {int(block): sum(map(_nbytes, packed.values())) for block, packed in linears}
 
 
+def _named(key: Any) -> str:
+    return shortened(key) if type(key) is str else quoted(key)
+
+
 def _nbytes(packed: Mapping[str, Any]) -> int:
     return sum(part.nbytes for part in packed.values() if isinstance(part, Tensor))
 
@@ -114,10 +119,10 @@ def check_update(
     named = isinstance(update, Mapping) and type(update.get("format")) is str and update["format"] == FORMAT
     require(named, sender, f"the format must be {FORMAT}")
     keys = {"format", "round", "exchange", "blocks"}
-    require(set(update) == keys, sender, f"the keys are {sorted(map(str, update))}")
+    require(set(update) == keys, sender, f"the keys are {quoted(sorted(_named(key) for key in update))}")
     for key, now in (("round", round_index), ("exchange", exchange)):
         right = type(update[key]) is int and update[key] == now
-        require(right, sender, f"it is for {key} {update[key]}, this is {key} {now}")
+        require(right, sender, f"it is for {key} {quoted(update[key])}, this is {key} {now}")
     require(isinstance(update["blocks"], Mapping), sender, "`blocks` is not a dict")
     assigned = {str(block): checks for block, checks in expected.items()}
     return tuple(_checked_units(update["blocks"], sender, assigned))
@@ -128,11 +133,14 @@ def _checked_units(
 ) -> Iterator[tuple[int, str, Any]]:
     for key, units in blocks.items():
         known = type(key) is str and key in assigned
-        require(known, sender, f"block {key!r} was not assigned; assigned were {sorted(map(int, assigned))}, as text")
+        require(
+            known, sender, f"block {quoted(key)} was not assigned; assigned were {sorted(map(int, assigned))}, as text"
+        )
         require(isinstance(units, Mapping), sender, f"block {key} is not a dict")
         for name, packed in units.items():
-            where = f"{sender}, block {key}, {name}"
-            require(name in assigned[key], where, f"there is no such linear; there are {sorted(assigned[key])}")
+            where = f"{sender}, block {key}, {_named(name)}"
+            known = type(name) is str and name in assigned[key]
+            require(known, where, f"there is no such linear; there are {sorted(assigned[key])}")
             yield int(key), name, assigned[key][name](packed, where)
 
 
@@ -160,7 +168,7 @@ def check_expert(check: Check, statistics: bool) -> Check:
 def _tokens(packed: Mapping[str, Any], key: str, least: int, where: str) -> int:
     tokens = packed.get(key)
     right = type(tokens) is int and least <= tokens <= MOST_TOKENS
-    require(right, where, f"`{key}` is a number of tokens from {least} to {MOST_TOKENS}, got {tokens!r}")
+    require(right, where, f"`{key}` is a number of tokens from {least} to {MOST_TOKENS}, got {quoted(tokens)}")
     return int(tokens or 0)
 
 
@@ -253,7 +261,7 @@ def _check_parts(packed: Any, where: str, shape: tuple[int, int], parts: list[st
     require(complete, where, f"a matrix has the keys shape, {', '.join(parts)}, and `zstd` if compressed")
     right_shape = type(packed["shape"]) is list and all(type(n) is int for n in packed["shape"])
     right_shape = right_shape and packed["shape"] == list(shape)
-    require(right_shape, where, f"the shape is {packed['shape']}, expected {list(shape)}")
+    require(right_shape, where, f"the shape is {quoted(packed['shape'])}, expected {list(shape)}")
     plain = all(is_plain(packed[part]) for part in parts)
     require(plain, where, f"{' and '.join(parts)} must be {'tensors' if len(parts) > 1 else 'a tensor'} in memory")
 
@@ -290,5 +298,5 @@ def checked_losses(client: str, losses: Any) -> dict[str, Any]:
     _tokens(losses, "tokens", 0, sender)
     for name in ("dense", "pruned"):
         right = type(losses[name]) is float and 0 <= losses[name] < float("inf")
-        require(right, sender, f"`{name}` is a sum of losses, finite and not negative, got {losses[name]!r}")
+        require(right, sender, f"`{name}` is a sum of losses, finite and not negative, got {quoted(losses[name])}")
     return dict(losses)
