@@ -1,8 +1,9 @@
 """Error classes: every error that a user can cause states the rule, the values received and the fix."""
 
+import reprlib
 from collections.abc import Sequence
 
-QUOTED = 200  # characters of a value in a message
+QUOTED = 200  # characters that a message quotes at most of what came from outside
 
 
 class FedSpaLLMError(Exception):
@@ -76,3 +77,34 @@ def refuse(what: object, problems: Sequence[str]) -> None:
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"{what}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{lines}")
+
+
+class _Quotes(reprlib.Repr):
+    """`repr` of plain values, cut; other objects are named by their type, as their own `repr` is not trusted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring, self.maxlist, self.maxdict = QUOTED, 20, 20
+
+    def repr_int(self, number: int, level: int) -> str:
+        """Decimal digits up to a limit; Python refuses to write very long numbers."""
+        return repr(number) if number.bit_length() < 3 * QUOTED else f"a number of {number.bit_length()} bits"
+
+    def repr_instance(self, value: object, level: int) -> str:
+        """Constants, and the type of all else."""
+        plain = value is None or type(value) in (bool, float, bytes)
+        return repr(value)[:QUOTED] if plain else f"<{type(value).__name__}>"
+
+
+_QUOTES = _Quotes()
+
+
+def shortened(words: object) -> str:
+    """Text with at most `QUOTED` characters."""
+    text = str(words)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+
+
+def quoted(value: object) -> str:
+    """A value from outside as a message quotes it: printable, of at most `QUOTED` characters."""
+    return shortened(_QUOTES.repr(value))

@@ -16,7 +16,7 @@ from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
 from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.grams import pack_gram
+from fedspallm_appfl.wire.grams import MOST_SQUARES, pack_gram
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, pack_values
 from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.update import compress, make_update
@@ -324,7 +324,7 @@ def test_an_update_for_another_exchange_is_refused(tmp_path, algorithm, total):
     model = server(tmp_path, algorithm, gram=gram)
     for wrong in (*range(1, total), -1, total, True, 0.0, "0", None):
         update = masks("ann", [0]) if algorithm == "consensus" else grams("ann", [0], units=["q"])
-        refused(model, "ann", update | {"exchange": wrong}, f"it is for exchange {wrong}, this is exchange 0")
+        refused(model, "ann", update | {"exchange": wrong}, f"it is for exchange {wrong!r}, this is exchange 0")
     update.pop("exchange")
     refused(model, "ann", update, "the keys are")
 
@@ -414,17 +414,50 @@ def test_statistics_and_bare_masks_are_nothing_for_the_others(tmp_path, algorith
         refused(model, "ann", update, "block 0, q: a matrix has the keys shape, mask, values, and `zstd`")
 
 
-@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_statistics_that_no_text_gives_end_with_a_reason(tmp_path, pruner, precision):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("change", [lambda part: part * 1e3, lambda part: part.sign() * 3e38])
+def test_statistics_that_no_text_gives_are_refused_by_name_before_anything_is_folded(tmp_path, precision, change):
     """Correlations far above 1, and products that leave the range of float32."""
-    for number, change in enumerate((lambda part: part * 1e3, lambda part: part.sign() * 3e38)):
-        model = server(tmp_path / str(number), "gram", {"ann": [0]}, pruner=pruner, gram=Gram(precision))
-        update = grams("ann", [0], precision=precision, units=["up"])
-        packed, part = update["blocks"]["0"]["up"], "scale" if precision == "int8" else "upper"
-        packed[part] = change(packed[part])
-        with pytest.raises(PruningError, match="server, block 0, up: "):
-            model.receive("ann", update, 1)
+    model = server(tmp_path, "gram", {"ann": [0], "bob": [0]}, gram=Gram(precision))
+    update = grams("ann", [0], precision=precision, units=["up"])
+    packed, part = update["blocks"]["0"]["up"], "scale" if precision == "int8" else "upper"
+    packed[part] = change(packed[part])
+    refused(model, "ann", update, "block 0, up: correlations are at most 1, got")
+    model.receive("ann", grams("ann", [0], precision=precision, units=["up"]), 1)
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm", "wanda"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_nothing_that_one_client_may_send_raises_while_anothers_statistics_are_handled(
+    tmp_path, pruner, precision, target
+):
+    """Signs that belong to no inputs, on the largest diagonal, a tiny one and none at all, and the largest drift."""
+    gram, drift = Gram(precision, "pruned" if target == "dense" else "dense", target), target == "dense"
+    for number, diagonal in enumerate((MOST_SQUARES, 1e-38, 0.0)):
+        model = server(tmp_path / str(number), "gram", {"ann": [0], "bob": [0]}, pruner=pruner, gram=gram)
+        generator, units = torch.Generator().manual_seed(number), model._units(0)
+        update = grams("ann", [0], precision=precision, units=units, drift=drift)
+        for packed in update["blocks"]["0"].values():
+            packed["diagonal"].fill_(diagonal)
+            for part, scale, limit in (("upper", "scale", 0.99), ("drift", "drift_scale", 900.0)):
+                if part in packed:
+                    signs = torch.rand(packed[part].shape, generator=generator).sub_(0.5).sign()
+                    unit = 127 if scale in packed else limit * diagonal
+                    packed[part] = (signs * unit).to(packed[part].dtype)
+                if scale in packed:
+                    packed[scale].fill_(limit / 127)
+        model.receive("ann", update, 1)
+        model.receive("bob", grams("bob", [0], precision=precision, units=units, drift=drift), 1)
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "admm"])
+def test_exact_statistics_of_no_inputs_are_lifted_as_rounded_ones_are(pruner):
+    """Sixteen features, each the opposite of every other."""
+    gram = torch.full((16, 16), -1.0).fill_diagonal_(1.0).triu()
+    settings = Pruning(pruner, HALF, damping_retries=0)
+    weight, mask = prune({"q": torch.randn(4, 16)}, Sums(gram, 20), settings, rounded=False)["q"]
+    assert bool(weight.isfinite().all()) and int(mask.sum()) == 32
 
 
 @pytest.mark.parametrize("expansion", ["matrix", "row"])

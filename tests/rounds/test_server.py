@@ -533,3 +533,20 @@ def test_a_block_that_nobody_can_complete_any_more_stays_as_it_was(tmp_path):
     model.begin_round(1, {"ann": [1]})
     model.receive("ann", upload("ann", [1], t=1), 3)
     assert model.done.blocks() == [0, 1]
+
+
+@pytest.mark.parametrize("weights", ["equal", "sample_size"])
+def test_no_client_can_use_up_the_range_that_others_need(tmp_path, weights):
+    """What fits into the sums alone, and would leave no room for an honest upload, is refused from whom it comes."""
+    roster = sorted(EVERYTHING)
+    model = server(tmp_path, dtype=torch.float32, weights=weights, roster=roster)
+    greedy = upload("ann", [0], dtype=torch.float32)
+    if weights == "equal":
+        greedy["blocks"]["0"]["q"]["values"][0] = 2.0**22 - 1
+    samples = 2**20 if weights == "sample_size" else 1
+    with pytest.raises(
+        UpdateError, match="client ann, block 0, q: a weight of .* exceeds the client's share of the sums"
+    ):
+        model.receive("ann", greedy, samples)
+    for client, blocks in EVERYTHING.items():
+        model.receive(client, upload(client, blocks, dtype=torch.float32), SAMPLES[client])

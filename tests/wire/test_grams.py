@@ -356,7 +356,9 @@ def test_a_strange_but_right_tensor_counts_as_what_it_shows():
 
 
 def framed(data, **options):
-    return torch.tensor(list(zstandard.ZstdCompressor(**options).compress(data)), dtype=torch.uint8)
+    return torch.tensor(
+        list(zstandard.ZstdCompressor(**({"write_checksum": True} | options)).compress(data)), dtype=torch.uint8
+    )
 
 
 def claiming(size):

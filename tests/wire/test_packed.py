@@ -199,7 +199,7 @@ def assert_refused(update, message):
         ("blocks", None, ": the keys are ['exchange', 'format', 'round']"),
         ("exchange", None, ": the keys are ['blocks', 'format', 'round']"),
         ("round", 1, ": it is for round 1, this is round 2"),
-        ("round", torch.tensor(2), ": it is for round tensor(2), this is round 2"),
+        ("round", torch.tensor(2), ": it is for round <Tensor>, this is round 2"),
         ("exchange", 1, ": it is for exchange 1, this is exchange 0"),
         ("exchange", False, ": it is for exchange False, this is exchange 0"),
         ("blocks", [], ": `blocks` is not a dict"),
@@ -434,7 +434,9 @@ def test_a_mask_alone_is_checked_like_any_other():
 
 def framed(data, **options):
     """A zstandard frame as it travels."""
-    return torch.tensor(list(zstandard.ZstdCompressor(**options).compress(data)), dtype=torch.uint8)
+    return torch.tensor(
+        list(zstandard.ZstdCompressor(**({"write_checksum": True} | options)).compress(data)), dtype=torch.uint8
+    )
 
 
 def hostile(part, frame, frames=None):
@@ -569,6 +571,56 @@ def test_nothing_may_follow_a_frame():
     tensor = torch.frombuffer(bytearray(frame + b"more"), dtype=torch.uint8)
     with pytest.raises(UpdateError, match="ann: mask cannot be decompressed"):
         compression.inflated({"mask": tensor, "zstd": ["mask"]}, "mask", "ann", 16, torch.uint8)
+
+
+class Odd(torch.Tensor):
+    """A subclass may answer anything."""
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def cut(tensor):
+    tensor.untyped_storage().resize_(tensor.nbytes - 1)
+    return tensor
+
+
+@pytest.mark.parametrize("part", ["mask", "values"])
+@pytest.mark.parametrize("make", [lambda t: t.as_subclass(Odd), torch.nn.Parameter, freed, cut])
+@pytest.mark.parametrize("zstd", [False, True])
+def test_subclasses_and_tensors_without_their_memory_are_refused(part, make, zstd):
+    update = large("0.5", torch.float16)
+    matrix = update["blocks"]["4"]["q"]
+    if zstd:
+        matrix.update(mask=framed(bytes(192)), values=framed(bytes(2 * 768)), zstd=["mask", "values"])
+    if make is torch.nn.Parameter and not matrix[part].is_floating_point():
+        make = partial(torch.nn.Parameter, requires_grad=False)
+    matrix[part] = make(matrix[part].clone())
+    with pytest.raises(UpdateError, match="client ann, block 4, q: mask and values must be tensors in memory"):
+        checked(update)
+
+
+def test_frames_have_checksums_that_show_a_flipped_bit():
+    whole = compress(large("0.5", torch.float16))
+    frame = whole["blocks"]["4"]["q"]["mask"] = framed(bytes(192))
+    matrix = whole["blocks"]["4"]["q"]
+    matrix["zstd"] = ["mask"]
+    sent = compression.deflated({"mask": torch.zeros(4096, dtype=torch.uint8)})["mask"]
+    assert zstandard.get_frame_parameters(sent.numpy().data).has_checksum
+    frame[-1] ^= 1  # of the checksum itself
+    with pytest.raises(UpdateError, match="block 4, q: mask cannot be decompressed"):
+        checked(whole)
+    matrix["mask"] = framed(bytes(192), write_checksum=False)
+    with pytest.raises(UpdateError, match="block 4, q: mask: the frame has no checksum"):
+        checked(whole)
+
+
+def test_a_frame_that_is_longer_than_any_of_its_content_is_not_copied():
+    endless = torch.zeros(1, dtype=torch.uint8).expand(10**13)
+    with pytest.raises(UpdateError, match="block 4, q: mask: the frame takes 10000000000000 bytes, 705 are enough"):
+        checked(hostile("mask", endless))
 
 
 def test_a_negated_view_counts_as_what_it_shows():

@@ -20,7 +20,7 @@ from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
-from fedspallm_appfl.wire.metadata import checked_metadata
+from fedspallm_appfl.wire.metadata import read_metadata
 from fedspallm_appfl.wire.update import block_nbytes, checked_losses, update_nbytes
 
 
@@ -135,8 +135,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         Raises:
             UpdateError: the message is not what was assigned.
         """
-        said = checked_metadata(metadata, f"client {client}")
-        received = self.global_model.receive(client, update, said["samples"])
+        of = read_metadata(metadata, f"client {client}")
+        received = self.global_model.receive(client, update, of.samples)
         self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {
@@ -145,21 +145,20 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "exchange": self.global_model.round.exchange,
                 "exchanges": len(self.global_model.exchanges),
                 "client": client,
-                "host": said["host"],
-                "message": said["_chunk_idx"],
-                "messages": said["_total_chunks"],
+                "host": of.host,
+                "message": of.number,
+                "messages": of.total,
                 "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
                 "bytes": received,
                 "block_bytes": block_nbytes(update),
-                "seconds": float(said["seconds"]),
-                "notes": said["notes"],
+                "seconds": of.seconds,
+                "notes": of.notes,
             }
         )
-        last = said["_chunk_idx"] == said["_total_chunks"] - 1
-        if last:
+        if of.is_last:
             self.global_model.check_complete(client)
             self._ended.add(client)
-        return last
+        return of.is_last
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round."""

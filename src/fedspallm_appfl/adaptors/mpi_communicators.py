@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.wire.as_bytes import fill, memory, read_description, take_apart
+from fedspallm_appfl.wire.metadata import word
 
 ALIGNMENT = 64  # bytes, as torch allocates
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
@@ -83,13 +84,13 @@ class BatchedMPIServer(MPIServerCommunicator):
 
     def _get_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
         """Answer with what the aggregator has for this rank."""
-        metadata = yaml.unsafe_load(request.meta_data)
+        metadata = yaml.safe_load(request.meta_data)
         payload, answer = self.server_agent.get_parameters(**metadata, blocking=False)
         self._answer(client_rank, MPIServerStatus.RUN, payload, answer)
 
     def _update_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
         """Hand the messages of all clients of a rank to the scheduler."""
-        metadata = yaml.unsafe_load(request.meta_data)
+        metadata = yaml.safe_load(request.meta_data)
         updates = self._inbox.receive(self.comm, request.payload, client_rank, _data_tag(self.comm))
         self._clients_of_rank[client_rank] = metadata["_client_ids"]
         given_up = self.server_agent.aggregator.given_up()
@@ -112,8 +113,9 @@ class BatchedMPIServer(MPIServerCommunicator):
         except UpdateError as error:
             if not scheduler.spare_others:
                 raise
-            why = {"why": str(error), "traceback": "", "host": str(metadata["host"]), "blocks": ""}
-            return scheduler.leave_out(client, why, metadata["_chunk_idx"] + 1 == metadata["_total_chunks"])
+            why = {"why": str(error), "traceback": "", "host": word(metadata.get("host")), "blocks": ""}
+            total = metadata.get("_total_chunks")
+            return scheduler.leave_out(client, why, type(total) is int and metadata.get("_chunk_idx") == total - 1)
 
     def _check_update_global_model_futures(self) -> None:
         """Answer every rank all of whose clients can go on."""
@@ -175,7 +177,7 @@ class PoliteMPIClient(MPIClientCommunicator):
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()
         payload = self._inbox.receive(self.comm, response.payload, self.server_rank, _data_tag(self.comm))
-        return response.status, payload, yaml.unsafe_load(response.meta_data)
+        return response.status, payload, yaml.safe_load(response.meta_data)
 
     def _recv_response(self) -> MPITaskResponse:
         status = MPI.Status()

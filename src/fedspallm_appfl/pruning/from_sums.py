@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedspallm_appfl.pruning.pruner import Pruned, by_target
 from fedspallm_appfl.pruning.registry import find
-from fedspallm_appfl.pruning.statistics import InputGram, lift, mirror
+from fedspallm_appfl.pruning.statistics import InputGram, is_indefinite, lift, mirror
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.sparsity import already_zero
 
@@ -63,7 +63,8 @@ def prune(
     Raises:
         PruningError: a factorization keeps failing.
     """
-    if rounded and (find(settings.pruner).factors or sums.drift is not None):  # others do not factor it, or lift it
+    factored = find(settings.pruner).factors or sums.drift is not None
+    if factored and (rounded or is_indefinite(sums.upper)):
         lift(sums.upper)
     shift = None if sums.drift is None else _shift(sums, settings.damping)
     made, gram = {}, InputGram.of(sums.upper, sums.tokens)

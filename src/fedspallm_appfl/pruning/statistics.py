@@ -14,6 +14,7 @@ from fedspallm_appfl.errors import PruningError
 STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs wide enough for full speed
 NARROWEST = 64
 LEAST_DAMPING = 0.005  # of a correlation matrix that needs damping
+ROUNDING = 1e-3  # of a correlation matrix's eigenvalues, more than float32 sums have
 
 
 class InputNorms:
@@ -125,9 +126,19 @@ def lift(upper: Tensor) -> None:
     Raises:
         PruningError: the matrix holds NaN or infinity.
     """
+    upper.diagonal().mul_(1.0 + damp(_correlation(upper), 0.0))
+
+
+def is_indefinite(upper: Tensor) -> bool:
+    """Whether a matrix (I, I), right on and above its diagonal, has lower eigenvalues than rounding gives a Gram matrix."""
+    correlation = _correlation(upper)
+    correlation.diagonal().fill_(1.0 + ROUNDING)
+    return bool(torch.linalg.cholesky_ex(correlation, upper=True)[1])
+
+
+def _correlation(upper: Tensor) -> Tensor:
     inverse = inverse_norms(upper.diagonal())
-    correlation = (upper * inverse).mul_(inverse.unsqueeze(1))
-    upper.diagonal().mul_(1.0 + damp(correlation, 0.0))
+    return (upper * inverse).mul_(inverse.unsqueeze(1))
 
 
 def inverse_norms(squares: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.gram_sum import GramSum
-from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean, largest_magnitude
+from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
@@ -256,9 +256,17 @@ class _MeanFold(_MatrixFold):
         return self._weighted or self._is_expert(block, unit)
 
     def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
-        """Ranges of the fixed-point sums."""
+        """Ranges of the fixed-point sums, of which each client of each round that is summed may use its share."""
         assert packed.values is not None
-        (sums or self._no_sums).check_range(largest_magnitude(packed.values), weight)
+        settings = self._context.settings
+        shares = max(1, len(settings.roster)) * (settings.rounds if self._context.cumulative else 1)
+        largest = largest_magnitude(packed.values)
+        (sums or self._no_sums).check_range(largest, weight)
+        if largest * weight * shares > LARGEST_SUM or weight * shares > MOST_WEIGHT:
+            raise ValueError(
+                f"a weight of {largest:g} that counts {weight} times exceeds the client's share of the sums: the product "
+                f"is at most {LARGEST_SUM / shares:g}, and counts are at most {MOST_WEIGHT // shares}"
+            )
 
 
 class WeightFold(_MeanFold):

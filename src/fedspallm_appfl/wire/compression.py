@@ -2,7 +2,8 @@
 
 A packed object has `"zstd": ["mask", "values"]`, the parts that are frames (uint8). The bytes of a part are shuffled first:
 all first bytes of its elements, then all second ones, because exponents repeat and mantissas do not. A part that does not
-get smaller stays unchanged. The reader states the expected size of a part, so nothing larger is ever allocated.
+get smaller stays unchanged. The reader states the expected size of a part, so nothing larger is ever allocated. Every frame
+has a checksum: bits that flip on the way are seen.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedspallm_appfl.errors import UpdateError, quoted
 
 ZSTD_LEVEL = 1  # higher levels find nothing more in masks and mantissas
+HEADER = 512  # bytes of a frame beside its content, at most
 
 Packed = Mapping[str, Any]  # as it travels
 Parts = dict[str, tuple[int, torch.dtype]]  # name -> entries and dtype
@@ -64,13 +66,17 @@ def _frames(packed: Packed, where: str) -> list[str]:
 def _inflated(frame: Tensor, where: str, part: str, count: int, dtype: torch.dtype) -> Tensor:
     size = count * dtype.itemsize
     require(frame.dtype == torch.uint8 and frame.ndim == 1, where, f"{part}: not a frame but {describe(frame)}")
+    most = size + size // 128 + HEADER
+    require(frame.numel() <= most, where, f"{part}: the frame takes {frame.numel()} bytes, {most} are enough")
     try:
         data = frame.resolve_neg().contiguous().numpy().data
-        promised = zstandard.get_frame_parameters(data).content_size  # this much would be allocated
+        header = zstandard.get_frame_parameters(data)
+        promised = header.content_size  # this much would be allocated
         require(promised == size, where, f"{part}: the frame holds {promised} bytes, expected {size}")
         plain = zstandard.ZstdDecompressor(max_window_size=2**27).decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise UpdateError(f"refused an update from {where}: {part} cannot be decompressed: {error}") from error
+    require(header.has_checksum, where, f"{part}: the frame has no checksum")
     unshuffled = np.frombuffer(plain, np.uint8).reshape(dtype.itemsize, count).T.copy()
     return torch.from_numpy(unshuffled).flatten().view(dtype)
 
@@ -82,24 +88,23 @@ def _shuffled(tensor: Tensor) -> memoryview:
 
 
 def is_plain(part: Any) -> bool:
-    """Whether a value is a tensor that numpy and compiled loops can read: plain, on the CPU, with its memory."""
+    """Whether a value is a tensor that numpy can read: no subclass, not sparse, not nested, all of it in CPU memory."""
     return (
-        type(part) is Tensor  # a subclass may say anything of itself
+        type(part) is Tensor
         and part.layout == torch.strided
         and not part.is_nested
         and not part.is_quantized
         and part.device.type == "cpu"
-        and _has_memory(part)
+        and _is_in_memory(part)
     )
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether all entries lie in the tensor's storage, which may have been given back."""
+def _is_in_memory(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor holds all its entries: it may have been freed or cut since."""
     if not tensor.numel():
         return True
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((size - 1) * step for size, step in steps)
-    return bool((last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes())
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def describe(tensor: Tensor) -> str:

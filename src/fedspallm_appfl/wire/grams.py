@@ -28,6 +28,10 @@ LEVELS = 127  # of int8 on either side of 0
 SMALLEST_SCALE = 1e-30
 SCALE_OF = {"upper": "scale", "drift": "drift_scale"}
 MOST_TOKENS = 2**40
+MOST_SQUARES = 1e30  # of the diagonal: sums over any number of clients fit into float32
+MOST_CORRELATION = 1.01  # 1 and what float32 sums and bfloat16 round
+MOST_DRIFT = 1000  # of a pruned model's inputs from the dense one's, in units of its largest feature
+SMALLEST_NORM = 1e-15  # squares of smaller features vanish in float32, their products with others do not
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +74,30 @@ class PackedGram:
                 return f"{name} holds NaN or infinity"
         if not bool((self.diagonal >= 0).all()):
             return "the diagonal of a Gram matrix is nowhere negative"
+        if bool((self.diagonal > MOST_SQUARES).any()):
+            return f"sums of squares are at most {MOST_SQUARES:g}, got {float(self.diagonal.max()):g}"
         scales = [scale for scale in (self.scale, self.drift_scale) if scale is not None]
-        return None if all(float(scale) >= 0 for scale in scales) else "a scale is not negative"
+        if not all(float(scale) >= 0 for scale in scales):
+            return "a scale is not negative"
+        if self.scale is not None and float(self.scale) * LEVELS > MOST_CORRELATION:
+            return f"correlations are at most 1, got {float(self.scale) * LEVELS:g}"
+        roots = self.diagonal.sqrt()
+        if self.scale is None and not self._within("upper", roots.clamp(min=SMALLEST_NORM), MOST_CORRELATION):
+            return "correlations are at most 1, got larger ones"
+        largest = float(roots.max().clamp(min=SMALLEST_NORM))
+        if self.drift is not None and not self._within("drift", torch.full_like(roots, largest), MOST_DRIFT):
+            return f"the drift is at most {MOST_DRIFT} times what the largest diagonal entries give, got more"
+        return None
+
+    def _within(self, name: str, norms: Tensor, most: float) -> bool:
+        """Whether no entry exceeds so many times what inputs of such norms, (I,), give at most."""
+        for (rows, _, inside), (_, values) in zip(
+            triangle.strips(len(norms), whole=name == "drift"), self.strips(name, self.diagonal.sqrt()), strict=True
+        ):
+            limits = (norms[rows].unsqueeze(1) * norms)[inside].mul_(most)
+            if not bool((values.abs() <= limits).all()):  # false for NaN too
+                return False
+        return True
 
     def strips(self, name: str, roots: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Entries as they were before they were rounded, a strip of rows at a time.

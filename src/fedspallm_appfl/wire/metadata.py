@@ -1,87 +1,122 @@
-"""What a client says beside a message: who it is does not change what may stand there, nor does the way that it came."""
+"""What travels beside a payload: numbers and notes for the report, which are as untrusted as the payload."""
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedspallm_appfl.errors import UpdateError, quoted
 
-MOST = 2**31  # of every number
-LONGEST = 10_000_000  # characters of the notes
-KEYS = {
-    "_chunk_idx",
-    "_total_chunks",
-    "samples",
-    "seconds",
-    "notes",
-    "host",
-}  # as `FedSpaLLMTrainer.get_parameters` gives
+MOST = 2**31  # limit of every number
+LONGEST = 10_000  # characters of a text
+LONGEST_NAME = 200  # characters of a name in the notes
+LONGEST_NOTES = 2**22  # characters; a note takes less than a hundred
+KEYS = ("_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host")
 
 
-def checked_metadata(metadata: Any, where: str) -> dict[str, Any]:
-    """Metadata in plain types, with the notes read and a host that is a word.
+@dataclass(frozen=True)
+class Metadata:
+    """What a client says of one message.
+
+    Attributes:
+        number: which message of the exchange, from 0.
+        total: messages of the exchange.
+        samples: calibration windows of the client.
+        seconds: that it worked for the message.
+        notes: linear -> name -> number.
+        host: where it ran.
+    """
+
+    number: int
+    total: int
+    samples: int
+    seconds: float
+    notes: dict[str, dict[str, float]]
+    host: str
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the last message of the exchange."""
+        return self.number == self.total - 1
+
+
+def read_metadata(metadata: Any, sender: str) -> Metadata:
+    """Check the metadata of a message.
 
     Args:
-        metadata: what came.
-        where: what errors name: the client, and the message if that is known.
+        metadata: what arrived.
+        sender: whom to name in the error.
 
     Raises:
-        UpdateError: a value is missing, or is not what it has to be.
+        UpdateError: a key is missing or unknown, or a value has another type or range.
     """
-    if not isinstance(metadata, Mapping):
-        raise UpdateError(f"refused an update from {where}: its metadata is {quoted(metadata)}, expected a dict")
-    number: Any = metadata.get("_chunk_idx")
-    total: Any = metadata.get("_total_chunks")
-    wrong = [
-        name
-        for name, right in {
-            "_chunk_idx": _is_count(number, 0),
-            "_total_chunks": _is_count(total, 1),
-            "samples": _is_count(metadata.get("samples"), 1),
-            "seconds": _is_number(metadata.get("seconds")) and 0 <= metadata["seconds"] < MOST,
-        }.items()
-        if not right
-    ]
-    if not wrong and number >= total:
-        wrong = ["_chunk_idx"]
-    if wrong:
-        values = ", ".join(f"{name} {quoted(metadata.get(name))}" for name in wrong)
-        raise UpdateError(f"refused an update from {where}: its metadata has {values}")
-    numbers = {name: metadata[name] for name in ("_chunk_idx", "_total_chunks", "samples", "seconds")}
-    return numbers | {"host": word(metadata.get("host", "")), "notes": _notes(metadata.get("notes"), where)}
+    where = f"refused the metadata of {sender}"
+    if not isinstance(metadata, Mapping) or not all(type(key) is str for key in metadata):
+        raise UpdateError(f"{where}: it has keys and values, got {quoted(metadata)}")
+    unknown = [key for key in metadata if key not in KEYS]
+    if unknown:
+        raise UpdateError(f"{where}: unknown key {quoted(unknown[0])}; there are {', '.join(KEYS)}")
+    total = _count(metadata, "_total_chunks", 1, MOST, where)
+    return Metadata(
+        _count(metadata, "_chunk_idx", 0, total, where),
+        total,
+        _count(metadata, "samples", 1, MOST, where),
+        _seconds(metadata, where),
+        _notes(metadata.get("notes"), where),
+        word(metadata.get("host", "")),
+    )
+
+
+def _count(metadata: Mapping[str, Any], key: str, least: int, limit: int, where: str) -> int:
+    value = metadata.get(key)
+    if type(value) is int and least <= value < limit:
+        return value
+    raise UpdateError(f"{where}: {key} is a whole number from {least} to {limit - 1}, got {quoted(value)}")
+
+
+def _seconds(metadata: Mapping[str, Any], where: str) -> float:
+    value: Any = metadata.get("seconds")
+    if _is_number(value) and 0 <= value < MOST:
+        return float(value)
+    raise UpdateError(f"{where}: seconds is a number from 0 to {MOST - 1}, got {quoted(value)}")
+
+
+def _notes(notes: Any, where: str) -> dict[str, dict[str, float]]:
+    """Notes are nothing, or JSON of linear -> name -> number."""
+    if notes is None or notes == "":
+        return {}
+    rule = f"{where}: notes is JSON of linear, name and a finite number, got {quoted(notes)}"
+    if type(notes) is not str or len(notes) > LONGEST_NOTES:
+        raise UpdateError(rule)
+    try:
+        read = json.loads(notes)
+    except (ValueError, RecursionError) as error:
+        raise UpdateError(rule) from error
+    if not (type(read) is dict and all(_is_name(linear) and _are_numbers(of) for linear, of in read.items())):
+        raise UpdateError(rule)
+    return read
+
+
+def _are_numbers(values: Any) -> bool:
+    return type(values) is dict and all(_is_name(name) and _is_number(value) for name, value in values.items())
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63 or type(value) is float and math.isfinite(value)
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= LONGEST_NAME and printable(name) == name
 
 
 def word(words: Any) -> str:
     """A host or a list of blocks, without characters that would affect a table."""
-    return re.sub(r"[^\w.,-]", "", str(words)[:1000], flags=re.ASCII)[:100]
+    return re.sub(r"[^\w.,-]", "", words[:LONGEST] if type(words) is str else "", flags=re.ASCII)[:100]
 
 
-def _notes(notes: Any, where: str) -> dict[str, dict[str, float]]:
-    """Linear -> name -> number, from JSON."""
-    try:
-        if notes and (not isinstance(notes, str) or len(notes) > LONGEST):
-            raise ValueError("not a text of a sensible length")
-        read = json.loads(notes) if notes else {}
-        pairs = [(linear, name, value) for linear, values in read.items() for name, value in values.items()]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UpdateError(
-            f"refused an update from {where}: its notes are no JSON of numbers: {quoted(notes)}"
-        ) from error
-    for linear, name, value in pairs:
-        if not (_is_name(linear) and _is_name(name) and _is_number(value)):
-            raise UpdateError(f"refused an update from {where}: its notes say {quoted((linear, name, value))}")
-    return read
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < MOST
-
-
-def _is_number(value: Any) -> bool:
-    return (type(value) is int and abs(value) < MOST) or (type(value) is float and math.isfinite(value))
-
-
-def _is_name(text: Any) -> bool:
-    return isinstance(text, str) and text.isprintable() and len(text) < 1000
+def printable(words: Any) -> str:
+    """Text of another site without terminal control characters."""
+    text = words if type(words) is str else quoted(words)
+    return "".join(letter for letter in text[:LONGEST] if letter.isprintable() or letter in "\n\t")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
-from fedspallm_appfl.errors import QUOTED, quoted
+from fedspallm_appfl.errors import quoted, shortened
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import NM, Target
 from fedspallm_appfl.wire.compression import Parts, deflated, inflated, is_plain, require
@@ -90,6 +90,10 @@ def block_nbytes(update: Mapping[str, Any]) -> dict[int, int]:
     return {int(block): sum(map(_nbytes, packed.values())) for block, packed in linears}
 
 
+def _named(key: Any) -> str:
+    return shortened(key) if type(key) is str else quoted(key)
+
+
 def _nbytes(packed: Mapping[str, Any]) -> int:
     return sum(part.nbytes for part in packed.values() if isinstance(part, Tensor))
 
@@ -115,7 +119,7 @@ def check_update(
     named = isinstance(update, Mapping) and type(update.get("format")) is str and update["format"] == FORMAT
     require(named, sender, f"the format must be {FORMAT}")
     keys = {"format", "round", "exchange", "blocks"}
-    require(set(update) == keys, sender, f"the keys are {quoted(sorted(map(str, update)))}")
+    require(set(update) == keys, sender, f"the keys are {quoted(sorted(_named(key) for key in update))}")
     for key, now in (("round", round_index), ("exchange", exchange)):
         right = type(update[key]) is int and update[key] == now
         require(right, sender, f"it is for {key} {quoted(update[key])}, this is {key} {now}")
@@ -134,8 +138,9 @@ def _checked_units(
         )
         require(isinstance(units, Mapping), sender, f"block {key} is not a dict")
         for name, packed in units.items():
-            where = f"{sender}, block {key}, {name if type(name) is str and len(name) <= QUOTED else quoted(name)}"
-            require(name in assigned[key], where, f"there is no such linear; there are {sorted(assigned[key])}")
+            where = f"{sender}, block {key}, {_named(name)}"
+            known = type(name) is str and name in assigned[key]
+            require(known, where, f"there is no such linear; there are {sorted(assigned[key])}")
             yield int(key), name, assigned[key][name](packed, where)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.errors import DataStoreError, FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.globus.server.results import LONGEST_LINE, printable
+from fedspallm_appfl.globus.server.results import LONGEST_LINE
 from fedspallm_appfl.globus.server.turn import GRACE, POLL
+from fedspallm_appfl.wire.metadata import printable
 
 if TYPE_CHECKING:
     from fedspallm_appfl.globus.server.run import Connection

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.errors import FederationError
-from fedspallm_appfl.globus.server.results import printable
 from fedspallm_appfl.globus.server.run import Connection
 from fedspallm_appfl.globus.server.turn import POLL
 from fedspallm_appfl.globus.site.site_file import SITE
 from fedspallm_appfl.globus.store.data_store import GREETING
 from fedspallm_appfl.settings.schema import Client
+from fedspallm_appfl.wire.metadata import printable
 
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
 COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")

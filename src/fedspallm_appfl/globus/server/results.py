@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedspallm_appfl.errors import UpdateError, quoted
-from fedspallm_appfl.wire.metadata import KEYS, checked_metadata, word
+from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.wire.metadata import printable, read_metadata, word
 
 LONGEST_LINE = 1000  # characters of a reason
-LONGEST = 10_000  # characters of a traceback
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,7 @@ def _message(client: str, message: Any, number: int, total: int) -> Message:
     where = f"refused the result of client {client}: message {number}"
     if not isinstance(message, dict) or not isinstance(message.get("payload"), dict):
         raise UpdateError(f"{where} has no payload")
-    metadata: Any = message.get("metadata")
-    checked_metadata(metadata, f"client {client}, message {number}")
-    if not set(metadata) <= KEYS:  # they become arguments of `global_update`
-        raise UpdateError(f"{where} has metadata {quoted(metadata)}")
-    if (metadata["_chunk_idx"], metadata["_total_chunks"]) != (number, total):
-        raise UpdateError(f"{where} of {total} says that it is {metadata['_chunk_idx']} of {metadata['_total_chunks']}")
-    return Message(message["payload"], {**metadata, "host": word(metadata.get("host", ""))})
-
-
-def printable(words: Any) -> str:
-    """Text of another site without terminal control characters."""
-    return "".join(letter for letter in str(words)[:LONGEST] if letter.isprintable() or letter in "\n\t")
+    of = read_metadata(message.get("metadata"), f"client {client}, message {number}")
+    if (of.number, of.total) != (number, total):
+        raise UpdateError(f"{where} of {total} says that it is {of.number} of {of.total}")
+    return Message(message["payload"], {**message["metadata"], "host": of.host})

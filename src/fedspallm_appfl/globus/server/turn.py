@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.errors import DataStoreError, FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.globus.server.outcome import Outcome
-from fedspallm_appfl.globus.server.results import Failure, Message, printable, read_result
+from fedspallm_appfl.globus.server.results import Failure, Message, read_result
 from fedspallm_appfl.globus.store.places import fetched
+from fedspallm_appfl.wire.metadata import printable
 
 if TYPE_CHECKING:
     from fedspallm_appfl.globus.server.run import Connection
