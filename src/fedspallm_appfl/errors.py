@@ -52,17 +52,6 @@ class FederationError(FedSpaLLMError):
     """Too few clients answered in a round, or an endpoint cannot be reached."""
 
 
-def quoted(value: object) -> str:
-    """A value from outside as it may stand in a message: on one line, and not longer than anybody reads."""
-    if type(value) is int and value.bit_length() > 256:
-        return f"a number of {value.bit_length()} bits"  # Python refuses to write it out
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}... ({len(text)} characters)"
-
-
 def first_line(error: BaseException) -> str:
     """First line of another library's error, without the advice that often follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]
