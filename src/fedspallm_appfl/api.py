@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.errors import ConfigError, ModelError, first_line, refuse
+from fedspallm_appfl.errors import ConfigError, ModelError, first_line, quoted, refuse
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
@@ -324,7 +324,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
             known = sorted({one for kind in GROUPS.values() for one in _names(kind)})
             near = [GUESSED[name]] if name in GUESSED else difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "docs/configuration.md has all of them"
-            raise ConfigError(f"there is no setting {name!r}; {hint}")
+            raise ConfigError(f"there is no setting {quoted(name)}; {hint}")
         for group in (path, "server_configs") if name == "device" else (path,):  # a device for all
             _merge(raw, [*filter(None, group.split(".")), name], value)
     return raw
@@ -344,7 +344,7 @@ def _merge(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for group in groups:
         raw = raw.setdefault(group, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f"{group}: expected keys and values, got {raw!r}")
+            raise ConfigError(f"{group}: expected keys and values, got {quoted(raw)}")
     if isinstance(value, Mapping) and value:
         for name, one in value.items():
             _merge(raw, [last, str(name)], one)
@@ -411,7 +411,7 @@ def _all_paths(argument: str, texts: Any, folder: Path) -> dict[str, Paths]:
         raise ConfigError(f"{argument} is a dict of names and texts, got {type(texts).__name__}")
     if len(set(map(str, texts))) < len(texts):
         raise ConfigError(f"{argument}: names are texts and differ, got {list(texts)}")
-    return {str(name): _paths(f"{argument}[{name!r}]", text, folder) for name, text in texts.items()}
+    return {str(name): _paths(f"{argument}[{quoted(name)}]", text, folder) for name, text in texts.items()}
 
 
 def _paths(where: str, text: Any, folder: Path) -> Paths:
@@ -435,7 +435,7 @@ def _paths(where: str, text: Any, folder: Path) -> Paths:
     if any(files):
         one = text[files.index(True)]
         raise ConfigError(
-            f"{where} is a list of files or a list of texts; {str(one)!r} looks like a file, others do not"
+            f"{where} is a list of files or a list of texts; {quoted(str(one))} looks like a file, others do not"
         )
     file = folder / f"{_count(folder)}.txt"
     file.write_text("\n".join(text), "utf-8")

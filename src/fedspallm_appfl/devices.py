@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.schema import DEVICE
 
 _LIBC = ctypes.CDLL(None)
@@ -30,7 +30,7 @@ def choose_device(asked: str, local_rank: int) -> str:
         ConfigError: the words are none of these, or a GPU was asked for that this process cannot see.
     """
     if not re.fullmatch(DEVICE[0], asked):
-        raise ConfigError(f"a device is {DEVICE[1]}; got {asked!r}")
+        raise ConfigError(f"a device is {DEVICE[1]}; got {quoted(asked)}")
     if asked == "cpu":
         return "cpu"
     seen = torch.cuda.device_count()

@@ -543,7 +543,7 @@ def test_no_client_can_use_up_the_range_that_others_need(tmp_path, weights):
     greedy = upload("ann", [0], dtype=torch.float32)
     if weights == "equal":
         greedy["blocks"]["0"]["q"]["values"][0] = 2.0**22 - 1
-    samples = 2**20 if weights == "sample_size" else 1
+    samples = 2**21 if weights == "sample_size" else 1
     with pytest.raises(
         UpdateError, match="client ann, block 0, q: a weight of .* exceeds the client's share of the sums"
     ):

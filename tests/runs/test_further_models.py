@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.cli import main
@@ -297,3 +297,55 @@ def test_a_dense_model_that_has_moved_is_named(tmp_path, model, capsys):
     shutil.rmtree(moved)
     assert prune(folder, "--sparsity", "0.6") == 2
     assert str(moved) in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "[1]", "{}", '{"matrices": 1}', '{"matrices": [1]}', '{"matrices": [{}]}', "[" * 10**5, '{"a": "' + "x" * 999],
+    ids=range(8),
+)
+def test_a_damaged_manifest_ends_with_a_line(damaged, capsys, manifest):
+    (damaged / "manifest.json").write_text(manifest)
+    assert prune(damaged, "--sparsity", "0.5") == 2
+    assert "manifest.json is damaged: " in (error := said(capsys))
+    assert "Traceback" not in error and "run the experiment again" in error
+
+
+def rewritten(file, facts=None, **tensors):
+    with safe_open(file, framework="pt") as stored:
+        before, kept = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    save_file({**kept, **tensors}, file, metadata={**before, **(facts or {})})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:100]),
+        lambda file: file.write_bytes(b"\xff" * 100),
+        lambda file: rewritten(file, {"linears": "1"}),
+        lambda file: rewritten(file, {"linears": "[]"}),
+        lambda file: rewritten(file, {"linears": '["nobody"]'}),
+        lambda file: rewritten(file, {"tokens": "many"}),
+        lambda file: rewritten(file, {"rounded": "{"}),
+        lambda file: rewritten(file, diagonal=torch.ones(2), upper=torch.ones(1)),
+        lambda file: rewritten(file, upper=torch.ones(1)),
+        lambda file: rewritten(file, diagonal=torch.tensor(1.0)),
+        lambda file: file.rename(file.with_name("0099-mlp.down_proj.safetensors")),
+    ],
+)
+def test_damaged_statistics_end_with_a_line(damaged, capsys, change):
+    change(damaged / "statistics" / "0001-mlp.down_proj.safetensors")
+    assert prune(damaged, "--sparsity", "0.5") == 2
+    error = said(capsys)
+    assert "Traceback" not in error and "run the experiment again" in error
+
+
+def test_a_run_that_was_cut_off_is_named_as_such(tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / run_dir.STATE).mkdir(parents=True)
+    (folder / run_dir.MARK).touch()
+    assert prune(folder, "--sparsity", "0.5") == 2
+    assert "was cut off; finish it with fedspallm resume" in said(capsys)
+    with run_dir.locked(folder, "wait"):
+        assert prune(folder, "--sparsity", "0.5") == 2
+    assert "another run or fedspallm prune is using" in said(capsys)

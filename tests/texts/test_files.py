@@ -86,6 +86,37 @@ def test_a_text_that_is_not_utf_8_says_at_which_byte(tmp_path):
         look_at(str(tmp_path), None)
 
 
+@pytest.mark.parametrize("kind", ["a.txt", "a.txt.gz"])
+def test_a_mark_of_utf_8_is_no_part_of_the_text(tmp_path, kind):
+    data = "\ufeffaü\nb".encode()
+    (tmp_path / kind).write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    (tmp_path / "b.txt").write_text("\ufeff\ufeffc", "utf-8")  # the second one is a character of the text
+    content = Content(str(tmp_path))
+    assert content.text() == "aü\nb\n\ufeffc"
+    assert content.size == len(content.text().encode())
+    assert content.text(1, 3) == "ü"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("naïve".encode("utf-16"), "is UTF-16; name plain text, or convert it to UTF-8"),
+        ("naïve".encode("utf-32"), "is UTF-32; "),
+        (b"\xfe\xff" + "naïve".encode("utf-16-be"), "is UTF-16, big end first; "),
+        (
+            "ab".encode("utf-16-le"),
+            r"holds a NUL byte \(byte 1\), so it is binary or UTF-16; name plain text, or convert",
+        ),
+        ("ü\r\n\0".encode(), r"holds a NUL byte \(byte 4\)"),
+        (b"\xef\xbb\xbfab\0", r"holds a NUL byte \(byte 5\)"),
+    ],
+)
+def test_binary_and_utf_16_are_seen_and_said(tmp_path, data, words):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.txt {words}"):
+        look_at(str(tmp_path), None)
+
+
 def test_any_part_of_a_text_can_be_read_with_whole_characters(tmp_path):
     (tmp_path / "1.txt").write_bytes("aü\r\nb".encode())
     (tmp_path / "2.txt").write_text("€c", "utf-8")

@@ -17,7 +17,7 @@ import sys
 import types
 from typing import Any, TypeVar
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
@@ -74,11 +74,13 @@ def class_of(value: str, base: type[T], key: str) -> type[T]:
         return base
     file, _, name = value.rpartition(":")
     if not file.endswith(".py"):
-        raise ConfigError(f"{key}: expected {base.__name__}, or a subclass as path/to/file.py:ClassName; got {value!r}")
+        raise ConfigError(
+            f"{key}: expected {base.__name__}, or a subclass as path/to/file.py:ClassName; got {quoted(value)}"
+        )
     module = import_file(file, key)
     classes = {name: one for name, one in vars(module).items() if isinstance(one, type)}
     if name not in classes:
-        raise ConfigError(f"{key}: {file} has no class {name!r}, only {', '.join(classes) or 'none at all'}")
+        raise ConfigError(f"{key}: {file} has no class {quoted(name)}, only {', '.join(classes) or 'none at all'}")
     if not issubclass(classes[name], base):
         raise ConfigError(f"{key}: {name} of {file} is no subclass of {base.__module__}.{base.__name__}; derive it")
     return classes[name]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.errors import ConfigError, ModelError, quoted
 
 ACTIVATIONS = ("memory", "file")
 ALIGNMENT = 64  # bytes; of tensors in memory too, and some kernels round otherwise where a tensor begins elsewhere
@@ -100,7 +100,7 @@ def hidden_states(activations: str, windows: int, client: str) -> HiddenStates:
     """
     if activations not in ACTIVATIONS:
         raise ConfigError(
-            f"client {client}: `data.activations` is one of {', '.join(ACTIVATIONS)}; got {activations!r}"
+            f"client {client}: `data.activations` is one of {', '.join(ACTIVATIONS)}; got {quoted(activations)}"
         )
     return HiddenStatesFile(windows, client) if activations == "file" else []
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
-from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.errors import ConfigError, ModelError, quoted
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.settings.schema import Prune
@@ -32,9 +32,9 @@ def choose(found: Layout, prune: Prune, model: nn.Module) -> Layout:
     for key, patterns in (("prune.include", prune.include), ("prune.ignore", prune.ignore)):
         for pattern in patterns:
             if beyond(pattern, len(found.blocks)):
-                raise ConfigError(f"{key}: {pattern!r} goes beyond the last block, {len(found.blocks) - 1}")
+                raise ConfigError(f"{key}: {quoted(pattern)} goes beyond the last block, {len(found.blocks) - 1}")
             if not _means_something(pattern, found) and not (key == "prune.ignore" and _is_dense(pattern, model)):
-                raise ConfigError(f"{key}: {pattern!r} means no matrix; {near(pattern, _matrices(found))}")
+                raise ConfigError(f"{key}: {quoted(pattern)} means no matrix; {near(pattern, _matrices(found))}")
     _refuse_unreadable(found, prune, model)
     chosen = replace(
         found,
@@ -67,9 +67,9 @@ def unmatched(layout: Layout, patterns: Iterable[str]) -> Iterator[str]:
     """What is wrong with patterns of `sparsity` that mean no matrix."""
     for pattern in patterns:
         if beyond(pattern, len(layout.blocks)):
-            yield f"{pattern!r} goes beyond the last block, {len(layout.blocks) - 1}"
+            yield f"{quoted(pattern)} goes beyond the last block, {len(layout.blocks) - 1}"
         elif not _means_something(pattern, layout):
-            yield f"{pattern!r} means no matrix that is pruned; {near(pattern, _matrices(layout))}"
+            yield f"{quoted(pattern)} means no matrix that is pruned; {near(pattern, _matrices(layout))}"
 
 
 def _is_chosen(prune: Prune, block: int, name: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, quoted
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.experts import Part
 
@@ -181,7 +181,7 @@ def _module_list(model: nn.Module, path: str) -> nn.ModuleList:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if path not in lists or not len(lists[path]):
         raise ModelError(
-            f"`model.blocks` is {path!r}, which is not a non-empty nn.ModuleList of {type(model).__name__}; "
+            f"`model.blocks` is {quoted(path)}, which is not a non-empty nn.ModuleList of {type(model).__name__}; "
             f"its lists are {', '.join(lists) or 'none'}"
         )
     return lists[path]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedspallm_appfl.allocation.choice import allocated
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.errors import ConfigError, ModelError, first_line, quoted, shortened
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.export import MatrixSparsity
@@ -151,6 +151,10 @@ def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: Pa
 
 
 def _config(run: Path, pruner: str | None) -> Config:
+    if run_dir.at_work(run):
+        raise ConfigError(f"another run or fedspallm prune is using {run}; wait until it is done")
+    if run_dir.is_cut_off(run):
+        raise ConfigError(f"the run in {run} was cut off; finish it with fedspallm resume {run}")
     if not ((run / STATISTICS).is_dir() and (run / "manifest.json").is_file()):
         raise ConfigError(
             f"{run} holds no {STATISTICS}/; name the run_dir of a finished run with algorithm gram and gram.propagate dense"
@@ -163,7 +167,7 @@ def _config(run: Path, pruner: str | None) -> Config:
             train.pruner = pruner
         plugins.load(config.plugins)
         if pruner not in registry.names():
-            problems.append(f"--pruner: one of {', '.join(registry.names())}; got {pruner!r}")
+            problems.append(f"--pruner: one of {', '.join(registry.names())}; got {quoted(pruner)}")
     problems = problems or check(config)
     if problems:
         raise ConfigError("; ".join(problems))
@@ -198,6 +202,12 @@ def _prune_input(
     found = store.load(block, leader)
     assert found is not None, "the store listed it"
     linears, sums, rounded = found
+    shapes = skeleton.layout.pruned.get(block, {})
+    if not linears or any(shapes.get(name, (0, 0))[1] != len(sums.upper) for name in linears):
+        raise ModelError(
+            f"{store.folder} holds statistics of block {block}, {leader} that are not of this model; run the experiment "
+            "again"
+        )
     device = choose_device(config.server_configs.device, 0)
     moved = replace(sums, upper=sums.upper.to(device))
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
@@ -209,8 +219,7 @@ def _prune_input(
 
 def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
     """Refuse to leave dense what the run has pruned."""
-    manifest = json.loads((run / "manifest.json").read_text("utf-8"))["matrices"]
-    before = {matrix["name"] for matrix in manifest if matrix["zeros"]}
+    before = _pruned_before(run / "manifest.json")
     for block, linears in enumerate(skeleton.layout.blocks):
         done = packed.get(block) or {}
         for linear in linears:
@@ -218,6 +227,15 @@ def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:
                 raise ModelError(
                     f"{run / STATISTICS} lacks the statistics of block {block}, {linear.name}; run the experiment again"
                 )
+
+
+def _pruned_before(manifest: Path) -> set[str]:
+    """Names of the matrices that a run has pruned."""
+    try:
+        matrices = json.loads(manifest.read_text("utf-8"))["matrices"]
+        return {str(matrix["name"]) for matrix in matrices if matrix["zeros"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{manifest} is damaged: {shortened(first_line(error))}; run the experiment again") from error
 
 
 def _written(config: Config, model: Model, skeleton: Skeleton, packed: PackedStore) -> list[MatrixSparsity]:

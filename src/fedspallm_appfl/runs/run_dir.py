@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import yaml
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.wire.durable import write_text
@@ -67,13 +67,25 @@ def is_cut_off(folder: Path) -> bool:
     return (folder / STATE).is_dir() and (folder / MARK).is_file() and not finished(folder)
 
 
+def at_work(folder: Path) -> bool:
+    """Whether a run or `fedspallm prune` holds the lock of a run directory."""
+    try:
+        with (folder / LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or whoever locks it says what is wrong
+        return False
+    return False
+
+
 def _changed(config: Config, folder: Path) -> str | None:
     """What differs from the configuration that a run was begun with."""
     before, now = (_flat(yaml.safe_load(text)) for text in ((folder / CONFIG).read_text("utf-8"), _resolved(config)))
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
     if not differ:
         return None
-    keys = ", ".join(f"{key} ({before.get(key)!r} before, now {now.get(key)!r})" for key in differ)
+    keys = ", ".join(f"{key} ({quoted(before.get(key))} before, now {quoted(now.get(key))})" for key in differ)
     return (
         f"run_dir: {folder} was begun with another configuration; it goes on with the same only: {keys}; use "
         f"fedspallm resume {folder}, or --overwrite to begin anew"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 
 T = TypeVar("T")
 ADDED: set[str] = set()  # algorithms and pruners that code has registered in this process
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         """
         if name not in self._known:
             raise ConfigError(
-                f"{self._what} is one of {', '.join(self._known)}, or of a plugin that `plugins` names; got {name!r}"
+                f"{self._what} is one of {', '.join(self._known)}, or of a plugin that `plugins` names; got {quoted(name)}"
             )
         return self._known[name]
 
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
         if name in (*self.built_in, *self._reserved):
             raise ConfigError(f"{self._what} {name} is built in; give your own another name")
         if not name.replace("-", "_").isidentifier():
-            raise ConfigError(f"{self._what}'s name has letters, digits, '-' and '_', got {name!r}")
+            raise ConfigError(f"{self._what}'s name has letters, digits, '-' and '_', got {quoted(name)}")
         self._known[name] = one
         ADDED.add(name)
 

@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedspallm_appfl.errors import ConfigError, first_line
+from fedspallm_appfl.errors import ConfigError, first_line, quoted, shortened
 from fedspallm_appfl.settings import presets, yaml_text
 from fedspallm_appfl.settings.presets import over
 from fedspallm_appfl.settings.schema import Config, plain
@@ -88,7 +88,7 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(
-                f"an override is key=value, got {override!r}; e.g. client_configs.train_configs.sparsity=0.7"
+                f"an override is key=value, got {quoted(override)}; e.g. client_configs.train_configs.sparsity=0.7"
             )
         try:
             parsed = yaml_text.load(value)
@@ -96,7 +96,7 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
                 loaded.merge_with(presets.of(parsed))
             OmegaConf.update(loaded, key, parsed, merge=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"the override {override!r} cannot be applied: {first_line(error)}") from error
+            raise ConfigError(f"the override {quoted(override)} cannot be applied: {first_line(error)}") from error
     try:
         return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -111,7 +111,9 @@ def _merged_clients(raw: dict[str, Any], problems: list[str]) -> Any:
     merged = []
     for index, client in enumerate(clients):
         if not isinstance(client, dict):
-            problems.append(f"clients.{index}: a client is a group of keys such as client_id and data, got {client!r}")
+            problems.append(
+                f"clients.{index}: a client is a group of keys such as client_id and data, got {quoted(client)}"
+            )
             client = {}
         merged.append(over(shared, client))
     return merged
@@ -139,15 +141,15 @@ def build(kind: Any, raw: Any, path: str = "", problems: list[str] | None = None
         return kind()
     found: list[str] = [] if problems is None else problems
     if not isinstance(raw, dict):
-        found.append(f"{path or 'the file'}: expected keys and values, got {raw!r}")
+        found.append(f"{path or 'the file'}: expected keys and values, got {quoted(raw)}")
         return kind()
     hints, made = _hints(kind), {}
     for key, value in raw.items():
-        where = f"{path}.{key}" if path else str(key)
+        where = f"{path}.{shortened(key)}" if path else shortened(key)
         if key in hints:
             made[key] = _value(hints[key], value, where, problems, found)
         elif problems is not None:
-            meant = f"; did you mean {MEANT[key]}, with the value {value!r}?" if key in MEANT else None
+            meant = f"; did you mean {MEANT[key]}, with the value {quoted(value)}?" if key in MEANT else None
             found.append(f"{where}: unknown key{meant or _nearest(str(key), list(hints))}")
     if problems is None and found:
         raise ConfigError("; ".join(found))
@@ -192,7 +194,7 @@ def _scalar(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     kind = typing.get_origin(hint) or hint
-    problems.append(f"{where}: expected {WORDS.get(kind) or getattr(hint, '__name__', str(hint))}, got {value!r}")
+    problems.append(f"{where}: expected {WORDS.get(kind) or getattr(hint, '__name__', str(hint))}, got {quoted(value)}")
     return _WRONG
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedspallm_appfl.errors import quoted
 from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import UUID, Allocation, Client, Config, Rule, Store
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
@@ -62,9 +63,9 @@ def _broken(rule: Rule, value: Any, plugins: list[str]) -> str | None:
     if value is None:
         return None
     if rule.choices and value not in rule.choices and not (rule.extensible and (plugins or ADDED)):
-        return f"one of {', '.join(rule.choices)}; got {value!r}"
+        return f"one of {', '.join(rule.choices)}; got {quoted(value)}"
     if rule.form and not re.fullmatch(rule.form[0], str(value), re.ASCII):
-        return f"{rule.form[1]}; got {value!r}"
+        return f"{rule.form[1]}; got {quoted(value)}"
     return _out_of_range(rule, value)
 
 
@@ -92,7 +93,7 @@ def _top(config: Config) -> Iterator[str]:
         ("client_configs.train_configs.trainer", train.trainer, "FedSpaLLMTrainer"),
     ):
         if name != own and not OWN_CLASS.fullmatch(name):
-            yield f"{path}: expected {own}, got {name!r}; a subclass is named as path/to/file.py:ClassName"
+            yield f"{path}: expected {own}, got {quoted(name)}; a subclass is named as path/to/file.py:ClassName"
     if config.evaluation.compare and not config.evaluation.texts:
         yield "evaluation.compare: there is nothing to compare on; name some held-out text in evaluation.texts"
     yield from _allocation(config)
@@ -125,7 +126,7 @@ def _clients(config: Config) -> Iterator[str]:
         )
     for client_id, times in Counter(ids).items():
         if times > 1 and client_id:
-            yield f"clients: client_id {client_id!r} is used {times} times; ids must differ"
+            yield f"clients: client_id {quoted(client_id)} is used {times} times; ids must differ"
     for index, client in enumerate(config.clients):
         yield from _must_be_shared(f"clients.{index}", client, config)
 
@@ -156,10 +157,11 @@ def _globus(config: Config) -> Iterator[str]:
 
 def _store(where: str, store: Store) -> Iterator[str]:
     if store.connector == "file" and not Path(store.folder or "").expanduser().is_absolute():
-        yield f"{where}.folder: name a folder that the server and every client mount, from the root; got {store.folder!r}"
+        found = quoted(store.folder)
+        yield f"{where}.folder: name a folder that the server and every client mount, from the root; got {found}"
     if store.connector == "s3":
         if not BUCKET.fullmatch(store.bucket or ""):
-            yield f"{where}.bucket: name an S3 bucket (3 to 63 letters, digits, '-', '.'), got {store.bucket!r}"
+            yield f"{where}.bucket: name an S3 bucket (3 to 63 letters, digits, '-', '.'), got {quoted(store.bucket)}"
         if store.url and not URL.fullmatch(store.url):
             yield f"{where}.url: http:// or https:// and the host of the service, without a password or a path"
     if store.connector == "endpoint":
@@ -167,5 +169,5 @@ def _store(where: str, store: Store) -> Iterator[str]:
         if wrong or not store.endpoints:
             yield (
                 f"{where}.endpoints: the UUIDs that proxystore-endpoint list shows on the server, first, and at each site; "
-                f"got {wrong or store.endpoints!r}"
+                f"got {quoted(wrong or store.endpoints)}"
             )

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from fedspallm_appfl.errors import quoted
+
 DEPTH = 50  # groups within groups
 VALUES = 200_000  # where each alias counts as all that it stands for
 
@@ -58,7 +60,9 @@ class _Loader(yaml.SafeLoader):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, times in keys.items():
             if times > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {quoted(key)} stands twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 
 FILE = "cells.jsonl"
 DENSE = "dense"  # the method of the cell of the model before pruning; its target is empty
@@ -167,7 +167,7 @@ def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, An
     before, after = _flat(earlier), _flat(now)
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     if keys:
-        shown = ", ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in keys[:3])
+        shown = ", ".join(f"{key} was {quoted(before.get(key))} and is {quoted(after.get(key))}" for key in keys[:3])
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(
             f"--out: the study in {folder} was started with other settings: {shown}{more}; "

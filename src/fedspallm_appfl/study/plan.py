@@ -12,7 +12,7 @@ from typing import Any
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, quoted
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.runs.further_models import folder_name
@@ -180,7 +180,7 @@ def _require(what: str, name: str, valid: Sequence[str]) -> None:
     if name not in valid:
         near = difflib.get_close_matches(name, valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--algorithms: {what} is one of {', '.join(valid)}; got {name!r}{hint}")
+        raise ConfigError(f"--algorithms: {what} is one of {', '.join(valid)}; got {quoted(name)}{hint}")
 
 
 def planned(
@@ -226,7 +226,7 @@ def planned(
             found.append(f"--sparsity: {error}")
     strange = [name for name in keep_models or () if name not in algorithms]
     found += [f"--keep-models: {name} is no method of this study; they are {', '.join(algorithms)}" for name in strange]
-    found += [f"--seeds: whole numbers from 0, got {seed!r}" for seed in seeds if not seed.isdecimal()]
+    found += [f"--seeds: whole numbers from 0, got {quoted(seed)}" for seed in seeds if not seed.isdecimal()]
     if share_uploads and config.server_configs.num_global_epochs > 1:
         found.append("--share-uploads: uploads of later rounds differ by method; leave it out, or set one round")
     if out is None and not config.run_dir:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
+from fedspallm_appfl.errors import quoted
+
 T = TypeVar("T")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?|[-+]?\d+/\d+", re.ASCII)
 
@@ -105,7 +107,9 @@ def parse_target(text: str | float | int) -> Target:
     try:
         share = Fraction(words if NUMBER.fullmatch(words) else "")
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {words!r}") from None
+        raise ValueError(
+            f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {quoted(words)}"
+        ) from None
     if not 0 <= share < 1:
         raise ValueError(f"sparsity is a share in [0, 1), got {words}; 50 % is written 0.5")
     return Ratio(share)

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +19,8 @@ from fedspallm_appfl.texts.formats import is_plain, unpack
 
 PIECE = 2**18  # bytes that are tokenized at once; tokens take a hundred times the memory of their text
 LINE_END = b"\n"
+CONVERT = "name plain text, or convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
+OTHERS = {"UTF-32": codecs.BOM_UTF32_LE, "UTF-16": codecs.BOM_UTF16_LE, "UTF-16, big end first": codecs.BOM_UTF16_BE}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class _Part:
         begin: where it begins in the text.
         size: its bytes.
         unpacked: the temporary file; None for a plain file.
-        offset: where it begins in that.
+        offset: where it begins in that, or in the plain file.
     """
 
     name: str
@@ -46,7 +48,7 @@ class _Part:
             return self.unpacked.read(last - first)
         try:
             with Path(self.name).open("rb") as file:
-                file.seek(first)
+                file.seek(self.offset + first)
                 return file.read(last - first)
         except OSError as error:
             raise _unreadable(self.name, error) from error
@@ -58,9 +60,29 @@ class _Part:
         try:
             text = codecs.getincrementaldecoder("utf-8")().decode(data[begun:], last == self.size)
         except UnicodeDecodeError as error:
-            at = first + begun + error.start
+            at = self._place(first + begun + error.start)
             raise DataError(f"the text {self.name} is not UTF-8 (byte {at}); convert it first") from error
+        if "\0" in text:
+            at = self._place(first + begun + len(text[: text.index("\0")].encode()))
+            raise DataError(f"the text {self.name} holds a NUL byte (byte {at}), so it is binary or UTF-16; {CONVERT}")
         return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _place(self, at: int) -> int:
+        """Where a byte is in the file."""
+        return at + (self.offset if self.unpacked is None else 0)
+
+    def without_mark(self) -> "_Part":
+        """The same without the mark at its beginning that says UTF-8.
+
+        Raises:
+            DataError: the mark says another encoding.
+        """
+        start = self.read(0, min(4, self.size))
+        for name, mark in OTHERS.items():
+            if start.startswith(mark):
+                raise DataError(f"the text {self.name} is {name}; {CONVERT}")
+        marked = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        return replace(self, size=self.size - marked, offset=self.offset + marked)
 
 
 class Content:
@@ -87,6 +109,7 @@ class Content:
         for name in text_files(paths).files:
             begin = self.size + len(LINE_END) if self._parts else 0
             part = _Part(name, begin, _size(name)) if is_plain(name) else self._unpack(name, begin, field)
+            part = part.without_mark()
             self._parts.append(part)
             self._begins.append(begin)
             self.size = part.begin + part.size

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.errors import DataError, quoted
 
 PLAIN = (".txt", ".md")
 RECORDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # ending -> reader of `datasets`
@@ -103,7 +103,7 @@ def _matching(path: str) -> list[str]:
         return [path]
     found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - a pattern may begin at the root
     if not found:
-        raise DataError(f"the text {path[:80]!r} matches no file; name a file, a folder or another pattern")
+        raise DataError(f"the text {quoted(path)} matches no file; name a file, a folder or another pattern")
     folders = {Path(one) for one in found if Path(one).is_dir()}
     return [one for one in found if folders.isdisjoint(Path(one).parents)]  # what is in a folder comes with it
 
@@ -117,7 +117,7 @@ def _is_folder(path: str) -> bool:
         return False  # said where it is read
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"the text {path[:80]!r} cannot be found: {why}; name a file or a folder") from error
+        raise DataError(f"the text {quoted(path)} cannot be found: {why}; name a file or a folder") from error
     return Path(path).is_dir() and not is_saved(path)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fedspallm_appfl.algorithms import registry as algorithms
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
 from fedspallm_appfl.settings import plugins, rules
@@ -34,7 +34,7 @@ def check(config: Config) -> list[str]:
 def _unknown(config: Config) -> Iterator[str]:
     """Algorithms and pruners that neither the package nor a plugin has."""
     if config.algorithm not in algorithms.names():
-        yield f"algorithm: one of {', '.join(algorithms.names())}; got {config.algorithm!r}"
+        yield f"algorithm: one of {', '.join(algorithms.names())}; got {quoted(config.algorithm)}"
     shared = config.client_configs.train_configs.pruner
     owners = {"client_configs": shared} | {
         f"clients.{index}": client.train_configs.pruner
@@ -43,20 +43,21 @@ def _unknown(config: Config) -> Iterator[str]:
     }
     for path, pruner in owners.items():
         if pruner not in pruners.names():
-            yield f"{path}.train_configs.pruner: one of {', '.join(pruners.names())}; got {pruner!r}"
+            yield f"{path}.train_configs.pruner: one of {', '.join(pruners.names())}; got {quoted(pruner)}"
 
 
 def _texts(config: Config) -> Iterator[str]:
     for index, client in enumerate(config.clients):
         if needs_text(client) and not client.data.text and not client.endpoint_id:
-            yield f"clients.{index}.data.text: client {client.client_id!r} has no private text; name a file or a folder"
+            who = quoted(client.client_id)
+            yield f"clients.{index}.data.text: client {who} has no private text; name a file or a folder"
 
 
 def _comparisons(config: Config) -> Iterator[str]:
     for name in config.evaluation.compare:
         if name not in algorithms.COMPARISONS:
             valid = ", ".join(algorithms.COMPARISONS)
-            yield f"evaluation.compare: of {valid} (dense is always there); got {name!r}"
+            yield f"evaluation.compare: of {valid} (dense is always there); got {quoted(name)}"
             return
     apart = [name for name in comparisons(config) if algorithms.find(name).apart]
     partial, rounds = partial_clients(config), config.server_configs.num_global_epochs
@@ -115,7 +116,7 @@ def _recovery(config: Config) -> Iterator[str]:
             )
         if not needs_text(client) and not client.data.text and not client.endpoint_id:
             yield (
-                f"clients.{index}.data.text: client {client.client_id!r} has no private text, and recovery needs "
+                f"clients.{index}.data.text: client {quoted(client.client_id)} has no private text, and recovery needs "
                 "some; name a file or a folder"
             )
 
@@ -198,13 +199,13 @@ def check_for_globus(config: Config) -> Iterator[str]:
     trainer = config.client_configs.train_configs.trainer
     if trainer != TrainConfigs.trainer:
         yield (
-            f"client_configs.train_configs.trainer: a site runs no code of the server's, got {trainer!r}; "
+            f"client_configs.train_configs.trainer: a site runs no code of the server's, got {quoted(trainer)}; "
             f"over Globus Compute use {TrainConfigs.trainer}"
         )
     for index, client in enumerate(config.clients):
         if not client.endpoint_id:
             yield (
-                f"clients.{index}.endpoint_id: client {client.client_id!r} has no endpoint; give the UUID that "
+                f"clients.{index}.endpoint_id: client {quoted(client.client_id)} has no endpoint; give the UUID that "
                 "globus-compute-endpoint list shows at its site"
             )
 
@@ -215,6 +216,6 @@ def check_on_this_machine(config: Config) -> Iterator[str]:
         known = client.train_configs.pruner in pruners.names()
         if client.endpoint_id and not client.data.text and known and needs_text(client):
             yield (
-                f"clients.{index}.data.text: client {client.client_id!r} has no private text here; name a file or a "
+                f"clients.{index}.data.text: client {quoted(client.client_id)} has no private text here; name a file or a "
                 "folder, or use fedspallm run --launcher globus, where its own site names it"
             )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import UpdateError, quoted
 
 TENSOR = "\0tensor"  # the key that marks a tensor; no client, block or linear has this name
 HEAD = 8  # bytes
@@ -112,11 +112,11 @@ def from_bytes(data: bytes, sender: str) -> Any:
 
 def _dtype(name: Any) -> torch.dtype:
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"a dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"a dtype must be one of {', '.join(DTYPES)}, got {quoted(name)}")
     return DTYPES[name]
 
 
 def _shape(shape: Any) -> list[int]:
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < LARGEST for size in shape):
-        raise ValueError(f"a shape must be a list of sizes, got {shape!r}")
+        raise ValueError(f"a shape must be a list of sizes, got {quoted(shape)}")
     return shape

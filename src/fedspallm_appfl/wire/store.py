@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import L0Sums
 from fedspallm_appfl.aggregation.mask_expansion import Votes
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, first_line, shortened
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.tensors import triangle
 from fedspallm_appfl.wire.durable import publish
@@ -180,11 +180,13 @@ class GramStore:
                 raise ValueError("its entries are not finite float32 numbers")
             if not bool((diagonal >= 0).all()) or not bool(diagonal.isfinite().all()):
                 raise ValueError("its diagonal is not that of a Gram matrix")
-            linears = tuple(json.loads(facts["linears"]))
+            linears = tuple(map(str, json.loads(facts["linears"])))
             sums = Sums(triangle.unflatten(flat, diagonal), int(facts["tokens"]))
             return linears, sums, bool(json.loads(facts["rounded"]))
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{self._file(block, linear)} is damaged: {error}; run the experiment again") from error
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ModelError(
+                f"{self._file(block, linear)} is damaged: {shortened(first_line(error))}; run the experiment again"
+            ) from error
 
     def added(self, block: int, linear: str, sums: Sums, rounded: bool) -> tuple[Sums, bool]:
         """Sums with those added that are stored of the same input, and whether either was rounded."""

@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from fedspallm_appfl.algorithms.algorithm import UPLOADS
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings import yaml_text as yaml_io
@@ -308,13 +308,13 @@ def _file(named: str | None, file: Path, who: str) -> str | None:
 def _yes_or_no(content: Mapping[str, Any], key: str, default: bool, who: str) -> bool:
     named = content.get(key, default)
     if not isinstance(named, bool):
-        raise ConfigError(f"{who}{key} in the site file is true or false, got {named!r}")
+        raise ConfigError(f"{who}{key} in the site file is true or false, got {quoted(named)}")
     return named
 
 
 def _min_tokens(named: Any, who: str) -> int | None:
     if named is not None and (type(named) is not int or named < 1):
-        raise ConfigError(f"{who}min_tokens in the site file must be a number of tokens, got {named!r}")
+        raise ConfigError(f"{who}min_tokens in the site file must be a number of tokens, got {quoted(named)}")
     return named
 
 
@@ -324,7 +324,7 @@ def _sendings(content: Mapping[str, Any], who: str) -> frozenset[str]:
     named = content["may_send"]
     rule = f"{who}may_send in the site file must be a list of {', '.join(SENDINGS)}"
     if not isinstance(named, list):
-        raise ConfigError(f"{rule}, got {named!r}; write it in brackets, e.g. may_send: [weights, masks], or []")
+        raise ConfigError(f"{rule}, got {quoted(named)}; write it in brackets, e.g. may_send: [weights, masks], or []")
     wrong = [one for one in named if one not in SENDINGS]
     near = [name for one in wrong for name in difflib.get_close_matches(str(one), SENDINGS, n=1)]
     if wrong:

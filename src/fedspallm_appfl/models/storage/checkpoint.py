@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedspallm_appfl.errors import ModelError, first_line
+from fedspallm_appfl.errors import ModelError, first_line, quoted, shortened
 from fedspallm_appfl.settings import custom_code, schema
 from fedspallm_appfl.settings.schema import Model
 
@@ -68,14 +68,15 @@ def _from_hub(name: str, weights: bool, key: str) -> Path:
 
     if not is_hub_name(name):
         raise ModelError(
-            f"model path {name!r} is no folder here and no hub name (owner/model, e.g. openai-community/gpt2); check {key}"
+            f"model path {quoted(name)} is no folder here and no hub name (owner/model, e.g. openai-community/gpt2); "
+            f"check {key}"
         )
     try:
         only = None if weights else SMALL
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model path {name!r} is no folder here and could not be fetched from the hub ({first_line(error)}); "
+            f"model path {quoted(name)} is no folder here and could not be fetched from the hub ({first_line(error)}); "
             f"download it first, then give the folder in {key}"
         ) from error
 
@@ -153,7 +154,9 @@ def _weight_files(folder: Path) -> list[str]:
         try:
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{folder / name} is not an index of weights: {error!r}; fetch the file again") from error
+            raise ModelError(
+                f"{folder / name} is not an index of weights: {shortened(repr(error))}; fetch the file again"
+            ) from error
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
             raise ModelError(f"{folder / name} names {outside}, which are no file names; fetch the file again")
