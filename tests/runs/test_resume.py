@@ -34,6 +34,10 @@ CASES = {
     "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
     "a sweep by blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}}),
     "models apart": ("standalone", {}),
+    "targets that are chosen": (
+        "gram",
+        {"allocation": {"method": "fisher", "windows": 4, "length": 32, "width": "0.2"}},
+    ),
 }
 
 
