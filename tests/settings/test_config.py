@@ -354,6 +354,7 @@ def test_the_resolved_configuration_spells_out_defaults_and_merged_clients(read)
         "fold": "latest",
         "unreached": "magnitude",
         "expansion": "matrix",
+        "screening": "refuse",
     }
     given = {"text": ["b.txt", "more"], "windows": 7, "batch": 3}
     read_as = {"field": None, "bos": "auto", "control_words": False}

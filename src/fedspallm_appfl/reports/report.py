@@ -123,6 +123,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         _bytes(config, results, log),
         "## Who took part",
         _participation(config, results, log),
+        *_outliers(log),
         *_notes(log),
         "## Settings",
         _settings(config, log),
@@ -360,6 +361,12 @@ def _absences(config: Config, log: EventLog) -> list[str]:
 def _cell(words: str) -> str:
     """Text as a cell of a table."""
     return " ".join(words.replace("|", "\\|").split())
+
+
+def _outliers(log: EventLog) -> list[str]:
+    """Uploads with facts that no honest client's have, where they are folded nevertheless."""
+    rows = [[event["client"], str(event["block"]), event["unit"], event["why"]] for event in log.of("outlier")]
+    return ["## Uploads that stand out", markdown(["client", "block", "matrix or input", "why"], rows)] if rows else []
 
 
 def _notes(log: EventLog) -> list[str]:

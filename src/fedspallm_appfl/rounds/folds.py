@@ -19,6 +19,7 @@ from torch import Tensor
 from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
+from fedspallm_appfl.aggregation.screening import Size, gram_facts, mask_facts, weight_facts
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
@@ -125,6 +126,9 @@ class Fold(Protocol):
     def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
+    def facts(self, block: int, unit: str, packed: Any) -> dict[str, float]:
+        """What screening looks at of a checked upload (see `aggregation.screening`)."""
+
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""
 
@@ -179,6 +183,14 @@ class _MatrixFold:
     def __init__(self, context: Context, exchange: Exchange) -> None:
         self._context = context
         self._exchange = exchange
+        self._sizes: dict[tuple[int, str], Size] = {}
+
+    def _dense_kept(self, block: int, unit: str, packed: Packed) -> tuple[Tensor, Size]:
+        """The dense weights that a mask keeps, (kept,), and the size of all of the matrix."""
+        dense = self._context.dense(block, unit).contiguous()
+        if (block, unit) not in self._sizes:
+            self._sizes[block, unit] = Size.of(dense)
+        return bitmask.gather(dense, packed.bits), self._sizes[block, unit]
 
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
@@ -267,6 +279,12 @@ class _MeanFold(_MatrixFold):
                 f"a weight of {largest:g} that counts {weight} times exceeds the client's share of the sums: the product "
                 f"is at most {LARGEST_SUM / shares:g}, and counts are at most {MOST_WEIGHT // shares}"
             )
+
+    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
+        """Of weights and mask."""
+        assert packed.values is not None
+        there, size = self._dense_kept(block, unit, packed)
+        return weight_facts(packed.values, there, size) | mask_facts(there, size)
 
 
 class WeightFold(_MeanFold):
@@ -360,6 +378,10 @@ class VoteFold(_MatrixFold):
     def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
         """Votes have room for all clients from the start."""
 
+    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
+        """Of a mask."""
+        return mask_facts(*self._dense_kept(block, unit, packed))
+
     def add(self, sums: Votes, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Count a mask."""
         sums.add(packed.bits.to(self._context.device))
@@ -402,6 +424,11 @@ class ValueFold(_MeanFold):
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
         kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
         return L0Sums.empty((1, kept), weighted, clients, self._context.device)
+
+    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
+        """Of weights; the mask is not the client's."""
+        assert packed.values is not None
+        return weight_facts(packed.values, *self._dense_kept(block, unit, packed))
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
@@ -519,6 +546,10 @@ class GramFold:
     def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
         """Sums of any magnitude fit."""
 
+    def facts(self, block: int, unit: str, packed: PackedGram) -> dict[str, float]:
+        """Of statistics."""
+        return gram_facts(packed.tokens, packed.diagonal)
+
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""
         packed.add_to(sums)
@@ -634,6 +665,10 @@ class DeltaFold(_MatrixFold):
 
     def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
         """Sums of any magnitude fit."""
+
+    def facts(self, block: int, unit: str, packed: PackedDelta) -> dict[str, float]:
+        """None: a change that is too large is not accepted anyway."""
+        return {}
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""

@@ -62,6 +62,12 @@ def needs_text(client: Client) -> bool:
     return pruners.find(client.train_configs.pruner).needs is not None
 
 
+def _fits(client: Client) -> bool:
+    """Whether a client's kept weights come of least squares."""
+    pruner, train = pruners.find(client.train_configs.pruner), client.train_configs
+    return pruner.fits or pruner.refits(train.refit)
+
+
 def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
     """The blocks of each participant in each round, of those that have something to prune."""
     if config.recovery.model:
@@ -99,6 +105,8 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "seed": config.seed,
         "rounds": server.num_global_epochs,
         "roster": roster(config),
+        "windows": {client.client_id: client.data.windows for client in participants(config) if needs_text(client)},
+        "fitted": [client.client_id for client in participants(config) if _fits(client)],
         "device": server.device,
         "max_message_bytes": comm.max_message_bytes,
         "compression": comm.compression,

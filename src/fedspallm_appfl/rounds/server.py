@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedspallm_appfl.aggregation.screening import outliers
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
 from fedspallm_appfl.devices import give_back
@@ -323,6 +324,8 @@ class GlobalModel:
         weight = self._client_weight(client, samples)
         for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
+        for block, name, packed in checked if self.settings.screening != "off" else ():
+            self._screen(client, block, name, packed)
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
@@ -469,6 +472,11 @@ class GlobalModel:
             raise UpdateError(
                 f"refused an update from client {client}: its sample size is {samples}, at least 1 is needed"
             )
+        asked = self.settings.windows.get(client, samples)
+        if samples != asked:
+            raise UpdateError(
+                f"refused an update from client {client}: its sample size is {samples}, and `data.windows` asks for {asked}"
+            )
         return samples if self.settings.weights == "sample_size" else 1
 
     @staticmethod
@@ -485,6 +493,22 @@ class GlobalModel:
             self._fold.guard(sums, packed, self._weight(packed, weight))
         except ValueError as error:
             raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
+
+    def _screen(self, client: str, block: int, name: str, packed: Any) -> None:
+        """Refuse or report what no honest client sends."""
+        found = (
+            []
+            if isinstance(packed, Unreached)
+            else outliers(self._fold.facts(block, name, packed), client in self.settings.fitted)
+        )
+        if found and self.settings.screening == "refuse":
+            raise UpdateError(
+                f"refused an update from client {client}, block {block}, {name}: {'; '.join(map(str, found))}; with "
+                "`server_configs.aggregator_kwargs.screening: report` it is folded and reported"
+            )
+        for one in found:
+            where = {"round": self.round.index, "client": client, "block": block, "unit": name}
+            self.on_event({"event": "outlier", **where, "why": str(one)})
 
     def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         if (block, unit) not in self._open:

@@ -254,6 +254,12 @@ class AggregatorKwargs:
     expansion: str = key(
         "matrix", "`matrix` or `row`: the group in which entries compete in mask expansion", choices=("matrix", "row")
     )
+    screening: str = key(
+        "refuse",
+        "what becomes of an upload that no honest client would send: `refuse`, `report` in report.md only, `off` does not "
+        "look ([docs](algorithms.md#what-no-honest-client-sends))",
+        choices=("refuse", "report", "off"),
+    )
 
 
 @dataclass
@@ -667,6 +673,8 @@ class ServerSettings(AggregatorKwargs, Pruning):
         seed: the experiment's.
         rounds: number of rounds.
         roster: id -> resource share of all participants.
+        windows: id -> calibration windows that a participant was asked for; nothing of those that may have any number.
+        fitted: clients whose kept weights come of least squares.
         device: where sums are kept and combined.
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
@@ -686,6 +694,8 @@ class ServerSettings(AggregatorKwargs, Pruning):
     seed: int = 0
     rounds: int = 1
     roster: dict[str, float] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
+    fitted: list[str] = field(default_factory=list)
     device: str = "auto"
     threads: int | None = None
     max_message_bytes: int = 2**29
