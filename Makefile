@@ -14,7 +14,7 @@ CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study real test globus fast lint check triton kills families matrix docs bench bench-peers clean
+.PHONY: help install demo study real test globus fast fuzz lint check triton matrix docs bench bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -52,6 +52,12 @@ globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-serve
 
 fast: install  ## The fast tests, without MPI
 	$(LIMIT) 15m $(BIN)/pytest
+
+SEED ?= 0
+MINUTES ?= 10
+
+fuzz: install  ## Change what comes from outside at random; SEED=1 MINUTES=60 for another, longer run
+	PYTHONPATH=tests $(BIN)/python -m helpers.fuzz --seed $(SEED) --minutes $(MINUTES)
 
 lint: install  ## Style and types
 	$(BIN)/ruff check

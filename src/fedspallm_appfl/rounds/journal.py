@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, first_line, shortened
 from fedspallm_appfl.wire.durable import rename, write_text
 from fedspallm_appfl.wire.store import PackedStore
 
 MAKING, FINISHED = "making", "finished"  # folders of the server's state: block -> store -> file
 POSITION, RECORD = "position.json", "record.json"
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading damaged notes raises
 
 
 class Journal:
@@ -77,10 +78,15 @@ class Journal:
             position: dict[str, Any] = json.loads((self.folder / POSITION).read_text("utf-8"))
             self._exchange = list(position["exchange"])
             finished = {record["block"]: record for record in self._read_records()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.folder} is damaged: {error}; run the experiment again from its start") from error
+        except BROKEN as error:
+            raise self.damaged(error) from error
         shutil.rmtree(self.folder / MAKING, ignore_errors=True)
         return position, finished
+
+    def damaged(self, error: Exception) -> ModelError:
+        """What to raise where something that was written down cannot be."""
+        why = shortened(first_line(error))
+        return ModelError(f"{self.folder} is damaged: {why}; run the experiment again from its start")
 
     def _read_records(self) -> list[dict[str, Any]]:
         """What is noted of the exchange that is on; notes of earlier ones go."""
@@ -95,6 +101,47 @@ class Journal:
 
     def _records(self) -> Iterator[Path]:
         return iter(sorted((self.folder / FINISHED).glob(f"*/{RECORD}")))
+
+
+def require_of_run(
+    position: Mapping[str, Any],
+    finished: Mapping[int, Mapping[str, Any]],
+    blocks: Mapping[int, Mapping[str, Any]],
+    exchanges: int,
+) -> None:
+    """See whether what was written down can be of a run.
+
+    Args:
+        position: where it stood.
+        finished: block -> what was finished of it.
+        blocks: block -> linears, of the model.
+        exchanges: of a round.
+
+    Raises:
+        ValueError: it cannot; another of `BROKEN` where something is missing or has another type.
+    """
+    index, exchange = position["exchange"]
+    counts = [index, exchange, position["bytes_down"]]
+    if not all(type(count) is int and count >= -1 for count in counts) or exchange >= exchanges:
+        raise ValueError(f"the run cannot stand at {counts}")
+    pairs = [
+        *position["held"],
+        *((block, name) for block, of in finished.items() for name in [*of["made"], *of["closed"]]),
+    ]
+    pairs += [(int(block), name) for block, names in position["closed"].items() for name in names]
+    if unknown := [(block, name) for block, name in pairs if name not in blocks.get(block, ())]:
+        raise ValueError(f"there is no block {unknown[0][0]}, {unknown[0][1]}")
+    named = [*position["changed"], *map(int, position["facts"]), *finished]
+    named += [block for assigned in position["assigned"].values() for block in assigned]
+    if unknown := [block for block in named if type(block) is not int or block not in blocks]:
+        raise ValueError(f"there is no block {unknown[0]}")
+    if not set(position["given_up"]) <= set(position["assigned"]):
+        raise ValueError("clients were given up that are not there")
+    facts = [*position["facts"].values(), *(of["facts"] for of in finished.values())]
+    if not all(type(count) is int for of in facts for count in of.values()):
+        raise ValueError("facts are not numbers")
+    if not all(type(of["last"]) is bool for of in finished.values()):
+        raise ValueError("`last` is neither true nor false")
 
 
 class Latest(PackedStore):

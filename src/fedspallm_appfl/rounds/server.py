@@ -23,7 +23,7 @@ from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, MASKS, Context, Fold, Stores, expert_weight, folds
-from fedspallm_appfl.rounds.journal import Journal, Latest
+from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed, Unreached
@@ -233,11 +233,20 @@ class GlobalModel:
         self.resumed = self.resumed and set()
 
     def _restored(self) -> set[int] | None:
-        """Go on where an earlier start stood; the blocks that it has finished."""
+        """Go on where an earlier start stood; the blocks that it has finished.
+
+        Raises:
+            ModelError: what it wrote is damaged.
+        """
         found = self._journal.restored()
-        if found is None:
-            return None
-        position, finished = found
+        try:
+            return None if found is None else self._stand_at(*found)
+        except BROKEN as error:
+            raise self._journal.damaged(error) from error
+
+    def _stand_at(self, position: dict[str, Any], finished: Mapping[int, dict[str, Any]]) -> set[int]:
+        """Take over what was written down."""
+        require_of_run(position, finished, self.context.layout.pruned, len(self.exchanges))
         self._position = position
         index, exchange = position["exchange"]
         closed = {int(block): names for block, names in position["closed"].items()}

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 import yaml
 
-from fedspallm_appfl.errors import ConfigError, quoted
+from fedspallm_appfl.errors import ConfigError, first_line, quoted, shortened
+from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.wire.durable import write_text
@@ -81,7 +82,12 @@ def at_work(folder: Path) -> bool:
 
 def _changed(config: Config, folder: Path) -> str | None:
     """What differs from the configuration that a run was begun with."""
-    before, now = (_flat(yaml.safe_load(text)) for text in ((folder / CONFIG).read_text("utf-8"), _resolved(config)))
+    try:
+        before = _flat(yaml_text.load((folder / CONFIG).read_text("utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = shortened(first_line(error))
+        return f"run_dir: {folder / CONFIG} is damaged: {why}; put it right, or give --overwrite to begin anew"
+    now = _flat(yaml_text.load(_resolved(config)))
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
     if not differ:
         return None

@@ -35,6 +35,6 @@ def refusal(folder: Path) -> str | None:
 def _content(file: Path) -> dict[str, object]:
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # said where the file is needed
+    except (OSError, ValueError, RecursionError):  # said where the file is needed
         return {}
     return found if isinstance(found, dict) else {}

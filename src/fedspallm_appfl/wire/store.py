@@ -9,7 +9,8 @@ Legend: I in features.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,26 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
         raise ModelError(f"{what} cannot be stored in {file.parent}: {error}; make room there") from error
 
 
+def _whole(packed: Packed) -> Packed:
+    """The same, if its parts belong together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    rows, columns = packed.shape
+    mask, values = packed.mask, packed.values
+    right = type(rows) is type(columns) is int and rows > 0 and columns > 0
+    if not right or mask is None or mask.dtype != torch.uint8 or tuple(mask.shape) != (-(-rows * columns // 8),):
+        raise ValueError(f"its mask is not that of a matrix of {shortened(packed.shape)}")
+    if values is not None and tuple(values.shape) != (packed.kept,):
+        raise ValueError(f"it has {values.numel()} values for {packed.kept} entries")
+    return packed
+
+
+def _damaged(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file} is damaged: {shortened(first_line(error))}; run the experiment again")
+
+
 class PackedStore:
     """A folder of packed blocks: what the server has agreed on does not have to stay in memory.
 
@@ -83,25 +104,43 @@ class PackedStore:
         self.save(block, {**(self.get(block) or {}), **linears})
 
     def get(self, block: int, only: str | None = None) -> dict[str, Packed] | None:
-        """One block with its matrices, or only one of them, in the order of their names; None if it is not stored."""
+        """One block with its matrices, or only one of them, in the order of their names; None if it is not stored.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
         if not self._file(block).is_file():
             return None
-        with safe_open(self._file(block), framework="pt") as file:
-            shapes = json.loads(file.metadata()["shapes"])
+        with self._opened(block) as (file, shapes):
             stored = set(file.keys())
             return {
-                name: Packed(
-                    tuple(shape),
-                    *(file.get_tensor(f"{name}/{part}") if f"{name}/{part}" in stored else None for part in PARTS),
+                name: _whole(
+                    Packed(
+                        tuple(shape),
+                        *(file.get_tensor(f"{name}/{part}") if f"{name}/{part}" in stored else None for part in PARTS),
+                    )
                 )
                 for name, shape in shapes.items()
                 if only in (None, name)
             }
 
     def names(self, block: int) -> list[str]:
-        """The matrices that are stored of a block."""
-        with safe_open(self._file(block), framework="pt") as file:
-            return list(json.loads(file.metadata()["shapes"]))
+        """The matrices that are stored of a block.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        with self._opened(block) as (_, shapes):
+            return list(shapes)
+
+    @contextmanager
+    def _opened(self, block: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The file of a block, and the shapes of its matrices."""
+        try:
+            with safe_open(self._file(block), framework="pt") as file:
+                yield file, dict(json.loads(file.metadata()["shapes"]))
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise _damaged(self._file(block), error) from error
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
@@ -184,9 +223,7 @@ class GramStore:
             sums = Sums(triangle.unflatten(flat, diagonal), int(facts["tokens"]))
             return linears, sums, bool(json.loads(facts["rounded"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ModelError(
-                f"{self._file(block, linear)} is damaged: {shortened(first_line(error))}; run the experiment again"
-            ) from error
+            raise _damaged(self._file(block, linear), error) from error
 
     def added(self, block: int, linear: str, sums: Sums, rounded: bool) -> tuple[Sums, bool]:
         """Sums with those added that are stored of the same input, and whether either was rounded."""
@@ -219,8 +256,15 @@ def save_sums(sums: SumsT, file: Path) -> None:
 
 
 def load_sums(kind: type[SumsT], file: Path, device: str) -> SumsT:
-    """Read sums of a kind that were written before."""
-    with safe_open(file, framework="pt", device=device) as stored:
-        numbers = {name: json.loads(text) for name, text in stored.metadata().items()}
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no iterator)
-    return kind(**tensors, **numbers)
+    """Read sums of a kind that were written before.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt", device=device) as stored:
+            numbers = {name: json.loads(text) for name, text in stored.metadata().items()}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no iterator)
+        return kind(**tensors, **numbers)
+    except (OSError, SafetensorError, AttributeError, ValueError, TypeError, RecursionError) as error:
+        raise _damaged(file, error) from error

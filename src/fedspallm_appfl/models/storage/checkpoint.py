@@ -153,16 +153,18 @@ def _weight_files(folder: Path) -> list[str]:
             return [name]
         try:
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = [shard for shard in shards if Path(shard).name != shard]
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
                 f"{folder / name} is not an index of weights: {shortened(repr(error))}; fetch the file again"
             ) from error
-        outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
-            raise ModelError(f"{folder / name} names {outside}, which are no file names; fetch the file again")
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
+            raise ModelError(f"{folder / name} names {quoted(outside)}, which are no file names; fetch the file again")
         if missing:
-            raise ModelError(f"{folder / name} names {missing}, which {folder} does not hold; fetch the model again")
+            raise ModelError(
+                f"{folder / name} names {quoted(missing)}, which {folder} does not hold; fetch the model again"
+            )
         return shards
     raise ModelError(f"{folder} holds no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")
 
@@ -176,8 +178,8 @@ def config_hash(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         meant = {key: value for key, value in config.items() if key not in BY_SITE}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {shortened(error)}") from error
     return _short(hashlib.sha256(json.dumps(meant, sort_keys=True).encode()))
 
 
