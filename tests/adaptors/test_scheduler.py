@@ -37,6 +37,7 @@ def make_scheduler(folder, state, open_blocks, rounds=2):
         "seed": 3,
         "rounds": rounds,
         "roster": SHARES,
+        "screening": "off",
         "weights": "equal",
         "fold": "latest",
         "expansion": "matrix",

@@ -153,7 +153,7 @@ def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: Pa
 def _config(run: Path, pruner: str | None) -> Config:
     if run_dir.at_work(run):
         raise ConfigError(f"another run or fedspallm prune is using {run}; wait until it is done")
-    if run_dir.is_cut_off(run):
+    if run_dir.is_cut_off(run) and not (run / STATISTICS).is_dir():
         raise ConfigError(f"the run in {run} was cut off; finish it with fedspallm resume {run}")
     if not ((run / STATISTICS).is_dir() and (run / "manifest.json").is_file()):
         raise ConfigError(

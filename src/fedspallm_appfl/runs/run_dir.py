@@ -26,10 +26,11 @@ from fedspallm_appfl.wire.durable import write_text
 MARK = "metrics.jsonl"  # a run writes this first: never overwrite a folder without it
 LOCK = ".lock"
 STATE = "state"
+SCRATCH = "scratch"  # of `fedspallm prune`
 CLIENTS = "clients"  # in it, of clients that see it
 CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
-OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, MARK)
+OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, SCRATCH, MARK)
 
 
 def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None:
@@ -226,8 +227,8 @@ def _is_ours(lock: IO[str], lock_file: Path) -> bool:
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """Create an empty `state/` in a locked run directory, and remove it at the end."""
-    state = folder / STATE
+    """Create an empty `scratch/` in a locked run directory, and remove it at the end; a run may still need its `state/`."""
+    state = folder / SCRATCH
     _remove(state)
     state.mkdir()
     try:

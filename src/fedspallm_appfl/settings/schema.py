@@ -213,8 +213,8 @@ class Recovery:
     batch: int = key(8, "windows in a step, at least `data.batch`", least=1, most=MOST)
     lr: float | None = key(
         None,
-        "how far a step goes at first, as a share of a matrix's root mean square; it falls to 0 over the round; empty "
-        "means 0.02 with `all`, 0.05 with `blockwise`",
+        "how far a step goes at first, as a share of a matrix's root mean square; it falls to 0 over the round. Empty: "
+        "each client tries its first step with 0.02 (`all`) or 0.05 (`blockwise`) and halves of it, and takes the best",
         least=0,
         most=1,
         range="greater than 0, at most 1, got {value}",
