@@ -42,7 +42,7 @@ LINEARS = {
 SITE = b"""model: model
 may_send: [weights, masks]
 min_tokens: 100
-store: {connector: file, folder: store}
+store: {folder: store}
 plugins: [mine.py]
 evaluation: true
 clients:
