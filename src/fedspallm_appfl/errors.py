@@ -88,10 +88,10 @@ class _Quotes(reprlib.Repr):
 _QUOTES = _Quotes()
 
 
-def shortened(words: object) -> str:
-    """Text with at most `QUOTED` characters."""
+def shortened(words: object, most: int = QUOTED) -> str:
+    """Text with at most so many characters."""
     text = str(words)
-    return text if len(text) <= QUOTED else f"{text[: QUOTED - 3]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def quoted(value: object) -> str:

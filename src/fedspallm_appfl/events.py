@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, first_line, shortened
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
@@ -64,8 +64,13 @@ def _read(file: Path) -> Iterator[Event]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         file.write_bytes(whole)
-    for line in whole.splitlines():
-        event: Event = json.loads(line)
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            event: Event = json.loads(line)
+            str(event["event"]), _frozen(event), float(event["time"])
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            why = f"line {number} of {file} is no event; begin the run anew with --overwrite"
+            raise ModelError(f"{why} ({shortened(first_line(error))})") from error
         yield event
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from fedspallm_appfl.errors import ConfigError, UpdateError
 from fedspallm_appfl.rounds.server import GlobalModel
-from helpers.fuzz import harness
+from helpers.fuzz import files, harness, uploads
 from helpers.fuzz.targets import attempts
 
 TARGETS = dict(attempts())
+DRAWN = ("text", "override")  # what is not changed is drawn too, and may be wrong
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -18,6 +19,18 @@ def test_nothing_from_outside_breaks_a_rule(name):
     for seed in range(2 if name.startswith(("upload", "run directory")) else 6):
         harness.run_case(tally, name, TARGETS[name], seed)
     assert tally.faults == {}
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name not in DRAWN and "upload " not in name])
+def test_what_is_not_changed_is_taken(monkeypatch, name):
+    """Else no case would come further than the first check; honest uploads are in every case."""
+    for module in (files, uploads):
+        monkeypatch.setattr(module, "changed", lambda value, dice: (value, ()))
+    monkeypatch.setattr(files, "changed_text", lambda text, dice: text)
+    monkeypatch.setattr(uploads, "flipped", lambda data, dice: data)
+    tally = harness.Tally()
+    harness.run_case(tally, name, TARGETS[name], 0)
+    assert tally.counts == {"taken": 1}
 
 
 def looked_at(attempt):

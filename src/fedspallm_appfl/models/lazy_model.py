@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, shortened
 from fedspallm_appfl.models.choice import choose
 from fedspallm_appfl.models.experts import is_fused
 from fedspallm_appfl.models.layout import Layout, Linear, find_layout
@@ -353,7 +353,8 @@ def without_weights(folder: Path, dtype: str) -> PreTrainedModel:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trusted)
     except Exception as error:  # config.json may hold anything, and every model class fails differently
-        why = custom_code.refusal(folder) or f"{folder} cannot be built as a causal LM by this transformers: {error}"
+        said = shortened(error, 1000)  # with its advice, which is long
+        why = custom_code.refusal(folder) or f"{folder} cannot be built as a causal LM by this transformers: {said}"
         raise ModelError(why) from error
     _require_plain(folder, config)
     return model

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.errors import ConfigError, ModelError
+from fedspallm_appfl.errors import ConfigError, ModelError, first_line, shortened
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds import GLOBAL
 from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
@@ -57,8 +57,9 @@ def manifest_of(path: str | None) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
         {one["name"]: parse_target(one["target"]) for one in manifest["matrices"]}
         {name: manifest[name] for name in ("algorithm", "pruner", "target", "allocation")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is not the manifest of a run: {error}; remove it, or name another model") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = shortened(first_line(error))
+        raise ModelError(f"{file} is not the manifest of a run: {why}; remove it, or name another model") from error
     return manifest
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError, first_line, shortened
 from fedspallm_appfl.events import Event, EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
@@ -127,7 +127,12 @@ def _allocated(config: Config, state: Path, log: EventLog) -> Config:
     """The configuration with the targets that are chosen at the first start and hold for later ones."""
     file = state / TARGETS
     if file.is_file():
-        return config.with_sparsity(parse_sparsity(json.loads(file.read_text("utf-8"))))
+        try:
+            return config.with_sparsity(parse_sparsity(json.loads(file.read_text("utf-8"))))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ModelError(
+                f"{file} is damaged: {shortened(first_line(error))}; begin anew with --overwrite"
+            ) from error
     told = allocated(config, log)
     write_text(file, json.dumps(plain(told.client_configs.train_configs.sparsity)))
     return told

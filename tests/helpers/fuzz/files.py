@@ -14,6 +14,8 @@ from rich.console import Console
 from fedspallm_appfl.api import validate
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError, UpdateError
+from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.globus.server.ledger import FOLDER, read
 from fedspallm_appfl.globus.server.results import read_result
 from fedspallm_appfl.globus.site.site_file import read_site_file
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -40,7 +42,7 @@ LINEARS = {
 SITE = b"""model: model
 may_send: [weights, masks]
 min_tokens: 100
-store: {connector: file, folder: store}
+store: {folder: store}
 plugins: [mine.py]
 evaluation: true
 clients:
@@ -59,6 +61,7 @@ def attempts() -> Iterator[tuple[str, Attempt]]:
     yield "run directory, prune", _run_directory
     yield "run directory, state", _resume
     yield "run directory, configuration", _other_configuration
+    yield "run directory, events and tasks", _events
     yield "result over Globus", _result
     yield "metadata and losses", _metadata
 
@@ -192,6 +195,18 @@ def _other_configuration(dice: random.Random) -> None:
         (Path(folder) / "config.yaml").write_bytes(changed_text((_room() / "run" / "config.yaml").read_bytes(), dice))
         if wrong := run_dir.problem(config, overwrite=False, resume=True):
             raise ConfigError(wrong)
+
+
+def _events(dice: random.Random) -> None:
+    """What was written down while a run over Globus Compute was at work."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        file, ledger = Path(folder) / "metrics.jsonl", Path(folder) / FOLDER / "ledger.json"
+        file.write_text('{"event": "start", "version": "1", "time": 1.5}\n{"event": "block", "block": 3, "time": 2}\n')
+        ledger.parent.mkdir()
+        ledger.write_text('{"run": "a", "starts": 1, "turn": [0, 0], "tasks": {"ann": "id"}, "objects": ["x"]}')
+        _changed_file(dice.choice([file, ledger]), dice)
+        EventLog(file)({"event": "block", "block": 3})
+        read(Path(folder))
 
 
 def _result(dice: random.Random) -> None:

@@ -175,7 +175,7 @@ def attempts() -> Iterator[tuple[str, Attempt]]:
     """(name, what makes a case) of each kind."""
     for kind in kinds():
         yield f"upload {kind.name}", _attempt(kind)
-    yield "upload as bytes", _bytes
+    yield "upload, as bytes", _bytes
 
 
 def _attempt(kind: Kind) -> Callable[[random.Random], None]:
@@ -200,16 +200,19 @@ def _attempt(kind: Kind) -> Callable[[random.Random], None]:
     return attempt
 
 
+def flipped(data: bytes, dice: random.Random) -> bytes:
+    """The same with some bits changed, maybe cut off."""
+    made = bytearray(data)
+    for _ in range(dice.choice([1, 2, 10])):
+        made[dice.choice([dice.randrange(8), dice.randrange(600), dice.randrange(len(made))])] ^= 1 << dice.randrange(8)
+    return bytes(made[: dice.choice([len(made), len(made), dice.randrange(len(made))])])
+
+
 def _bytes(dice: random.Random) -> None:
     """A payload as bytes with some of them changed."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         federation = Federation(Kind("weights", "fedspallm"), Path(folder))
-        data = bytearray(to_bytes(federation.honest("ann")))
-        for _ in range(dice.choice([1, 2, 10])):
-            data[dice.choice([dice.randrange(8), dice.randrange(600), dice.randrange(len(data))])] ^= (
-                1 << dice.randrange(8)
-            )
-        update = from_bytes(bytes(data[: dice.choice([len(data), dice.randrange(len(data))])]), "client ann")
+        update = from_bytes(flipped(to_bytes(federation.honest("ann")), dice), "client ann")
         refused = refusal_of(federation.model, "ann", update, ())
     if refused is not None:
         raise refused

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedspallm_appfl.errors import ModelError
+from fedspallm_appfl.errors import ModelError, first_line, shortened
 from fedspallm_appfl.wire.durable import write_text
 
 FOLDER = "globus"  # in the server's state
@@ -68,7 +68,7 @@ class Ledger:
     def answer(self, client: str) -> Any:
         """What the task of a client had returned before this start; None if nothing."""
         file = self._answers / f"{client}.json"
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+        return _read(file) if file.is_file() else None
 
     @property
     def _answers(self) -> Path:
@@ -89,8 +89,19 @@ def read(state: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        found: dict[str, Any] = _read(file)
         {name: found[name] for name in ("run", "starts", "turn", "tasks", "objects")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged: {error}; begin the run anew with --overwrite") from error
+    except (KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
     return found
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file} is damaged: {shortened(first_line(error))}; begin the run anew with --overwrite")
