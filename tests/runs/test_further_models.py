@@ -111,20 +111,20 @@ def test_packed_models_lie_in_the_run_directory_and_no_longer_than_they_are_read
     beside, check = [], further_models._require_all
 
     def watched(run, skeleton, packed):
-        beside.append(sorted(path.name for path in (damaged / "state").iterdir()))
+        beside.append(sorted(path.name for path in (damaged / "scratch").iterdir()))
         check(run, skeleton, packed)
 
     monkeypatch.setattr(further_models, "_require_all", watched)
     assert prune(damaged, "--sparsity", "0.5", "0.6") == 0
     assert beside == [["sparsegpt-0.5"], ["sparsegpt-0.5", "sparsegpt-0.6"] if texts is None else ["sparsegpt-0.6"]]
-    assert not (damaged / "state").exists()
+    assert not (damaged / "scratch").exists()
 
 
 def test_what_is_packed_goes_when_a_model_cannot_be_written(damaged, monkeypatch):
     monkeypatch.setattr(further_models.experiment, "write_pruned", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune(damaged, "--sparsity", "0.6")
-    assert not (damaged / "state").exists()
+    assert not (damaged / "scratch").exists()
 
 
 def test_another_pruner_has_a_folder_of_its_own_and_the_run_is_left_alone(damaged, capsys):

@@ -62,10 +62,10 @@ def test_a_file_system_without_locks_is_named_and_leaves_nothing_in_the_way(tmp_
 
 
 def test_scratch_goes_whatever_happens(tmp_path):
-    left = Path(tmp_path / "state" / "left")
+    left = Path(tmp_path / "scratch" / "left")
     left.mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt), run_dir.scratch(tmp_path) as state:
-        assert state == tmp_path / "state"
+        assert state == tmp_path / "scratch"
         assert not left.exists()
         (state / "block").touch()
         raise KeyboardInterrupt
