@@ -36,6 +36,7 @@ DOMAINS = ("austen", "bible", "csource", "sqldocs")
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4")
 HOSTILE = "c0"
 Parts = dict[str, Any]  # of one matrix, as they travel
+Seen = tuple[float, bool]  # a fact of an upload, and whether it lies outside the limits of its client
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ def configuration(
     own = []
     for number in range(clients):
         parts = written if mixed else [written[number % len(texts)]]
-        sizes = [len(text) // clients for text in parts]
-        cut = [text[number * size : (number + 1) * size] for text, size in zip(parts, sizes, strict=True)]
+        sharing, mine = (clients, number) if mixed else (-(-clients // len(texts)), number // len(texts))
+        sizes = [len(text) // sharing for text in parts]
+        cut = [text[mine * size : (mine + 1) * size] for text, size in zip(parts, sizes, strict=True)]
         file = folder / f"c{number}.txt"
         file.write_text("\n".join(cut), "utf-8")
         own.append({"client_id": f"c{number}", "data": {"text": str(file)}})
@@ -176,13 +178,14 @@ def configuration(
     }
 
 
-def honest_facts(raw: Mapping[str, Any]) -> dict[str, list[float]]:
+def honest_facts(raw: Mapping[str, Any]) -> dict[str, list[Seen]]:
     """All values of each fact in one run of honest clients."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Seen]] = {}
 
     def note(facts: Mapping[str, float], fitted: bool) -> list[screening.Outlier]:
+        outside = [one.limit.what for one in screening.outliers(facts, fitted)]
         for fact, value in facts.items():
-            found.setdefault(fact, []).append(value)
+            found.setdefault(fact, []).append((value, screening.LIMITS[fact].what in outside))
         return []
 
     config, problems = read_config(dict(raw))
@@ -196,7 +199,7 @@ def honest(models: Mapping[str, tuple[Path, Sequence[Path]]], full: bool) -> Tab
     """The range of each fact over a grid of honest runs."""
     table = Table("Honest clients", ("model", "what", "fact", "least", "median", "most", "outside"))
     pruners = (("fedspallm", "wanda"), ("fedspallm", "sparsegpt"), ("fedspallm", "admm"), ("gram", "sparsegpt"))
-    every: dict[str, list[float]] = {}
+    every: dict[str, list[Seen]] = {}
     for name, (model, texts) in models.items():
         for (algorithm, pruner), target in itertools.product(pruners, TARGETS if full else ("0.5", "0.8", "2:4")):
             grid = itertools.product((4, 16), (False, True), ((8, 64), (16, 128))) if full else [(4, False, (8, 64))]
@@ -217,9 +220,9 @@ def honest(models: Mapping[str, tuple[Path, Sequence[Path]]], full: bool) -> Tab
     return table
 
 
-def _add(table: Table, name: str, what: str, found: Mapping[str, list[float]]) -> None:
-    for fact, values in found.items():
-        outside = sum(not screening.LIMITS[fact].holds(value) for value in values)
+def _add(table: Table, name: str, what: str, found: Mapping[str, list[Seen]]) -> None:
+    for fact, seen in found.items():
+        values, outside = [value for value, _ in seen], sum(out for _, out in seen)
         spread = (min(values), statistics.median(values), max(values))
         table.add(name, what, fact, *(f"{value:.4g}" for value in spread), outside)
         sys.stderr.write(f"{time.process_time():.0f} s: {table.rows[-1]}\n")
