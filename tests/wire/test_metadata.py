@@ -23,6 +23,7 @@ def test_honest_metadata_is_read():
     assert read.notes == notes and read.is_last
     assert not read_metadata(HONEST | {"_chunk_idx": 0}, "client ann").is_last
     assert read_metadata(HONEST | {"host": "\x1b[2J|a b"}, "client ann").host == "2Jab"
+    assert read_metadata(HONEST | {"_client_ids": ["ann"]}, "client ann") == read_metadata(HONEST, "client ann")
 
 
 @pytest.mark.parametrize("key", ["_chunk_idx", "_total_chunks", "samples", "seconds", "notes"])

@@ -50,12 +50,13 @@ def read_metadata(metadata: Any, sender: str) -> Metadata:
         sender: whom to name in the error.
 
     Raises:
-        UpdateError: a key is missing or unknown, or a value has another type or range.
+        UpdateError: a key is missing, or unknown without a leading underscore, or a value has another type or range.
     """
     where = f"refused the metadata of {sender}"
     if not isinstance(metadata, Mapping) or not all(type(key) is str for key in metadata):
         raise UpdateError(f"{where}: it has keys and values, got {quoted(metadata)}")
-    unknown = [key for key in metadata if key not in KEYS]
+    # An underscore begins what APPFL's communicators add for themselves, such as `_client_ids`; nothing here reads it.
+    unknown = [key for key in metadata if key not in KEYS and not key.startswith("_")]
     if unknown:
         raise UpdateError(f"{where}: unknown key {quoted(unknown[0])}; there are {', '.join(KEYS)}")
     total = _count(metadata, "_total_chunks", 1, MOST, where)
