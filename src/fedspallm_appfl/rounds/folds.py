@@ -19,7 +19,7 @@ from torch import Tensor
 from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
-from fedspallm_appfl.aggregation.screening import Size, gram_facts, mask_facts, weight_facts
+from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_squares, look_at_values, sum_of_squares
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
@@ -126,8 +126,8 @@ class Fold(Protocol):
     def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
-    def facts(self, block: int, unit: str, packed: Any) -> dict[str, float]:
-        """What screening looks at of a checked upload (see `aggregation.screening`)."""
+    def look(self, block: int, unit: str, packed: Any) -> Seen:
+        """What screening sees of a checked upload (see `aggregation.screening`)."""
 
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""
@@ -183,14 +183,14 @@ class _MatrixFold:
     def __init__(self, context: Context, exchange: Exchange) -> None:
         self._context = context
         self._exchange = exchange
-        self._sizes: dict[tuple[int, str], Size] = {}
+        self._squares: dict[tuple[int, str], float] = {}
 
-    def _dense_kept(self, block: int, unit: str, packed: Packed) -> tuple[Tensor, Size]:
-        """The dense weights that a mask keeps, (kept,), and the size of all of the matrix."""
+    def _dense(self, block: int, unit: str) -> tuple[Tensor, float]:
+        """The dense weights, and the sum of their squares."""
         dense = self._context.dense(block, unit).contiguous()
-        if (block, unit) not in self._sizes:
-            self._sizes[block, unit] = Size.of(dense)
-        return bitmask.gather(dense, packed.bits), self._sizes[block, unit]
+        if (block, unit) not in self._squares:
+            self._squares[block, unit] = sum_of_squares(dense)
+        return dense, self._squares[block, unit]
 
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
@@ -280,11 +280,10 @@ class _MeanFold(_MatrixFold):
                 f"is at most {LARGEST_SUM / shares:g}, and counts are at most {MOST_WEIGHT // shares}"
             )
 
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of weights and mask."""
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At weights."""
         assert packed.values is not None
-        there, size = self._dense_kept(block, unit, packed)
-        return weight_facts(packed.values, there, size) | mask_facts(there, size)
+        return look_at_values(packed.values, packed.bits, *self._dense(block, unit))
 
 
 class WeightFold(_MeanFold):
@@ -314,6 +313,11 @@ class WeightFold(_MeanFold):
             return checked.with_values(context.dense(block, unit)) if alone else checked
 
         return check
+
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At weights and mask."""
+        seen = super().look(block, unit, packed)
+        return replace(seen, facts=seen.facts | look_at_mask(packed.bits, *self._dense(block, unit)).facts)
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
@@ -378,9 +382,9 @@ class VoteFold(_MatrixFold):
     def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
         """Votes have room for all clients from the start."""
 
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of a mask."""
-        return mask_facts(*self._dense_kept(block, unit, packed))
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At a mask."""
+        return look_at_mask(packed.bits, *self._dense(block, unit))
 
     def add(self, sums: Votes, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Count a mask."""
@@ -424,11 +428,6 @@ class ValueFold(_MeanFold):
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
         kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
         return L0Sums.empty((1, kept), weighted, clients, self._context.device)
-
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of weights; the mask is not the client's."""
-        assert packed.values is not None
-        return weight_facts(packed.values, *self._dense_kept(block, unit, packed))
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
@@ -546,9 +545,9 @@ class GramFold:
     def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def facts(self, block: int, unit: str, packed: PackedGram) -> dict[str, float]:
-        """Of statistics."""
-        return gram_facts(packed.tokens, packed.diagonal)
+    def look(self, block: int, unit: str, packed: PackedGram) -> Seen:
+        """At sums of squares."""
+        return look_at_squares(packed.tokens, packed.diagonal)
 
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""
@@ -666,9 +665,9 @@ class DeltaFold(_MatrixFold):
     def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def facts(self, block: int, unit: str, packed: PackedDelta) -> dict[str, float]:
-        """None: a change that is too large is not accepted anyway."""
-        return {}
+    def look(self, block: int, unit: str, packed: PackedDelta) -> Seen:
+        """At nothing: a change that is too large is not accepted anyway."""
+        return Seen({})
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""
