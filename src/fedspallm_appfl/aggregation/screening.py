@@ -52,10 +52,10 @@ class Limit:
 LIMITS: dict[str, Limit] = {
     "far": Limit(f"share of columns that changed more than {FAR:g} times what pruning takes away", 0.0, 0.25, 0.7),
     "moved": Limit("change of kept weights over what was pruned away", 0.0, 2.5, 4.3),
-    "shrunk": Limit("smallest growth of a group of rows over what was pruned away", -0.6, math.inf),
-    "grown": Limit("largest growth of a group of rows over what was pruned away", -math.inf, 1.5),
+    "shrunk": Limit("smallest growth of a group of rows over what was pruned away", -0.4, math.inf),
+    "grown": Limit("largest growth of a group of rows over what was pruned away", -math.inf, 1.3),
     "pruned": Limit("mean square of the dense weights that a mask prunes over that of all", 0.0, 1.05),
-    "square": Limit("mean square of a feature", 0.0, 1e9),
+    "square": Limit("mean square of the features over that of random tokens", 0.0, 30.0),
 }
 
 
@@ -134,14 +134,15 @@ def look_at_mask(bits: Tensor, dense: Tensor, square: float) -> Seen:
     return Seen({"pruned": _ratio(square - sum_of_squares(there), square * gone / dense.numel())} if gone else {})
 
 
-def look_at_squares(tokens: int, diagonal: Tensor) -> Seen:
+def look_at_squares(tokens: int, diagonal: Tensor, typical: float | None) -> Seen:
     """Facts of statistics, whose correlations were checked already.
 
     Args:
         tokens: T.
         diagonal: (I,) float32, sums of squares.
+        typical: mean square of the features on random tokens; None where nobody knows.
     """
-    return Seen({"square": float(diagonal.max()) / tokens})
+    return Seen({} if typical is None else {"square": _ratio(float(diagonal.double().mean()) / tokens, typical)})
 
 
 def sum_of_squares(matrix: Tensor) -> float:
@@ -150,7 +151,7 @@ def sum_of_squares(matrix: Tensor) -> float:
 
 
 def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[float, float]], Tensor]:
-    """For each group of rows (values times dense weights, squares of these); (I,) float64, squares of what columns moved."""
+    """For each group of rows (values times dense weights, squares of these); (I,) float64, squares of columns' moves."""
     sizes, moves = [], torch.zeros(dense.shape[1], dtype=torch.float64)
     for part, some, mine in _groups(values, bits, dense):
         there, mine = bitmask.gather(part, some).float(), mine.float()
@@ -160,7 +161,7 @@ def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[f
 
 
 def _groups(values: Tensor, bits: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows of the dense matrix, their bits, their values), some rows at a time: a multiple of 8, so that bytes are whole."""
+    """(rows of the dense matrix, their bits, their values), a multiple of 8 rows at a time, so that bytes are whole."""
     rows, columns = dense.shape
     entries = min(max(dense.numel() // PARTS, SMALLEST), LARGEST)
     step, taken = max(8, entries // columns // 8 * 8), 0

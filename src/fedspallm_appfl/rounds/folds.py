@@ -57,6 +57,7 @@ class Context:
         device: where sums are kept and combined.
         dense: (block, linear) -> its dense weight (O, I) in `dtype`.
         groups: linears that share an input, for algorithms that gather statistics.
+        typical: (block, linear) -> mean square of its inputs on random tokens, None where nobody knows; for the same.
     """
 
     layout: Layout
@@ -66,6 +67,7 @@ class Context:
     device: str
     dense: Callable[[int, str], Tensor]
     groups: Groups = ()
+    typical: Callable[[int, str], float | None] = lambda block, name: None
 
     def making(self, block: int) -> Path:
         """The folder for what an exchange makes of a block; what earlier ones made is in `folder`."""
@@ -547,7 +549,7 @@ class GramFold:
 
     def look(self, block: int, unit: str, packed: PackedGram) -> Seen:
         """At sums of squares."""
-        return look_at_squares(packed.tokens, packed.diagonal)
+        return look_at_squares(packed.tokens, packed.diagonal, self._context.typical(block, unit))
 
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""

@@ -334,7 +334,9 @@ class GlobalModel:
         for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
         if self.settings.screening != "off":
-            checked = tuple((block, name, self._screened(client, block, name, packed)) for block, name, packed in checked)
+            checked = tuple(
+                (block, name, self._screened(client, block, name, packed)) for block, name, packed in checked
+            )
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
