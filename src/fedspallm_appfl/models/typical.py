@@ -18,9 +18,10 @@ WINDOWS, LENGTH = 4, 64
 
 @torch.no_grad()
 def typical_squares(model: LazyModel) -> dict[tuple[int, str], float]:
-    """(block, linear) -> mean square of its inputs' features, in the dense model; nothing of experts that no token reached."""
+    """(block, linear) -> mean square of its inputs in the dense model; nothing of experts that no token reached."""
     tokens = torch.randint(model.vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    state, found = embed(model, tokens, WINDOWS), {}
+    state = embed(model, tokens, WINDOWS)
+    found: dict[tuple[int, str], float] = {}
     for index in range(len(model.blocks)):
         linears = model.layout.blocks[index]
         inputs = SharedInputs(
