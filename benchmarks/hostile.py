@@ -213,8 +213,9 @@ def configuration(
     own = []
     for number in range(clients):
         parts = written if mixed else [written[number % len(texts)]]
-        sizes = [len(text) // clients for text in parts]
-        cut = [text[number * size : (number + 1) * size] for text, size in zip(parts, sizes, strict=True)]
+        sharing, mine = (clients, number) if mixed else (-(-clients // len(texts)), number // len(texts))
+        sizes = [len(text) // sharing for text in parts]
+        cut = [text[mine * size : (mine + 1) * size] for text, size in zip(parts, sizes, strict=True)]
         file = folder / f"c{number}.txt"
         file.write_text("\n".join(cut), "utf-8")
         own.append({"client_id": f"c{number}", "data": {"text": str(file)}})
