@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedspallm_appfl.aggregation.screening import (
     FAR,
@@ -39,7 +40,7 @@ def dense_and_bits(seed=0, rows=64, columns=64):
 
 
 def looked(values, bits, dense):
-    return look_at_values(values, bits, dense, sum_of_squares(dense))
+    return look_at_values(values, bits, dense, sum_of_squares(dense), own_mask=False)
 
 
 def broken(seen, fitted=False):
@@ -55,7 +56,9 @@ def test_facts_are_what_they_say():
     assert seen.facts["grown"] == seen.facts["shrunk"]
     assert seen.facts["grown"] == pytest.approx(((4 * 4 + 15 * 12) * (1 / 160) - 1) / 1.05 * kept / gone)
     assert (seen.facts["far"], seen.columns, seen.values) == (0.0, 0, None)
-    assert look_at_mask(bits, dense, 169.0).facts == {"pruned": pytest.approx((9 / 2) / (169 / 4))}
+    pruned = {"pruned": pytest.approx((9 / 2) / (169 / 4))}
+    assert look_at_mask(bits, dense, 169.0).facts == pruned
+    assert look_at_values(torch.tensor([4.0, 15.0]), bits, dense, 169.0).facts == seen.facts | pruned
     assert look_at_squares(4, torch.tensor([2.0, 8.0]), 0.5).facts == {"square": pytest.approx(2.5)}
     assert look_at_squares(4, torch.tensor([2.0, 8.0]), None).facts == {}
 
@@ -116,15 +119,25 @@ def test_honest_weights_are_within_the_limits(pruner, target, tokens):
     assert broken(look_at_mask(bits, dense, sum_of_squares(dense))) == []
 
 
-def hostile_run(folder, model, monkeypatch, how, **server):
-    """One of three clients sends ten times its weights in its second block."""
+def tenfold(parts):
+    parts["values"] = parts["values"] * 10
+
+
+def far_column(parts):
+    weight = bitmask.scatter(parts["values"], parts["mask"], tuple(parts["shape"]))
+    weight[:, 2] *= -100
+    parts["values"] = bitmask.gather(weight, parts["mask"])
+
+
+def hostile_run(folder, model, monkeypatch, how, spoil=tenfold, **server):
+    """One of three clients spoils the weights of its second block."""
     make = serial.made
 
     def made(agent, *rest):
         update, metadata = make(agent, *rest)
         if agent.trainer.client_id == "bible" and metadata["_chunk_idx"] == 1:
             for parts in update["blocks"]["1"].values():
-                parts["values"] = parts["values"] * 10
+                spoil(parts)
         return update, metadata
 
     monkeypatch.setattr(serial, "made", made)
@@ -156,6 +169,20 @@ def test_a_hostile_client_is_left_out_or_ends_the_run_or_is_reported(tmp_path, t
     text = (reported / "report.md").read_text()
     assert "## Uploads that stand out" in text and "| bible | 1 | " in text
     assert events(run(hostile_run(tmp_path / "off", tiny_model, monkeypatch, "off")), "outlier") == []
+
+
+def test_columns_that_went_far_are_brought_back_in_what_is_folded(tmp_path, tiny_model, monkeypatch):
+    folders = [
+        run(hostile_run(tmp_path / how, tiny_model, monkeypatch, how, far_column))
+        for how in ("refuse", "report", "off")
+    ]
+    back = {(one["client"], one["block"]) for one in events(folders[0], "brought_back")}
+    assert ("bible", 1) in back and events(folders[0], "absent") == []
+    assert "| bible | 1 | " in (folders[0] / "report.md").read_text().split("were brought back")[1]
+    values = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert float(values[0][name][:, 2].abs().max()) < 0.2 * float(values[2][name][:, 2].abs().max())
+    assert torch.equal(values[1][name], values[2][name])
 
 
 def test_a_lie_about_samples_is_refused(tmp_path, tiny_model, monkeypatch):

@@ -24,7 +24,7 @@ from fedspallm_appfl.tensors import bitmask
 FAR = 5.0  # units that a column may move before it is brought back
 LEAST_UNIT = 0.01  # of the sum of squares of a matrix: what counts as pruned away at least
 PARTS = 16  # groups of rows that are looked at by themselves, fewer in small matrices and more in large ones
-SMALLEST, LARGEST = 2**12, 2**20  # entries of such a group
+SMALLEST, LARGEST = 2**12, 2**18  # entries of such a group
 EMPTY = 0.05  # of the mean group's sum of squares: a group of less says nothing of its scale
 
 
@@ -105,7 +105,7 @@ class Seen:
     columns: int = 0
 
 
-def look_at_values(values: Tensor, bits: Tensor, dense: Tensor, square: float) -> Seen:
+def look_at_values(values: Tensor, bits: Tensor, dense: Tensor, square: float, own_mask: bool = True) -> Seen:
     """Facts of kept weights.
 
     Args:
@@ -113,6 +113,7 @@ def look_at_values(values: Tensor, bits: Tensor, dense: Tensor, square: float) -
         bits: (ceil(O * I / 8),) uint8, the mask (see `bitmask`).
         dense: (O, I) contiguous, the dense matrix in the dtype of the values.
         square: `sum_of_squares` of it.
+        own_mask: the mask is the client's; else others made it too.
     """
     sizes, moves = _measured(values, bits, dense)
     kept = math.fsum(before for _, before in sizes)
@@ -124,14 +125,21 @@ def look_at_values(values: Tensor, bits: Tensor, dense: Tensor, square: float) -
         sizes, _ = _measured(back, bits, dense)
     moved = math.sqrt(_ratio(float(moves.clamp(max=most).sum()), unit))
     grown = [(scale - 1) * math.sqrt(_ratio(kept, unit)) for scale in _scales(sizes)]
-    return Seen({"far": columns / len(moves), "moved": moved, "shrunk": min(grown), "grown": max(grown)}, back, columns)
+    facts = {"far": columns / len(moves), "moved": moved, "shrunk": min(grown), "grown": max(grown)}
+    mask = _facts_of_mask(len(values), kept, dense.numel(), square) if own_mask else {}
+    return Seen(facts | mask, back, columns)
 
 
 def look_at_mask(bits: Tensor, dense: Tensor, square: float) -> Seen:
     """Facts of a mask; arguments as of `look_at_values`."""
     there = bitmask.gather(dense, bits)
-    gone = dense.numel() - len(there)
-    return Seen({"pruned": _ratio(square - sum_of_squares(there), square * gone / dense.numel())} if gone else {})
+    return Seen(_facts_of_mask(len(there), sum_of_squares(there), dense.numel(), square))
+
+
+def _facts_of_mask(count: int, kept: float, entries: int, square: float) -> dict[str, float]:
+    """Of how many dense weights it keeps, and of their sum of squares."""
+    gone = entries - count
+    return {"pruned": _ratio(square - kept, square * gone / entries)} if gone else {}
 
 
 def look_at_squares(tokens: int, diagonal: Tensor, typical: float | None) -> Seen:

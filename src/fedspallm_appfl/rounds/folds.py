@@ -282,10 +282,9 @@ class _MeanFold(_MatrixFold):
                 f"is at most {LARGEST_SUM / shares:g}, and counts are at most {MOST_WEIGHT // shares}"
             )
 
-    def look(self, block: int, unit: str, packed: Packed) -> Seen:
-        """At weights."""
+    def _look(self, block: int, unit: str, packed: Packed, own_mask: bool) -> Seen:
         assert packed.values is not None
-        return look_at_values(packed.values, packed.bits, *self._dense(block, unit))
+        return look_at_values(packed.values, packed.bits, *self._dense(block, unit), own_mask)
 
 
 class WeightFold(_MeanFold):
@@ -318,8 +317,7 @@ class WeightFold(_MeanFold):
 
     def look(self, block: int, unit: str, packed: Packed) -> Seen:
         """At weights and mask."""
-        seen = super().look(block, unit, packed)
-        return replace(seen, facts=seen.facts | look_at_mask(packed.bits, *self._dense(block, unit)).facts)
+        return self._look(block, unit, packed, own_mask=True)
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
@@ -430,6 +428,10 @@ class ValueFold(_MeanFold):
         """Sums of kept entries alone, (1, kept): nobody votes any more."""
         kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
         return L0Sums.empty((1, kept), weighted, clients, self._context.device)
+
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At weights."""
+        return self._look(block, unit, packed, own_mask=False)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
