@@ -172,10 +172,10 @@ def test_a_hostile_client_is_left_out_or_ends_the_run_or_is_reported(tmp_path, t
 
 
 def test_columns_that_went_far_are_brought_back_in_what_is_folded(tmp_path, tiny_model, monkeypatch):
-    folders = [
-        run(hostile_run(tmp_path / how, tiny_model, monkeypatch, how, far_column))
-        for how in ("refuse", "report", "off")
-    ]
+    folders = []
+    for how in ("refuse", "report", "off"):
+        with monkeypatch.context() as patch:
+            folders.append(run(hostile_run(tmp_path / how, tiny_model, patch, how, far_column)))
     back = {(one["client"], one["block"]) for one in events(folders[0], "brought_back")}
     assert ("bible", 1) in back and events(folders[0], "absent") == []
     assert "| bible | 1 | " in (folders[0] / "report.md").read_text().split("were brought back")[1]
