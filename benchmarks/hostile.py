@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,13 +31,19 @@ from fedspallm_appfl.rounds import server
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import read_config
+from fedspallm_appfl.tensors.bitmask import from_bits, gather, scatter, to_bits
 
 DEMO = Path("examples/demo")
 DOMAINS = ("austen", "bible", "csource", "sqldocs")
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4")
+SETUPS = (  # clients, whether all have the same kinds of text, (windows, length)
+    (4, False, (8, 64)),
+    (4, True, (16, 128)),
+    (16, False, (8, 64)),
+    (16, True, (8, 64)),
+)
 HOSTILE = "c0"
 Parts = dict[str, Any]  # of one matrix, as they travel
-Seen = tuple[float, bool]  # a fact of an upload, and whether it lies outside the limits of its client
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,26 @@ def _inverted(parts: Parts) -> None:
     parts["mask"] = ~parts["mask"]
 
 
+def _at_random(parts: Parts) -> None:
+    rows, columns = parts["shape"]
+    kept = from_bits(parts["mask"], (rows * columns,))
+    parts["mask"] = to_bits(kept[torch.randperm(rows * columns, generator=torch.Generator().manual_seed(rows))])
+
+
+def _one_column(parts: Parts) -> None:
+    """-100 times the weights of the first input feature."""
+    weight = scatter(parts["values"], parts["mask"], tuple(parts["shape"]))
+    weight[:, 0] *= -100
+    parts["values"] = gather(weight, parts["mask"])
+
+
 def _large_diagonal(parts: Parts) -> None:
     parts["diagonal"] = torch.full_like(parts["diagonal"], 3e38)
 
 
-def _rank_one(parts: Parts) -> None:
-    """`G + v v^T` with a million times the diagonal."""
-    roots = 1e3 * parts["diagonal"].sqrt()
+def _rank_one(times: float, parts: Parts) -> None:
+    """`v v^T` with so many times the diagonal."""
+    roots = times**0.5 * parts["diagonal"].sqrt()
     side = len(roots)
     above = torch.triu_indices(side, side, 1)
     parts["diagonal"] = roots.square()
@@ -106,6 +126,34 @@ def _correlated(parts: Parts) -> None:
     parts["upper"] = (parts["upper"].float() * 10).to(parts["upper"].dtype)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A way to prune.
+
+    Attributes:
+        name: in the table.
+        pruner: of the clients, or of the server.
+        algorithm: of the run.
+        refit: least squares afterwards.
+        propagate: as `gram.propagate`.
+    """
+
+    name: str
+    pruner: str
+    algorithm: str = "fedspallm"
+    refit: bool = False
+    propagate: str = "dense"
+
+
+KINDS = (
+    Kind("wanda", "wanda"),
+    Kind("sparsegpt", "sparsegpt"),
+    Kind("sparsegpt with refit", "sparsegpt", refit=True),
+    Kind("admm", "admm"),
+    Kind("consensus, sparsegpt", "sparsegpt", "consensus"),
+    Kind("gram", "sparsegpt", "gram"),
+    Kind("gram, a sweep", "sparsegpt", "gram", propagate="pruned"),
+)
 ATTACKS = (
     Attack("sign flipped", _values(torch.neg)),
     Attack("x10", _values(lambda values: 10 * values)),
@@ -114,11 +162,16 @@ ATTACKS = (
     Attack("zeros", _values(torch.zeros_like)),
     Attack("a tenth of them zeros", _values(_zeros_in(0.1))),
     Attack("noise", _values(_noise)),
-    Attack("x1.4", _values(lambda values: 1.4 * values)),
+    Attack("one column x-100", _one_column),
+    Attack("x1.3", _values(lambda values: 1.3 * values)),
+    Attack("x1.8", _values(lambda values: 1.8 * values)),
+    Attack("noise of half the size added", _values(lambda values: values + _noise(values) / 2)),
     Attack("x-10, 1000 times the samples", _values(lambda values: -10 * values), samples=1000),
     Attack("masks inverted", _inverted, pruner="wanda"),
+    Attack("masks at random", _at_random, pruner="wanda"),
     Attack("gram: diagonal of 3e38", _large_diagonal, "gram"),
-    Attack("gram: rank one x1e6", _rank_one, "gram"),
+    Attack("gram: rank one x1e6", partial(_rank_one, 1e6), "gram"),
+    Attack("gram: rank one x20", partial(_rank_one, 20.0), "gram"),
     Attack("gram: correlations x10", _correlated, "gram"),
 )
 
@@ -178,54 +231,43 @@ def configuration(
     }
 
 
-def honest_facts(raw: Mapping[str, Any]) -> dict[str, list[Seen]]:
-    """All values of each fact in one run of honest clients."""
-    found: dict[str, list[Seen]] = {}
+def honest_facts(raw: Mapping[str, Any], found: dict[str, list[float]]) -> int:
+    """Add all values of each fact in one run of honest clients; returns how many are outside the limits."""
+    refused = 0
 
     def note(facts: Mapping[str, float], fitted: bool) -> list[screening.Outlier]:
-        outside = [one.limit.what for one in screening.outliers(facts, fitted)]
+        nonlocal refused
         for fact, value in facts.items():
-            found.setdefault(fact, []).append((value, screening.LIMITS[fact].what in outside))
+            found.setdefault(fact, []).append(value)
+        refused += len(screening.outliers(facts, fitted))
         return []
 
     config, problems = read_config(dict(raw))
     assert not problems, problems
     with tempfile.TemporaryDirectory() as state, mock.patch.object(server, "outliers", note):
         serial.run(config, Path(state), lambda event: None)
-    return found
+    return refused
 
 
-def honest(models: Mapping[str, tuple[Path, Sequence[Path]]], full: bool) -> Table:
+def honest(model: Path, texts: Sequence[Path], full: bool) -> Table:
     """The range of each fact over a grid of honest runs."""
-    table = Table("Honest clients", ("model", "what", "fact", "least", "median", "most", "outside"))
-    pruners = (("fedspallm", "wanda"), ("fedspallm", "sparsegpt"), ("fedspallm", "admm"), ("gram", "sparsegpt"))
-    every: dict[str, list[Seen]] = {}
-    for name, (model, texts) in models.items():
-        for (algorithm, pruner), target in itertools.product(pruners, TARGETS if full else ("0.5", "0.8", "2:4")):
-            grid = itertools.product((4, 16), (False, True), ((8, 64), (16, 128))) if full else [(4, False, (8, 64))]
-            for clients, mixed, (windows, length) in grid:
-                with tempfile.TemporaryDirectory() as folder:
-                    raw = configuration(
-                        Path(folder), model, texts, clients, mixed, windows, length, pruner=pruner, sparsity=target
-                    )
-                    precisions = ("fp32", "bf16", "int8") if algorithm == "gram" else ("int8",)
-                    for precision in precisions if full else precisions[:1]:
-                        found = honest_facts(raw | {"algorithm": algorithm, "gram": {"precision": precision}})
-                        what = f"{algorithm} {pruner} {target}, {clients} {'mixed' if mixed else 'by domain'}, "
-                        what += f"{windows} x {length}" + (f", {precision}" if algorithm == "gram" else "")
-                        _add(table, name, what, found)
-                        for fact, values in found.items():
-                            every.setdefault(fact, []).extend(values)
-    _add(table, "all", "all", every)
-    return table
-
-
-def _add(table: Table, name: str, what: str, found: Mapping[str, list[Seen]]) -> None:
-    for fact, seen in found.items():
-        values, outside = [value for value, _ in seen], sum(out for _, out in seen)
-        spread = (min(values), statistics.median(values), max(values))
-        table.add(name, what, fact, *(f"{value:.4g}" for value in spread), outside)
+    table = Table("Honest clients", ("what", "target", "runs", *screening.LIMITS, "outside"))
+    for kind, target in itertools.product(KINDS, TARGETS if full else ("0.5", "0.8", "2:4")):
+        found: dict[str, list[float]] = {}
+        runs, outside = 0, 0
+        for clients, mixed, (windows, length) in SETUPS if full else SETUPS[:1]:
+            train = {"pruner": kind.pruner, "refit": kind.refit, "sparsity": target}
+            with tempfile.TemporaryDirectory() as folder:
+                raw = configuration(Path(folder), model, texts, clients, mixed, windows, length, **train)
+                raw |= {"algorithm": kind.algorithm, "gram": {"propagate": kind.propagate}}
+                outside += honest_facts(raw, found)
+            runs += 1
+        spread = [
+            f"{min(found[fact]):.3g} to {max(found[fact]):.3g}" if fact in found else "" for fact in screening.LIMITS
+        ]
+        table.add(kind.name, target, runs, *spread, outside)
         sys.stderr.write(f"{time.process_time():.0f} s: {table.rows[-1]}\n")
+    return table
 
 
 def attacks(model: Path, texts: Sequence[Path], held_out: Mapping[str, Path]) -> Table:
@@ -282,7 +324,7 @@ def main() -> int:
     torch.set_num_threads(1)
     texts = options.texts or [DEMO / "text" / name / "calib.txt" for name in DOMAINS]
     if options.honest:
-        table = honest({options.model.parent.name: (options.model, texts)}, options.full)
+        table = honest(options.model, texts, options.full)
     else:
         table = attacks(options.model, texts, {text.parent.name: text.with_name("test.txt") for text in texts})
     sys.stdout.write(table.markdown())

@@ -11,7 +11,8 @@ from fedspallm_appfl.errors import ModelError, first_line, shortened
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 
-ONCE = ("start", "block", "round", "measured", "allocation", "notice", "outlier")  # kinds that count only once
+# kinds that count only once
+ONCE = ("start", "block", "round", "measured", "allocation", "notice", "outlier", "brought_back")
 
 
 def ignore(event: Event) -> None:

@@ -2,58 +2,106 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fedspallm_appfl.aggregation import screening
-from fedspallm_appfl.aggregation.screening import LIMITS, Size, gram_facts, mask_facts, outliers, weight_facts
+from fedspallm_appfl.aggregation.screening import (
+    FAR,
+    LIMITS,
+    Seen,
+    look_at_mask,
+    look_at_squares,
+    look_at_values,
+    outliers,
+    sum_of_squares,
+)
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.tiny import events, run, save_tiny, tiny_config
 
 ATTACKS = {
-    "sign flipped": (lambda values: -values, "cosine"),
-    "x10": (lambda values: 10 * values, "norm"),
-    "x-10": (lambda values: -10 * values, "cosine"),
-    "zeros": (lambda values: 0 * values, "norm"),
-    "one value": (lambda values: values.index_fill(0, torch.tensor([3]), 6e4), "largest"),
-    "noise": (lambda values: torch.randn(len(values), generator=torch.Generator().manual_seed(0)), "norm"),
+    "sign flipped": (lambda values: -values, "moved"),
+    "x10": (lambda values: 10 * values, "far"),
+    "x2": (lambda values: 2 * values, "grown"),
+    "zeros": (lambda values: 0 * values, "shrunk"),
+    "a tenth of them zeros": (lambda values: torch.cat([0 * values[:1639], values[1639:]]), "shrunk"),
+    "noise": (lambda values: torch.randn(len(values), generator=torch.Generator().manual_seed(0)), "shrunk"),
 }
 
 
-def dense_and_kept(seed=0, rows=32, columns=64):
+def dense_and_bits(seed=0, rows=64, columns=64):
     random = torch.Generator().manual_seed(seed)
     dense = torch.randn(rows, columns, generator=random)
-    mask = dense.abs() > dense.abs().median()
-    return dense, mask
+    return dense, bitmask.to_bits(dense.abs() > dense.abs().median())
+
+
+def looked(values, bits, dense):
+    return look_at_values(values, bits, dense, sum_of_squares(dense), own_mask=False)
+
+
+def broken(seen, fitted=False):
+    return [one.what for one in outliers(seen.facts, fitted)]
 
 
 def test_facts_are_what_they_say():
     dense = torch.tensor([[3.0, 4.0], [0.0, 12.0]])
-    values, there = torch.tensor([6.0, 8.0]), torch.tensor([3.0, 4.0])
-    facts = weight_facts(values, there, Size.of(dense))
-    assert facts["cosine"] == pytest.approx(1.0)
-    assert facts["norm"] == pytest.approx(2.0)
-    assert facts["largest"] == pytest.approx(8 / 12)
-    assert mask_facts(there, Size.of(dense))["energy"] == pytest.approx((25 / 2) / (169 / 4))
-    assert gram_facts(4, torch.tensor([2.0, 8.0])) == {"square": 2.0}
+    bits = bitmask.to_bits(torch.tensor([[False, True], [False, True]]))
+    seen = looked(torch.tensor([4.0, 15.0]), bits, dense)
+    gone, kept = 3.0, 160.0**0.5
+    assert seen.facts["moved"] == pytest.approx(3.0 / gone)
+    assert seen.facts["grown"] == seen.facts["shrunk"]
+    assert seen.facts["grown"] == pytest.approx(((4 * 4 + 15 * 12) * (1 / 160) - 1) / 1.05 * kept / gone)
+    assert (seen.facts["far"], seen.columns, seen.values) == (0.0, 0, None)
+    pruned = {"pruned": pytest.approx((9 / 2) / (169 / 4))}
+    assert look_at_mask(bits, dense, 169.0).facts == pruned
+    assert look_at_values(torch.tensor([4.0, 15.0]), bits, dense, 169.0).facts == seen.facts | pruned
+    assert look_at_squares(4, torch.tensor([2.0, 8.0]), 0.5).facts == {"square": pytest.approx(2.5)}
+    assert look_at_squares(4, torch.tensor([2.0, 8.0]), None).facts == {}
+
+
+def test_nothing_pruned_and_nothing_there_are_no_outliers():
+    for dense in (torch.randn(8, 8), torch.zeros(8, 8)):
+        bits = bitmask.to_bits(torch.ones(8, 8).bool())
+        assert broken(looked(dense.flatten(), bits, dense)) == []
+        assert look_at_mask(bits, dense, sum_of_squares(dense)).facts == {}
+    assert broken(looked(torch.ones(64), bits, dense))
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_each_attack_is_seen(attack):
     change, fact = ATTACKS[attack]
-    dense, mask = dense_and_kept()
-    facts = weight_facts(change(dense[mask]), dense[mask], Size.of(dense))
-    assert LIMITS[fact] in [one.limit for one in outliers(facts)]
+    dense, bits = dense_and_bits(rows=512)
+    for fitted in (False, True):
+        seen = looked(change(bitmask.gather(dense, bits)), bits, dense)
+        assert LIMITS[fact].what in broken(seen, fitted)
+
+
+def test_a_column_that_went_far_is_brought_back_and_others_keep_their_bits():
+    dense, bits = dense_and_bits(columns=72)
+    moved = dense + 0.1
+    moved[:, 5] -= 1000.0
+    mask = bitmask.from_bits(bits, dense.shape)
+    seen = looked(moved[mask].half(), bits, dense.half())
+    assert (broken(seen), seen.columns) == ([], 1)
+    made = bitmask.scatter(seen.values, bits, dense.shape)
+    other = torch.arange(72) != 5
+    assert torch.equal(made[:, other], (moved * mask).half()[:, other])
+    unit = float((dense[~mask] ** 2).sum()) / 72
+    left = float(((made - dense) * mask)[:, 5].square().sum()) / unit
+    assert (FAR / 2) ** 2 * 0.99 < left < FAR**2 * 1.01
 
 
 def test_masks_of_what_is_small_and_sums_of_what_is_huge_are_seen():
-    dense, mask = dense_and_kept()
-    assert [one.limit for one in outliers(mask_facts(dense[~mask], Size.of(dense)))] == [LIMITS["energy"]]
-    assert [one.limit for one in outliers(gram_facts(1, torch.tensor([3e38])))] == [LIMITS["square"]]
-    assert outliers(mask_facts(dense[mask], Size.of(dense))) == []
+    dense, bits = dense_and_bits()
+    square = sum_of_squares(dense)
+    assert broken(look_at_mask(bits, dense, square)) == []
+    assert broken(look_at_mask(~bits, dense, square)) == [LIMITS["pruned"].what]
+    assert broken(look_at_squares(1, torch.full((4,), 31.0), 1.0)) == [LIMITS["square"].what]
+    assert broken(Seen({"moved": float("nan")})) == [LIMITS["moved"].what]
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "admm"])
@@ -62,24 +110,34 @@ def test_masks_of_what_is_small_and_sums_of_what_is_huge_are_seen():
 def test_honest_weights_are_within_the_limits(pruner, target, tokens):
     random = torch.Generator().manual_seed(tokens)
     inputs = torch.randn(tokens, 64, generator=random) * torch.logspace(-1, 1, 64)
+    inputs[1:, 3] = 0  # a feature that one token uses
     dense = torch.randn(32, 64, generator=random)
     settings = Pruning(pruner, parse_target(target))
     weight, mask = prune({"q": dense}, Sums((inputs.T @ inputs).triu(), tokens), settings, False, 0)["q"]
-    size = Size.of(dense)
-    assert (
-        outliers(weight_facts(weight[mask], dense[mask], size) | mask_facts(dense[mask], size), pruner == "admm") == []
-    )
+    bits = bitmask.to_bits(mask)
+    assert broken(looked(weight[mask], bits, dense), pruner == "admm") == []
+    assert broken(look_at_mask(bits, dense, sum_of_squares(dense))) == []
 
 
-def hostile_run(folder, model, monkeypatch, how, **server):
-    """One of three clients sends ten times its weights in its second block."""
+def tenfold(parts):
+    parts["values"] = parts["values"] * 10
+
+
+def far_column(parts):
+    weight = bitmask.scatter(parts["values"], parts["mask"], tuple(parts["shape"]))
+    weight[:, 2] *= -100
+    parts["values"] = bitmask.gather(weight, parts["mask"])
+
+
+def hostile_run(folder, model, monkeypatch, how, spoil=tenfold, **server):
+    """One of three clients spoils the weights of its second block."""
     make = serial.made
 
     def made(agent, *rest):
         update, metadata = make(agent, *rest)
         if agent.trainer.client_id == "bible" and metadata["_chunk_idx"] == 1:
             for parts in update["blocks"]["1"].values():
-                parts["values"] = parts["values"] * 10
+                spoil(parts)
         return update, metadata
 
     monkeypatch.setattr(serial, "made", made)
@@ -97,15 +155,34 @@ def test_a_hostile_client_is_left_out_or_ends_the_run_or_is_reported(tmp_path, t
     file = hostile_run(tmp_path / "out", tiny_model, monkeypatch, "refuse", min_clients=2)
     [absent] = events(run(file), "absent")
     assert absent["client"] == "bible"
-    assert "block 1, self_attn.q_proj: norm of kept weights over that of the dense ones there is" in absent["why"]
+    assert (
+        "block 1, self_attn.q_proj: share of columns that changed more than 5 times what pruning takes away is 1"
+        in absent["why"]
+    )
     file = hostile_run(tmp_path / "end", tiny_model, monkeypatch, "refuse")
-    with pytest.raises(UpdateError, match="refused an update from client bible, block 1, .*of honest clients 0.8 to"):
+    with pytest.raises(
+        UpdateError, match="refused an update from client bible, block 1, .*of honest clients 0 to 0.25"
+    ):
         serial.run(load_config(file)[0], tmp_path / "state", lambda event: None)
     reported = run(hostile_run(tmp_path / "report", tiny_model, monkeypatch, "report"))
     assert {(one["client"], one["block"]) for one in events(reported, "outlier")} == {("bible", 1)}
     text = (reported / "report.md").read_text()
     assert "## Uploads that stand out" in text and "| bible | 1 | " in text
     assert events(run(hostile_run(tmp_path / "off", tiny_model, monkeypatch, "off")), "outlier") == []
+
+
+def test_columns_that_went_far_are_brought_back_in_what_is_folded(tmp_path, tiny_model, monkeypatch):
+    folders = []
+    for how in ("refuse", "report", "off"):
+        with monkeypatch.context() as patch:
+            folders.append(run(hostile_run(tmp_path / how, tiny_model, patch, how, far_column)))
+    back = {(one["client"], one["block"]) for one in events(folders[0], "brought_back")}
+    assert ("bible", 1) in back and events(folders[0], "absent") == []
+    assert "| bible | 1 | " in (folders[0] / "report.md").read_text().split("were brought back")[1]
+    values = [load_file(folder / "model" / "model.safetensors") for folder in folders]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert float(values[0][name][:, 2].abs().max()) < 0.2 * float(values[2][name][:, 2].abs().max())
+    assert torch.equal(values[1][name], values[2][name])
 
 
 def test_a_lie_about_samples_is_refused(tmp_path, tiny_model, monkeypatch):
@@ -122,11 +199,3 @@ def test_a_lie_about_samples_is_refused(tmp_path, tiny_model, monkeypatch):
     file = tiny_config(tmp_path, tiny_model, "fedspallm", 3)
     with pytest.raises(UpdateError, match="client bible: its sample size is 7000, and `data.windows` asks for 7"):
         serial.run(load_config(file)[0], tmp_path / "state", lambda event: None)
-
-
-def test_every_fact_has_limits():
-    dense, mask = dense_and_kept()
-    size = Size.of(dense)
-    facts = weight_facts(dense[mask], dense[mask], size) | mask_facts(dense[mask], size) | gram_facts(1, torch.ones(2))
-    assert facts.keys() == LIMITS.keys()
-    assert screening.outliers(facts) == []

@@ -1,6 +1,7 @@
 """APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
 
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.inputs import shared_inputs
-from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
+from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
+from fedspallm_appfl.models.typical import typical_squares
 from fedspallm_appfl.rounds.beginning import begin
 from fedspallm_appfl.rounds.folds import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
@@ -60,6 +63,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             choose_device(self.settings.device, 0),
             self.skeleton.dense_matrix,
             shared_inputs(self.skeleton.folder, self.skeleton.layout) if gathers else (),
+            lambda block, name: self._typical.get((block, name)),
         )
         self.global_model = GlobalModel(context, lambda event: self.on_event(event))
         self.round = max(self.global_model.round.index, 0)
@@ -74,6 +78,13 @@ class FedSpaLLMAggregator(BaseAggregator):
             self._begin()
         else:
             self._held = self.global_model.held(self.settings.max_message_bytes)
+
+    @cached_property
+    def _typical(self) -> dict[tuple[int, str], float]:
+        """How large inputs are on random tokens; the first to ask runs the dense model, block by block."""
+        model, device = self.settings.model, self.global_model.context.device
+        allow_code_of(model)
+        return typical_squares(LazyModel(model.path, model.blocks, model.dtype, device, self.settings.prune))
 
     @property
     def finished(self) -> bool:

@@ -1,23 +1,31 @@
 """What an honest upload of one matrix cannot be, seen against the dense weights that the server holds.
 
-Pruning leaves most of a matrix as it was: kept weights point where the dense ones do, are about as long, and none is much
-larger than the largest there was; a mask keeps more of the dense magnitude than chance would. Each fact is of one upload
-and the dense model alone, so it does not depend on who else sends what, nor on the order of arrival. Limits lie outside
-what `benchmarks/hostile.py --honest` has measured on honest clients.
+Pruning changes the weights that it keeps about as much as what it takes away: that, as a norm, is the unit of all facts of
+weights. Single columns, one for each input feature, may go far: where a client's text hardly uses a feature, least squares
+find almost any weight good, though others' text needs it. So columns beyond `FAR` units are brought back towards the dense
+weights. An upload with many of them, or one that has gone far as a whole, is of no honest client. Nor is one some of whose
+rows have another sign or size than the dense ones, or whose mask keeps the small weights.
+
+Each fact is of one upload and the dense model alone, so nothing depends on who else sends what, nor on the order of
+arrival. Limits lie outside what `benchmarks/hostile.py --honest` has measured on honest clients.
 
 Legend: O out features, I in features, T tokens.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
+from fedspallm_appfl.tensors import bitmask
 
-TINY = 1e-30  # nothing
-PART = 2**18  # entries converted at a time
+FAR = 5.0  # units that a column may move before it is brought back
+LEAST_UNIT = 0.01  # of the sum of squares of a matrix: what counts as pruned away at least
+PARTS = 16  # groups of rows that are looked at by themselves, fewer in small matrices and more in large ones
+SMALLEST, LARGEST = 2**12, 2**18  # entries of such a group
+EMPTY = 0.05  # of the mean group's sum of squares: a group of less says nothing of its scale
 
 
 @dataclass(frozen=True)
@@ -28,25 +36,27 @@ class Limit:
         what: the fact in words.
         low: the least.
         high: the most.
+        fitted: the most where kept weights come of least squares, which little text leaves free.
     """
 
     what: str
     low: float
     high: float
+    fitted: float | None = None
 
-    def holds(self, value: float) -> bool:
-        """Whether a value lies within; NaN does not."""
-        return self.low <= value <= self.high
+    def most(self, fitted: bool) -> float:
+        """The upper limit."""
+        return self.high if self.fitted is None or not fitted else self.fitted
 
 
 LIMITS: dict[str, Limit] = {
-    "cosine": Limit("cosine of kept and dense weights", 0.02, 1.01),
-    "norm": Limit("norm of kept weights over that of the dense ones there", 0.8, 9.5),
-    "largest": Limit("largest kept weight over the largest dense one", 0.0, 5000.0),
-    "energy": Limit("mean square of the dense weights that the mask keeps over that of all", 0.8, math.inf),
-    "square": Limit("mean square of a feature", 0.0, 1e9),
+    "far": Limit(f"share of columns that changed more than {FAR:g} times what pruning takes away", 0.0, 0.25, 0.7),
+    "moved": Limit("change of kept weights over what was pruned away", 0.0, 2.5, 4.3),
+    "shrunk": Limit("smallest growth of a group of rows over what was pruned away", -0.4, math.inf),
+    "grown": Limit("largest growth of a group of rows over what was pruned away", -math.inf, 1.3),
+    "pruned": Limit("mean square of the dense weights that a mask prunes over that of all", 0.0, 1.05),
+    "square": Limit("mean square of the features over that of random tokens", 0.0, 30.0),
 }
-FITTED = 30.0  # what the norm may be where kept weights come of least squares, which little text leaves free
 
 
 @dataclass(frozen=True)
@@ -54,94 +64,149 @@ class Outlier:
     """A fact of an upload outside its limits.
 
     Attributes:
-        limit: which.
+        what: the fact in words.
         value: what it is.
+        low: the least that it may be.
+        high: the most.
     """
 
-    limit: Limit
+    what: str
     value: float
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        limit = self.limit
-        return f"{limit.what} is {self.value:.4g}, of honest clients {limit.low:g} to {limit.high:g}"
+        return f"{self.what} is {self.value:.4g}, of honest clients {self.low:g} to {self.high:g}"
 
 
 def outliers(facts: Mapping[str, float], fitted: bool = False) -> list[Outlier]:
-    """The facts that lie outside their limits.
+    """The facts of an upload that lie outside their limits; NaN does.
 
     Args:
-        facts: of one upload.
+        facts: name in `LIMITS` -> value.
         fitted: kept weights come of least squares.
     """
-    limits = LIMITS | ({"norm": replace(LIMITS["norm"], high=FITTED)} if fitted else {})
-    return [Outlier(limits[fact], value) for fact, value in facts.items() if not limits[fact].holds(value)]
+    found = [(value, LIMITS[fact].low, LIMITS[fact].most(fitted), LIMITS[fact].what) for fact, value in facts.items()]
+    return [Outlier(what, value, low, high) for value, low, high, what in found if not low <= value <= high]
 
 
 @dataclass(frozen=True)
-class Size:
-    """How large the entries of a matrix are.
+class Seen:
+    """What screening has seen of an upload.
 
     Attributes:
-        square: the sum of their squares.
-        entries: how many there are.
-        largest: their largest magnitude.
+        facts: name in `LIMITS` -> value.
+        values: (kept,) the values with far columns brought back; None where none was far.
+        columns: how many were.
     """
 
-    square: float
-    entries: int
-    largest: float
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> "Size":
-        """Measure a tensor of any shape and float dtype."""
-        flat = matrix.reshape(-1)
-        return cls(_dot(flat, flat), len(flat), largest_magnitude(flat))
+    facts: dict[str, float]
+    values: Tensor | None = None
+    columns: int = 0
 
 
-def weight_facts(values: Tensor, there: Tensor, dense: Size) -> dict[str, float]:
+def look_at_values(values: Tensor, bits: Tensor, dense: Tensor, square: float, own_mask: bool = True) -> Seen:
     """Facts of kept weights.
 
     Args:
         values: (kept,) float, the kept entries.
-        there: (kept,) float, the dense weights at the same places.
-        dense: size of the whole dense matrix.
+        bits: (ceil(O * I / 8),) uint8, the mask (see `bitmask`).
+        dense: (O, I) contiguous, the dense matrix in the dtype of the values.
+        square: `sum_of_squares` of it.
+        own_mask: the mask is the client's; else others made it too.
     """
-    square, before, product = _dot(values, values), _dot(there, there), _dot(values, there)
-    return {
-        "cosine": _ratio(product, math.sqrt(square) * math.sqrt(before)),
-        "norm": _ratio(math.sqrt(square), math.sqrt(before)),
-        "largest": _ratio(largest_magnitude(values), dense.largest),
-    }
+    sizes, moves = _measured(values, bits, dense)
+    kept = math.fsum(before for _, before in sizes)
+    unit = max(square - kept, LEAST_UNIT * square)
+    most = FAR**2 * unit / len(moves)
+    columns, back = int((moves > most).count_nonzero()), None
+    if columns:
+        back = _brought_back(values, bits, dense, _shares(moves, most))
+        sizes, _ = _measured(back, bits, dense)
+    moved = math.sqrt(_ratio(float(moves.clamp(max=most).sum()), unit))
+    grown = [(scale - 1) * math.sqrt(_ratio(kept, unit)) for scale in _scales(sizes)]
+    facts = {"far": columns / len(moves), "moved": moved, "shrunk": min(grown), "grown": max(grown)}
+    mask = _facts_of_mask(len(values), kept, dense.numel(), square) if own_mask else {}
+    return Seen(facts | mask, back, columns)
 
 
-def mask_facts(there: Tensor, dense: Size) -> dict[str, float]:
-    """Facts of a mask.
-
-    Args:
-        there: (kept,) float, the dense weights that it keeps.
-        dense: size of the whole dense matrix.
-    """
-    return {"energy": _ratio(_dot(there, there), dense.square * len(there) / max(1, dense.entries))}
+def look_at_mask(bits: Tensor, dense: Tensor, square: float) -> Seen:
+    """Facts of a mask; arguments as of `look_at_values`."""
+    there = bitmask.gather(dense, bits)
+    return Seen(_facts_of_mask(len(there), sum_of_squares(there), dense.numel(), square))
 
 
-def gram_facts(tokens: int, diagonal: Tensor) -> dict[str, float]:
+def _facts_of_mask(count: int, kept: float, entries: int, square: float) -> dict[str, float]:
+    """Of how many dense weights it keeps, and of their sum of squares."""
+    gone = entries - count
+    return {"pruned": _ratio(square - kept, square * gone / entries)} if gone else {}
+
+
+def look_at_squares(tokens: int, diagonal: Tensor, typical: float | None) -> Seen:
     """Facts of statistics, whose correlations were checked already.
 
     Args:
         tokens: T.
         diagonal: (I,) float32, sums of squares.
+        typical: mean square of the features on random tokens; None where nobody knows.
     """
-    return {"square": float(diagonal.max()) / tokens}
+    return Seen({} if typical is None else {"square": _ratio(float(diagonal.double().mean()) / tokens, typical)})
 
 
-def _dot(one: Tensor, other: Tensor) -> float:
-    """Sum of products, in float32 a part at a time and in doubles over the parts."""
-    parts = zip(one.split(PART), other.split(PART), strict=True)
-    return math.fsum(float(a.float().dot(b.float())) for a, b in parts)
+def sum_of_squares(matrix: Tensor) -> float:
+    """Of a tensor of any shape and float dtype, in float32 a part at a time and in doubles over the parts."""
+    return math.fsum(float(part.float().dot(part.float())) for part in matrix.reshape(-1).split(LARGEST))
+
+
+def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[float, float]], Tensor]:
+    """For each group of rows (values times dense weights, squares of these); (I,) float64, squares of columns' moves."""
+    sizes, moves = [], torch.zeros(dense.shape[1], dtype=torch.float64)
+    for part, some, mine in _groups(values, bits, dense):
+        there, mine = bitmask.gather(part, some).float(), mine.float()
+        sizes.append((float(mine.dot(there)), float(there.dot(there))))
+        moves += bitmask.scatter(mine - there, some, (len(part), len(moves))).square_().sum(0)
+    return sizes, moves
+
+
+def _groups(values: Tensor, bits: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows of the dense matrix, their bits, their values), a multiple of 8 rows at a time, so that bytes are whole."""
+    rows, columns = dense.shape
+    entries = min(max(dense.numel() // PARTS, SMALLEST), LARGEST)
+    step, taken = max(8, entries // columns // 8 * 8), 0
+    for start in range(0, rows, step):
+        part = dense[start : start + step]
+        some = bits[start * columns // 8 : -(-(start + len(part)) * columns // 8)]
+        count = bitmask.count(some)
+        yield part, some, values[taken : taken + count]
+        taken += count
+
+
+def _shares(moves: Tensor, most: float) -> Tensor:
+    """(I,) float32, what is left of a column's move: a power of two, so that the sum's rounding does not show."""
+    times = (moves / most).clamp(min=1.0)
+    return torch.exp2(-(times.log2() / 2).ceil()).float()
+
+
+def _brought_back(values: Tensor, bits: Tensor, dense: Tensor, shares: Tensor) -> Tensor:
+    """The values with a share of each column's move."""
+    made = []
+    for part, some, mine in _groups(values, bits, dense):
+        there = bitmask.gather(part, some).float()
+        moved = bitmask.scatter(mine.float() - there, some, (len(part), len(shares))).mul_(shares)
+        nearer = (bitmask.gather(moved, some) + there).to(values.dtype)
+        near = bitmask.gather((shares == 1).expand(len(part), -1).float().contiguous(), some).bool()
+        made.append(torch.where(near, mine, nearer))  # others keep their bits
+    return torch.cat(made)
+
+
+def _scales(sizes: list[tuple[float, float]]) -> list[float]:
+    """How large the rows of each group are along the dense ones, whose scale is 1."""
+    little = EMPTY * math.fsum(before for _, before in sizes) / len(sizes)
+    return [_ratio(product + little, before + little) for product, before in sizes]
 
 
 def _ratio(value: float, of: float) -> float:
-    """A ratio; 1 of nothing to nothing, infinite of something to nothing."""
-    if of > TINY:
+    """A ratio; of nothing to nothing 1, infinite of something to nothing."""
+    if of > 0:
         return value / of
-    return 1.0 if abs(value) <= TINY else math.inf
+    return 1.0 if value <= 0 else math.inf

@@ -364,9 +364,20 @@ def _cell(words: str) -> str:
 
 
 def _outliers(log: EventLog) -> list[str]:
-    """Uploads with facts that no honest client's have, where they are folded nevertheless."""
+    """Uploads with facts that no honest client's have and that are folded nevertheless, and columns brought back."""
+    parts, columns = [], defaultdict[tuple[str, int], list[int]](list)
     rows = [[event["client"], str(event["block"]), event["unit"], event["why"]] for event in log.of("outlier")]
-    return ["## Uploads that stand out", markdown(["client", "block", "matrix or input", "why"], rows)] if rows else []
+    for event in log.of("brought_back"):
+        columns[event["client"], event["block"]].append(event["columns"])
+    if rows:
+        parts.append(markdown(["client", "block", "matrix or input", "why"], rows))
+    if columns:
+        far = [[client, str(block), str(len(of)), str(sum(of))] for (client, block), of in sorted(columns.items())]
+        parts += [
+            "Columns of uploads that had gone far from the dense weights and were brought back:",
+            markdown(["client", "block", "matrices", "columns"], far),
+        ]
+    return ["## Uploads that stand out", *parts] if parts else []
 
 
 def _notes(log: EventLog) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedspallm_appfl.aggregation.gram_sum import GramSum
 from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
-from fedspallm_appfl.aggregation.screening import Size, gram_facts, mask_facts, weight_facts
+from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_squares, look_at_values, sum_of_squares
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Algorithm, Exchange, Groups, Make, Matrix
 from fedspallm_appfl.errors import PruningError, UpdateError
@@ -57,6 +57,7 @@ class Context:
         device: where sums are kept and combined.
         dense: (block, linear) -> its dense weight (O, I) in `dtype`.
         groups: linears that share an input, for algorithms that gather statistics.
+        typical: (block, linear) -> mean square of its inputs on random tokens, None where nobody knows; for the same.
     """
 
     layout: Layout
@@ -66,6 +67,7 @@ class Context:
     device: str
     dense: Callable[[int, str], Tensor]
     groups: Groups = ()
+    typical: Callable[[int, str], float | None] = lambda block, name: None
 
     def making(self, block: int) -> Path:
         """The folder for what an exchange makes of a block; what earlier ones made is in `folder`."""
@@ -126,8 +128,8 @@ class Fold(Protocol):
     def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
-    def facts(self, block: int, unit: str, packed: Any) -> dict[str, float]:
-        """What screening looks at of a checked upload (see `aggregation.screening`)."""
+    def look(self, block: int, unit: str, packed: Any) -> Seen:
+        """What screening sees of a checked upload (see `aggregation.screening`)."""
 
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""
@@ -183,14 +185,14 @@ class _MatrixFold:
     def __init__(self, context: Context, exchange: Exchange) -> None:
         self._context = context
         self._exchange = exchange
-        self._sizes: dict[tuple[int, str], Size] = {}
+        self._squares: dict[tuple[int, str], float] = {}
 
-    def _dense_kept(self, block: int, unit: str, packed: Packed) -> tuple[Tensor, Size]:
-        """The dense weights that a mask keeps, (kept,), and the size of all of the matrix."""
+    def _dense(self, block: int, unit: str) -> tuple[Tensor, float]:
+        """The dense weights, and the sum of their squares."""
         dense = self._context.dense(block, unit).contiguous()
-        if (block, unit) not in self._sizes:
-            self._sizes[block, unit] = Size.of(dense)
-        return bitmask.gather(dense, packed.bits), self._sizes[block, unit]
+        if (block, unit) not in self._squares:
+            self._squares[block, unit] = sum_of_squares(dense)
+        return dense, self._squares[block, unit]
 
     def units(self, block: int) -> tuple[str, ...]:
         """One for each linear."""
@@ -280,11 +282,9 @@ class _MeanFold(_MatrixFold):
                 f"is at most {LARGEST_SUM / shares:g}, and counts are at most {MOST_WEIGHT // shares}"
             )
 
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of weights and mask."""
+    def _look(self, block: int, unit: str, packed: Packed, own_mask: bool) -> Seen:
         assert packed.values is not None
-        there, size = self._dense_kept(block, unit, packed)
-        return weight_facts(packed.values, there, size) | mask_facts(there, size)
+        return look_at_values(packed.values, packed.bits, *self._dense(block, unit), own_mask)
 
 
 class WeightFold(_MeanFold):
@@ -314,6 +314,10 @@ class WeightFold(_MeanFold):
             return checked.with_values(context.dense(block, unit)) if alone else checked
 
         return check
+
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At weights and mask."""
+        return self._look(block, unit, packed, own_mask=True)
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Empty sums."""
@@ -378,9 +382,9 @@ class VoteFold(_MatrixFold):
     def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
         """Votes have room for all clients from the start."""
 
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of a mask."""
-        return mask_facts(*self._dense_kept(block, unit, packed))
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At a mask."""
+        return look_at_mask(packed.bits, *self._dense(block, unit))
 
     def add(self, sums: Votes, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Count a mask."""
@@ -425,10 +429,9 @@ class ValueFold(_MeanFold):
         kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
         return L0Sums.empty((1, kept), weighted, clients, self._context.device)
 
-    def facts(self, block: int, unit: str, packed: Packed) -> dict[str, float]:
-        """Of weights; the mask is not the client's."""
-        assert packed.values is not None
-        return weight_facts(packed.values, *self._dense_kept(block, unit, packed))
+    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+        """At weights."""
+        return self._look(block, unit, packed, own_mask=False)
 
     def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
         """Fold values."""
@@ -546,9 +549,9 @@ class GramFold:
     def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def facts(self, block: int, unit: str, packed: PackedGram) -> dict[str, float]:
-        """Of statistics."""
-        return gram_facts(packed.tokens, packed.diagonal)
+    def look(self, block: int, unit: str, packed: PackedGram) -> Seen:
+        """At sums of squares."""
+        return look_at_squares(packed.tokens, packed.diagonal, self._context.typical(block, unit))
 
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""
@@ -666,9 +669,9 @@ class DeltaFold(_MatrixFold):
     def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def facts(self, block: int, unit: str, packed: PackedDelta) -> dict[str, float]:
-        """None: a change that is too large is not accepted anyway."""
-        return {}
+    def look(self, block: int, unit: str, packed: PackedDelta) -> Seen:
+        """At nothing: a change that is too large is not accepted anyway."""
+        return Seen({})
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""

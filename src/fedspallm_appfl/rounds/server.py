@@ -333,8 +333,10 @@ class GlobalModel:
         weight = self._client_weight(client, samples)
         for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
-        for block, name, packed in checked if self.settings.screening != "off" else ():
-            self._screen(client, block, name, packed)
+        if self.settings.screening != "off":
+            checked = tuple(
+                (block, name, self._screened(client, block, name, packed)) for block, name, packed in checked
+            )
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
@@ -503,21 +505,24 @@ class GlobalModel:
         except ValueError as error:
             raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
 
-    def _screen(self, client: str, block: int, name: str, packed: Any) -> None:
-        """Refuse or report what no honest client sends."""
-        found = (
-            []
-            if isinstance(packed, Unreached)
-            else outliers(self._fold.facts(block, name, packed), client in self.settings.fitted)
-        )
-        if found and self.settings.screening == "refuse":
+    def _screened(self, client: str, block: int, name: str, packed: Any) -> Any:
+        """An upload as it is folded; what no honest client sends is refused, or reported only."""
+        if isinstance(packed, Unreached):
+            return packed
+        seen, refuses = self._fold.look(block, name, packed), self.settings.screening == "refuse"
+        found = list(map(str, outliers(seen.facts, client in self.settings.fitted)))
+        if found and refuses:
             raise UpdateError(
-                f"refused an update from client {client}, block {block}, {name}: {'; '.join(map(str, found))}; with "
+                f"refused an update from client {client}, block {block}, {name}: {'; '.join(found)}; with "
                 "`server_configs.aggregator_kwargs.screening: report` it is folded and reported"
             )
-        for one in found:
-            where = {"round": self.round.index, "client": client, "block": block, "unit": name}
-            self.on_event({"event": "outlier", **where, "why": str(one)})
+        where = {"round": self.round.index, "client": client, "block": block, "unit": name}
+        for why in found:
+            self.on_event({"event": "outlier", **where, "why": why})
+        if not (seen.columns and refuses):
+            return packed
+        self.on_event({"event": "brought_back", **where, "columns": seen.columns})
+        return replace(packed, values=seen.values)
 
     def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         if (block, unit) not in self._open:
