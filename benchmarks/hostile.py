@@ -38,7 +38,7 @@ DOMAINS = ("austen", "bible", "csource", "sqldocs")
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4")
 SETUPS = (  # clients, whether all have the same kinds of text, (windows, length)
     (4, False, (8, 64)),
-    (4, True, (16, 128)),
+    (4, True, (12, 128)),
     (16, False, (8, 64)),
     (16, True, (8, 64)),
 )
