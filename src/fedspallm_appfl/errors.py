@@ -38,6 +38,10 @@ class UpdateError(FedSpaLLMError):
     """An upload that is not what the server assigned."""
 
 
+class SecureSumError(UpdateError):
+    """A message that breaks the protocol of secure sums, or too few clients to hide one among."""
+
+
 class Terminated(BaseException):
     """The process was told to end from outside; its message is the signal's name."""
 
