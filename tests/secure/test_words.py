@@ -22,13 +22,13 @@ def slow_pack(values, bits):
 def test_sums_of_words_are_words_of_sums(bits, signed):
     draw = random.Random(bits)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, min(2**bits, 2**63) - 1)
-    clients = 3
+    least, most = -(-low // 3), high // 3  # of one of three clients
     for count in (1, 2, 7, 131):
-        entries = [
-            [draw.randint(-(-low // clients) if low else 0, high // clients) for _ in range(count)] for _ in "abc"
-        ]
-        entries[0][0] += low - sum(one[0] for one in entries)  # the smallest sum, next to the largest one
-        entries[0][-1] += high - sum(one[-1] for one in entries)
+        entries = [[draw.randint(least, most) for _ in range(count)] for _ in range(3)]
+        for one, first, last in zip(
+            entries, (low - 2 * least, least, least), (high - 2 * most, most, most), strict=True
+        ):
+            one[0], one[-1] = first, last  # the smallest sum beside large ones
         parts = [torch.tensor(one) for one in entries]
         packed = [words.pack(part, bits) for part in parts]
         assert [one.tolist() for one in packed] == [slow_pack(one, bits) for one in entries]
