@@ -33,6 +33,16 @@ def derive(secret: bytes, purpose: str, *what: bytes | str | int) -> bytes:
     return HKDF(algorithm=SHA256(), length=KEY, salt=None, info=join(PROTOCOL, purpose, *what)).derive(secret)
 
 
+def self_key(seed: bytes, *place: str | int) -> bytes:
+    """Key of a client's own mask; `place` is run, round, exchange, message, unit."""
+    return derive(seed, "self mask", *place)
+
+
+def pair_key(secret: bytes, one: str, other: str, *place: str | int) -> bytes:
+    """Key of the mask of two clients, which the one first by name adds and the other subtracts; `place` as above."""
+    return derive(secret, "pair mask", *place, *sorted((one, other)))
+
+
 def keystream(key: bytes, size: int) -> bytes:
     """The first bytes of a stream."""
     return _start(key).update(bytes(size))

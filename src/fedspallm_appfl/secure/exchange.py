@@ -1,0 +1,146 @@
+"""What all sides of an exchange know, and how messages of its clients are signed and read.
+
+A message is `join(statement, signature)`, its statement `join(protocol, purpose, run, round, exchange, sender, hash of the
+roster, body)`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedspallm_appfl.errors import SecureSumError, quoted
+from fedspallm_appfl.secure import neighbours
+from fedspallm_appfl.secure.encoding import join, split
+from fedspallm_appfl.secure.identity import Identity, Roster
+from fedspallm_appfl.secure.stream import PROTOCOL
+
+CONFIRMATION = "confirmation of survivors"
+Survivors = Mapping[int, Sequence[str]]  # message -> clients whose message arrived
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange of one round; each of its messages is summed over the clients from whom it came.
+
+    Attributes:
+        run: id of the run, never used again: messages of another run with this id could be replayed.
+        round: number of the round.
+        number: of the exchange in its round.
+        messages: how many each client sends.
+        roster: the clients.
+        degree: neighbours of each client; None: as `neighbours.degree` says.
+    """
+
+    run: str
+    round: int
+    number: int
+    messages: int
+    roster: Roster
+    degree: int | None = None
+
+    @property
+    def context(self) -> tuple[str, int, int]:
+        """What is in the `info` of every key."""
+        return self.run, self.round, self.number
+
+    @property
+    def threshold(self) -> int:
+        """Fewest clients that a sum is of. More than two thirds: two such sets have more than a third in common."""
+        return 2 * len(self.roster.clients) // 3 + 1
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all of it."""
+        return hashlib.sha256(join(PROTOCOL, *self.context, self.messages, self.roster.digest, self._degree)).digest()
+
+    @property
+    def _degree(self) -> int:
+        return neighbours.degree(len(self.roster.clients)) if self.degree is None else self.degree
+
+    @cached_property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Of each client its neighbours and itself: those who hold shares of its secrets."""
+        seed = hashlib.sha256(join("neighbours", *self.context, self.roster.digest)).digest()
+        return neighbours.neighbourhoods(self.roster.clients, seed, self._degree)
+
+    @property
+    def shares_needed(self) -> int:
+        """Shares that open a secret."""
+        return neighbours.threshold(self._degree + 1)
+
+    def sign(self, purpose: str, sender: str, body: bytes, identity: Identity | None) -> bytes:
+        """A message; without an identity its signature is empty."""
+        statement = join(*self._head(purpose, sender).values(), body)
+        return join(statement, identity.sign(statement) if identity else b"")
+
+    def read(self, purpose: str, sender: str, message: bytes) -> bytes:
+        """The body of a message.
+
+        Raises:
+            SecureSumError: it was signed for something else, by somebody else or by nobody.
+        """
+        what = f"the {purpose} of client {sender}"
+        head = self._head(purpose, sender)
+        parts = split(message, what)
+        statement = split(parts[0], what) if len(parts) == 2 else []
+        if len(statement) != len(head) + 1:
+            raise SecureSumError(f"refused {what}: it does not have the form of a signed message")
+        for (name, wanted), found in zip(head.items(), statement, strict=False):
+            if found != wanted:
+                raise SecureSumError(
+                    f"refused {what}: its {name} must be {quoted(wanted)}, got {quoted(found)}; it was made for another "
+                    "place, or the sites have different rosters"
+                )
+        if self.roster.keys and not parts[1]:
+            raise SecureSumError(f"refused {what}: it is not signed; give client {sender} its identity")
+        if self.roster.keys and not self.roster.verify(sender, parts[0], parts[1]):
+            raise SecureSumError(
+                f"refused {what}: its signature does not fit the key of client {sender} in the roster; it was changed on "
+                "its way, or the client has another identity"
+            )
+        return statement[-1]
+
+    def check_survivors(self, message: int, names: Sequence[str], what: str) -> None:
+        """Whether some clients can be the survivors of a message.
+
+        Raises:
+            SecureSumError: begins with `what`: there is no such message, a name is wrong, or there are too few.
+        """
+        if not 0 <= message < self.messages:
+            raise SecureSumError(f"{what}: there are messages 0 to {self.messages - 1}")
+        if len({*names}) < len(names) or not {*names} <= {*self.roster.clients}:
+            raise SecureSumError(f"{what}: each must be a client of the roster, once, got {', '.join(names)}")
+        if len(names) < self.threshold:
+            raise SecureSumError(
+                f"{what}: of {len(self.roster.clients)} clients at least {self.threshold} must be left, got "
+                f"{', '.join(names) or 'none'}; a sum of fewer is not opened"
+            )
+
+    def confirmation(self, sender: str, survivors: Survivors, identity: Identity | None) -> bytes:
+        """What a client signs of survivors."""
+        return self.sign(CONFIRMATION, sender, _listed(survivors), identity)
+
+    def check_confirmation(self, sender: str, survivors: Survivors, message: bytes) -> None:
+        """Whether a client has signed these survivors.
+
+        Raises:
+            SecureSumError: it has signed others, or not at all.
+        """
+        if sender not in self.members:
+            raise SecureSumError(f"refused the {CONFIRMATION} of client {sender}: it is not in the roster")
+        if self.read(CONFIRMATION, sender, message) != _listed(survivors):
+            raise SecureSumError(
+                f"refused the {CONFIRMATION} of client {sender}: it is of other survivors; the server has told clients "
+                "different ones, or has sent an earlier one"
+            )
+
+    def _head(self, purpose: str, sender: str) -> dict[str, bytes]:
+        values = PROTOCOL, purpose, *self.context, sender
+        names = "protocol", "purpose", "run", "round", "exchange", "sender"
+        head = {name: str(value).encode() for name, value in zip(names, values, strict=True)}
+        return head | {"roster": self.roster.digest}
+
+
+def _listed(survivors: Survivors) -> bytes:
+    return join(*(part for message in sorted(survivors) for part in (message, join(*sorted(survivors[message])))))
