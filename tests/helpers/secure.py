@@ -30,13 +30,13 @@ class Federation:
         }
 
     def advertise(self, without=()):
-        for name in {*self.clients} - {*without}:
+        for name in [name for name in self.clients if name not in without]:
             self.server.advertised(name, self.clients[name].advertise())
         return self.server.batch()
 
     def share(self, without=()):
         batch = self.server.batch()
-        for name in {*batch} - {*without}:
+        for name in [name for name in batch if name not in without]:
             self.server.shared(name, self.clients[name].share(batch))
 
     def receive(self):

@@ -1,16 +1,18 @@
 """Sums of a whole protocol are those of the inputs, bit for bit, whoever falls out wherever; and nothing else is seen."""
 
 import itertools
-import json
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedspallm_appfl.errors import ConfigError, SecureSumError
+from fedspallm_appfl.secure import shamir
 from fedspallm_appfl.secure.client import Client
+from fedspallm_appfl.secure.encoding import join, split
 from fedspallm_appfl.secure.exchange import Exchange
 from fedspallm_appfl.secure.identity import Identity, Roster
-from fedspallm_appfl.secure.server import Server
+from fedspallm_appfl.secure.stream import add_streams, self_key
 from helpers.secure import UNITS, Federation
 
 STAGES = ("nobody", "keys", "shares", "all messages", "some messages", "opening")
@@ -80,8 +82,6 @@ def test_no_two_uploads_share_a_word():
 
 def test_masks_do_not_hang_on_the_own_one_alone():
     """With the seed of its own mask known, an upload still looks nothing like its input."""
-    from fedspallm_appfl.secure.stream import add_streams, self_key
-
     federation = Federation(3)
     federation.prepare()
     client, words = federation.clients["c00"], torch.zeros(50, dtype=torch.int64)
@@ -164,9 +164,7 @@ class TestALyingServer:
         client = ready.clients["c00"]
         client.confirm(everybody)
         for told in (client.confirm, client.open):
-            with pytest.raises(
-                SecureSumError, match="client c00 refused the survivors of message 0: it has confirmed others"
-            ):
+            with pytest.raises(SecureSumError, match="client c00 refused .* message 0: it has confirmed others"):
                 told(fewer)
         first = client.open(everybody, self.confirmations(ready, everybody))
         assert client.open(everybody, self.confirmations(ready, everybody)) == first
@@ -222,13 +220,11 @@ class TestALyingServer:
         federation, other = Federation(4, signed=signed), Federation(4, signed=signed)
         batch, foreign = federation.advertise(), other.advertise()
         client = federation.clients["c00"]
-        with pytest.raises(SecureSumError, match="client c00 refused a batch of keys: its own keys|key of client c00"):
+        with pytest.raises(SecureSumError, match="batch of keys: its own keys|keys of client c00: its roster"):
             client.share(batch | {"c00": foreign["c00"]})
         with pytest.raises(SecureSumError, match="refused keys of 2 clients: of 4 at least 3 must take part"):
             client.share({name: batch[name] for name in ("c00", "c01")})
-        with pytest.raises(
-            SecureSumError, match="refused the public keys of client c01: its sender must be b'c01', got b'c02'"
-        ):
+        with pytest.raises(SecureSumError, match="the public keys of client c01: its sender must be c01, got 'c02'"):
             client.share(batch | {"c01": batch["c02"]})
         if signed:
             with pytest.raises(SecureSumError, match="client c01: its roster must be"):
@@ -273,7 +269,7 @@ class TestALyingServer:
         with pytest.raises(SecureSumError, match="refused the public keys of client c01: its roster must be"):
             federation.clients["c00"].share(batch | {"c01": larger.clients["c01"].advertise()})
         signed = federation.exchange.sign("opened shares", "c01", b"", federation.identities["c01"])
-        with pytest.raises(SecureSumError, match="its purpose must be b'public keys', got b'opened shares'"):
+        with pytest.raises(SecureSumError, match="its purpose must be public keys, got 'opened shares'"):
             federation.clients["c00"].share(batch | {"c01": signed})
 
     def test_keys_that_two_have(self):
@@ -282,12 +278,6 @@ class TestALyingServer:
         body = exchange.read("public keys", "c01", batch["c01"])
         with pytest.raises(SecureSumError, match="refused the keys of client c01 and c02: a key is used once"):
             federation.clients["c00"].share(batch | {"c02": exchange.sign("public keys", "c02", body, None)})
-        small = exchange.sign(
-            "public keys", "c02", body[:36] + body[36:72].replace(body[40:72], bytes(32)) + body[72:], None
-        )
-        client = federation.clients["c00"]
-        with pytest.raises(SecureSumError, match="a key is used once"):
-            client.share(batch | {"c02": small})
 
     def test_a_key_that_makes_no_secret(self):
         federation = Federation(3)
@@ -320,9 +310,7 @@ class TestALyingServer:
         ):
             client.receive({name: shares[name] for name in ("c01", "c02", "c03")})
         for wrong in (shares["c02"], federation.server.shares_for("c01")["c01"], shares["c01"][:-1] + b"x"):
-            with pytest.raises(
-                SecureSumError, match="refused the shares of client c01 for client c00: they cannot be decrypted"
-            ):
+            with pytest.raises(SecureSumError, match="of client c01 for client c00: they cannot be decrypted"):
                 client.receive(shares | {"c01": wrong})
         with pytest.raises(SecureSumError, match="refused shares of x: no neighbour"):
             client.receive(shares | {"x": shares["c01"]})
@@ -360,9 +348,7 @@ class TestAWrongClient:
             server.shared("c03", sealed)
         with pytest.raises(SecureSumError, match="refused the shares of client c00: they must be for c00, c01, c02"):
             server.shared("c00", {name: sealed[name] for name in ("c00", "c01")})
-        with pytest.raises(
-            SecureSumError, match="refused the shares of client c00: they must be 4 shares and their SHA-256"
-        ):
+        with pytest.raises(SecureSumError, match="the shares of client c00: they must be 4 shares and their SHA-256"):
             server.shared("c00", sealed | {"c01": b""})
         with pytest.raises(SecureSumError, match="at least 3 clients must share their secrets, .*c00"):
             server.shared("c00", sealed)
@@ -375,29 +361,15 @@ class TestAWrongClient:
             server.advertised("c03", federation.clients["c03"].advertise())
 
     def test_shares_that_are_not_the_announced_ones(self):
-        from fedspallm_appfl.secure import shares
-
         federation = Federation(3)
-        batch = federation.advertise()
-        client = federation.clients["c01"]
-        sealed = client.share(batch)
-        key, what = client._sealing("c01", "c00"), "x"
-        found = shares.unseal(key, sealed["c00"], 2, what)
-        lie = shares.seal(key, [(seed, seed) for seed, _ in found])
-        digests = b"".join(one for pair in shares.announced(sealed["c00"], 2, what) for one in pair)
-        flat = b"".join(one for seed, _ in found for one in (seed, seed))
-        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
-        from fedspallm_appfl.secure.encoding import join
-
-        assert lie != sealed["c00"]
-        wrong = join(digests, ChaCha20Poly1305(key).encrypt(bytes(12), flat, digests))
+        federation.advertise()
         federation.share()
-        got = federation.server.shares_for("c00")
-        with pytest.raises(
-            SecureSumError, match="refused the shares of client c01 for client c00: they are not those that it"
-        ):
-            federation.clients["c00"].receive(got | {"c01": wrong})
+        key = federation.clients["c01"]._sealing("c01", "c00")
+        sent = federation.server.shares_for("c00")
+        digests, _ = split(sent["c01"], "shares")
+        lie = ChaCha20Poly1305(key).encrypt(bytes(12), bytes(4 * shamir.SHARE), digests)
+        with pytest.raises(SecureSumError, match="client c01 for client c00: they are not those that it announced"):
+            federation.clients["c00"].receive(sent | {"c01": join(digests, lie)})
 
     def test_messages(self):
         federation = Federation(4)
@@ -422,9 +394,7 @@ class TestAWrongClient:
         ):
             with pytest.raises(SecureSumError, match=f"refused message 1 of client c00: {reason}"):
                 server.add("c00", 1, wrong)
-        with pytest.raises(
-            SecureSumError, match="message 1 has too few survivors: of 4 clients at least 3 must be left, got none"
-        ):
+        with pytest.raises(SecureSumError, match="message 1 has too few survivors: .* 3 must be left, got none"):
             server.close([1])
         federation.open([0])
         with pytest.raises(SecureSumError, match="refused message 0 of client c00: the message is not open"):
@@ -453,9 +423,7 @@ class TestAWrongClient:
         with pytest.raises(SecureSumError, match="client c01: in message 0, that of client c03 is a wrong one"):
             server.opened("c01", liar)
         server.opened("c00", sent)
-        with pytest.raises(
-            SecureSumError, match="message 0 cannot be opened: of the secrets of client c00 3 shares .*got 1: c00"
-        ):
+        with pytest.raises(SecureSumError, match="message 0 cannot be opened: .* client c00 3 shares .*got 1: c00"):
             next(server.sums(0))
 
     def test_a_mask_key_that_is_not_the_advertised_one(self, monkeypatch):
@@ -483,5 +451,3 @@ def test_a_client_is_in_the_roster_with_its_key():
     for name, identity in (("x", None), ("c00", None), ("c00", Identity.make())):
         with pytest.raises(ConfigError, match="roster"):
             Client(federation.exchange, name, identity)
-    assert isinstance(federation.server, Server)
-    assert json.loads(federation.clients["c00"].state())

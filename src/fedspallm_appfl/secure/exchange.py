@@ -88,9 +88,10 @@ class Exchange:
             raise SecureSumError(f"refused {what}: it does not have the form of a signed message")
         for (name, wanted), found in zip(head.items(), statement, strict=False):
             if found != wanted:
+                got = quoted(found.decode(errors="replace"))
                 raise SecureSumError(
-                    f"refused {what}: its {name} must be {quoted(wanted)}, got {quoted(found)}; it was made for another "
-                    "place, or the sites have different rosters"
+                    f"refused {what}: its {name} must be {wanted.decode()}, got {got}; it was made for another place, or "
+                    "the sites have different rosters"
                 )
         if self.roster.keys and not parts[1]:
             raise SecureSumError(f"refused {what}: it is not signed; give client {sender} its identity")
@@ -136,10 +137,9 @@ class Exchange:
             )
 
     def _head(self, purpose: str, sender: str) -> dict[str, bytes]:
-        values = PROTOCOL, purpose, *self.context, sender
-        names = "protocol", "purpose", "run", "round", "exchange", "sender"
-        head = {name: str(value).encode() for name, value in zip(names, values, strict=True)}
-        return head | {"roster": self.roster.digest}
+        values = PROTOCOL, purpose, *self.context, sender, self.roster.digest.hex()
+        names = "protocol", "purpose", "run", "round", "exchange", "sender", "roster"
+        return {name: str(value).encode() for name, value in zip(names, values, strict=True)}
 
 
 def _listed(survivors: Survivors) -> bytes:
