@@ -10,7 +10,7 @@ from benchmarks.tables import Table
 from benchmarks.uploads import SEVEN_B, SMALL, context, receive_all, upload
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.estimates.memory import closing_bytes
-from fedspallm_appfl.rounds.folds import folds
+from fedspallm_appfl.rounds.folds.registry import folds
 
 CLIENTS = 16
 PEAK = "MB above the uploads, at most"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.models import random_mask
 from fedspallm_appfl.models.layout import Layout, Linear
-from fedspallm_appfl.rounds.folds import Context
+from fedspallm_appfl.rounds.folds.context import Context
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.settings.schema import ServerSettings
 from fedspallm_appfl.wire.packed import pack

@@ -1,7 +1,7 @@
 """Both sides of a round, made of a few values."""
 
 from fedspallm_appfl.rounds import gathering, pruning
-from fedspallm_appfl.rounds.folds import Context
+from fedspallm_appfl.rounds.folds.context import Context
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import ClientSettings, Gram, OwnData, Pruning, ServerSettings

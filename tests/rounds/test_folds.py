@@ -13,7 +13,8 @@ from fedspallm_appfl.algorithms.registry import BUILT_IN
 from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.pruning.from_sums import Sums, prune
-from fedspallm_appfl.rounds.folds import STATISTICS, prune_input
+from fedspallm_appfl.rounds.folds.context import STATISTICS
+from fedspallm_appfl.rounds.folds.statistics import prune_input
 from fedspallm_appfl.settings.schema import Gram, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.grams import MOST_SQUARES, pack_gram

@@ -13,7 +13,7 @@ from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.recovery import training
-from fedspallm_appfl.rounds.folds import DeltaFold
+from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.runs import experiment, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
 from helpers.knife import Cut, Knife

@@ -19,7 +19,7 @@ from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
 from fedspallm_appfl.models.typical import typical_squares
 from fedspallm_appfl.rounds.beginning import begin
-from fedspallm_appfl.rounds.folds import Context
+from fedspallm_appfl.rounds.folds.context import Context
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
@@ -126,7 +126,9 @@ class FedSpaLLMAggregator(BaseAggregator):
         now = self.global_model.round
         assign = {client: to_text(now.assigned[client]) for client in clients}
         done = {"finished": to_text(sorted(self.global_model.resumed))} if self.global_model.resumed else {}
-        return {"round": now.index, "exchange": now.exchange, "assign": assign} | done
+        secure = {client: told for client in clients if (told := self.global_model.told(client))}
+        said = {"secure": secure} if secure else {}
+        return {"round": now.index, "exchange": now.exchange, "assign": assign} | done | said
 
     def _goes_on(self) -> dict[str, Any]:
         left = {"given_up": sorted(self.given_up())} if self.given_up() else {}
@@ -147,7 +149,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             UpdateError: the message is not what was assigned.
         """
         of = read_metadata(metadata, f"client {client}")
-        received = self.global_model.receive(client, update, of.samples)
+        received = self.global_model.receive(client, update, of.samples, of.secure)
         self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {

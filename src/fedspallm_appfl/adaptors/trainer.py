@@ -51,7 +51,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self.round: int = 0
         self._client: LocalClient | None = None
         self.exchange: int = 0
-        self._instructions: tuple[int, int, list[int], list[int]] | None = None
+        self._instructions: tuple[int, int, list[int], list[int], dict[str, Any]] | None = None
         self._message: Message | None = None
         self._pieces_left = 0
         self.lacking: int | None = None
@@ -69,13 +69,14 @@ class FedSpaLLMTrainer(BaseTrainer):
             self.follow(instructions)
         if not self.client.in_exchange:
             self._require_all_pieces()
-            self.round, self.exchange, blocks, finished = self._instructions or (
+            self.round, self.exchange, blocks, finished, told = self._instructions or (
                 self.round,
                 self.exchange,
                 self._own_blocks(),
                 [],
+                {},
             )
-            self.client.start_exchange(self.round, self.exchange, blocks, finished)
+            self.client.start_exchange(self.round, self.exchange, blocks, finished, told)
             self._instructions = None
         self._message = self.client.next_message()
         if not self.client.in_exchange:
@@ -99,6 +100,7 @@ class FedSpaLLMTrainer(BaseTrainer):
             "seconds": round(message.seconds, 4),
             "notes": message.notes,
             "host": socket.gethostname(),
+            **({"secure": message.secure} if message.secure else {}),
         }
         return message.update, metadata
 
@@ -123,7 +125,8 @@ class FedSpaLLMTrainer(BaseTrainer):
             if self.is_open:
                 self.client.leave_exchange()
             finished = from_text(metadata.get("finished", ""))
-            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks, finished
+            told = (metadata.get("secure") or {}).get(self.client_id, {})
+            self._instructions = int(metadata["round"]), int(metadata["exchange"]), blocks, finished, told
 
     def _require_all_pieces(self) -> None:
         if self._pieces_left > 0:

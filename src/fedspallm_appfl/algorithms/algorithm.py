@@ -24,7 +24,10 @@ Inputs = tuple[tuple[int, str], ...]  # inputs, each as (block, first linear tha
 UPLOADS = ("weights", "masks", "values", "grams")
 NOTHING = "nothing"  # clients are sent a model that was pruned before
 DELTAS = "deltas"  # changes of kept weights, after the exchanges of any algorithm
-DOWN = (None, "weights", "masks")
+KEYS, SHARES, OPENING = "keys", "shares", "opening"  # of secure sums: before what is hidden, and after it
+SQUARES = "squares"  # sums of squares, of which the scale of hidden Gram matrices follows; down come their sums
+PROTOCOL = (KEYS, SHARES, OPENING)
+DOWN = (None, "weights", "masks", SQUARES)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Exchange:
         only: the inputs that it is about; None for all of all blocks.
         turn: which round of recovery it is, from 0.
         delta: precision of the changes that go up in recovery.
+        hidden: of how many clients the server sees the sum alone; 0: it sees what each of them sends.
     """
 
     up: str
@@ -66,6 +70,7 @@ class Exchange:
     only: Inputs | None = None
     turn: int = 0
     delta: str = ""
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what no upload or answer is.
@@ -73,7 +78,7 @@ class Exchange:
         Raises:
             ConfigError: `up` or `down` is none of the valid words, or `make` cannot be called.
         """
-        if self.up not in (*UPLOADS, DELTAS, NOTHING) or self.down not in DOWN:
+        if self.up not in (*UPLOADS, DELTAS, NOTHING, SQUARES, *PROTOCOL) or self.down not in DOWN:
             raise ConfigError(
                 f"an exchange sends one of {', '.join(UPLOADS)} up, and weights, masks or None down; got {self.up!r}, "
                 f"{self.down!r}"
@@ -85,6 +90,11 @@ class Exchange:
     def begins(self) -> bool:
         """Whether it only hands out a model that was pruned before."""
         return self.up == NOTHING
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is about keys of secure sums alone."""
+        return self.up in PROTOCOL
 
     @property
     def recovers(self) -> bool:
@@ -203,7 +213,9 @@ class Algorithm:
         """Whether masks of several clients are combined, so that some entries are zero by agreement."""
         return any(exchange.make is not None for exchange in self.round)
 
-    def exchanges(self, groups: Groups, gram: Gram, recovery: Recovery | None = None) -> tuple[Exchange, ...]:
+    def exchanges(
+        self, groups: Groups, gram: Gram, recovery: Recovery | None = None, hidden: int = 0
+    ) -> tuple[Exchange, ...]:
         """The exchanges of a round; those of recovery come at the end, and in the last round only (see `of_round`).
 
         Statistics of the dense model take one exchange. In a sweep (`gram.propagate: pruned`) an exchange is about one
@@ -214,8 +226,11 @@ class Algorithm:
             groups: for each block the linears that share an input; only algorithms that gather statistics look at them.
             gram: which statistics clients send.
             recovery: what follows; None for nothing.
+            hidden: of how many clients the server sees sums alone (see `secure`); 0 for none.
         """
         own = self._own_exchanges(groups, gram)
+        if hidden:
+            return tuple(_hidden(own, hidden))
         if recovery is not None and recovery.model:
             own = (Exchange(NOTHING, "weights"),)
         if recovery is None or not recovery.rounds:
@@ -232,6 +247,18 @@ class Algorithm:
     def store_of(self, client: str) -> str | None:
         """The store for the model of one client, where each has its own."""
         return f"{self.name}/{client}" if self.apart else None
+
+
+def _hidden(exchanges: Sequence[Exchange], clients: int) -> Iterator[Exchange]:
+    """Exchanges of which the server sees sums alone: what it makes of one, it makes when the sums are opened."""
+    yield Exchange(KEYS)
+    yield Exchange(SHARES)
+    for one in exchanges:
+        if one.up == "grams":
+            yield Exchange(SQUARES, SQUARES, hidden=clients)
+            yield Exchange(OPENING, SQUARES)
+        yield replace(one, hidden=clients)
+        yield Exchange(OPENING, one.down)
 
 
 def of_round(exchanges: Sequence[Exchange], last: bool) -> tuple[Exchange, ...]:

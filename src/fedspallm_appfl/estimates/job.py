@@ -24,7 +24,8 @@ from fedspallm_appfl.models.lazy_model import Skeleton, known_layout, longest_wi
 from fedspallm_appfl.models.storage.checkpoint import DTYPES, CheckpointFiles, allow_code_of, resolve_model
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.pruning.pruner import Pruner
-from fedspallm_appfl.rounds.folds import Context, Fold, folds
+from fedspallm_appfl.rounds.folds.context import Context, Fold
+from fedspallm_appfl.rounds.folds.registry import folds
 from fedspallm_appfl.rounds.participants import (
     Draws,
     algorithm_of,

@@ -23,7 +23,7 @@ import torch
 from fedspallm_appfl.allocation.choice import JUDGE
 from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, windows_of
 from fedspallm_appfl.pruning.statistics import InputGram
-from fedspallm_appfl.rounds.folds import UnitBytes
+from fedspallm_appfl.rounds.folds.context import UnitBytes
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
 from fedspallm_appfl.wire.grams import packing_bytes
 from fedspallm_appfl.wire.packed import kept_entries

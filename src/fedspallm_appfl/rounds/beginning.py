@@ -16,7 +16,7 @@ import torch
 
 from fedspallm_appfl.errors import ConfigError, ModelError, first_line, shortened
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.rounds.folds import GLOBAL
+from fedspallm_appfl.rounds.folds.context import GLOBAL
 from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
 from fedspallm_appfl.tensors.patterns import full_name
 from fedspallm_appfl.tensors.target import Target, parse_target, share_of

@@ -6,8 +6,9 @@ while a sweep stands still.
 """
 
 import json
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import of_round
+from fedspallm_appfl.algorithms.algorithm import SQUARES, of_round
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
 from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
+from fedspallm_appfl.rounds.hidden.client import Hiding
+from fedspallm_appfl.rounds.hidden.places import Place, numbered
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.settings.schema import ClientSettings, Pooled, Prune
@@ -30,6 +33,7 @@ from fedspallm_appfl.texts.checks import check_vocabulary
 from fedspallm_appfl.texts.drawing import draw
 from fedspallm_appfl.texts.tokenizer import forget_tokenizers, tokenizer_for
 from fedspallm_appfl.texts.windows import Cut, forget_windows
+from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
@@ -48,6 +52,7 @@ class Message:
         total: messages of the exchange.
         seconds: time spent on it.
         notes: JSON of linear -> what the report should say; empty if nothing.
+        secure: what the client says in an exchange of keys; empty in others.
     """
 
     update: dict[str, Any]
@@ -56,6 +61,7 @@ class Message:
     total: int
     seconds: float
     notes: str
+    secure: str = ""
 
 
 @dataclass
@@ -69,6 +75,7 @@ class _Progress:
     messages: list[list[Unit]]
     next_message: int = 0
     waiting: dict[Unit, Noted] = field(default_factory=dict)
+    says: str = ""
 
 
 class LocalClient:
@@ -103,7 +110,9 @@ class LocalClient:
         algorithm = registry.find(settings.algorithm)
         self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
-        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery)
+        hidden = len(settings.roster) if settings.secure_sums else 0
+        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery, hidden)
+        self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
         self._source = Source(
@@ -114,10 +123,14 @@ class LocalClient:
             self.agreed,
             self.masks,
             checkpoint=keep or None,
+            squares=self.squares,
+            scratch=self._scratch,
             in_float32=in_float32,
         )
+        self._hiding = Hiding(settings.client_id, list(settings.roster), self._numbers(hidden))
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
+        self._kept_between: tempfile.TemporaryDirectory | None = None
 
     def _open(self, dtype: str) -> LazyModel:
         """The dense model in an arithmetic; clients of a process share it."""
@@ -139,8 +152,46 @@ class LocalClient:
         bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
         return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes) or [[]]
 
-    def start_exchange(self, round_index: int, number: int, blocks: list[int], finished: Iterable[int] = ()) -> None:
-        """Begin to make what an exchange of a round sends of the assigned blocks, but for those that were sent before."""
+    def _numbers(self, hidden: int) -> dict[Place, int]:
+        """The number of each hidden unit of a round."""
+        if not hidden:
+            return {}
+        layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
+        groups = self._source.groups
+        return numbered(
+            self.exchanges,
+            {
+                number: sizes(one, layout.pruned, settings.sparsity, dtype, groups, settings.gram)
+                for number, one in enumerate(self.exchanges)
+            },
+        )
+
+    def _scratch(self) -> Path:
+        """A folder that goes with the client."""
+        if self._kept_between is None:
+            self._kept_between = tempfile.TemporaryDirectory(prefix="fedspallm-")
+        return Path(self._kept_between.name)
+
+    def start_exchange(
+        self,
+        round_index: int,
+        number: int,
+        blocks: list[int],
+        finished: Iterable[int] = (),
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin to make what an exchange of a round sends of the assigned blocks.
+
+        Args:
+            round_index: the round.
+            number: its exchange.
+            blocks: assigned ones.
+            finished: those of them that were sent before.
+            told: what the server says of secure sums.
+
+        Raises:
+            SecureSumError: the server breaks their protocol.
+        """
         exchange, assigned, done = self.exchanges[number], set(blocks), frozenset(finished)
         wanted = assigned - done
         if self._source.checkpoint:
@@ -148,7 +199,9 @@ class LocalClient:
         if exchange.only is None or number == 0 or self._sweep is None:
             made = sweep(replace(self._source, finished=done), exchange, assigned)
             self._sweep = made if wanted else None  # a sweep that goes on begins where something is wanted
-        self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), self.messages(number))
+        says = self._hiding.begin(round_index, number, exchange.up, told or {}) if self.settings.secure_sums else ""
+        messages = self.messages(number)
+        self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), messages, says=says)
 
     def sweeps_on(self, exchange: int) -> bool:
         """Whether the sweep of an exchange goes on in the next one."""
@@ -188,6 +241,8 @@ class LocalClient:
                 progress.waiting.update({(done, unit): made for unit, made in units.items()})
                 del units  # not kept while the next block is made
             packed, said = progress.waiting.pop((block, name))
+            if isinstance(packed, PackedWords):
+                packed = PackedWords(self._hiding.mask(block, name, packed.words))
             blocks.setdefault(block, {})[name] = packed
             if said:
                 notes[f"{block}.{name}"] = said
@@ -197,17 +252,18 @@ class LocalClient:
             if self.exchanges[progress.exchange].only is None:
                 self._sweep = None
         update = make_update(progress.round_index, blocks, progress.exchange) if blocks else {}
-        if update and self.settings.comm.compression == "zstd":
+        hidden = self.exchanges[progress.exchange].hidden  # masked words are as random as can be
+        if update and self.settings.comm.compression == "zstd" and not hidden:
             update = compress(update)
         seconds = time.monotonic() - started
         total, said_all = len(progress.messages), json.dumps(notes) if notes else ""
-        return Message(update, progress.exchange, number, total, seconds, said_all)
+        return Message(update, progress.exchange, number, total, seconds, said_all, progress.says)
 
     def take(self, update: dict[str, Any]) -> None:
         """Use what the server sent in later exchanges: pruned blocks, or masks to solve for."""
         if update:
             down = self.exchanges[update["exchange"]].down
-            (self.masks if down == "masks" else self.agreed).take(update)
+            {"masks": self.masks, SQUARES: self.squares}.get(down or "", self.agreed).take(update)
 
     def measure(self) -> dict[str, Any]:
         """The dense and the final model on windows of its text that were kept out of calibration.

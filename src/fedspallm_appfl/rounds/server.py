@@ -18,11 +18,16 @@ import torch
 
 from fedspallm_appfl.aggregation.screening import outliers
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import Exchange, of_round
+from fedspallm_appfl.algorithms.algorithm import OPENING, Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.rounds.folds import DOWN, GLOBAL, MASKS, Context, Fold, Stores, expert_weight, folds
+from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Fold, Stores
+from fedspallm_appfl.rounds.folds.registry import folds
+from fedspallm_appfl.rounds.folds.unreached import expert_weight
+from fedspallm_appfl.rounds.hidden.folds import HiddenFold
+from fedspallm_appfl.rounds.hidden.places import Place, numbered
+from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
@@ -122,8 +127,10 @@ class GlobalModel:
         self.done: PackedStore = Latest(self.folder, GLOBAL)
         self.round = Round(-1, {})
         algorithm, settings = registry.find(self.settings.algorithm), self.settings
-        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery)
+        hidden = len(settings.roster) if settings.secure_sums else 0
+        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery, hidden)
         self._folds = folds(context, self.exchanges)
+        self._hidden: Sums | None = None  # of the round that is on
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -131,6 +138,7 @@ class GlobalModel:
         self._facts: dict[int, dict[str, Any]] = {}
         self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
         self._replaced: set[Unit] = set()  # by this exchange
+        self._opened: set[int] = set()  # exchanges of the round whose sums were
         self._position: dict[str, Any] = {}
         self._journal = Journal(self.folder)
         self.resumed: set[int] | None = self._restored()
@@ -160,6 +168,9 @@ class GlobalModel:
         """
         self.end_exchange()
         self.round = Round(index, assigned)
+        if self.settings.secure_sums:
+            self._opened = set()
+            self._hidden = Sums(index, self.exchanges, list(self.settings.roster), self._numbers())
         if self.exchange.begins:
             self.round.assigned = {client: [] for client in assigned}
             self.round.closed = {block: self.done.names(block) for block in self.done.blocks()}
@@ -172,9 +183,51 @@ class GlobalModel:
             RuntimeError: blocks of it are still open.
         """
         self._require_closed()
+        if self.exchange.up == OPENING and self._hidden is not None and self.round.exchange not in self._opened:
+            self._open_sums()
         self._journal.end()
         self._held -= self._replaced
         self._replaced = set()
+
+    def _numbers(self) -> dict[Place, int]:
+        """The number of each hidden unit of a round."""
+        context, settings = self.context, self.settings
+        shapes = context.layout.pruned
+        return numbered(
+            self.exchanges,
+            {
+                number: sizes(one, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
+                for number, one in enumerate(self.exchanges)
+            },
+        )
+
+    def told(self, client: str) -> dict[str, Any]:
+        """What a client has to know of secure sums before the exchange that is on, in plain types.
+
+        Raises:
+            SecureSumError: too few clients take part.
+        """
+        if self._hidden is None or client in self.round.given_up:
+            return {}
+        return self._hidden.tell(self.round.exchange, client)
+
+    def _open_sums(self) -> None:
+        """Make what the exchange before has sent, of which only sums are known now."""
+        assert self._hidden is not None
+        self._opened.add(self.round.exchange)
+        before = self.round.exchange - 1
+        fold = self._folds[before]
+        assert isinstance(fold, HiddenFold)
+        units = {block: set(of) for block, of in self._units_of(before).items()}
+        for block, unit, words, clients in self._hidden.opened(before):
+            give_back()
+            stores, facts = fold.made(block, unit, words, clients)
+            self._file(block, unit, stores, facts)
+            if self._closed[block] == units[block]:
+                self._finish_block(block)
+
+    def _units_of(self, exchange: int) -> dict[int, tuple[str, ...]]:
+        return {block: self._folds[exchange].units(block) for block in self.context.layout.pruned}
 
     def end(self) -> None:
         """Note that all rounds are done."""
@@ -297,13 +350,14 @@ class GlobalModel:
             pieces += _pieces(sizes, limit, BEFORE, downs[down], DOWN[down]) if units else []
         return [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
 
-    def receive(self, client: str, update: Any, samples: int) -> int:
+    def receive(self, client: str, update: Any, samples: int, said: str = "") -> int:
         """Check and fold one upload.
 
         Args:
             client: who sent it.
             update: what arrived; `{}` for a message without matrices.
             samples: calibration windows of the client.
+            said: what it says of keys of secure sums.
 
         Returns:
             Bytes of the tensors received.
@@ -316,8 +370,10 @@ class GlobalModel:
             raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
         if client in self.round.given_up:
             raise UpdateError(f"refused an update from client {client}: round {self.round.index} goes on without it")
+        if self.exchange.speaks and self._hidden is not None:
+            self._hidden.hear(self.exchange.up, client, said)
         if isinstance(update, Mapping) and not update:
-            return 0
+            return len(said)
         expected = {
             block: {unit: self._check_of(client, block, unit) for unit in self._units(block)}
             for block in self.round.assigned[client]
@@ -337,6 +393,10 @@ class GlobalModel:
             checked = tuple(
                 (block, name, self._screened(client, block, name, packed)) for block, name, packed in checked
             )
+        if self.exchange.hidden and self._hidden is not None:
+            self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
+            self._received |= {(client, block, name) for block, name, _ in checked}
+            return update_nbytes(update)
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
@@ -549,14 +609,17 @@ class GlobalModel:
             stores, facts = self._fold.unreached(block, unit), {"unreached": 1}
         else:
             stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
+        self._file(block, unit, stores, facts)
+        if len(self._closed[block]) == len(self._units(block)):
+            self._finish_block(block)
+
+    def _file(self, block: int, unit: str, stores: Stores, facts: Mapping[str, int]) -> None:
+        """Keep what was made of a unit until its block is whole."""
         ready = self._ready.setdefault(block, {})
         for store, linears in stores.items():
             ready.setdefault(store, {}).update(linears)
         self._note(block, stores.get(GLOBAL, {}), facts)
-        closed = self._closed.setdefault(block, set())
-        closed.add(unit)
-        if len(closed) == len(self._units(block)):
-            self._finish_block(block)
+        self._closed.setdefault(block, set()).add(unit)
 
     def _note(self, block: int, linears: Mapping[str, Packed], facts: Mapping[str, int]) -> None:
         """Add to what the report says of a block."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,6 +17,10 @@ from fedspallm_appfl.pruning.statistics import Statistic
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.packed import Packed
+
+
+def _nowhere() -> Path:
+    raise AssertionError("nothing is kept between two exchanges")
 
 
 class Agreed(Protocol):
@@ -42,6 +47,8 @@ class Source:
         masks: masks that came down, of blocks whose values are still to come.
         finished: assigned blocks that the server has already; they are pruned again where later ones need it, not sent.
         checkpoint: where hidden states are kept now and then; None for nowhere.
+        squares: sums of squares that came down, of inputs whose Gram matrices are still to come.
+        scratch: () -> a folder for what is made in one exchange and sent in a later one.
         in_float32: () -> the model in float32, for gradients in the place of an arithmetic of too narrow a range.
     """
 
@@ -53,6 +60,8 @@ class Source:
     masks: Agreed = field(default_factory=_nothing)
     finished: frozenset[int] = frozenset()
     checkpoint: Checkpoint | None = None
+    squares: Agreed = field(default_factory=_nothing)
+    scratch: Callable[[], Path] = _nowhere
     in_float32: Callable[[], LazyModel] | None = None
 
     def trainable(self) -> LazyModel:

@@ -8,18 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, Exchange, Groups
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.gathering import gathered
+from fedspallm_appfl.rounds.hidden.sweeps import hidden_sizes, hidden_sweep
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
+from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import (
     Packed,
     Shapes,
@@ -32,7 +34,7 @@ from fedspallm_appfl.wire.packed import (
 )
 from fedspallm_appfl.wire.update import Unit
 
-Noted = tuple[Unit, dict[str, float]]  # what travels, and what the report should say about it
+Noted = tuple[Unit | PackedWords, dict[str, float]]  # what travels, and what the report should say about it
 Sweep = Iterator[tuple[int, dict[str, Noted]]]
 
 
@@ -43,6 +45,8 @@ def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
         PruningError: a matrix cannot be pruned; names client, block and linear.
         DataError: statistics would be of too few tokens to be sent.
     """
+    if exchange.hidden:
+        return hidden_sweep(source, exchange, blocks)
     return _SWEEPS[exchange.up](source, exchange, blocks)
 
 
@@ -125,7 +129,7 @@ _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
     "values": _values,
     "grams": _grams,
     DELTAS: _deltas,
-    NOTHING: lambda source, exchange, blocks: iter(()),
+    **dict.fromkeys((NOTHING, *PROTOCOL), lambda source, exchange, blocks: iter(())),
 }
 
 
@@ -147,6 +151,8 @@ def sizes(
         groups: linears that share an input, for `grams`.
         gram: which statistics, for `grams`.
     """
+    if exchange.hidden:
+        return hidden_sizes(exchange, shapes, sparsity, groups)
     if exchange.up == "grams":
         gram = gram or Gram()
         return {
@@ -157,7 +163,7 @@ def sizes(
             for block in shapes
             if exchange.concerns(block)
         }
-    if exchange.begins:
+    if exchange.begins or exchange.speaks:
         return {}
     if exchange.recovers:
         return {

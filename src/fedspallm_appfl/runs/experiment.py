@@ -24,7 +24,7 @@ from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, write_report
 from fedspallm_appfl.reports.result import Result
 from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
-from fedspallm_appfl.rounds.folds import GLOBAL, STATISTICS
+from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir

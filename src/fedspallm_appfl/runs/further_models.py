@@ -19,7 +19,9 @@ from fedspallm_appfl.pruning import registry
 from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import model_table
-from fedspallm_appfl.rounds.folds import STATISTICS, prune_input, unseen
+from fedspallm_appfl.rounds.folds.context import STATISTICS
+from fedspallm_appfl.rounds.folds.statistics import prune_input
+from fedspallm_appfl.rounds.folds.unreached import unseen
 from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.reading import load_config

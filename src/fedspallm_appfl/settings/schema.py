@@ -320,6 +320,11 @@ class ServerConfigs:
         range=f"seconds, greater than 0 and at most {MOST}, got {{value:g}}",
     )
     functions: Functions = group(Functions)
+    secure_sums: bool = key(
+        False,
+        "with `gram`, `consensus` and `fedprllm`: the server sees the sum of all clients, and no client's upload "
+        "([docs](secure_sums.md))",
+    )
     device: str = key(
         "auto",
         "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",
@@ -633,6 +638,7 @@ class ClientSettings(TrainConfigs):
         gram: which statistics to send, for algorithms that gather them.
         recovery: what follows pruning.
         rounds: number of rounds.
+        secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
         own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
@@ -650,6 +656,7 @@ class ClientSettings(TrainConfigs):
     gram: Gram = group(Gram)
     recovery: Recovery = group(Recovery)
     rounds: int = 1
+    secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
     own_windows: int = 0
     agreed: str | None = None
@@ -672,6 +679,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
         layer_sampling: how blocks are assigned.
         seed: the experiment's.
         rounds: number of rounds.
+        secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants.
         windows: id -> calibration windows that a participant was asked for; nothing of those that may have any number.
         fitted: clients whose kept weights come of least squares.
@@ -693,6 +701,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     layer_sampling: str = "balanced"
     seed: int = 0
     rounds: int = 1
+    secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
     fitted: list[str] = field(default_factory=list)

@@ -24,7 +24,7 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.progress import StudyProgress
 from fedspallm_appfl.reports.report import traffic
-from fedspallm_appfl.rounds.folds import STATISTICS
+from fedspallm_appfl.rounds.folds.context import STATISTICS
 from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report

@@ -13,7 +13,8 @@ MOST = 2**31  # limit of every number
 LONGEST = 10_000  # characters of a text
 LONGEST_NAME = 200  # characters of a name in the notes
 LONGEST_NOTES = 2**22  # characters; a note takes less than a hundred
-KEYS = ("_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host")
+LONGEST_KEYS = 2**27  # characters of keys and shares of secure sums; those of a unit take 300 a neighbour
+KEYS = ("_chunk_idx", "_total_chunks", "samples", "seconds", "notes", "host", "secure")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Metadata:
         seconds: that it worked for the message.
         notes: linear -> name -> number.
         host: where it ran.
+        secure: what the client says in an exchange of keys; nothing of it has been looked at.
     """
 
     number: int
@@ -35,6 +37,7 @@ class Metadata:
     seconds: float
     notes: dict[str, dict[str, float]]
     host: str
+    secure: str
 
     @property
     def is_last(self) -> bool:
@@ -67,6 +70,7 @@ def read_metadata(metadata: Any, sender: str) -> Metadata:
         _seconds(metadata, where),
         _notes(metadata.get("notes"), where),
         word(metadata.get("host", "")),
+        _secure(metadata.get("secure", ""), where),
     )
 
 
@@ -82,6 +86,12 @@ def _seconds(metadata: Mapping[str, Any], where: str) -> float:
     if _is_number(value) and 0 <= value < MOST:
         return float(value)
     raise UpdateError(f"{where}: seconds is a number from 0 to {MOST - 1}, got {quoted(value)}")
+
+
+def _secure(text: Any, where: str) -> str:
+    if type(text) is str and len(text) <= LONGEST_KEYS and text.isascii():
+        return text
+    raise UpdateError(f"{where}: secure is ASCII text of at most {LONGEST_KEYS} characters, got {quoted(text)}")
 
 
 def _notes(notes: Any, where: str) -> dict[str, dict[str, float]]:

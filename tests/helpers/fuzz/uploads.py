@@ -12,7 +12,7 @@ import torch
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.rounds.folds import GLOBAL
+from fedspallm_appfl.rounds.folds.context import GLOBAL
 from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes

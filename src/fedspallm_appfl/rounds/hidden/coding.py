@@ -1,0 +1,148 @@
+"""What clients send in a secure sum: integers in a unit that all sides know, so that the sum is exact.
+
+* `masks`: 1 where an entry is pruned, in the bits that the number of clients takes.
+* `values`: kept weights in 32 bits, in units of a power of two that follows from the largest dense weight.
+* `squares`: the diagonal of a Gram matrix and its tokens, as pairs of 64-bit integers.
+* `grams`: what is above the diagonal in 16 bits, in units of what the summed diagonals allow. By Cauchy and Schwarz
+  `sum_k |G_ij| <= sqrt(sum_k G_ii * sum_k G_jj)`, so the sum over any number of clients fits.
+
+Legend: O out features, I in features, T tokens, K clients.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedspallm_appfl.errors import PruningError
+from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.secure.words import pack, size, unpack
+from fedspallm_appfl.tensors import bitmask, triangle
+
+GROWTH = 2**10  # how many times the largest dense weight a kept weight may be
+FINE, COARSE = 2.0**-40, 2.0**12  # units of the two parts of a sum of squares
+LARGEST_SQUARES = 2.0**62
+HALF = 2**15 - 1  # of 16 bits
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the integers of a unit become words.
+
+    Attributes:
+        count: integers.
+        bits: of each sum over the clients.
+        signed: whether there are negative ones.
+    """
+
+    count: int
+    bits: int
+    signed: bool = True
+
+    @property
+    def size(self) -> int:
+        """Words."""
+        return size(self.count, self.bits)
+
+    def pack(self, numbers: Tensor) -> Tensor:
+        """(count,) integers to (W,) int64."""
+        return pack(numbers, self.bits)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """A sum of words to the sum of the integers."""
+        return unpack(words, self.bits, self.count, self.signed)
+
+
+def coding(up: str, entries: int, kept: int, clients: int) -> Coding:
+    """The coding of a unit.
+
+    Args:
+        up: what its exchange sends.
+        entries: of a matrix; features of an input.
+        kept: entries of a matrix that its target keeps.
+        clients: K.
+    """
+    return {
+        "masks": lambda: Coding(entries, clients.bit_length(), signed=False),
+        "values": lambda: Coding(kept, 32),
+        "squares": lambda: Coding(2 * entries + 1, 64),
+        "grams": lambda: Coding(triangle.size(entries), 16),
+    }[up]()
+
+
+def votes(bits: Tensor, entries: int) -> Tensor:
+    """A mask (see `bitmask`) to (O * I,) uint8, 1 where an entry is pruned."""
+    return (~bitmask.from_bits(bits, (entries,))).to(torch.uint8)
+
+
+def step(dense: Tensor, clients: int) -> float:
+    """The unit of kept weights of a matrix: `GROWTH` times the largest dense weight of each of K clients fits 32 bits."""
+    largest = max(float(dense.abs().max()), 2.0**-100)
+    return float(2.0 ** (math.ceil(math.log2(largest * GROWTH * clients)) - 30))
+
+
+def fixed(values: Tensor, dense: Tensor, clients: int, where: str) -> Tensor:
+    """Kept weights in units of `step`, (kept,) int32.
+
+    Raises:
+        PruningError: one exceeds what the unit was made for; begins with `where`.
+    """
+    unit = step(dense, clients)
+    numbers, most = values.double().div_(unit).round_(), 2**30 // clients
+    if len(numbers) and float(numbers.abs().max()) > most:
+        raise PruningError(
+            f"{where}: in a secure sum weights are at most {most * unit:g}, about {GROWTH} times the largest dense one, got "
+            f"{float(values.abs().max()):g}; raise train_configs.damping"
+        )
+    return numbers.to(torch.int32)
+
+
+def squares(sums: Sums, where: str) -> Tensor:
+    """The diagonal as coarse and fine parts, then T: (2 * I + 1,) int64.
+
+    Raises:
+        PruningError: an entry is too large; begins with `where`.
+    """
+    diagonal = sums.upper.diagonal().double().cpu()
+    if float(diagonal.max()) > LARGEST_SQUARES:
+        raise PruningError(
+            f"{where}: a secure sum takes squares up to {LARGEST_SQUARES:g}, got {float(diagonal.max()):g}"
+        )
+    coarse = (diagonal / COARSE).floor()
+    fine = ((diagonal - coarse * COARSE) / FINE).round()
+    return torch.cat([coarse.long(), fine.long(), torch.tensor([sums.tokens])])
+
+
+def sum_of_squares(numbers: Tensor) -> tuple[Tensor, int]:
+    """(I,) float64 and T of summed numbers of `squares`."""
+    features = len(numbers) // 2
+    coarse, fine = numbers[:features].double(), numbers[features:-1].double()
+    return coarse * COARSE + fine * FINE, int(numbers[-1])
+
+
+def correlations(sums: Sums, total: Tensor, clients: int) -> Tensor:
+    """What is above the diagonal in units of the summed squares, (I * (I - 1) / 2,) int16.
+
+    Args:
+        sums: of one client.
+        total: (I,) float64, summed squares.
+        clients: K.
+    """
+    inverse = torch.where(total > 0, total.rsqrt(), 0.0)
+    flat = torch.empty(triangle.size(len(total)), dtype=torch.int16)
+    upper, levels = sums.upper.cpu(), HALF - clients  # each client rounds by half a level at most
+    for rows, part, inside in triangle.strips(len(total)):
+        scaled = upper[rows].double() * inverse[rows].unsqueeze(1) * inverse
+        flat[part] = scaled[inside].mul_(levels).round_().clamp_(-levels, levels).to(torch.int16)
+    return flat
+
+
+def from_correlations(numbers: Tensor, total: Tensor, tokens: int, clients: int) -> Sums:
+    """The sums in float32 of summed numbers of `correlations`; other arguments as there."""
+    roots, levels = total.sqrt(), HALF - clients
+    upper = torch.diag(total.float())
+    for rows, part, inside in triangle.strips(len(total)):
+        scale = (roots[rows].unsqueeze(1) * roots)[inside] / levels
+        upper[rows][inside] = (numbers[part].double() * scale).float()
+    return Sums(upper, tokens)

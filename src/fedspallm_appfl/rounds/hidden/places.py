@@ -1,0 +1,84 @@
+"""What all sides of a round's secure sums agree on: who takes part, and the number of each unit's sum."""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedspallm_appfl.aggregation.layer_sampling import from_text, to_text
+from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.errors import SecureSumError, quoted
+from fedspallm_appfl.secure.exchange import Exchange as Session
+from fedspallm_appfl.secure.identity import Roster
+
+Place = tuple[int, int, str]  # exchange of the round, block, unit
+UNIT = "words"  # the one unit of each message of a session
+
+
+def numbered(exchanges: Sequence[Exchange], units: Mapping[int, Mapping[int, Iterable[str]]]) -> dict[Place, int]:
+    """The number of each hidden unit in a round.
+
+    Args:
+        exchanges: of a round.
+        units: exchange -> block -> units.
+    """
+    hidden = [number for number, one in enumerate(exchanges) if one.hidden]
+    places = [(number, block, unit) for number in hidden for block in units[number] for unit in units[number][block]]
+    return {place: index for index, place in enumerate(places)}
+
+
+def session(run: str, round_index: int, messages: int, clients: Iterable[str]) -> Session:
+    """Keys and shares of a round: each unit is a message, so that a client counts unit by unit.
+
+    Raises:
+        SecureSumError: there are fewer than three clients.
+    """
+    return Session(run, round_index, 0, messages, Roster(tuple(clients)))
+
+
+def to_json(parts: Mapping[str, bytes]) -> dict[str, str]:
+    """Bytes by name, in plain types."""
+    return {name: base64.b64encode(part).decode() for name, part in parts.items()}
+
+
+def from_json(parts: Mapping[str, str], what: str) -> dict[str, bytes]:
+    """What `to_json` was given.
+
+    Raises:
+        SecureSumError: it is something else; begins with "refused", then `what`.
+    """
+    try:
+        return {name: base64.b64decode(part, validate=True) for name, part in parts.items()}
+    except (binascii.Error, ValueError, TypeError, AttributeError) as error:
+        raise SecureSumError(f"refused {what}: it is bytes by name in base64, got {quoted(parts)}") from error
+
+
+def said(parts: Mapping[str, bytes]) -> str:
+    """What a client says in an exchange of keys, as its metadata carry it."""
+    return json.dumps(to_json(parts))
+
+
+def heard(text: str, what: str) -> dict[str, bytes]:
+    """What `said` was given; from outside.
+
+    Raises:
+        SecureSumError: it is something else.
+    """
+    try:
+        parts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SecureSumError(f"refused {what}: it is JSON, got {quoted(text)}") from error
+    return from_json(parts, what)
+
+
+def listed(survivors: Mapping[int, Sequence[str]]) -> list[tuple[list[str], str]]:
+    """Survivors by number of the unit, in short and in plain types: (names, numbers of which they are the survivors)."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for number, names in survivors.items():
+        together.setdefault(tuple(names), []).append(number)
+    return [(list(names), to_text(numbers)) for names, numbers in together.items()]
+
+
+def unlisted(groups: Iterable[tuple[Sequence[str], str]]) -> dict[int, list[str]]:
+    """What `listed` was given."""
+    return {number: list(names) for names, numbers in groups for number in from_text(numbers)}

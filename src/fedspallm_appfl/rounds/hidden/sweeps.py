@@ -1,0 +1,128 @@
+"""What a client makes of its private text for secure sums: integers, before masks are added to them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, Groups
+from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.rounds.gathering import gathered
+from fedspallm_appfl.rounds.hidden import coding as code
+from fedspallm_appfl.rounds.hidden.folds import read_squares
+from fedspallm_appfl.rounds.pruning import prune_blocks
+from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.wire.hidden import PackedWords
+from fedspallm_appfl.wire.packed import Shapes, Unreached
+from fedspallm_appfl.wire.store import GramStore
+
+Units = dict[str, tuple[Any, dict[str, float]]]  # unit -> its words, and what the report should say about it
+Made = Iterator[tuple[int, Units]]
+
+
+def hidden_sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    """Make what a hidden exchange sends of some blocks, block by block.
+
+    Raises:
+        PruningError: a matrix cannot be pruned, or its numbers are too large; names client, block and linear.
+        DataError: statistics would be of too few tokens to be sent.
+    """
+    return _SWEEPS[exchange.up](source, exchange, blocks)
+
+
+def _masks(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    for block, linears in prune_blocks(source, blocks):
+        made: Units = {}
+        for name in list(linears):
+            one = linears.pop(name)
+            assert not isinstance(one, Unreached), "models with experts are refused"
+            of = code.coding("masks", one.mask.numel(), 0, exchange.hidden)
+            made[name] = PackedWords(of.pack((~one.mask).flatten().to(torch.uint8).cpu())), one.notes
+        yield block, made
+
+
+def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    for block, linears in prune_blocks(source, blocks, source.masks):
+        made: Units = {}
+        for name in list(linears):
+            one = linears.pop(name)
+            assert not isinstance(one, Unreached), "models with experts are refused"
+            dense, where = source.model.skeleton.dense_matrix(block, name), source.where(block, name)
+            kept = one.weight[one.mask].to(source.model.skeleton.stored_dtype).cpu()
+            of = code.coding("values", 0, len(kept), exchange.hidden)
+            made[name] = PackedWords(of.pack(code.fixed(kept, dense, exchange.hidden, where))), one.notes
+        yield block, made
+
+
+def _squares(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    """Statistics are kept in a file until the scale of what is above the diagonal is known."""
+    for block, found in gathered(source, blocks):
+        made: Units = {}
+        for name, sums in found:
+            assert not isinstance(sums, Unreached), "models with experts are refused"
+            _require_tokens(source, block, name, sums)
+            GramStore(source.scratch()).save(block, (name,), sums, rounded=False)
+            of = code.coding(SQUARES, len(sums.upper), 0, exchange.hidden)
+            made[name] = PackedWords(of.pack(code.squares(sums, source.where(block, name)))), {}
+        yield block, made
+
+
+def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
+    least = source.settings.gram.fewest_tokens(len(sums.upper))
+    if sums.tokens < least:
+        raise DataError(
+            f"{source.where(block, name)}: statistics of {sums.tokens} tokens are not sent: text might be read back from "
+            f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
+        )
+
+
+def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    store = GramStore(source.scratch())
+    for block in sorted(blocks):
+        made: Units = {}
+        for names in source.groups[block]:
+            found, known = store.load(block, names[0]), (source.squares.get(block) or {})[names[0]]
+            assert found is not None, "squares were sent of it"
+            total, _ = read_squares(known)
+            of = code.coding("grams", len(total), 0, exchange.hidden)
+            made[names[0]] = PackedWords(of.pack(code.correlations(found[1], total, exchange.hidden))), {}
+        yield block, made
+
+
+_SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Made]] = {
+    "masks": _masks,
+    "values": _values,
+    SQUARES: _squares,
+    "grams": _grams,
+}
+
+
+def hidden_sizes(
+    exchange: Exchange, shapes: Mapping[int, Shapes], sparsity: Sparsity, groups: Groups
+) -> dict[int, dict[str, int]]:
+    """Bytes of each unit of a hidden exchange: block -> linear, or first linear of an input -> bytes.
+
+    Args:
+        exchange: the exchange.
+        shapes: for each block (O, I) of each linear.
+        sparsity: the target of each matrix.
+        groups: linears that share an input.
+    """
+    if exchange.up in (SQUARES, "grams"):
+        inputs = {block: {names[0]: shapes[block][names[0]][1] for names in groups[block]} for block in shapes}
+        return {
+            block: {
+                name: 8 * code.coding(exchange.up, features, 0, exchange.hidden).size for name, features in of.items()
+            }
+            for block, of in inputs.items()
+        }
+    made: dict[int, dict[str, int]] = {}
+    for block, linears in shapes.items():
+        made[block] = {}
+        for name, (rows, columns) in linears.items():
+            entries = rows * columns
+            kept = entries - sparsity.of(block, name).zeros(entries)
+            made[block][name] = 8 * code.coding(exchange.up, entries, kept, exchange.hidden).size
+    return made
