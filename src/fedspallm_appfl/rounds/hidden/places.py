@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fedspallm_appfl.aggregation.layer_sampling import from_text, to_text
 from fedspallm_appfl.algorithms.algorithm import Exchange
@@ -71,14 +72,14 @@ def heard(text: str, what: str) -> dict[str, bytes]:
     return from_json(parts, what)
 
 
-def listed(survivors: Mapping[int, Sequence[str]]) -> list[tuple[list[str], str]]:
-    """Survivors by number of the unit, in short and in plain types: (names, numbers of which they are the survivors)."""
+def listed(survivors: Mapping[int, Sequence[str]]) -> list[list[Any]]:
+    """Survivors by number of the unit, in short and in plain types: [names, numbers whose survivors they are]."""
     together: dict[tuple[str, ...], list[int]] = {}
     for number, names in survivors.items():
         together.setdefault(tuple(names), []).append(number)
-    return [(list(names), to_text(numbers)) for names, numbers in together.items()]
+    return [[list(names), to_text(numbers)] for names, numbers in together.items()]
 
 
-def unlisted(groups: Iterable[tuple[Sequence[str], str]]) -> dict[int, list[str]]:
+def unlisted(groups: Iterable[Sequence[Any]]) -> dict[int, list[str]]:
     """What `listed` was given."""
     return {number: list(names) for names, numbers in groups for number in from_text(numbers)}
