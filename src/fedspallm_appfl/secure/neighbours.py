@@ -1,4 +1,4 @@
-"""Whom a client shares masks and secrets with: everybody in a small federation, some in a large one.
+"""Whom a client shares masks and secrets with: everybody in a small federation, some in a large one that trusts its server.
 
 Source: Bell, Bonawitz, Gascon, Lepoint, Raykova, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS
 2020, section 3: clients stand in a circle in random order, and each has the `k / 2` next ones on either side. With exact
