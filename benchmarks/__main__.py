@@ -18,6 +18,7 @@ NAMES = (
     "aggregation",
     "payload",
     "codec",
+    "secure",
     "scale",
     "large_block",
     "mpi",

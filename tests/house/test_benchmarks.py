@@ -29,7 +29,7 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.rounds import prune_blocks
 
-IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "large_block")
+IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "secure", "large_block")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,11 +7,12 @@ import torch
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedspallm_appfl.errors import ConfigError, SecureSumError
-from fedspallm_appfl.secure import shamir
+from fedspallm_appfl.secure import shamir, shares
 from fedspallm_appfl.secure.client import Client
 from fedspallm_appfl.secure.encoding import join, split
 from fedspallm_appfl.secure.exchange import Exchange
 from fedspallm_appfl.secure.identity import Identity, Roster
+from fedspallm_appfl.secure.server import Server
 from fedspallm_appfl.secure.stream import add_streams, self_key
 from helpers.secure import UNITS, Federation
 
@@ -21,7 +22,7 @@ STAGES = ("nobody", "keys", "shares", "all messages", "some messages", "opening"
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("size", "degree", "signed"),
-    [(3, None, True), (5, None, False), (5, None, True), (20, None, False), (20, 16, False)],
+    [(3, None, True), (5, None, False), (5, None, True), (20, 16, False)],
 )
 def test_sums_are_those_of_the_survivors(size, degree, signed, stage):
     federation = Federation(size, signed=signed, degree=degree)
@@ -174,7 +175,9 @@ class TestALyingServer:
         everybody = {0: [*ready.clients]}
         fewer = {0: everybody[0][:4]}
         given = self.confirmations(ready, everybody, ["c00", "c01", "c02"])
-        with pytest.raises(SecureSumError, match="at least 4 clients must have confirmed the same survivors, got 3"):
+        with pytest.raises(
+            SecureSumError, match="message 0: at least 4 of its survivors must have .*, got c00, c01, c02"
+        ):
             ready.clients["c00"].open(everybody, given)
         for wrong in (fewer, {1: everybody[0]}):
             given["c03"] = ready.clients["c03"].confirm(wrong)
@@ -185,6 +188,22 @@ class TestALyingServer:
         given["c03"] = given["c02"]
         with pytest.raises(SecureSumError, match="confirmation of survivors of client c03: its sender must be"):
             ready.clients["c00"].open(everybody, given)
+
+    def test_only_survivors_count_and_open(self):
+        """Or a server could have a group open the masks of a client that is not told of it."""
+        federation = Federation(7, signed=True)
+        federation.prepare()
+        names = [*federation.clients]
+        for message in (0, 1):
+            federation.upload(message, without=names[:2] if message else ())
+        survivors = federation.server.close([0, 1])
+        given = self.confirmations(federation, survivors, names[:6])
+        with pytest.raises(SecureSumError, match="does not open message 1: at least 5 .*, got c02, c03, c04, c05"):
+            federation.clients["c02"].open(survivors, given)
+        given |= self.confirmations(federation, survivors, names[6:])
+        for name, messages in (("c00", {0}), ("c02", {0, 1})):
+            opened = federation.clients[name].open(survivors, given)
+            assert {*shares.read_opening(federation.exchange, name, opened)} == messages
 
     @pytest.mark.parametrize(
         ("names", "reason"),
@@ -285,6 +304,8 @@ class TestALyingServer:
         body = exchange.read("public keys", "c01", batch["c01"])
         weak = exchange.sign("public keys", "c01", body[:4] + bytes(32) + body[36:], None)
         with pytest.raises(SecureSumError, match="refused a key of client c01: it makes no secret"):
+            Server(exchange).advertised("c01", weak)
+        with pytest.raises(SecureSumError, match="refused a key of client c01: it makes no secret"):
             federation.clients["c00"].share(batch | {"c01": weak})
 
     def test_a_second_batch_and_other_shares(self, ready):
@@ -303,12 +324,12 @@ class TestALyingServer:
         federation.advertise()
         federation.share()
         client, shares = federation.clients["c00"], federation.server.shares_for("c00")
-        with pytest.raises(SecureSumError, match="client c00 needs 3 of its neighbours and itself, got 2 that shared"):
-            client.receive({name: shares[name] for name in ("c00", "c01")})
+        with pytest.raises(SecureSumError, match="client c00 needs 4 of its neighbours and itself, got 3 that shared"):
+            client.receive({name: shares[name] for name in ("c00", "c01", "c02")})
         with pytest.raises(
             SecureSumError, match="client c00 refused shares of its neighbours: its own are not among them"
         ):
-            client.receive({name: shares[name] for name in ("c01", "c02", "c03")})
+            client.receive({name: shares[name] for name in ("c01", "c02", "c03", "c04")})
         for wrong in (shares["c02"], federation.server.shares_for("c01")["c01"], shares["c01"][:-1] + b"x"):
             with pytest.raises(SecureSumError, match="of client c01 for client c00: they cannot be decrypted"):
                 client.receive(shares | {"c01": wrong})
@@ -397,8 +418,21 @@ class TestAWrongClient:
         with pytest.raises(SecureSumError, match="message 1 has too few survivors: .* 3 must be left, got none"):
             server.close([1])
         federation.open([0])
-        with pytest.raises(SecureSumError, match="refused message 0 of client c00: the message is not open"):
-            server.add("c00", 0, words)
+        assert torch.equal(dict(server.sums(0))["gram"], federation.plain(0, "gram", ["c00", "c01", "c02"]))
+
+    def test_messages_that_come_too_early_or_too_late(self):
+        federation = Federation(4)
+        federation.advertise()
+        federation.share()
+        server, words = federation.server, {unit: torch.ones(size, dtype=torch.int64) for unit, size in UNITS.items()}
+        server.begin(1, UNITS)
+        with pytest.raises(SecureSumError, match="refused message 1 of client c00: others have no shares"):
+            server.add("c00", 1, words)
+        federation.receive()
+        federation.upload(0, without=["c03"])
+        federation.open([0])
+        with pytest.raises(SecureSumError, match="refused message 0 of client c03: the message is not open"):
+            server.add("c03", 0, words)
         assert torch.equal(dict(server.sums(0))["gram"], federation.plain(0, "gram", ["c00", "c01", "c02"]))
 
     def test_openings(self):
@@ -444,6 +478,22 @@ def test_too_few_clients_are_refused():
         with pytest.raises(SecureSumError, match=f"a secure sum needs at least 3 clients, got {len(names)}"):
             Roster(names)
     assert [Exchange("r", 0, 0, 1, Roster(tuple("abcdefghij"[:n]))).threshold for n in (3, 4, 5, 9)] == [3, 3, 4, 7]
+
+
+def test_a_third_of_the_clients_may_help_a_lying_server():
+    """Any two groups that confirm or make masks with each other have an honest client in common."""
+    for clients in range(3, 200):
+        exchange = Exchange("run", 0, 0, 1, Roster(tuple(map(str, range(clients)))), degree=clients - 1)
+        helpers = clients // 3
+        assert exchange.masks_needed + exchange.threshold > clients + helpers
+        assert exchange.shares_needed > helpers
+    assert Exchange("run", 0, 0, 1, Roster(tuple(map(str, range(100))))).masks_needed == 32
+
+
+def test_clients_that_sign_are_neighbours_of_everybody():
+    with pytest.raises(ConfigError, match="clients that sign have everybody else as neighbours, that is 4, got 2"):
+        Federation(5, signed=True, degree=2)
+    assert all(len(members) == 30 for members in Federation(30, signed=True).exchange.members.values())
 
 
 def test_a_client_is_in_the_roster_with_its_key():

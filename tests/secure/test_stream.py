@@ -65,6 +65,21 @@ def test_keys_differ_wherever_what_they_are_for_differs():
     assert all(a != b for a, b in itertools.combinations(keys, 2))
 
 
+@pytest.mark.parametrize("kind", [stream.self_key, lambda *place: stream.pair_key(place[0], "a", "b", *place[1:])])
+def test_every_part_of_a_place_is_in_the_keys_of_masks(kind):
+    places = [("run", 1, 2, 3, "unit")]
+    places += [(*places[0][:i], other, *places[0][i + 1 :]) for i, other in enumerate(("other", 9, 9, 9, "other"))]
+    keys = {kind(secret, *place) for secret in (b"s" * 32, b"t" * 32) for place in places}
+    assert len(keys) == 2 * len(places)
+
+
+def test_two_clients_make_the_same_mask_and_two_others_another_one():
+    pairs = [("a", "b"), ("b", "a"), ("a", "c"), ("ab", "c")]
+    one, same, *others = (stream.pair_key(b"s" * 32, *pair, "run", 0, 0, 0, "unit") for pair in pairs)
+    assert one == same
+    assert len({one, *others}) == 3
+
+
 def test_lists_come_out_as_they_went_in():
     assert split(join(b"", "a", 12, "ü"), "x") == [b"", b"a", b"12", "ü".encode()]
     assert split(b"", "x") == []

@@ -3,7 +3,8 @@
 Source: Bonawitz, Ivanov, Kreuter, Marcedone, McMahan, Patel, Ramage, Segal, Seth, "Practical Secure Aggregation for
 Privacy-Preserving Machine Learning", CCS 2017, figure 4. One run of their protocol is one message here; keys and shares of
 all messages of an exchange travel together. Deviations: a client shares its secrets with itself as well, keys of shares
-depend on the whole batch of public keys, and shares are announced by their SHA-256 (`shares`).
+depend on the whole batch of public keys, and shares are announced by their SHA-256 (`shares`). Shares of more than half of
+the clients open a secret; everything else needs more than two thirds of them, as in the paper.
 
     advertise -> share -> receive -> mask, for each message -> confirm -> open
 
@@ -184,7 +185,7 @@ class Client:
         return self.exchange.confirmation(self.name, survivors, self._identity)
 
     def open(self, survivors: Survivors, confirmations: Mapping[str, bytes] | None = None) -> bytes:
-        """Shares with which the server takes the masks out of sums.
+        """Shares with which the server takes the masks out of sums; only of messages whose survivor this client is.
 
         Args:
             survivors: message -> clients whose message arrived. Of these a share of the seed is given, of the others one
@@ -199,12 +200,14 @@ class Client:
             given = confirmations or {}
             for client, message in given.items():
                 self.exchange.check_confirmation(client, survivors, message)
-            if len(given) < self.exchange.threshold:
-                raise SecureSumError(
-                    f"client {self.name} does not open its shares: at least {self.exchange.threshold} clients must have "
-                    f"confirmed the same survivors, got {len(given)}"
-                )
-        return shares.opening(self.exchange, self.name, self._shares, survivors, self._identity)
+            for number, names in survivors.items():
+                if len(confirmed := sorted({*given} & {*names})) < self.exchange.threshold:
+                    raise SecureSumError(
+                        f"client {self.name} does not open message {number}: at least {self.exchange.threshold} of its "
+                        f"survivors must have confirmed the same ones, got {', '.join(confirmed) or 'none'}"
+                    )
+        own = {number: names for number, names in survivors.items() if self.name in names}
+        return shares.opening(self.exchange, self.name, self._shares, own, self._identity)
 
     def state(self) -> bytes:
         """All that the client needs to go on, secrets among it."""
@@ -249,9 +252,9 @@ class Client:
     def _neighbours(self, of: Mapping[str, object], have: str) -> list[str]:
         """Those of its neighbours and itself that are among some clients."""
         found = [one for one in self.exchange.members[self.name] if one in of]
-        if len(found) < self.exchange.shares_needed:
+        if len(found) < self.exchange.masks_needed:
             raise SecureSumError(
-                f"client {self.name} needs {self.exchange.shares_needed} of its neighbours and itself, got {len(found)} "
+                f"client {self.name} needs {self.exchange.masks_needed} of its neighbours and itself, got {len(found)} "
                 f"that {have}: {', '.join(found)}"
             )
         return found

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fedspallm_appfl.errors import SecureSumError, quoted
+from fedspallm_appfl.errors import ConfigError, SecureSumError, quoted
 from fedspallm_appfl.secure import neighbours
 from fedspallm_appfl.secure.encoding import join, split
 from fedspallm_appfl.secure.identity import Identity, Roster
@@ -29,7 +29,10 @@ class Exchange:
         number: of the exchange in its round.
         messages: how many each client sends.
         roster: the clients.
-        degree: neighbours of each client; None: as `neighbours.degree` says.
+        degree: neighbours of each client; None: everybody where clients sign, or else as `neighbours.degree` says.
+
+    Raises:
+        ConfigError: clients that sign have fewer neighbours than everybody.
     """
 
     run: str
@@ -38,6 +41,14 @@ class Exchange:
     messages: int
     roster: Roster
     degree: int | None = None
+
+    def __post_init__(self) -> None:
+        everybody = len(self.roster.clients) - 1
+        if self.roster.keys and self.degree not in (None, everybody):
+            raise ConfigError(
+                f"clients that sign have everybody else as neighbours, that is {everybody}, got {self.degree}: a server "
+                "that lies could say of all neighbours of a client that they fell out; leave the degree out"
+            )
 
     @property
     def context(self) -> tuple[str, int, int]:
@@ -56,7 +67,10 @@ class Exchange:
 
     @property
     def _degree(self) -> int:
-        return neighbours.degree(len(self.roster.clients)) if self.degree is None else self.degree
+        if self.degree is not None:
+            return self.degree
+        clients = len(self.roster.clients)
+        return clients - 1 if self.roster.keys else neighbours.degree(clients)
 
     @cached_property
     def members(self) -> dict[str, tuple[str, ...]]:
@@ -68,6 +82,14 @@ class Exchange:
     def shares_needed(self) -> int:
         """Shares that open a secret."""
         return neighbours.threshold(self._degree + 1)
+
+    @property
+    def masks_needed(self) -> int:
+        """Members with whom a client makes masks, itself among them, at least.
+
+        Where everybody is a neighbour, these have an honest client in common with any group that a sum is of.
+        """
+        return self.threshold if self._degree == len(self.roster.clients) - 1 else self.shares_needed
 
     def sign(self, purpose: str, sender: str, body: bytes, identity: Identity | None) -> bytes:
         """A message; without an identity its signature is empty."""

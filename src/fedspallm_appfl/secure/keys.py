@@ -76,6 +76,16 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+def check_points(client: str, keys: PublicKeys) -> None:
+    """Whether all keys make secrets: whose private key it is makes no difference.
+
+    Raises:
+        SecureSumError: one does not.
+    """
+    for key in (keys.sealing, *keys.masks):
+        agree(bytes(KEY), key, client)
+
+
 def agree(private: bytes, public: bytes, whose: str) -> bytes:
     """The secret of two keys, 32 bytes.
 

@@ -1,4 +1,4 @@
-"""Whom a client shares masks and secrets with: everybody in a small federation, some in a large one.
+"""Whom a client shares masks and secrets with: everybody in a small federation, some in a large one that trusts its server.
 
 Source: Bell, Bonawitz, Gascon, Lepoint, Raykova, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS
 2020, section 3: clients stand in a circle in random order, and each has the `k / 2` next ones on either side. With exact
@@ -9,7 +9,7 @@ clients on the server's side and a quarter falling out,
 * the honest clients that stay are connected, so that only their sum comes out,
 
 but with a probability of 2^-40 each, and every client keeps enough neighbours to open its secrets, but with 2^-30. Below
-fifty clients no such `k` is smaller than everybody.
+24 clients that is everybody; of 100 clients it is 62, of 1000 clients 148.
 """
 
 import hashlib

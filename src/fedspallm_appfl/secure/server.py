@@ -43,7 +43,7 @@ class Server:
             raise SecureSumError(
                 f"refused keys of client {client}: it has sent others, or comes after the others' were relayed"
             )
-        key_exchange.read_keys(self.exchange, client, message)
+        key_exchange.check_points(client, key_exchange.read_keys(self.exchange, client, message))
         self._advertised[client] = message
 
     def batch(self) -> dict[str, bytes]:
