@@ -71,7 +71,7 @@ triton: install  ## The GPU kernel in Triton's interpreter, and through its comp
 	PYTHONPATH=$(VENV)/triton $(LIMIT) 10m $(BIN)/pytest -n 0 tests/pruning/test_triton_block.py
 
 kills: install  ## Kill a run twenty times in one process and in three ranks, and compare what resume makes of it; ten minutes
-	FEDSPALLM_KILLS=20 $(BIN)/pytest -n 0 -q -m mpi tests/adaptors/test_mpi.py -k killed_goes_on
+	FEDSPALLM_KILLS=20 $(BIN)/pytest -n 0 -q -m mpi -o timeout=7200 -o faulthandler_timeout=7500 tests/adaptors/test_mpi.py -k killed_goes_on
 
 families: install  ## Check tiny models of all families against an oracle and write docs/families.md; half an hour
 	$(BIN)/python tests/families.py --page docs/families.md

@@ -34,6 +34,8 @@ CASES = {
     "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
     "a sweep by blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}}),
     "models apart": ("standalone", {}),
+    "secure sums": ("consensus", {"server_configs": {"secure_sums": True}}),
+    "secure sums of statistics": ("gram", {"server_configs": {"secure_sums": True, "num_global_epochs": 2}}),
     "targets that are chosen": (
         "gram",
         {"allocation": {"method": "fisher", "windows": 4, "length": 32, "width": "0.2"}},

@@ -209,6 +209,11 @@ class Algorithm:
         return not (self.apart or self.pools_text)
 
     @property
+    def adds_up(self) -> bool:
+        """Whether the server needs no more than the sum of what its clients send, so that the sum may be all it sees."""
+        return self.federates and all(one.up in ("masks", "values", "grams") for one in self.round)
+
+    @property
     def votes(self) -> bool:
         """Whether masks of several clients are combined, so that some entries are zero by agreement."""
         return any(exchange.make is not None for exchange in self.round)

@@ -31,11 +31,12 @@ from fedspallm_appfl.rounds.participants import (
     algorithm_of,
     comparisons,
     draws,
+    hidden,
     needs_text,
     participants,
     server_settings,
 )
-from fedspallm_appfl.rounds.uploads import sizes
+from fedspallm_appfl.rounds.uploads import down_sizes, sizes
 from fedspallm_appfl.settings.schema import Client, Config, Model, Prune, ServerSettings, TrainConfigs
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.validation.files import unfit
@@ -185,7 +186,7 @@ class Job:
     @cached_property
     def exchanges(self) -> tuple[Exchange, ...]:
         """The exchanges of the last round."""
-        return self.algorithm.exchanges(self.model.groups, self.config.gram, self.config.recovery)
+        return self.algorithm.exchanges(self.model.groups, self.config.gram, self.config.recovery, hidden(self.config))
 
     @cached_property
     def draws(self) -> Draws:
@@ -254,11 +255,8 @@ class Job:
 
     def down(self, exchange: Exchange) -> Sizes:
         """Bytes of each matrix that an exchange sends down, by block."""
-        if exchange.down is None:
-            return {}
-        packed = {
-            block: self.packed(block, exchange.down) for block in self.model.layout.pruned if exchange.concerns(block)
-        }
+        model = self.model
+        packed = down_sizes(exchange, model.layout.pruned, self.sparsity, model.stored, model.groups)
         if exchange.only is None:
             return packed
         takers = {block: {names[0]: names for names in self.model.groups[block]} for block in packed}

@@ -57,6 +57,11 @@ def partial_clients(config: Config) -> list[str]:
     return [client.client_id for client in config.clients if client.train_configs.resource_share < 1]
 
 
+def hidden(config: Config) -> int:
+    """Of how many clients the server sees sums alone; 0 where it sees each one's uploads."""
+    return len(config.clients) if config.server_configs.secure_sums and algorithm_of(config).adds_up else 0
+
+
 def needs_text(client: Client) -> bool:
     """Whether a client's pruner has to see its text."""
     return pruners.find(client.train_configs.pruner).needs is not None

@@ -169,8 +169,7 @@ class GlobalModel:
         self.end_exchange()
         self.round = Round(index, assigned)
         if self.settings.secure_sums:
-            self._opened = set()
-            self._hidden = Sums(index, self.exchanges, list(self.settings.roster), self._numbers())
+            self._begin_hidden()
         if self.exchange.begins:
             self.round.assigned = {client: [] for client in assigned}
             self.round.closed = {block: self.done.names(block) for block in self.done.blocks()}
@@ -188,6 +187,11 @@ class GlobalModel:
         self._journal.end()
         self._held -= self._replaced
         self._replaced = set()
+
+    def _begin_hidden(self) -> None:
+        """Ask for new keys."""
+        self._opened = set()
+        self._hidden = Sums(self.round.index, self.exchanges, list(self.settings.roster), self._numbers())
 
     def _numbers(self) -> dict[Place, int]:
         """The number of each hidden unit of a round."""
@@ -293,7 +297,12 @@ class GlobalModel:
         """
         found = self._journal.restored()
         try:
-            return None if found is None else self._stand_at(*found)
+            if found is None or not self.settings.secure_sums:
+                return None if found is None else self._stand_at(*found)
+            self._stand_at(_at_first_exchange(found[0]), {})
+            self._begin_hidden()
+            self._note_position()
+            return set()
         except BROKEN as error:
             raise self._journal.damaged(error) from error
 
@@ -662,6 +671,11 @@ class GlobalModel:
     @property
     def _down_store(self) -> str | None:
         return DOWN[self.exchange.down] if self.exchange.down else None
+
+
+def _at_first_exchange(position: dict[str, Any]) -> dict[str, Any]:
+    """A round of secure sums is begun anew with other keys: masks are used once."""
+    return {**position, "exchange": [position["exchange"][0], 0], "closed": {}, "facts": {}}
 
 
 def _pieces(

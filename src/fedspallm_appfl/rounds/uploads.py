@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, SQUARES, Exchange, Groups
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.gathering import gathered
+from fedspallm_appfl.rounds.hidden.folds import squares_size
 from fedspallm_appfl.rounds.hidden.sweeps import hidden_sizes, hidden_sweep
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source
@@ -131,6 +132,28 @@ _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
     DELTAS: _deltas,
     **dict.fromkeys((NOTHING, *PROTOCOL), lambda source, exchange, blocks: iter(())),
 }
+
+
+def down_sizes(
+    exchange: Exchange, shapes: Mapping[int, Shapes], sparsity: Sparsity, dtype: torch.dtype, groups: Groups = ()
+) -> dict[int, dict[str, int]]:
+    """Bytes of what goes down after an exchange: block -> linear, or first linear of an input -> bytes.
+
+    Args:
+        exchange: the exchange.
+        shapes: for each block (O, I) of each linear.
+        sparsity: the target of each matrix.
+        dtype: dtype of the checkpoint.
+        groups: linears that share an input.
+    """
+    if exchange.down is None:
+        return {}
+    if exchange.down == SQUARES:
+        return {
+            block: {names[0]: squares_size(of[names[0]][1]) for names in groups[block]} for block, of in shapes.items()
+        }
+    down, blocks = exchange.down, [block for block in shapes if exchange.concerns(block)]
+    return {block: packed_sizes(shapes[block], sparsity, dtype, down, block) for block in blocks}
 
 
 def sizes(

@@ -14,8 +14,8 @@ from fedspallm_appfl.models.choice import unmatched
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.beginning import opened
-from fedspallm_appfl.rounds.participants import algorithm_of, own_windows
-from fedspallm_appfl.rounds.uploads import sizes
+from fedspallm_appfl.rounds.participants import algorithm_of, hidden, own_windows
+from fedspallm_appfl.rounds.uploads import down_sizes, sizes
 from fedspallm_appfl.settings import schema
 from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.tensors.target import check_divides
@@ -26,7 +26,7 @@ from fedspallm_appfl.texts.files import are_tokens
 from fedspallm_appfl.texts.tokenizer import load_tokenizer
 from fedspallm_appfl.texts.windows import Cut
 from fedspallm_appfl.wire.messages import plan
-from fedspallm_appfl.wire.packed import Shapes, packed_sizes
+from fedspallm_appfl.wire.packed import Shapes
 
 
 def check_with_files(config: Config) -> list[str]:
@@ -129,6 +129,8 @@ def _sizes(config: Config, skeleton: Skeleton) -> Iterator[str]:
                 "cannot be compared; leave it at own"
             )
         yield from _too_few_tokens(config, max(linear.shape[1] for block in layout.blocks for linear in block))
+    if config.server_configs.secure_sums and any(linear.expert for block in layout.blocks for linear in block):
+        yield "server_configs.secure_sums: which experts a client's text reaches is not hidden; leave it at false"
     yield from unfit(layout, config.client_configs.train_configs.sparsity)
     if config.gram.precision not in ("fp32", "bf16", "int8"):  # the same
         return
@@ -154,16 +156,12 @@ def travelling(
         groups: linears that share an input.
     """
     sparsity = config.client_configs.train_configs.sparsity
-    made = algorithm_of(config).exchanges(groups, config.gram, config.recovery)
+    made = algorithm_of(config).exchanges(groups, config.gram, config.recovery, hidden(config))
     answered = len(made) - (config.server_configs.num_global_epochs == 1)
     for number, exchange in enumerate(made):
         yield sizes(exchange, shapes, sparsity, dtype, groups, config.gram)
         if exchange.down is not None and number < answered:
-            yield {
-                block: packed_sizes(shapes[block], sparsity, dtype, exchange.down, block)
-                for block in shapes
-                if exchange.concerns(block)
-            }
+            yield down_sizes(exchange, shapes, sparsity, dtype, groups)
 
 
 def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:

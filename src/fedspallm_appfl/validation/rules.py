@@ -11,6 +11,7 @@ from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
+from fedspallm_appfl.secure.identity import LEAST_CLIENTS
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
 from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, Recovery, TrainConfigs
@@ -91,7 +92,30 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
     if not algorithm.federates:
         yield from _whole_model_once(config)
+    if config.server_configs.secure_sums:
+        yield from _secure_sums(config)
     yield from _recovery(config)
+
+
+def _secure_sums(config: Config) -> Iterator[str]:
+    """What does not go with secure sums."""
+    where, algorithm, gram = "server_configs.secure_sums", algorithm_of(config), config.gram
+    if not algorithm.adds_up:
+        yield (
+            f"{where}: with {config.algorithm} each client keeps other weights, and hiding which takes dense words of "
+            "several bytes a weight; choose algorithm gram, consensus or fedprllm"
+        )
+    if len(config.clients) < LEAST_CLIENTS:
+        number = len(config.clients)
+        yield f"{where}: of a sum of two each knows the other's part; list at least {LEAST_CLIENTS} clients, got {number}"
+    if config.recovery.rounds:
+        yield f"{where}: changes of recovery are not hidden yet; leave recovery.rounds at 0, or recover in a run of its own"
+    if algorithm.gathers and (gram.propagate != "dense" or gram.target != "own"):
+        yield f"{where}: the sums of a sweep are not hidden yet; leave gram.propagate at dense"
+    if algorithm.averages and config.server_configs.aggregator_kwargs.weights != "equal":
+        yield f"{where}: clients count equally in a mean that is hidden; leave aggregator_kwargs.weights at equal"
+    if partial := partial_clients(config):
+        yield f"{where}: all clients prune all blocks; leave resource_share at 1, got less of {partial}"
 
 
 def _recovery(config: Config) -> Iterator[str]:

@@ -92,8 +92,8 @@ def fixed(values: Tensor, dense: Tensor, clients: int, where: str) -> Tensor:
     numbers, most = values.double().div_(unit).round_(), 2**30 // clients
     if len(numbers) and float(numbers.abs().max()) > most:
         raise PruningError(
-            f"{where}: in a secure sum weights are at most {most * unit:g}, about {GROWTH} times the largest dense one, got "
-            f"{float(values.abs().max()):g}; raise train_configs.damping"
+            f"{where}: in a secure sum weights are at most {most * unit:g}, about {GROWTH} times the largest dense one, "
+            f"got {float(values.abs().max()):g}; raise train_configs.damping"
         )
     return numbers.to(torch.int32)
 

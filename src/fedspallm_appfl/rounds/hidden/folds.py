@@ -20,7 +20,7 @@ from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
 from fedspallm_appfl.rounds.hidden.coding import Coding, coding, from_correlations, step, sum_of_squares
 from fedspallm_appfl.wire.hidden import check_words
-from fedspallm_appfl.wire.packed import Packed, pack
+from fedspallm_appfl.wire.packed import Packed, pack, packed_size
 from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check
 
@@ -175,6 +175,11 @@ def packed_squares(total: Tensor, tokens: int) -> Packed:
     high = values.float()
     row = torch.cat([high, (values - high.double()).float()]).view(1, -1)
     return pack(row, torch.ones_like(row, dtype=torch.bool), torch.float32)
+
+
+def squares_size(features: int) -> int:
+    """Bytes of what `packed_squares` makes."""
+    return packed_size((1, 2 * features + 2), 0, torch.float32)
 
 
 def read_squares(packed: Packed) -> tuple[Tensor, int]:

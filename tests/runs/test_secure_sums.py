@@ -1,0 +1,161 @@
+"""Runs whose server sees sums alone: bits with masks and without, clients that fall out, and what is refused."""
+
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+
+from fedspallm_appfl import validate
+from fedspallm_appfl.api import prepared
+from fedspallm_appfl.cli.checked import well_formed
+from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.hidden.client import Hiding
+from fedspallm_appfl.rounds.hidden.server import Sums
+from fedspallm_appfl.runs import experiment, serial
+from fedspallm_appfl.secure import client as secure_client
+from fedspallm_appfl.secure import server as secure_server
+from fedspallm_appfl.wire.hidden import PackedWords
+from helpers.tiny import events, save_tiny, tiny_config, weights
+
+SECURE = {"server_configs": {"secure_sums": True}}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run(folder, model, algorithm, clients=3, **changes):
+    file = tiny_config(folder, model, algorithm, clients, **changes)
+    experiment.conduct(prepared(well_formed(str(file), []), False), serial.run, False)
+    return weights(folder / "run"), events(folder / "run", "absent")
+
+
+@pytest.mark.parametrize("algorithm", ["fedprllm", "consensus", "gram"])
+def test_the_bits_do_not_depend_on_masks(tmp_path, tiny_model, algorithm):
+    masked, _ = run(tmp_path / "masked", tiny_model, algorithm, **SECURE)
+    nothing = mock.Mock()
+    with (
+        mock.patch.object(secure_client, "add_streams", nothing),
+        mock.patch.object(secure_server, "add_streams", nothing),
+    ):
+        bare, _ = run(tmp_path / "bare", tiny_model, algorithm, **SECURE)
+    assert nothing.called
+    assert masked.keys() == bare.keys()
+    assert all(torch.equal(masked[name], bare[name]) for name in bare)
+
+
+def test_votes_are_exact(tmp_path, tiny_model):
+    hidden, _ = run(tmp_path / "hidden", tiny_model, "fedprllm", **SECURE)
+    seen, _ = run(tmp_path / "seen", tiny_model, "fedprllm")
+    assert all(torch.equal(hidden[name], seen[name]) for name in seen)
+
+
+@pytest.mark.parametrize("algorithm", ["consensus", "gram"])
+def test_fixed_points_are_fine_enough(tmp_path, tiny_model, algorithm):
+    fine = {"gram": {"precision": "fp32"}} if algorithm == "gram" else {}
+    hidden, _ = run(tmp_path / "hidden", tiny_model, algorithm, **SECURE)
+    seen, _ = run(tmp_path / "seen", tiny_model, algorithm, **fine)
+    for name, weight in seen.items():
+        assert float((hidden[name] - weight).norm()) <= 0.02 * float(weight.norm())
+
+
+STAGES = {  # where a client fails
+    "keys": (Hiding, "_advertise"),
+    "shares": (Hiding, "_share"),
+    "words": (Hiding, "mask"),
+    "opening": (Hiding, "_open"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("algorithm", ["consensus", "gram"])
+def test_a_client_that_falls_out_is_taken_out_of_the_sums(tmp_path, tiny_model, algorithm, stage):
+    place, name = STAGES[stage]
+    before = getattr(place, name)
+
+    def fails(self, *args):
+        if self._name == "sqldocs":
+            raise RuntimeError("gone")
+        return before(self, *args)
+
+    changes = {"server_configs": {"secure_sums": True, "min_clients": 3}}
+    with mock.patch.object(place, name, fails):
+        left, log = run(tmp_path / "left", tiny_model, algorithm, 4, **changes)
+    assert [event["client"] for event in log] == ["sqldocs"]
+    if stage == "opening":  # its squares or its votes are in
+        return
+    nothing = mock.Mock()
+    with (
+        mock.patch.object(place, name, fails),
+        mock.patch.object(secure_client, "add_streams", nothing),
+        mock.patch.object(secure_server, "add_streams", nothing),
+    ):
+        bare, _ = run(tmp_path / "bare", tiny_model, algorithm, 4, **changes)
+    assert all(torch.equal(left[one], bare[one]) for one in bare)
+
+
+def test_too_few_clients_end_the_run(tmp_path, tiny_model):
+    def fails(self, *args):
+        if self._name != "austen":
+            raise RuntimeError("gone")
+        return "{}"
+
+    changes = {"server_configs": {"secure_sums": True, "min_clients": 1}}
+    with mock.patch.object(Hiding, "_advertise", fails), pytest.raises(SecureSumError, match="key"):
+        run(tmp_path, tiny_model, "gram", 3, **changes)
+
+
+def test_what_the_server_sees_is_noise(tmp_path, tiny_model):
+    seen = []
+    add = Sums.add
+
+    def spying(self, client, exchange, units):
+        seen.extend(words for words in units.values())
+        add(self, client, exchange, units)
+
+    zeros = lambda self, block, unit, words: mask(self, block, unit, torch.zeros_like(words))  # noqa: E731
+    mask = Hiding.mask
+    with mock.patch.object(Sums, "add", spying), mock.patch.object(Hiding, "mask", zeros):
+        run(tmp_path, tiny_model, "fedprllm", **SECURE)
+    bits = torch.cat([words.clone() for words in seen]).view(torch.uint8).numpy()
+    share = float(sum(int(byte).bit_count() for byte in bits)) / (8 * len(bits))
+    assert abs(share - 0.5) < 0.02
+
+
+def test_words_that_were_not_to_come_are_refused(tmp_path, tiny_model):
+    before = LocalClient.next_message
+
+    def shorter(self):
+        made = before(self)
+        for units in (made.update or {"blocks": {}})["blocks"].values():
+            for name, unit in units.items():
+                if "words" in unit and self.settings.client_id == "bible":
+                    units[name] = PackedWords(unit["words"][:-1]).to_dict()
+        return made
+
+    with (
+        mock.patch.object(LocalClient, "next_message", shorter),
+        pytest.raises(Exception, match="client bible, block 0.*words"),
+    ):
+        run(tmp_path, tiny_model, "fedprllm", **SECURE)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "clients", "changes", "rule"),
+    [
+        ("fedspallm", 3, {}, "with fedspallm each client keeps other weights"),
+        ("gram", 2, {}, "list at least 3 clients, got 2"),
+        ("gram", 3, {"gram": {"propagate": "pruned"}}, "leave gram.propagate at dense"),
+        ("gram", 3, {"recovery": {"rounds": 1}}, "leave recovery.rounds at 0"),
+        ("consensus", 3, {"server_configs": {"aggregator_kwargs": {"weights": "sample_size"}}}, "weights at equal"),
+    ],
+)
+def test_what_does_not_go_with_it_is_said(tmp_path, tiny_model, algorithm, clients, changes, rule):
+    secure = {"secure_sums": True} | changes.pop("server_configs", {})
+    file = tiny_config(tmp_path, tiny_model, algorithm, clients, server_configs=secure, **changes)
+    problems = validate(file)
+    assert [one for one in problems if one.startswith("server_configs.secure_sums: ") and rule in one], problems
+    assert yaml.safe_load(file.read_text())["server_configs"]["secure_sums"] is True
