@@ -165,4 +165,6 @@ class Exchange:
 
 
 def _listed(survivors: Survivors) -> bytes:
-    return join(*(part for message in sorted(survivors) for part in (message, join(*sorted(survivors[message])))))
+    """Survivors as they are signed: one SHA-256, however many they are."""
+    parts = [part for message in sorted(survivors) for part in (message, join(*sorted(survivors[message])))]
+    return hashlib.sha256(join(*parts)).digest()
