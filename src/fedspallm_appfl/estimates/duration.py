@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.algorithms.algorithm import Exchange, of_round, parts_of_sweep
+from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, of_round, parts_of_sweep
 from fedspallm_appfl.allocation.choice import JUDGE, LEVELS, WIDTHS
 from fedspallm_appfl.devices import threads
 from fedspallm_appfl.estimates.job import Job, pruner_of, windows_of
@@ -103,19 +103,21 @@ def _allocating(job: Job, machine_of: Callable[[TrainConfigs], "Machine"]) -> fl
 def _sweeps(job: Job) -> list[Exchange]:
     """One exchange for each sweep of a round; all exchanges of Gram matrices are one, and recovery is not a sweep."""
     own = of_round(job.exchanges, last=False)
-    return [exchange for number, exchange in enumerate(own) if exchange.only is None or number == 0]
+    sweeps = [exchange for number, exchange in enumerate(own) if exchange.only is None or number == 0]
+    return [one for one in sweeps if not one.speaks and not (one.hidden and one.up == "grams")]  # these were collected
 
 
 def _sweep(job: Job, client: Client, machine: "Machine", blocks: set[int], exchange: Exchange) -> float:
     """Seconds of one sweep over the blocks."""
     windows, length = windows_of(job, client)
     tokens, last, total = windows * length, max(blocks, default=-1), 0.0
+    gathers = exchange.up in ("grams", SQUARES)
     for block in range(last + 1):
         total += _passes(job, client, block, blocks) * machine.forward(block, tokens, client.data)
         if block in blocks:
             inputs = [job.model.shapes[block][names[0]][1] for names in job.model.groups[block]]
-            total += sum(machine.collecting(features, tokens, exchange.up == "grams") for features in inputs)
-            total += 0.0 if exchange.up == "grams" else _solving(job, machine, block)
+            total += sum(machine.collecting(features, tokens, gathers) for features in inputs)
+            total += 0.0 if gathers else _solving(job, machine, block)
     return total
 
 

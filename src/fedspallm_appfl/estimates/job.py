@@ -257,7 +257,7 @@ class Job:
         """Bytes of each matrix that an exchange sends down, by block."""
         model = self.model
         packed = down_sizes(exchange, model.layout.pruned, self.sparsity, model.stored, model.groups)
-        if exchange.only is None:
+        if exchange.only is None or not packed:
             return packed
         takers = {block: {names[0]: names for names in self.model.groups[block]} for block in packed}
         return {

@@ -194,7 +194,7 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
 
 def _by_block(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
-    model, exchange = job.model, next(one for one in job.exchanges if one.concerns(block))
+    model, exchange = job.model, next(one for one in job.exchanges if one.up == "grams" and one.concerns(block))
     features = [
         model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
     ]
@@ -274,7 +274,7 @@ def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:
     comm, open_blocks = job.config.client_configs.comm_configs, _open_blocks(job, number)
     upload = max((sum(units.values()) for units in job.up(job.exchanges[number]).values()), default=0)
     return {
-        "other open blocks": sum(_sums(open_blocks)[1:at_once]),
+        "other open blocks": sum(_sums(open_blocks)[1 : None if job.exchanges[number].hidden else at_once]),
         "block to close": max((closing_bytes(units, clients) for units, clients in open_blocks), default=0),
         "uploads": together * min(comm.blocks_per_message * upload, comm.max_message_bytes),
     }

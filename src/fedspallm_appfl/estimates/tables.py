@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
-from fedspallm_appfl.algorithms.algorithm import of_round
+from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES, SQUARES, of_round
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
@@ -32,6 +32,10 @@ WORDS = {
     "masks": "masks",
     "values": "values",
     "grams": "Gram matrices",
+    KEYS: "keys of secure sums",
+    SHARES: "shares of their secrets",
+    SQUARES: "sums of squares",
+    OPENING: "shares that open sums",
 }
 
 
@@ -60,7 +64,7 @@ def _what_travels(job: Job) -> Iterator[str]:
     """The exchanges of a round, and what about them had to be assumed."""
     own, recovery = of_round(job.exchanges, last=False), job.config.recovery
     if not recovery.model:
-        yield f"each round: {_exchanges([(one.up, one.down) for one in own], job)}"
+        yield f"each round: {_exchanges([(one.up, None if one.hidden else one.down) for one in own], job)}"
     if recovery.rounds:
         times = count(recovery.rounds, "round")
         yield f"then {times} of recovery: changes of kept weights up, weights down; nothing down after the last"

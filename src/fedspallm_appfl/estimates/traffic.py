@@ -111,7 +111,9 @@ def _down(job: Job, made: Sequence[Exchange]) -> dict[int, int]:
 
 
 def exchange_share(job: Job, exchange: Exchange, masks_alone: bool) -> float:
-    """What an upload shrinks to when it is compressed, roughly."""
+    """What an upload shrinks to when it is compressed, roughly; masked words are as random as can be."""
+    if exchange.hidden:
+        return 1.0
     if exchange.up == "grams":
         return ZSTD_GRAMS[job.config.gram.precision]
     if exchange.recovers:
@@ -237,6 +239,7 @@ def _beside_the_run(job: Job) -> Iterator[Disk]:
     yield Disk("pruned blocks and masks of the clients of a process", _agreed(job), False)
     everybody = sum(_hidden_states(job, client) for client in job.clients)
     yield Disk("hidden states of all clients, in TMPDIR", everybody, False)
+    yield Disk("Gram matrices of all clients, in TMPDIR", len(job.clients) * _between(job), False)
     yield Disk(CHECKPOINTS, KEPT * sum(_tokens_bytes(job, client) for client in job.clients), False)
 
 
@@ -244,6 +247,7 @@ def _at_a_site(job: Job) -> Iterator[Disk]:
     yield Disk("what came down to a client, in TMPDIR of its worker", _agreed(job), False)
     most = max(_hidden_states(job, client) for client in job.config.clients)
     yield Disk("hidden states of a client, in TMPDIR of its worker", most, False)
+    yield Disk("Gram matrices of a client, in TMPDIR of its worker", _between(job), False)
 
 
 def _pruned(job: Job) -> dict[str, set[int]]:
@@ -310,6 +314,14 @@ def _agreed(job: Job) -> int:
 def _hidden_states(job: Job, client: Client) -> int:
     """Hidden states of a client that keeps them in a file."""
     return job.hidden_copies * _tokens_bytes(job, client) if client.data.activations == "file" else 0
+
+
+def _between(job: Job) -> int:
+    """What a client keeps of its statistics until it knows the scale of their sum."""
+    if not any(exchange.hidden and exchange.up == "grams" for exchange in job.exchanges):
+        return 0
+    inputs = (job.model.shapes[block][names[0]][1] for block in job.model.shapes for names in job.model.groups[block])
+    return sum(gram_size(features, "fp32") for features in inputs)
 
 
 def _tokens_bytes(job: Job, client: Client) -> int:

@@ -146,7 +146,7 @@ def down_sizes(
         dtype: dtype of the checkpoint.
         groups: linears that share an input.
     """
-    if exchange.down is None:
+    if exchange.down is None or exchange.hidden:  # of what is hidden something is made when it is opened
         return {}
     if exchange.down == SQUARES:
         return {
