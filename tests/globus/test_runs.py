@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,31 @@ def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, cap
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.parametrize("algorithm", ["consensus", "gram"])
+def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
+    tmp_path, monkeypatch, over_wire, algorithm, forgets
+):
+    class ForgetfulWire(Wire):
+        def exchanged(self, request):
+            if forgets:
+                globus_worker._sweeping.clear()
+            return globus_worker.run_exchange(request)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "secrets"))
+    (tmp_path / "secrets").mkdir()
+    file = write_config(tmp_path, algorithm=algorithm, server_configs={"secure_sums": True})
+    _, aggregator = over_wire(ForgetfulWire(), file)
+    assert main(["run", str(file)]) == 0
+    alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    done = aggregator.global_model.done
+    for block in done.blocks():
+        for name, packed in done.get(block).items():
+            assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
+    assert not list((tmp_path / "secrets").glob("fedspallm-secrets-*"))
+    assert not globus_worker._sweeping
 
 
 SWEEPS = {"by input": {"target": "dense"}, "by block": {"stride": 1}}

@@ -106,7 +106,10 @@ def test_too_few_clients_end_the_run(tmp_path, tiny_model):
 
     before = Hiding._advertise
     changes = {"server_configs": {"secure_sums": True, "min_clients": 1}}
-    with mock.patch.object(Hiding, "_advertise", fails), pytest.raises(SecureSumError, match="at least 3 must take part"):
+    with (
+        mock.patch.object(Hiding, "_advertise", fails),
+        pytest.raises(SecureSumError, match="at least 3 must take part"),
+    ):
         run(tmp_path, tiny_model, "gram", 3, **changes)
 
 

@@ -127,7 +127,8 @@ class LocalClient:
             scratch=self._scratch,
             in_float32=in_float32,
         )
-        self._hiding = Hiding(settings.client_id, list(settings.roster), self._numbers(hidden))
+        secrets = Path(settings.secrets) if settings.secrets else None
+        self._hiding = Hiding(settings.client_id, list(settings.roster), self._numbers(hidden), secrets)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
         self._kept_between: tempfile.TemporaryDirectory | None = None
@@ -167,7 +168,9 @@ class LocalClient:
         )
 
     def _scratch(self) -> Path:
-        """A folder that goes with the client."""
+        """A folder that goes with the client, or with its keys."""
+        if self.settings.secrets:
+            return Path(self.settings.secrets)
         if self._kept_between is None:
             self._kept_between = tempfile.TemporaryDirectory(prefix="fedspallm-")
         return Path(self._kept_between.name)
@@ -203,10 +206,10 @@ class LocalClient:
         messages = self.messages(number)
         self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), messages, says=says)
 
-    def sweeps_on(self, exchange: int) -> bool:
-        """Whether the sweep of an exchange goes on in the next one."""
+    def goes_on(self, exchange: int) -> bool:
+        """Whether the next exchange needs what the client holds: its place in a sweep, or its keys."""
         both = self.exchanges[exchange : exchange + 2]
-        return len(both) == 2 and all(one.only is not None for one in both)
+        return len(both) == 2 and (self.settings.secure_sums or all(one.only is not None for one in both))
 
     @property
     def in_exchange(self) -> bool:
@@ -251,6 +254,9 @@ class LocalClient:
             self._progress = None
             if self.exchanges[progress.exchange].only is None:
                 self._sweep = None
+        if self.settings.secure_sums:
+            last = progress.exchange + 1 == self.exchanges_in(progress.round_index)
+            self._hiding.keep(ended=last and self._progress is None)
         update = make_update(progress.round_index, blocks, progress.exchange) if blocks else {}
         hidden = self.exchanges[progress.exchange].hidden  # masked words are as random as can be
         if update and self.settings.comm.compression == "zstd" and not hidden:

@@ -141,7 +141,8 @@ class GlobalModel:
         self._opened: set[int] = set()  # exchanges of the round whose sums were
         self._position: dict[str, Any] = {}
         self._journal = Journal(self.folder)
-        self.resumed: set[int] | None = self._restored()
+        self.resumed: set[int] | None = None
+        self.resumed = self._restored()
 
     @property
     def exchange(self) -> Exchange:

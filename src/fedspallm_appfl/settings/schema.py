@@ -644,6 +644,7 @@ class ClientSettings(TrainConfigs):
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
         checkpoints: folder for its hidden states; None for none.
         checkpoint_every: seconds between two of them.
+        secrets: folder for keys of secure sums and for statistics between two exchanges; None keeps keys in memory.
     """
 
     client_id: str = ""
@@ -662,6 +663,7 @@ class ClientSettings(TrainConfigs):
     agreed: str | None = None
     checkpoints: str | None = None
     checkpoint_every: float = 60.0
+    secrets: str | None = None
 
 
 @dataclass

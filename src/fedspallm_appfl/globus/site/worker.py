@@ -6,11 +6,13 @@ result if there is no store.
 
 Between two tasks a worker keeps the dense model's skeleton. During a sweep it also keeps its clients, with the hidden
 states before the next block. Another worker, or the same one after a failure, recreates them: only the time differs.
+Keys of secure sums cannot be made again. They lie in a folder that only this user can read, until a round ends.
 """
 
 import hashlib
 import json
 import socket
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -64,11 +66,11 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             record.leaves(json.dumps(losses).encode())
             return {"losses": losses}
         exchange = int(request["instructions"]["exchange"])
-        amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site))
+        amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site, _secrets(request)))
         client = amid.agent.trainer.client  # opens model and text
         for message in _messages(amid, request, store, record):
             messages.append(message)
-        if client.sweeps_on(exchange):
+        if client.goes_on(exchange):
             _sweeping[request["client"]] = amid
         return _within_limit({"messages": messages}, request["client"])
     except Exception as error:  # noqa: BLE001 - for any error, the server must know which client failed where
@@ -193,11 +195,19 @@ def _load(agent: Any, places: list[dict[str, Any]], store: DataStore | None, loa
             loaded.add(digest)
 
 
-def _agent(settings: ClientSettings, site: Site) -> Any:
+def _agent(settings: ClientSettings, site: Site, secrets: Path | None = None) -> Any:
     _load_appfl()
     from fedspallm_appfl.adaptors.agents import client_agent
 
-    return client_agent(_with_own(settings, site))
+    own = _with_own(settings, site)
+    own.secrets = str(secrets) if secrets and own.secure_sums else None
+    return client_agent(own)
+
+
+def _secrets(request: dict[str, Any]) -> Path:
+    """Where a client of a run keeps its keys between two tasks, as another worker may get the next one."""
+    name = hashlib.sha256(json.dumps([request["run"], request["client"]]).encode()).hexdigest()
+    return Path(tempfile.gettempdir()) / f"fedspallm-secrets-{name[:32]}"
 
 
 def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:

@@ -1,15 +1,23 @@
 """A client's part in the secure sums of a round (see `secure.client` for the protocol)."""
 
+import json
+import os
+import shutil
+import stat
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES
-from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.errors import ConfigError, SecureSumError
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, from_json, said, session, unlisted
 from fedspallm_appfl.secure.client import Client
+from fedspallm_appfl.secure.exchange import Exchange as Session
+from fedspallm_appfl.wire.durable import write_text
 
+KEPT = "keys.json"
 KEY = "key"  # under which a client says what is for the server alone
 
 
@@ -20,12 +28,13 @@ class Hiding:
         name: of the client.
         roster: all clients.
         numbers: the number of each hidden unit.
+        folder: where its keys outlive the process, if they have to.
     """
 
-    def __init__(self, name: str, roster: list[str], numbers: Mapping[Place, int]) -> None:
-        self._name, self._roster, self._numbers = name, roster, numbers
+    def __init__(self, name: str, roster: list[str], numbers: Mapping[Place, int], folder: Path | None = None) -> None:
+        self._name, self._roster, self._numbers, self._folder = name, roster, numbers, folder
         self._client: Client | None = None
-        self._exchange = 0
+        self._run, self._round, self._exchange = "", 0, 0
         self._says: dict[str, Callable[[Mapping[str, Any]], str]] = {
             KEYS: self._advertise,
             SHARES: self._share,
@@ -47,6 +56,8 @@ class Hiding:
         Raises:
             SecureSumError: the server breaks the protocol.
         """
+        if self._client is None and up != KEYS:
+            self._restore()
         self._round, self._exchange = round_index, exchange
         if "shares" in told:
             self._mine.receive(from_json(told["shares"], f"the shares that the server relays to client {self._name}"))
@@ -60,15 +71,44 @@ class Hiding:
         """
         return self._mine.mask(self._numbers[self._exchange, block, unit], UNIT, words)
 
+    def keep(self, ended: bool) -> None:
+        """Write down what cannot be made again, before anything that belongs to it leaves; forget it when a round ends.
+
+        Raises:
+            ConfigError: somebody else could read it.
+        """
+        if self._folder is None or self._client is None:
+            return
+        if ended:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return
+        _make_private(self._folder)
+        kept = {"run": self._run, "round": self._round, "state": self._client.state().decode()}
+        write_text(self._folder / KEPT, json.dumps(kept))
+
+    def _restore(self) -> None:
+        file = self._folder and self._folder / KEPT
+        if file and file.is_file():
+            _make_private(file.parent)
+            kept = json.loads(file.read_text("utf-8"))
+            self._run, self._round = kept["run"], kept["round"]
+            self._client = Client.restore(self._session(), self._name, None, kept["state"].encode())
+
+    def _session(self) -> Session:
+        return session(self._run, self._round, len(self._numbers), self._roster)
+
     @property
     def _mine(self) -> Client:
         if self._client is None:
-            raise SecureSumError(f"client {self._name} has no keys for secure sums: the server has not asked for them")
+            raise SecureSumError(
+                f"client {self._name} has no keys for secure sums: the server has not asked for them, or the machine that "
+                "held them is another one than before; it takes part in the next round"
+            )
         return self._client
 
     def _advertise(self, told: Mapping[str, Any]) -> str:
-        of = session(told["run"], self._round, len(self._numbers), self._roster)
-        self._client = Client(of, self._name)
+        self._run = told["run"]
+        self._client = Client(self._session(), self._name)
         return said({KEY: self._client.advertise()})
 
     def _share(self, told: Mapping[str, Any]) -> str:
@@ -78,3 +118,18 @@ class Hiding:
 
     def _open(self, told: Mapping[str, Any]) -> str:
         return said({KEY: self._mine.open(unlisted(told["survivors"]))})
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that nobody else can look into.
+
+    Raises:
+        ConfigError: there is one that others made or can look into.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"the folder for keys of secure sums {folder} must be this user's alone; remove it, or set TMPDIR to a private "
+            "folder"
+        )
