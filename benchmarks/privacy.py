@@ -193,18 +193,18 @@ def nearest(upload: Tensor, references: Tensor) -> int:
     return int(torch.cosine_similarity(references - mean, upload - mean, dim=1).argmax())
 
 
-def shares(upload: Tensor, alone: Tensor) -> Tensor:
-    """How much of each window is in an upload: (n,), by least squares with a ridge.
+def shares(uploads: Tensor, alone: Tensor) -> Tensor:
+    """How much of each window is in each upload, (uploads, n), by least squares with a ridge.
 
     Windows that are not asked for explain what they have in common with the client's others.
 
     Args:
-        upload: (D,), less what an upload of the domain usually is.
+        uploads: (uploads, D), less what an upload of the domain usually is.
         alone: (n, D), uploads of one window each, less what those of the domain usually are.
     """
     products = alone @ alone.T
     products.diagonal().add_(RIDGE * products.diagonal().mean())
-    return torch.linalg.solve(products, alone @ upload)
+    return torch.linalg.solve(products, alone @ uploads.T).T
 
 
 @dataclass
@@ -272,17 +272,16 @@ class Attacker:
             means.append(torch.stack(made).mean(0))
         return torch.stack(means)
 
-    def attack(self, count: int, clients: int) -> tuple[int, int]:
+    def attack(self, count: int, summed: int) -> tuple[int, int]:
         """How many domains, and how many windows, are named right."""
         references, domains, members = self.references(count), 0, 0
         for number, domain in enumerate(self.size.domains):
             alone = torch.cat([self.candidates[number], *self.public]) - self.public[number].mean(0)
-            for seed in range(self.size.trials):
-                client = drawn(self.size, domain, count, clients, seed)
-                upload = self.numbers(client.texts, f"{domain}{seed}")
-                domains += nearest(upload, references) == number
-                found = shares(upload - references[number], alone)[:CANDIDATES].topk(INSIDE).indices
-                members += len(client.inside & set(found.tolist()))
+            clients = [drawn(self.size, domain, count, summed, seed) for seed in range(self.size.trials)]
+            uploads = [self.numbers(client.texts, f"{domain}{seed}") for seed, client in enumerate(clients)]
+            domains += sum(nearest(upload, references) == number for upload in uploads)
+            found = shares(torch.stack(uploads) - references[number], alone)[:, :CANDIDATES].topk(INSIDE).indices
+            members += sum(len(one.inside & set(row)) for one, row in zip(clients, found.tolist(), strict=True))
         return domains, members
 
 

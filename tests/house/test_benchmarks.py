@@ -147,7 +147,7 @@ def test_a_cheap_benchmark_runs(name, tmp_path):
 def test_what_is_in_a_sum_is_found_although_windows_have_much_in_common():
     common = torch.ones(4)
     alone = torch.eye(4)[:3] + 3 * common  # the third is asked for, and was not in it
-    found = privacy.shares(alone[0] + 0.5 * alone[1], alone)
+    [found] = privacy.shares((alone[0] + 0.5 * alone[1]).unsqueeze(0), alone)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=0.35)
     assert found.topk(2).indices.tolist() == [0, 1]
     assert privacy.nearest(alone[1], alone) == 1
