@@ -4,7 +4,7 @@
 
 The server holds the dense model and public text of every domain. It makes uploads of public text with the package itself
 and compares: it names the domain of a client's text, and which of 16 windows were among those that the client calibrated
-with. Uploads are as they travel, of the bundled model at 50 %. In one process, about ten minutes of CPU time.
+with. Uploads are as they travel, of the bundled model at 50 %. In one process, about a quarter of an hour.
 
 Legend: D numbers in an upload, n windows, T tokens in a window.
 """
