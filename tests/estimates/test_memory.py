@@ -257,9 +257,11 @@ def test_a_server_that_prunes_takes_more_with_more_of_it(less, more):
     assert a.needed < b.needed
 
 
-def test_a_server_finds_out_which_inputs_are_shared_without_weights():
-    config = experiment(algorithm="gram")
-    large = dataclasses.replace(MODEL, outer=10**6)
+def test_a_server_reads_the_model_only_to_see_how_large_inputs_are():
+    config, large = experiment(algorithm="gram"), dataclasses.replace(MODEL, outer=10**6)
+    looking = parts(estimate_memory.server_memory(job(config, large)))
+    assert looking["outer parts"] == 4 * 10**6 and looking["activations"] == 4 * 64 * (4 * 4 + 8)
+    config.server_configs.aggregator_kwargs.screening = "off"
     assert estimate_memory.server_memory(job(config, large)) == estimate_memory.server_memory(job(config))
 
 

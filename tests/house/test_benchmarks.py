@@ -3,6 +3,7 @@
 import gc
 import importlib
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from helpers.paths import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import children, memory
+from benchmarks import children, memory, privacy
 from benchmarks.__main__ import NAMES
 from benchmarks.context import Context
 from benchmarks.measure import Ratio, interleave
@@ -141,6 +142,24 @@ def test_a_cheap_benchmark_runs(name, tmp_path):
     for table in found if isinstance(found, list) else [found]:
         assert table.rows
         assert table.title in table.markdown()
+
+
+def test_what_is_in_a_sum_is_found_although_windows_have_much_in_common():
+    common = torch.ones(4)
+    alone = torch.eye(4)[:3] + 3 * common  # the third is asked for, and was not in it
+    [found] = privacy.shares((alone[0] + 0.5 * alone[1]).unsqueeze(0), alone)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5, 0.0]), rtol=0, atol=0.35)
+    assert found.topk(2).indices.tolist() == [0, 1]
+    assert privacy.nearest(alone[1], alone) == 1
+
+
+def test_a_curious_server_names_domains_and_windows_better_than_by_chance(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    size = privacy.Size(("austen", "csource"), trials=1, blocks=(0,))
+    table = privacy.measure(size, [replace(privacy.KINDS[0], cases=((12, 1),))])
+    [(*_, domains, members), (*_, by_chance)] = table.rows
+    assert int(domains) == 2
+    assert int(members) >= 12 > int(by_chance)
 
 
 def test_without_the_peers_their_rows_say_how_to_get_them(tmp_path, monkeypatch):

@@ -65,6 +65,7 @@ def work(args: argparse.Namespace) -> int:
     if _is_finished(config, args, shown):
         return 0
     introduce(config, shown)
+    _say_needs(config, args.launcher, shown)
     with _telling_how_to_go_on(config, args.launcher):
         (_over_globus if globus else _serial)(config, shown, args)
     return 0
@@ -79,6 +80,23 @@ def _is_finished(config: "Config", args: argparse.Namespace, shown: "Console") -
         return False
     shown.print(f"{folder} is finished: {folder / 'report.md'}", highlight=False, markup=False)
     return True
+
+
+def _say_needs(config: "Config", launcher: str, shown: "Console") -> None:
+    """Say what this process will take at most, before it takes it."""
+    from fedspallm_appfl.estimates import memory, over_globus, traffic
+    from fedspallm_appfl.estimates.job import Job
+    from fedspallm_appfl.reports.report import bytes_text
+
+    job = Job.of(config)
+    of = {"serial": memory.serial_memory, "mpi": memory.server_memory, "globus": over_globus.receiving_memory}
+    needed, (disk, free) = of[launcher](job).needed, traffic.room(job)
+    shown.print(
+        f"needs at most {bytes_text(needed)} of memory here beside its packages, and {bytes_text(disk)} of disk in "
+        f"{config.run_dir}, where {bytes_text(free)} are free",
+        highlight=False,
+        markup=False,
+    )
 
 
 @contextmanager
@@ -161,6 +179,7 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
     if _is_finished(config, args, shown):
         mpi.send_home(comm)
         return 0
+    _say_needs(config, args.launcher, shown)
     with _telling_how_to_go_on(config, args.launcher):
         launch = partial(mpi.run_server, comm=comm)
         experiment.run(config, launch, shown, args.overwrite, args.resume)

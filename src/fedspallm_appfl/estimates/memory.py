@@ -22,6 +22,7 @@ import torch
 
 from fedspallm_appfl.allocation.choice import JUDGE
 from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, windows_of
+from fedspallm_appfl.models.typical import LENGTH, WINDOWS
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds.context import UnitBytes
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
@@ -266,7 +267,23 @@ def server_memory(job: Job, together: int = 1) -> Memory:
     """Memory of the server during the rounds; `together` clients' uploads arrive in one message."""
     comm, scheduler = job.config.client_configs.comm_configs, job.config.server_configs.scheduler_kwargs
     at_once = scheduler.max_open_blocks + comm.blocks_per_message  # what the scheduler allows, and what arrives then
-    return with_heap(worst(_serving(job, number, at_once, together) for number in range(len(job.exchanges))))
+    serving = [_serving(job, number, at_once, together) for number in range(len(job.exchanges))]
+    return with_heap(worst([*serving, *_running_random_tokens(job)]))
+
+
+def _running_random_tokens(job: Job) -> Iterator[Parts]:
+    """What the server takes to learn how large inputs are; the first upload has come, and no sums are open."""
+    if not job.algorithm.gathers or job.told.screening == "off":
+        return
+    model, tokens = job.model, WINDOWS * LENGTH
+    held = {
+        "outer parts": model.outer * model.arithmetic.itemsize,
+        "activations": _activations(model, WINDOWS, LENGTH),
+        "uploads": max((sum(units.values()) for units in job.up(job.exchanges[0]).values()), default=0),
+    }
+    for block in model.layout.pruned:
+        passes = tokens * statistics_bytes(model, block, norms=True)
+        yield {**held, "one block": _block(model, block), "forward passes": passes}
 
 
 def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:

@@ -329,20 +329,23 @@ def _tokens_bytes(job: Job, client: Client) -> int:
     return client.data.windows * client.data.length * job.model.hidden * job.model.arithmetic.itemsize
 
 
-def lack_of_room(job: Job) -> str | None:
-    """Why the disk of the run directory has no room for what a run writes there, or None."""
+def room(job: Job) -> tuple[int, int]:
+    """Bytes that a run may write to its run directory, and those free on that disk once earlier results are gone."""
     folder = Path(job.config.run_dir).expanduser().absolute()
     there = next(one for one in (folder, *folder.parents) if one.is_dir())
     needed = sum(one.nbytes for one in disk(job) if one.what.split()[0].endswith("/"))
-    earlier = sum(
-        file.stat().st_size for file in folder.rglob("*") if file.is_file()
-    )  # goes before anything is written
-    free = shutil.disk_usage(there).free + earlier
+    earlier = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return needed, shutil.disk_usage(there).free + earlier
+
+
+def lack_of_room(job: Job) -> str | None:
+    """Why the disk of the run directory has no room for what a run writes there, or None."""
+    needed, free = room(job)
     if needed <= free:
         return None
     return (
-        f"run_dir: {folder} needs up to {needed:,} bytes (fedspallm estimate says for what), and its disk has {free:,} "
-        "free; make room, or name a folder on another disk"
+        f"run_dir: {Path(job.config.run_dir).expanduser().absolute()} needs up to {needed:,} bytes (fedspallm estimate "
+        f"says for what), and its disk has {free:,} free; make room, or name a folder on another disk"
     )
 
 
