@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES, Exchange
+from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, Exchange
 from fedspallm_appfl.errors import SecureSumError
 from fedspallm_appfl.rounds.hidden.client import KEY
-from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, to_json
+from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, summed_in, to_json
+from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.secure.server import Server
 
 RUN = 16  # random bytes of an id
@@ -26,12 +27,13 @@ class Sums:
     """
 
     def __init__(
-        self, round_index: int, exchanges: tuple[Exchange, ...], roster: list[str], numbers: Mapping[Place, int]
+        self, round_index: int, exchanges: tuple[Exchange, ...], roster: Roster, numbers: Mapping[Place, int]
     ) -> None:
         self._run, self._exchanges, self._numbers = os.urandom(RUN).hex(), exchanges, numbers
         self._server = Server(session(self._run, round_index, len(numbers), roster))
         self._open: set[int] = set()
         self._survivors: dict[int, list[str]] = {}  # of the exchange that is being opened
+        self._confirmations: dict[str, bytes] = {}  # of these
 
     def hear(self, up: str, client: str, text: str) -> None:
         """Take what a client says in an exchange of keys.
@@ -45,6 +47,10 @@ class Sums:
             return
         if set(parts) != {KEY}:
             raise SecureSumError(f"refused the {up} of client {client}: it has one part, got {len(parts)}")
+        if up == CONFIRM:
+            self._server.confirmed(client, self._survivors, parts[KEY])
+            self._confirmations[client] = parts[KEY]
+            return
         (self._server.advertised if up == KEYS else self._server.opened)(client, parts[KEY])
 
     def add(self, client: str, exchange: int, units: Mapping[tuple[int, str], Tensor]) -> None:
@@ -71,11 +77,26 @@ class Sums:
             return {"run": self._run}
         if up == SHARES:
             return {"batch": to_json(self._server.batch())}
-        if up == OPENING:
-            return {"survivors": listed(self._closed(exchange - 1))}
+        if up in (CONFIRM, OPENING):
+            survivors = self._closed(summed_in(self._exchanges, exchange))
+            confirmed = {} if up == CONFIRM else {"confirmations": to_json(self._confirmed())}
+            return {"survivors": listed(survivors), **confirmed}
         if self._exchanges[exchange - 1].up == SHARES:
             return {"shares": to_json(self._server.shares_for(client))}
         return {}
+
+    def _confirmed(self) -> dict[str, bytes]:
+        """What survivors have signed of each other; nothing where they have no identities."""
+        least, given = self._server.exchange.threshold, self._confirmations
+        few = self._server.exchange.roster.keys and [
+            names for names in self._survivors.values() if len({*given} & {*names}) < least
+        ]
+        if few:
+            raise SecureSumError(
+                f"sums cannot be opened: at least {least} clients whose part is in them must confirm it, got "
+                f"{', '.join(sorted(given)) or 'none'}"
+            )
+        return given
 
     def _closed(self, exchange: int) -> dict[int, list[str]]:
         """Who is in the sums of an exchange; further words are refused."""
@@ -94,4 +115,4 @@ class Sums:
         for number, names in self._closed(exchange).items():
             [(_, words)] = self._server.sums(number)
             yield of[number][1], of[number][2], words, len(names)
-        self._survivors = {}
+        self._survivors, self._confirmations = {}, {}
