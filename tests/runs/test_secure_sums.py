@@ -10,7 +10,7 @@ import yaml
 from fedspallm_appfl import validate
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli.checked import well_formed
-from fedspallm_appfl.errors import ConfigError, SecureSumError
+from fedspallm_appfl.errors import ConfigError, FederationError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.hidden import places
 from fedspallm_appfl.rounds.hidden.client import Hiding
@@ -112,7 +112,7 @@ def test_too_few_clients_end_the_run(tmp_path, tiny_model):
     changes = {"server_configs": {"secure_sums": True, "min_clients": 1}}
     with (
         mock.patch.object(Hiding, "_advertise", fails),
-        pytest.raises(SecureSumError, match="at least 3 must take part"),
+        pytest.raises(FederationError, match="at least 3 must take part"),
     ):
         run(tmp_path, tiny_model, "gram", 3, **changes)
 
@@ -234,7 +234,7 @@ def test_sums_that_too_few_confirm_are_not_opened(tmp_path, tiny_model):
     file = signed(tmp_path, tiny_model, min_clients=1)
     with (
         mock.patch.object(Hiding, "_confirm", fails),
-        pytest.raises(SecureSumError, match="at least 3 clients whose part is in them must confirm it, got .*austen"),
+        pytest.raises(FederationError, match="at least 3 clients whose part is in them must confirm it, got .*austen"),
     ):
         conduct(file)
 

@@ -212,7 +212,7 @@ class GlobalModel:
         """What a client has to know of secure sums before the exchange that is on, in plain types.
 
         Raises:
-            SecureSumError: too few clients take part.
+            FederationError: too few clients take part.
         """
         if self._hidden is None or client in self.round.given_up:
             return {}

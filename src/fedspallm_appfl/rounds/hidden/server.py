@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, Exchange
-from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.errors import FederationError, SecureSumError
 from fedspallm_appfl.rounds.hidden.client import KEY
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, summed_in, to_json
 from fedspallm_appfl.secure.identity import Roster
@@ -70,8 +71,12 @@ class Sums:
         """What a client has to know before an exchange, in plain types.
 
         Raises:
-            SecureSumError: too few clients take part.
+            FederationError: too few clients take part.
         """
+        with _for_all():
+            return self._told(exchange, client)
+
+    def _told(self, exchange: int, client: str) -> dict[str, Any]:
         up = self._exchanges[exchange].up
         if up == KEYS:
             return {"run": self._run}
@@ -109,10 +114,24 @@ class Sums:
         """The sums of an exchange: (block, unit, words, number of clients); each is let go of.
 
         Raises:
-            SecureSumError: too few clients have opened their shares.
+            FederationError: too few clients have opened their shares.
         """
         of = {number: place for place, number in self._numbers.items() if place[0] == exchange}
         for number, names in self._closed(exchange).items():
-            [(_, words)] = self._server.sums(number)
+            with _for_all():
+                [(_, words)] = self._server.sums(number)
             yield of[number][1], of[number][2], words, len(names)
         self._survivors, self._confirmations = {}, {}
+
+
+@contextmanager
+def _for_all() -> Iterator[None]:
+    """End the run where the protocol cannot go on, whoever's message came last: it is not to blame.
+
+    Raises:
+        FederationError: it cannot.
+    """
+    try:
+        yield
+    except SecureSumError as error:
+        raise FederationError(str(error)) from error
