@@ -234,7 +234,7 @@ def prepared_for_globus(config: Config) -> Config:
     made = copy.deepcopy(config)
     groups: list[Any] = [made.client_configs, *made.clients]
     for client in made.clients:
-        client.identity = None
+        client.identity = None  # its site names it
     for group in groups:
         group.data.text = None
         comm = group.comm_configs
