@@ -10,6 +10,7 @@ import yaml
 
 from fedspallm_appfl import validate
 from fedspallm_appfl.api import prepared
+from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError, FederationError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
@@ -249,8 +250,16 @@ def test_a_client_with_another_identity_is_refused_by_name(tmp_path, tiny_model)
         conduct(file)
 
 
-@pytest.mark.parametrize("stage", ["_advertise", "_confirm"])
-def test_words_that_another_has_signed_are_refused_by_name(tmp_path, tiny_model, stage):
+def test_an_estimate_tells_who_says_what(tmp_path, tiny_model, capsys):
+    assert main(["estimate", str(signed(tmp_path, tiny_model, "gram"))]) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("each round: ")]
+    assert (
+        told.startswith("each round: keys of secure sums up;") and told.count("who is in the sums up; shares that") == 2
+    )
+
+
+@pytest.mark.parametrize(("stage", "after"), [("_advertise", "_share"), ("_confirm", "_open")])
+def test_words_that_another_has_signed_are_refused_by_name(tmp_path, tiny_model, stage, after):
     """A server that puts keys of its own in the place of a client's, or says for it who is in a sum."""
     before, stranger = getattr(Hiding, stage), Identity.make()
 
@@ -269,8 +278,10 @@ def test_words_that_another_has_signed_are_refused_by_name(tmp_path, tiny_model,
             return before(hiding, told)
         return places.said({"key": hiding._mine.advertise()})
 
+    relayed = mock.Mock(side_effect=AssertionError("the server has relayed it"))
     with (
         mock.patch.object(Hiding, stage, swapped),
+        mock.patch.object(Hiding, after, relayed),
         pytest.raises(SecureSumError, match="client bible: its signature does not fit the key of client bible"),
     ):
         conduct(signed(tmp_path, tiny_model))
