@@ -399,14 +399,16 @@ class GlobalModel:
         weight = self._client_weight(client, samples)
         for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
+        came = checked
         if self.settings.screening != "off":
-            checked = tuple(
-                (block, name, self._screened(client, block, name, packed)) for block, name, packed in checked
-            )
+            checked = tuple((block, name, self._screened(client, block, name, packed)) for block, name, packed in came)
         if self.exchange.hidden and self._hidden is not None:
             self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
             self._received |= {(client, block, name) for block, name, _ in checked}
             return update_nbytes(update)
+        for block, name, packed in came if not self.exchange.hidden else ():
+            if not isinstance(packed, Unreached):
+                self._fold.keep(client, block, name, packed)
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
@@ -579,7 +581,7 @@ class GlobalModel:
         """An upload as it is folded; what no honest client sends is refused, or reported only."""
         if isinstance(packed, Unreached):
             return packed
-        seen, refuses = self._fold.look(block, name, packed), self.settings.screening == "refuse"
+        seen, refuses = self._fold.look(client, block, name, packed), self.settings.screening == "refuse"
         found = list(map(str, outliers(seen.facts, client in self.settings.fitted)))
         if found and refuses:
             raise UpdateError(

@@ -684,7 +684,8 @@ class ServerSettings(AggregatorKwargs, Pruning):
         secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants.
         windows: id -> calibration windows that a participant was asked for; nothing of those that may have any number.
-        fitted: clients whose kept weights come of least squares.
+        tokens: id -> tokens in these windows.
+        fitted: clients whose kept weights come of least squares, or of little damping.
         device: where sums are kept and combined.
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
@@ -706,6 +707,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     fitted: list[str] = field(default_factory=list)
     device: str = "auto"
     threads: int | None = None
