@@ -35,6 +35,7 @@ from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
 from fedspallm_appfl.validation.words import headline, how
+from fedspallm_appfl.wire.durable import write_text
 
 TAKES_PART = (
     "Matrices take part that have zeros beyond those of the dense model, at least 1 % of their entries. The others stay as "
@@ -128,7 +129,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         "## Settings",
         _settings(config, log),
     ]
-    file.write_text("\n\n".join(parts) + "\n", "utf-8")
+    write_text(file, "\n\n".join(parts) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -321,7 +322,7 @@ def _participation(config: Config, results: Result, log: EventLog) -> str:
     missed = [] if config.recovery.model else sorted(every - covered)
     notes = [table, *_absences(config, log)]
     if missed:
-        notes.append(f"No client drew these blocks, and they stay dense: {to_text(missed)}.")
+        notes.append(f"No client sent these blocks, and they stay dense: {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")

@@ -47,7 +47,7 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
         if not (folder / MARK).is_file():
             return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
     except (OSError, ValueError) as error:
-        return f"run_dir: {folder} cannot be used: {error}; name another folder"
+        return f"run_dir: {shortened(folder)} cannot be used: {shortened(error)}; name another folder"
     if resume:
         return _changed(config, folder) if is_cut_off(folder) else None
     if not overwrite:
@@ -57,6 +57,11 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
             "Python) to replace it"
         )
     return None
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was done to its end, and killed then, has left of its state."""
+    _remove(folder / STATE)
 
 
 def finished(folder: Path) -> bool:

@@ -28,6 +28,9 @@ OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub,
 SMALL = ["*.json", "*.model", "*.txt", "*.py"]  # configuration, tokenizer, and code of the model's own
 
 
+LONGEST_PATH = 4096  # characters
+
+
 def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") -> Path:
     """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
 
@@ -40,6 +43,8 @@ def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") ->
         ModelError: the path is neither, or the folder holds no `config.json`.
     """
     folder = Path(path).expanduser()
+    if len(path) > LONGEST_PATH:
+        raise ModelError(f"{key}: a path or a name on the hub is shorter than {LONGEST_PATH}, got {quoted(path)}")
     if not folder.is_dir():
         folder = _from_hub(path, weights, key)
     if not (folder / "config.json").is_file():
