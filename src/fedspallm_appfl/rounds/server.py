@@ -35,6 +35,7 @@ from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
 
+HIDDEN = "hidden"  # folder of secure sums
 BEFORE = -1  # the round that payloads name which bring a client where it stood
 
 
@@ -192,7 +193,8 @@ class GlobalModel:
     def _begin_hidden(self) -> None:
         """Ask for new keys."""
         self._opened = set()
-        self._hidden = Sums(self.round.index, self.exchanges, list(self.settings.roster), self._numbers())
+        folder, roster = self.folder / HIDDEN, list(self.settings.roster)
+        self._hidden = Sums(self.round.index, self.exchanges, roster, self._numbers(), folder)
 
     def _numbers(self) -> dict[Place, int]:
         """The number of each hidden unit of a round."""
