@@ -30,6 +30,7 @@ from fedspallm_appfl.globus.server.communicator import GlobusServer, Outcome, Ta
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.rules import prepared_for_globus
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
@@ -169,10 +170,12 @@ def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, cap
     assert same_bits(tmp_path / "run", tmp_path / "globus")
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-@pytest.mark.parametrize("algorithm", ["consensus", "gram"])
+@pytest.mark.parametrize(
+    ("algorithm", "forgets", "signed"),
+    [("consensus", False, False), ("gram", False, True), ("consensus", True, True), ("gram", True, False)],
+)
 def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
-    tmp_path, monkeypatch, over_wire, algorithm, forgets
+    tmp_path, monkeypatch, over_wire, algorithm, forgets, signed
 ):
     class ForgetfulWire(Wire):
         def exchanged(self, request):
@@ -183,6 +186,8 @@ def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "secrets"))
     (tmp_path / "secrets").mkdir()
     file = write_config(tmp_path, algorithm=algorithm, server_configs={"secure_sums": True})
+    if signed:
+        sign(tmp_path, file)
     _, aggregator = over_wire(ForgetfulWire(), file)
     assert main(["run", str(file)]) == 0
     alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -192,6 +197,22 @@ def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
             assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
     assert not list((tmp_path / "secrets").glob("fedspallm-secrets-*"))
     assert not globus_worker._sweeping
+
+
+def sign(folder, file):
+    """Give the clients of a configuration identities, in the site file and, for runs on this machine, in it."""
+    config, names = yaml.safe_load(file.read_text()), DOMAINS[:3]
+    made = {name: Identity.make() for name in names}
+    for client, (name, identity) in zip(config["clients"], made.items(), strict=True):
+        identity.save(folder / f"{name}.key")
+        client["identity"] = str(folder / f"{name}.key")
+    (folder / "roster.yaml").write_text(yaml.safe_dump({name: one.public for name, one in made.items()}))
+    config["server_configs"]["roster"] = str(folder / "roster.yaml")
+    file.write_text(yaml.safe_dump(config))
+    here = yaml.safe_load((folder / "site.yaml").read_text())
+    for name in names:
+        here["clients"][name]["identity"] = f"{name}.key"
+    (folder / "site.yaml").write_text(yaml.safe_dump({**here, "roster": "roster.yaml", "secure_sums": "required"}))
 
 
 SWEEPS = {"by input": {"target": "dense"}, "by block": {"stride": 1}}

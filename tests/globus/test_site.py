@@ -1,6 +1,10 @@
 """The site file: what an endpoint keeps to itself, and what it says where something is missing."""
 
+import stat
+from dataclasses import replace
+
 import pytest
+import yaml
 
 from fedspallm_appfl import cli
 from fedspallm_appfl.errors import ConfigError, ModelError
@@ -8,6 +12,7 @@ from fedspallm_appfl.globus.site import worker
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import require_consent, same_model
 from fedspallm_appfl.models.storage.checkpoint import model_hash
+from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT
@@ -68,19 +73,22 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
     [
         ("clients: {b: {text: x}}", "lists b; add it under `clients`"),
         ("{}", "lists none; add it"),
-        ("clients: {a: {texts: x}}", "has only the keys `text` and `field`"),
-        ("clients: {a: SECRET}", "has only the keys `text` and `field`"),
-        ("clients: {a: [SECRET]}", "has only the keys `text` and `field`"),
-        ("clients: {a: {SECRET: 1}}", "has only the keys `text` and `field`"),
+        ("clients: {a: {texts: x}}", "has only the keys `text`, `field` and `identity`"),
+        ("clients: {a: SECRET}", "has only the keys `text`, `field` and `identity`"),
+        ("clients: {a: [SECRET]}", "has only the keys `text`, `field` and `identity`"),
+        ("clients: {a: {SECRET: 1}}", "has only the keys `text`, `field` and `identity`"),
         ("clients: {a: }\nstore: [SECRET]", "must have keys of their own"),
         ("clients: {a: }\nmodel: [SECRET]", "a folder or a hub name"),
         ("clients: {a: }\nSECRET: 1", "may have only the keys"),
         ("clients: {a: }\nmay_send:", "must be a list of"),
         ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
+        ("clients: {a: {identity: [SECRET]}}", "`identity` in the site file must be the name of a file"),
+        ("clients: {a: }\nroster: [SECRET]", "audit, approved, roster in the site file are names of files"),
+        ("clients: {a: }\nsecure_sums: yes", "secure_sums in the site file is required, or left out; got"),
         (
             "clients: {a: {text: x}}\npath: y",
-            "may have only the keys approved, audit, clients, evaluation, may_send, min_tokens, model, plugins, store, "
-            "trust_remote_code",
+            "may have only the keys approved, audit, clients, evaluation, may_send, min_tokens, model, plugins, roster, "
+            "secure_sums, store, trust_remote_code",
         ),
         ("clients: {a: }\nmay_send: text", "may_send .* must be a list of weights, masks, values, grams, token_counts"),
         ("clients: {a: }\nmay_send: [text]", "may_send .* got .'text'.$"),
@@ -199,7 +207,7 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     assert [problem.strip()[2:10] for problem in problems] == [f"client {name}" for name in "abcd"]
     assert f"{tmp_path}/gone.txt cannot be read: No such file" in problems[0]
     assert f"{tmp_path}/short.txt holds no window of 2048 tokens" in problems[1]
-    assert "has only the keys `text` and `field`" in problems[2]
+    assert "has only the keys `text`, `field` and `identity`" in problems[2]
     assert f"{tmp_path}/latin.txt is not UTF-8" in problems[3]
 
 
@@ -243,3 +251,81 @@ def test_the_site_alone_lets_code_of_a_model_run(write, monkeypatch, own):
     made = worker._with_own(ClientSettings(client_id="a", model=model, device="cpu"), load_site("a"))
     assert custom_code.allowed(DEMO / "model") is bool(own)
     assert made.model.trust_remote_code is False
+
+
+@pytest.fixture
+def agreed(write, tmp_path, capsys):
+    """A site whose client stands in a roster of three, and what a server tells that has the same one."""
+
+    def agreed(more=""):
+        write(f"clients: {{a: {{identity: a.key}}}}\nroster: roster.yaml\n{more}")
+        assert cli.main(["site", str(tmp_path / "site.yaml"), "--keys"]) == 0
+        keys = {name: Identity.make().public for name in "bc"} | yaml.safe_load(capsys.readouterr().out)
+        (tmp_path / "roster.yaml").write_text(yaml.safe_dump(keys))
+        roster = dict.fromkeys("abc", 1.0)
+        return ClientSettings(client_id="a", algorithm="gram", secure_sums=True, roster=roster, public_keys=keys)
+
+    return agreed
+
+
+def test_a_key_is_made_once_and_only_its_owner_reads_it(agreed, tmp_path, capsys):
+    told = agreed()
+    assert stat.S_IMODE((tmp_path / "a.key").stat().st_mode) == 0o600
+    assert cli.main(["site", str(tmp_path / "site.yaml"), "--keys"]) == 0
+    assert capsys.readouterr().out == f"a: {told.public_keys['a']}\n"
+
+
+def test_the_roster_is_looked_at_where_it_lies(agreed, checked, tmp_path):
+    told = agreed()
+    file = "clients: {a: {identity: a.key}}\nroster: roster.yaml"
+    assert checked(file)[0] == 0
+    (tmp_path / "roster.yaml").write_text(yaml.safe_dump(told.public_keys | {"a": Identity.make().public}))
+    code, _, err = checked(file)
+    assert code == 2 and f"client a: {tmp_path}/roster.yaml has another key of it than {tmp_path}/a.key" in err
+    assert "client a: it has no `identity`" in checked("clients: {a: }\nroster: roster.yaml")[2]
+    assert "needs `roster`" in checked("clients: {a: }\nsecure_sums: required")[2]
+
+
+def test_a_site_takes_part_with_the_clients_of_its_roster_alone(agreed, tmp_path):
+    told = agreed()
+    require_consent(told, load_site("a"))
+    model = HashedModel(str(DEMO / "model"), hash=model_hash(DEMO / "model"))
+    own = replace(told, model=model, pruner="magnitude", identity="the server's", device="cpu")
+    made = worker._with_own(own, load_site("a"))
+    assert (made.public_keys, made.identity) == (told.public_keys, str(tmp_path / "a.key"))
+    fewer, other = {"a": 1.0, "b": 1.0}, told.public_keys | {"b": Identity.make().public}
+    for change, why in (
+        ({"roster": fewer}, "the roster of this site has a, b, c, and the server names a, b;"),
+        ({"public_keys": other}, "the server has other keys than the roster of this site, of b;"),
+        ({"public_keys": {}}, "the server has other keys than the roster of this site, of a, b, c;"),
+    ):
+        with pytest.raises(ConfigError, match=f"client a: {why}"):
+            require_consent(replace(told, **change), load_site("a"))
+
+
+def test_what_is_wrong_with_keys_is_said_without_a_path(agreed, write, tmp_path):
+    told = agreed()
+    write("clients: {a: }")
+    with pytest.raises(ConfigError, match="client a: identities need `roster` in the site file, and `identity`"):
+        require_consent(told, load_site("a"))
+    require_consent(replace(told, public_keys={}), load_site("a"))
+    told = agreed()
+    (tmp_path / "a.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="client a: the roster or the identity .* cannot be used") as caught:
+        require_consent(told, load_site("a"))
+    assert str(tmp_path) not in str(caught.value)
+    (tmp_path / "a.key").unlink()
+    Identity.make().save(tmp_path / "a.key")
+    with pytest.raises(ConfigError, match="client a: the roster of this site has another key of it than its identity"):
+        require_consent(told, load_site("a"))
+
+
+def test_a_site_may_ask_for_secure_sums(agreed, write):
+    told = agreed("secure_sums: required")
+    require_consent(told, load_site("a"))
+    for change in ({"secure_sums": False}, {"algorithm": "fedspallm"}):
+        with pytest.raises(ConfigError, match="client a: this site sends nothing but parts of secure sums"):
+            require_consent(replace(told, **change), load_site("a"))
+    write("clients: {a: }\nsecure_sums: required")
+    with pytest.raises(ConfigError, match="client a: identities need `roster`"):
+        require_consent(replace(told, public_keys={}), load_site("a"))

@@ -1,5 +1,6 @@
 """Runs whose server sees sums alone: bits with masks and without, clients that fall out, and what is refused."""
 
+import re
 from unittest import mock
 
 import pytest
@@ -9,14 +10,17 @@ import yaml
 from fedspallm_appfl import validate
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli.checked import well_formed
-from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.errors import ConfigError, FederationError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.hidden import places
 from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.runs import experiment, serial
 from fedspallm_appfl.secure import client as secure_client
 from fedspallm_appfl.secure import server as secure_server
+from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.wire.hidden import PackedWords
+from helpers.experiments import DOMAINS
 from helpers.tiny import events, save_tiny, tiny_config, weights
 
 SECURE = {"server_configs": {"secure_sums": True}}
@@ -108,7 +112,7 @@ def test_too_few_clients_end_the_run(tmp_path, tiny_model):
     changes = {"server_configs": {"secure_sums": True, "min_clients": 1}}
     with (
         mock.patch.object(Hiding, "_advertise", fails),
-        pytest.raises(SecureSumError, match="at least 3 must take part"),
+        pytest.raises(FederationError, match="at least 3 must take part"),
     ):
         run(tmp_path, tiny_model, "gram", 3, **changes)
 
@@ -164,3 +168,165 @@ def test_what_does_not_go_with_it_is_said(tmp_path, tiny_model, algorithm, clien
     problems = validate(file)
     assert [one for one in problems if one.startswith("server_configs.secure_sums: ") and rule in one], problems
     assert yaml.safe_load(file.read_text())["server_configs"]["secure_sums"] is True
+
+
+def identities(folder, clients):
+    """An identity of each client, and the roster."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {client: Identity.make() for client in clients}
+    for client, identity in made.items():
+        identity.save(folder / f"{client}.key")
+    (folder / "roster.yaml").write_text(yaml.safe_dump({client: one.public for client, one in made.items()}))
+    return made
+
+
+def signed(folder, model, algorithm="fedprllm", clients=3, **secure):
+    """A configuration with identities."""
+    identities(folder, DOMAINS[:clients])
+    secure = {"secure_sums": True, "roster": str(folder / "roster.yaml"), **secure}
+    file = tiny_config(folder, model, algorithm, clients, server_configs=secure)
+    config = yaml.safe_load(file.read_text())
+    for client in config["clients"]:
+        client["identity"] = str(folder / f"{client['client_id']}.key")
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def conduct(file):
+    experiment.conduct(prepared(well_formed(str(file), []), False), serial.run, False)
+    return weights(file.parent / "run")
+
+
+@pytest.mark.parametrize("algorithm", ["consensus", "gram"])
+def test_the_bits_do_not_depend_on_identities(tmp_path, tiny_model, algorithm):
+    bare, _ = run(tmp_path / "bare", tiny_model, algorithm, **SECURE)
+    confirm = mock.patch.object(Hiding, "_confirm", autospec=True, side_effect=Hiding._confirm)
+    with confirm as confirmed:
+        found = conduct(signed(tmp_path / "signed", tiny_model, algorithm))
+    assert confirmed.call_count == 2 * 3
+    assert all(torch.equal(found[name], bare[name]) for name in bare)
+
+
+def test_a_client_that_confirms_and_is_lost_stays_in_the_sum(tmp_path, tiny_model):
+    whole = conduct(signed(tmp_path / "whole", tiny_model, clients=4))
+    for stage, gone in {"_confirm": "bible", "_open": "sqldocs"}.items():
+        before = getattr(Hiding, stage)
+
+        def fails(self, *args, gone=gone, before=before):
+            if self._name == gone:
+                raise RuntimeError("gone")
+            return before(self, *args)
+
+        with mock.patch.object(Hiding, stage, fails):
+            left = conduct(signed(tmp_path / stage, tiny_model, clients=4, min_clients=3))
+        assert [event["client"] for event in events(tmp_path / stage / "run", "absent")] == [gone]
+        assert all(torch.equal(left[name], whole[name]) for name in whole)
+
+
+def test_sums_that_too_few_confirm_are_not_opened(tmp_path, tiny_model):
+    before = Hiding._confirm
+
+    def fails(self, told):
+        if self._name == "bible":
+            raise RuntimeError("gone")
+        return before(self, told)
+
+    file = signed(tmp_path, tiny_model, min_clients=1)
+    with (
+        mock.patch.object(Hiding, "_confirm", fails),
+        pytest.raises(FederationError, match="at least 3 clients whose part is in them must confirm it, got .*austen"),
+    ):
+        conduct(file)
+
+
+def test_a_client_with_another_identity_is_refused_by_name(tmp_path, tiny_model):
+    file = signed(tmp_path, tiny_model)
+    (tmp_path / "bible.key").unlink()
+    Identity.make().save(tmp_path / "bible.key")
+    with pytest.raises(ConfigError, match="the roster has another key of client bible than its identity"):
+        conduct(file)
+
+
+@pytest.mark.parametrize("stage", ["_advertise", "_confirm"])
+def test_words_that_another_has_signed_are_refused_by_name(tmp_path, tiny_model, stage):
+    """A server that puts keys of its own in the place of a client's, or says for it who is in a sum."""
+    before, stranger = getattr(Hiding, stage), Identity.make()
+
+    def swapped(self, told):
+        said = before(self, told)
+        if self._name != "bible":
+            return said
+        own, self._mine._identity = self._mine._identity, stranger
+        try:
+            return said_of(self, stage, told)
+        finally:
+            self._mine._identity = own
+
+    def said_of(hiding, stage, told):
+        if stage == "_confirm":
+            return before(hiding, told)
+        return places.said({"key": hiding._mine.advertise()})
+
+    with (
+        mock.patch.object(Hiding, stage, swapped),
+        pytest.raises(SecureSumError, match="client bible: its signature does not fit the key of client bible"),
+    ):
+        conduct(signed(tmp_path, tiny_model))
+
+
+def test_a_client_refuses_keys_that_the_server_has_swapped(tmp_path, tiny_model):
+    before = Sums.tell
+
+    def lies(self, exchange, client):
+        told = before(self, exchange, client)
+        if "batch" in told and client == "austen":
+            told["batch"]["bible"] = told["batch"]["sqldocs" if "sqldocs" in told["batch"] else "austen"]
+        return told
+
+    with (
+        mock.patch.object(Sums, "tell", lies),
+        pytest.raises(SecureSumError, match="refused the public keys of client bible: its sender must be bible"),
+    ):
+        conduct(signed(tmp_path, tiny_model))
+
+
+def test_a_roster_that_differs_at_one_client_is_refused_by_name(tmp_path, tiny_model):
+    before = serial.client_settings
+
+    def other(config, client, *rest):
+        made = before(config, client, *rest)
+        if client.client_id == "bible":
+            made.public_keys["austen"] = Identity.make().public
+        return made
+
+    with (
+        mock.patch.object(serial, "client_settings", other),
+        pytest.raises(SecureSumError, match="the public keys of client bible: its roster must be .* different rosters"),
+    ):
+        conduct(signed(tmp_path, tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda config: config["clients"][1].pop("identity"), "clients.1.identity: client 'bible' has none"),
+        (
+            lambda config: config["clients"][1].update(identity="no.key"),
+            "clients.1.identity: .* there is no file no.key",
+        ),
+        (lambda config: config["server_configs"].pop("roster"), "server_configs.roster: .*austen.* have an identity"),
+        (lambda config: config["server_configs"].update(roster="no.yaml"), "server_configs.roster: .* cannot be read"),
+        (lambda config: config["server_configs"].update(secure_sums=False), "server_configs.roster: .*set server_conf"),
+        (
+            lambda config: config["clients"][1].update(client_id="b"),
+            "server_configs.roster: .* which are .*b.*, got .*bib",
+        ),
+    ],
+)
+def test_identities_are_there_for_all_or_none(tmp_path, tiny_model, change, rule):
+    file = signed(tmp_path, tiny_model)
+    config = yaml.safe_load(file.read_text())
+    change(config)
+    file.write_text(yaml.safe_dump(config))
+    problems = validate(file)
+    assert [one for one in problems if re.match(rule, one)], problems

@@ -24,9 +24,14 @@ Inputs = tuple[tuple[int, str], ...]  # inputs, each as (block, first linear tha
 UPLOADS = ("weights", "masks", "values", "grams")
 NOTHING = "nothing"  # clients are sent a model that was pruned before
 DELTAS = "deltas"  # changes of kept weights, after the exchanges of any algorithm
-KEYS, SHARES, OPENING = "keys", "shares", "opening"  # of secure sums: before what is hidden, and after it
+KEYS, SHARES, CONFIRM, OPENING = (
+    "keys",
+    "shares",
+    "confirm",
+    "opening",
+)  # of secure sums: before what is hidden, and after
 SQUARES = "squares"  # sums of squares, of which the scale of hidden Gram matrices follows; down come their sums
-PROTOCOL = (KEYS, SHARES, OPENING)
+PROTOCOL = (KEYS, SHARES, CONFIRM, OPENING)
 DOWN = (None, "weights", "masks", SQUARES)
 
 
@@ -219,7 +224,7 @@ class Algorithm:
         return any(exchange.make is not None for exchange in self.round)
 
     def exchanges(
-        self, groups: Groups, gram: Gram, recovery: Recovery | None = None, hidden: int = 0
+        self, groups: Groups, gram: Gram, recovery: Recovery | None = None, hidden: int = 0, signed: bool = False
     ) -> tuple[Exchange, ...]:
         """The exchanges of a round; those of recovery come at the end, and in the last round only (see `of_round`).
 
@@ -232,10 +237,11 @@ class Algorithm:
             gram: which statistics clients send.
             recovery: what follows; None for nothing.
             hidden: of how many clients the server sees sums alone (see `secure`); 0 for none.
+            signed: these have identities, and confirm to each other whose part is in a sum before they open it.
         """
         own = self._own_exchanges(groups, gram)
         if hidden:
-            return tuple(_hidden(own, hidden))
+            return tuple(_hidden(own, hidden, signed))
         if recovery is not None and recovery.model:
             own = (Exchange(NOTHING, "weights"),)
         if recovery is None or not recovery.rounds:
@@ -254,16 +260,17 @@ class Algorithm:
         return f"{self.name}/{client}" if self.apart else None
 
 
-def _hidden(exchanges: Sequence[Exchange], clients: int) -> Iterator[Exchange]:
+def _hidden(exchanges: Sequence[Exchange], clients: int, signed: bool) -> Iterator[Exchange]:
     """Exchanges of which the server sees sums alone: what it makes of one, it makes when the sums are opened."""
     yield Exchange(KEYS)
     yield Exchange(SHARES)
     for one in exchanges:
-        if one.up == "grams":
-            yield Exchange(SQUARES, SQUARES, hidden=clients)
-            yield Exchange(OPENING, SQUARES)
-        yield replace(one, hidden=clients)
-        yield Exchange(OPENING, one.down)
+        squares = [Exchange(SQUARES, SQUARES)] if one.up == "grams" else []
+        for each in (*squares, one):
+            yield replace(each, hidden=clients)
+            if signed:
+                yield Exchange(CONFIRM)
+            yield Exchange(OPENING, each.down)
 
 
 def of_round(exchanges: Sequence[Exchange], last: bool) -> tuple[Exchange, ...]:

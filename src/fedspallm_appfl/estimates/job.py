@@ -31,7 +31,7 @@ from fedspallm_appfl.rounds.participants import (
     algorithm_of,
     comparisons,
     draws,
-    hidden,
+    exchanges,
     needs_text,
     participants,
     server_settings,
@@ -186,7 +186,7 @@ class Job:
     @cached_property
     def exchanges(self) -> tuple[Exchange, ...]:
         """The exchanges of the last round."""
-        return self.algorithm.exchanges(self.model.groups, self.config.gram, self.config.recovery, hidden(self.config))
+        return exchanges(self.config, self.model.groups)
 
     @cached_property
     def draws(self) -> Draws:

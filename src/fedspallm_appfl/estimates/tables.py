@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
-from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES, SQUARES, of_round
+from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, SQUARES, of_round
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
@@ -35,6 +35,7 @@ WORDS = {
     KEYS: "keys of secure sums",
     SHARES: "shares of their secrets",
     SQUARES: "sums of squares",
+    CONFIRM: "who is in the sums",
     OPENING: "shares that open sums",
 }
 

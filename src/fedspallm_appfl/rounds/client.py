@@ -25,9 +25,10 @@ from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.rounds.hidden.client import Hiding
-from fedspallm_appfl.rounds.hidden.places import Place, numbered
+from fedspallm_appfl.rounds.hidden.places import Place, numbered, roster_of
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
+from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings.schema import ClientSettings, Pooled, Prune
 from fedspallm_appfl.texts.checks import check_vocabulary
 from fedspallm_appfl.texts.drawing import draw
@@ -96,6 +97,8 @@ class LocalClient:
         Raises:
             ModelError: the model cannot be read.
             DataError: the text cannot be read or is too short.
+            ConfigError: its identity cannot be read.
+            SecureSumError: there are too few clients for secure sums.
         """
         self.settings = settings
         self._use_threads()
@@ -110,8 +113,9 @@ class LocalClient:
         algorithm = registry.find(settings.algorithm)
         self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
-        hidden = len(settings.roster) if settings.secure_sums else 0
-        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery, hidden)
+        roster = roster_of(settings)
+        hidden, signed = (len(roster.clients), bool(roster.keys)) if roster else (0, False)
+        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery, hidden, signed)
         self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
@@ -128,7 +132,8 @@ class LocalClient:
             in_float32=in_float32,
         )
         secrets = Path(settings.secrets) if settings.secrets else None
-        self._hiding = Hiding(settings.client_id, list(settings.roster), self._numbers(hidden), secrets)
+        identity = Identity.load(Path(settings.identity).expanduser()) if roster and settings.identity else None
+        self._hiding = Hiding(settings.client_id, roster, self._numbers(hidden), secrets, identity)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
         self._kept_between: tempfile.TemporaryDirectory | None = None

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fedspallm_appfl.aggregation.layer_sampling import draw
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import Algorithm
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.algorithms.references import POOLED
 from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import Client, ClientSettings, Config, Pooled, ServerSettings, TrainConfigs, plain
 
@@ -62,6 +63,27 @@ def hidden(config: Config) -> int:
     return len(config.clients) if config.server_configs.secure_sums and algorithm_of(config).adds_up else 0
 
 
+def public_keys(config: Config) -> dict[str, str]:
+    """Client -> its public key, where clients of secure sums have identities.
+
+    Raises:
+        ConfigError: the roster cannot be read.
+    """
+    server = config.server_configs
+    return dict(Roster.read(Path(server.roster).expanduser()).keys) if server.secure_sums and server.roster else {}
+
+
+def exchanges(config: Config, groups: Groups) -> tuple[Exchange, ...]:
+    """The exchanges of the last round.
+
+    Args:
+        config: the experiment.
+        groups: linears that share an input.
+    """
+    own, signed = algorithm_of(config), config.server_configs.roster is not None
+    return own.exchanges(groups, config.gram, config.recovery, hidden(config), signed)
+
+
 def needs_text(client: Client) -> bool:
     """Whether a client's pruner has to see its text."""
     return pruners.find(client.train_configs.pruner).needs is not None
@@ -111,6 +133,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "rounds": server.num_global_epochs,
         "secure_sums": server.secure_sums,
         "roster": roster(config),
+        "public_keys": public_keys(config),
         "windows": {client.client_id: client.data.windows for client in participants(config) if needs_text(client)},
         "tokens": {
             client.client_id: client.data.windows * client.data.length
@@ -160,6 +183,8 @@ def client_settings(
         "rounds": config.server_configs.num_global_epochs,
         "secure_sums": config.server_configs.secure_sums,
         "roster": roster(config) if config.server_configs.secure_sums else {},
+        "public_keys": public_keys(config),
+        "identity": client.identity,
         "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,
         "checkpoints": str(kept / client.client_id) if kept else None,

@@ -26,7 +26,7 @@ from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, F
 from fedspallm_appfl.rounds.folds.registry import folds
 from fedspallm_appfl.rounds.folds.unreached import expert_weight
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
-from fedspallm_appfl.rounds.hidden.places import Place, numbered
+from fedspallm_appfl.rounds.hidden.places import Place, numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
@@ -128,8 +128,9 @@ class GlobalModel:
         self.done: PackedStore = Latest(self.folder, GLOBAL)
         self.round = Round(-1, {})
         algorithm, settings = registry.find(self.settings.algorithm), self.settings
-        hidden = len(settings.roster) if settings.secure_sums else 0
-        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery, hidden)
+        self._roster = roster_of(settings)
+        hidden, signed = (len(self._roster.clients), bool(self._roster.keys)) if self._roster else (0, False)
+        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery, hidden, signed)
         self._folds = folds(context, self.exchanges)
         self._hidden: Sums | None = None  # of the round that is on
         self._open: dict[Unit, _Open] = {}
@@ -193,8 +194,9 @@ class GlobalModel:
     def _begin_hidden(self) -> None:
         """Ask for new keys."""
         self._opened = set()
-        folder, roster = self.folder / HIDDEN, list(self.settings.roster)
-        self._hidden = Sums(self.round.index, self.exchanges, roster, self._numbers(), folder)
+        assert self._roster is not None
+        folder = self.folder / HIDDEN
+        self._hidden = Sums(self.round.index, self.exchanges, self._roster, self._numbers(), folder)
 
     def _numbers(self) -> dict[Place, int]:
         """The number of each hidden unit of a round."""
@@ -212,7 +214,7 @@ class GlobalModel:
         """What a client has to know of secure sums before the exchange that is on, in plain types.
 
         Raises:
-            SecureSumError: too few clients take part.
+            FederationError: too few clients take part.
         """
         if self._hidden is None or client in self.round.given_up:
             return {}
@@ -222,7 +224,7 @@ class GlobalModel:
         """Make what the exchange before has sent, of which only sums are known now."""
         assert self._hidden is not None
         self._opened.add(self.round.exchange)
-        before = self.round.exchange - 1
+        before = summed_in(self.exchanges, self.round.exchange)
         fold = self._folds[before]
         assert isinstance(fold, HiddenFold)
         units = {block: set(of) for block, of in self._units_of(before).items()}

@@ -182,7 +182,7 @@ class Client:
             SecureSumError: as `open`.
         """
         self._settle(survivors)
-        return self.exchange.confirmation(self.name, survivors, self._identity)
+        return self.exchange.confirmation(self.name, self._digest, survivors, self._identity)
 
     def open(self, survivors: Survivors, confirmations: Mapping[str, bytes] | None = None) -> bytes:
         """Shares with which the server takes the masks out of sums; only of messages whose survivor this client is.
@@ -199,7 +199,7 @@ class Client:
         if self.exchange.roster.keys:
             given = confirmations or {}
             for client, message in given.items():
-                self.exchange.check_confirmation(client, survivors, message)
+                self.exchange.check_confirmation(client, self._digest, survivors, message)
             for number, names in survivors.items():
                 if len(confirmed := sorted({*given} & {*names})) < self.exchange.threshold:
                     raise SecureSumError(

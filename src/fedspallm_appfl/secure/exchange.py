@@ -140,22 +140,28 @@ class Exchange:
                 f"{', '.join(names) or 'none'}; a sum of fewer is not opened"
             )
 
-    def confirmation(self, sender: str, survivors: Survivors, identity: Identity | None) -> bytes:
-        """What a client signs of survivors."""
-        return self.sign(CONFIRMATION, sender, _listed(survivors), identity)
+    def confirmation(self, sender: str, batch: bytes, survivors: Survivors, identity: Identity | None) -> bytes:
+        """What a client signs of survivors, and of the batch of keys, without which one could be used with other keys."""
+        return self.sign(CONFIRMATION, sender, _listed(batch, survivors), identity)
 
-    def check_confirmation(self, sender: str, survivors: Survivors, message: bytes) -> None:
+    def check_confirmation(self, sender: str, batch: bytes, survivors: Survivors, message: bytes) -> None:
         """Whether a client has signed these survivors.
+
+        Args:
+            sender: the client.
+            batch: SHA-256 of the batch of keys.
+            survivors: message -> clients.
+            message: what it sent.
 
         Raises:
             SecureSumError: it has signed others, or not at all.
         """
         if sender not in self.members:
             raise SecureSumError(f"refused the {CONFIRMATION} of client {sender}: it is not in the roster")
-        if self.read(CONFIRMATION, sender, message) != _listed(survivors):
+        if self.read(CONFIRMATION, sender, message) != _listed(batch, survivors):
             raise SecureSumError(
-                f"refused the {CONFIRMATION} of client {sender}: it is of other survivors; the server has told clients "
-                "different ones, or has sent an earlier one"
+                f"refused the {CONFIRMATION} of client {sender}: it is of other survivors or other keys; the server has "
+                "told clients different ones, or has sent an earlier one"
             )
 
     def _head(self, purpose: str, sender: str) -> dict[str, bytes]:
@@ -164,7 +170,7 @@ class Exchange:
         return {name: str(value).encode() for name, value in zip(names, values, strict=True)}
 
 
-def _listed(survivors: Survivors) -> bytes:
+def _listed(batch: bytes, survivors: Survivors) -> bytes:
     """Survivors as they are signed: one SHA-256, however many they are."""
     parts = [part for message in sorted(survivors) for part in (message, join(*sorted(survivors[message])))]
-    return hashlib.sha256(join(*parts)).digest()
+    return hashlib.sha256(join(batch, *parts)).digest()

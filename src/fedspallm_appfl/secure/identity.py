@@ -24,6 +24,7 @@ from fedspallm_appfl.settings import yaml_text
 
 LEAST_CLIENTS = 3  # a sum of two tells each of the two what the other one's part was
 KIND = "ed25519:"  # before a public key, as text
+MAKE = "fedspallm site SITE.yaml --keys makes one, and so does Identity.make().save(FILE)"
 
 
 class Identity:
@@ -48,7 +49,7 @@ class Identity:
             mode = stat.S_IMODE(file.stat().st_mode)
             key = serialization.load_pem_private_key(file.read_bytes(), None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"the identity {file} cannot be read: {error}; make one with Identity.save") from error
+            raise ConfigError(f"the identity {file} cannot be read: {error}; {MAKE}") from error
         if mode & 0o077:
             raise ConfigError(f"only the owner may read the identity {file}, its mode is {mode:o}; chmod 600 {file}")
         if not isinstance(key, Ed25519PrivateKey):

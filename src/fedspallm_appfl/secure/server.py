@@ -156,7 +156,7 @@ class Server:
         Raises:
             SecureSumError: it has not.
         """
-        self.exchange.check_confirmation(client, survivors, message)
+        self.exchange.check_confirmation(client, key_exchange.batch_digest(self._advertised), survivors, message)
 
     def opened(self, client: str, message: bytes) -> None:
         """Take the shares that a client has opened.

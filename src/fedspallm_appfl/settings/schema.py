@@ -325,6 +325,11 @@ class ServerConfigs:
         "with `gram`, `consensus` and `fedprllm`: the server sees the sum of all clients, and no client's upload "
         "([docs](secure_sums.md))",
     )
+    roster: str | None = key(
+        None,
+        "with `secure_sums`: a YAML file of client -> public key; clients then sign what they tell each other "
+        "([docs](secure_sums.md#identities))",
+    )
     device: str = key(
         "auto",
         "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",
@@ -497,6 +502,10 @@ class Client(ClientConfigs):
         "over Globus Compute: the UUID of the client's endpoint; its site names the text",
         form=(UUID, "the UUID that globus-compute-endpoint list shows"),
     )
+    identity: str | None = key(
+        None,
+        "with `server_configs.roster`: the file of the client's secret key; over Globus Compute its site file names it",
+    )
 
 
 @dataclass
@@ -640,6 +649,8 @@ class ClientSettings(TrainConfigs):
         rounds: number of rounds.
         secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
+        public_keys: id -> public key of all clients, where those of secure sums have identities.
+        identity: file of its secret key; None for none.
         own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
         checkpoints: folder for its hidden states; None for none.
@@ -659,6 +670,8 @@ class ClientSettings(TrainConfigs):
     rounds: int = 1
     secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
+    public_keys: dict[str, str] = field(default_factory=dict)
+    identity: str | None = None
     own_windows: int = 0
     agreed: str | None = None
     checkpoints: str | None = None
@@ -683,6 +696,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
         rounds: number of rounds.
         secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants.
+        public_keys: id -> public key of all clients, where those of secure sums have identities.
         windows: id -> calibration windows that a participant was asked for; nothing of those that may have any number.
         tokens: id -> tokens in these windows.
         fitted: clients whose kept weights come of least squares, or of little damping.
@@ -706,6 +720,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     rounds: int = 1
     secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
+    public_keys: dict[str, str] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     fitted: list[str] = field(default_factory=list)

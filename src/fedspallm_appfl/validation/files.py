@@ -14,7 +14,7 @@ from fedspallm_appfl.models.choice import unmatched
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.beginning import opened
-from fedspallm_appfl.rounds.participants import algorithm_of, hidden, own_windows
+from fedspallm_appfl.rounds.participants import algorithm_of, exchanges, own_windows
 from fedspallm_appfl.rounds.uploads import down_sizes, sizes
 from fedspallm_appfl.settings import schema
 from fedspallm_appfl.settings.schema import Client, Config
@@ -156,7 +156,7 @@ def travelling(
         groups: linears that share an input.
     """
     sparsity = config.client_configs.train_configs.sparsity
-    made = algorithm_of(config).exchanges(groups, config.gram, config.recovery, hidden(config))
+    made = exchanges(config, groups)
     answered = len(made) - (config.server_configs.num_global_epochs == 1)
     for number, exchange in enumerate(made):
         yield sizes(exchange, shapes, sparsity, dtype, groups, config.gram)

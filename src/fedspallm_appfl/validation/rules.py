@@ -5,13 +5,14 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.algorithms import registry as algorithms
-from fedspallm_appfl.errors import ConfigError, quoted
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, quoted
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
-from fedspallm_appfl.secure.identity import LEAST_CLIENTS
+from fedspallm_appfl.secure.identity import LEAST_CLIENTS, MAKE, Roster
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
 from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, Recovery, TrainConfigs
@@ -94,6 +95,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield from _whole_model_once(config)
     if config.server_configs.secure_sums:
         yield from _secure_sums(config)
+    yield from _identities(config)
     yield from _recovery(config)
 
 
@@ -116,6 +118,33 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: clients count equally in a mean that is hidden; leave aggregator_kwargs.weights at equal"
     if partial := partial_clients(config):
         yield f"{where}: all clients prune all blocks; leave resource_share at 1, got less of {partial}"
+
+
+def _identities(config: Config) -> Iterator[str]:
+    """Clients of secure sums sign all or none, with the keys of the roster."""
+    server, where = config.server_configs, "server_configs.roster"
+    named = [client.client_id for client in config.clients if client.identity]
+    if not (server.secure_sums and server.roster):
+        if server.roster:
+            yield f"{where}: identities are for secure sums; set server_configs.secure_sums to true, or leave it out"
+        elif named:
+            yield f"{where}: {', '.join(named)} have an identity, and there is no roster; name the file of public keys"
+        return
+    try:
+        found = Roster.read(Path(server.roster).expanduser()).clients
+    except FedSpaLLMError as error:
+        yield f"{where}: {error}"
+        return
+    wanted = {client.client_id for client in config.clients}
+    if wanted != {*found}:
+        listed, asked = ", ".join(found), ", ".join(sorted(wanted))
+        yield f"{where}: it has the clients of `clients`, which are {asked}, got {listed}; make them equal"
+    for index, client in enumerate(config.clients):
+        path = f"clients.{index}.identity"
+        if client.identity is None and not client.endpoint_id:
+            yield f"{path}: client {quoted(client.client_id)} has none, and clients sign all or none; name its key file"
+        if client.identity is not None and not Path(client.identity).expanduser().is_file():
+            yield f"{path}: client {quoted(client.client_id)}: there is no file {client.identity}; {MAKE}"
 
 
 def _recovery(config: Config) -> Iterator[str]:
@@ -204,6 +233,8 @@ def prepared_for_globus(config: Config) -> Config:
     """The configuration as it is used over Globus Compute: with compression, and without paths that only sites know."""
     made = copy.deepcopy(config)
     groups: list[Any] = [made.client_configs, *made.clients]
+    for client in made.clients:
+        client.identity = None  # its site names it
     for group in groups:
         group.data.text = None
         comm = group.comm_configs

@@ -18,6 +18,7 @@ def add(verbs: Any) -> None:
         "fedspallm site examples/globus/site.yaml",
         "fedspallm site examples/globus/site.yaml --model examples/demo/model --length 256",
         "fedspallm site site.yaml --approve 0123456789abcdef",
+        "fedspallm site site.yaml --keys",
     )
     parser.add_argument("site", metavar="SITE.yaml", type=Path, help="what FEDSPALLM_SITE names at the endpoint")
     parser.add_argument(
@@ -30,6 +31,11 @@ def add(verbs: Any) -> None:
         "--length", type=positive, default=2048, help="tokens in a window, the server's data.length (default: 2048)"
     )
     parser.add_argument("--approve", metavar="HASH", help="from now on serve a configuration that waits for it")
+    parser.add_argument(
+        "--keys",
+        action="store_true",
+        help="make the secret keys that `identity` of each client names, and print the lines for the sites' roster",
+    )
     parser.set_defaults(work=work)
 
 
@@ -39,6 +45,9 @@ def work(args: argparse.Namespace) -> int:
 
     if args.approve:
         console().print(check.approve(args.site, args.approve), highlight=False, markup=False)
+        return 0
+    if args.keys:
+        console().print(check.keys(args.site), highlight=False, markup=False, soft_wrap=True)
         return 0
     table, problems = check.check(args.site, args.model, args.length)
     console().print(table)

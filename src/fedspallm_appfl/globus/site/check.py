@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
-from fedspallm_appfl.globus.site import record
+from fedspallm_appfl.globus.site import identities, record
 from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
 from fedspallm_appfl.settings import custom_code
@@ -64,6 +64,7 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         problems.append(
             f"`model` is {place}, which is not a folder; name the folder of this site's copy, or owner/model of the hub"
         )
+    problems += identities.problems(site_file)
     tokenizer = None
     try:
         tokenizer = _tokenizer(shared, model)
@@ -75,8 +76,11 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         problems += looked.problems
         cells = (looked.files, looked.size, looked.windows, escape(_model(shared)), *_leaves(shared))
         table.add_row(escape(client), looked.where, *cells)
+    says = [f"roster, to be compared with the other sites: {found}"] if (found := identities.digest(shared)) else []
     if waits := waiting(shared):
-        table.caption = escape("waiting for approval (--approve HASH):\n" + "\n".join(waits))
+        says += ["waiting for approval (--approve HASH):", *waits]
+    if says:
+        table.caption = escape("\n".join(says))
     return table, problems
 
 
@@ -91,6 +95,15 @@ def approve(file: Path, name: str) -> str:
         raise ConfigError(f"{file}: `approved` names no file, so every configuration is served")
     asked = record.approve(Path(shared.approved), name)
     return f"approved {name} for client {asked['client']}: {_in_words(asked['configuration'])}"
+
+
+def keys(file: Path) -> str:
+    """Make the identities that a site file names; their lines for the roster.
+
+    Raises:
+        ConfigError: a client has no `identity`, or one cannot be read.
+    """
+    return identities.make_keys(read_site_file(file, f"{file}: "))
 
 
 def waiting(shared: Site) -> list[str]:

@@ -17,7 +17,15 @@ from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.globus.site.site_file import Site
 from fedspallm_appfl.settings.schema import ClientSettings, plain
 
-HERE = {"agreed", "checkpoints", "checkpoint_every", "device", "trainer"}  # decided at the site, or of no importance
+HERE = {  # decided at the site, or of no importance
+    "agreed",
+    "checkpoints",
+    "checkpoint_every",
+    "device",
+    "identity",
+    "secrets",
+    "trainer",
+}
 MOST_WAITING = 100  # configurations that are kept for approval
 SHORT = 16  # characters of a hash that people type
 

@@ -5,7 +5,7 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
 
     model: ~/models/Llama-2-7b-hf      # if this site's copy is not at the server's model.path
     clients:                           # the clients of this endpoint
-      hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`
+      hospital-a: {text: notes/}     # and `field`, the column of records, if it is not `text`; `identity`, its secret key
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site; recovery only if it is named
     evaluation: false                  # the pruned model is not measured on text of this site; true if left out
@@ -14,6 +14,8 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
     audit: audit.jsonl                 # a line for each task: what was asked for, what left
     approved: approved.txt             # only configurations in it are served (fedspallm site --approve)
+    roster: roster.yaml                # client -> public key, as the sites have agreed on them (fedspallm site --keys)
+    secure_sums: required              # nothing leaves but parts of secure sums
 
 Relative paths start from the folder of the file.
 """
@@ -38,9 +40,21 @@ from fedspallm_appfl.settings.schema import Store
 from fedspallm_appfl.texts.files import HUB
 
 SITE = "FEDSPALLM_SITE"
-FILES = ("audit", "approved")
-KEYS = {"model", "clients", "store", "may_send", "min_tokens", "plugins", "trust_remote_code", "evaluation", *FILES}
-CLIENT_KEYS = {"text", "field"}
+FILES = ("audit", "approved", "roster")
+KEYS = {
+    "model",
+    "clients",
+    "store",
+    "may_send",
+    "min_tokens",
+    "plugins",
+    "trust_remote_code",
+    "evaluation",
+    "secure_sums",
+    *FILES,
+}
+CLIENT_KEYS = {"text", "field", "identity"}
+REQUIRED = "required"
 STORE_KEYS = {one.name for one in fields(Store)} - {"connector"}  # which store it is, the server says
 TOKEN_COUNTS = "token_counts"  # statistics that may tell how often each token occurs in the text
 RECOVERY = "recovery"  # changes of kept weights after training on the text
@@ -65,6 +79,9 @@ class Site:
         evaluation: clients may measure the pruned model on their text, and tell the sum of losses.
         audit: file that gets a line for each task; None for none.
         approved: file of the configurations that are served; None for any.
+        roster: file of public keys, with whose clients alone it takes part in secure sums; None for any clients.
+        identity: file of the client's secret key.
+        only_secure_sums: nothing leaves but parts of secure sums.
     """
 
     model: str | None = None
@@ -78,6 +95,9 @@ class Site:
     evaluation: bool = True
     audit: str | None = None
     approved: str | None = None
+    roster: str | None = None
+    identity: str | None = None
+    only_secure_sums: bool = False
 
     def require_consent(self, client: str, sendings: set[str]) -> None:
         """Refuse to send what must not leave this site.
@@ -233,7 +253,7 @@ class SiteFile:
         """The entry of one client.
 
         Raises:
-            ConfigError: it does not list the client, or the entry has a key other than `text` and `field`.
+            ConfigError: it does not list the client, or the entry has a key other than `CLIENT_KEYS`.
         """
         if client not in self.clients:
             known = ", ".join(self.clients) or "none"
@@ -241,13 +261,17 @@ class SiteFile:
         own = self.clients[client] or {}
         if not isinstance(own, dict) or set(own) - CLIENT_KEYS:  # the entry may hold a path, so the message omits it
             raise ConfigError(
-                f"client {client}: under clients in the site file a client has only the keys `text` and `field`"
+                f"client {client}: under clients in the site file a client has only the keys `text`, `field` and `identity`"
             )
         texts = [_whole(self.file, text, f"client {client}: ") for text in _listed(own.get("text"))]
         column = own.get("field")
         if not isinstance(column, str | None):
             raise ConfigError(f"client {client}: `field` in the site file must be the name of a column")
-        return replace(self.shared, text=texts or None, field=column)
+        identity = own.get("identity")
+        if not isinstance(identity, str | None):
+            raise ConfigError(f"client {client}: `identity` in the site file must be the name of a file")
+        identity = _file(identity, self.file, f"client {client}: ")
+        return replace(self.shared, text=texts or None, field=column, identity=identity)
 
 
 def read_site_file(file: Path, who: str) -> SiteFile:
@@ -273,6 +297,8 @@ def read_site_file(file: Path, who: str) -> SiteFile:
         evaluation=_yes_or_no(content, "evaluation", True, who),
         audit=_file(content.get("audit"), file, who),
         approved=_file(content.get("approved"), file, who),
+        roster=_file(content.get("roster"), file, who),
+        only_secure_sums=_required(content, "secure_sums", who),
     )
     return SiteFile(file, shared, {str(client): own for client, own in (content.get("clients") or {}).items()})
 
@@ -312,6 +338,12 @@ def _yes_or_no(content: Mapping[str, Any], key: str, default: bool, who: str) ->
     return named
 
 
+def _required(content: Mapping[str, Any], key: str, who: str) -> bool:
+    if content.get(key, REQUIRED) != REQUIRED:
+        raise ConfigError(f"{who}{key} in the site file is {REQUIRED}, or left out; got {quoted(content[key])}")
+    return key in content
+
+
 def _min_tokens(named: Any, who: str) -> int | None:
     if named is not None and (type(named) is not int or named < 1):
         raise ConfigError(f"{who}min_tokens in the site file must be a number of tokens, got {quoted(named)}")
@@ -347,7 +379,7 @@ def _read(file: Path, who: str) -> dict[str, Any]:
     if not isinstance(content.get("model"), str | None):
         raise ConfigError(f"{who}model in the site file must be a folder or a hub name")
     if not all(isinstance(content.get(name), str | None) for name in FILES):
-        raise ConfigError(f"{who}{' and '.join(FILES)} in the site file are names of files")
+        raise ConfigError(f"{who}{', '.join(FILES)} in the site file are names of files")
     return content
 
 

@@ -25,6 +25,7 @@ from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
+from fedspallm_appfl.globus.site.identities import public_keys, require_roster
 from fedspallm_appfl.globus.site.record import Record, require_approval
 from fedspallm_appfl.globus.site.site_file import BLANK, RECOVERY, TOKEN_COUNTS, Site, load_site
 from fedspallm_appfl.globus.store.data_store import DataStore, open_store
@@ -145,7 +146,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
     """Refuse a task that wants what this site does not send; the site's own plugins are loaded.
 
     Raises:
-        ConfigError: it does, or names a pruner or an algorithm that is not known here.
+        ConfigError: it does, or names a pruner or an algorithm that is not known here, or other clients of secure sums.
     """
     try:
         plugins.load(site.plugins)
@@ -155,6 +156,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
             "python FILE says why"
         ) from error
     site.require_consent(settings.client_id, sendings(settings))
+    require_roster(settings, site)
     if pruners.find(settings.pruner).needs is not None:
         site.require_windows(settings.client_id, settings.data.windows * settings.data.length)
     if algorithms.find(settings.algorithm).gathers and not settings.recovery.model:
@@ -218,6 +220,7 @@ def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     settings.data.field = site.field or settings.data.field
     settings.agreed = settings.checkpoints = None  # nor one that is written to
     settings.trainer = ClientSettings.trainer  # nor code: APPFL would import any trainer that it is told
+    settings.public_keys, settings.identity = public_keys(site), site.identity
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
     settings.model.trust_remote_code = False  # the site file says what may run here
     settings.model.path = str(same_model(settings.model, site, client))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fedspallm_appfl.algorithms.algorithm import DELTAS, KEYS, NOTHING, OPENING, SHARES, SQUARES, Exchange
+from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, SQUARES, Exchange
 from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.rounds.folds.context import Context, Fold
 from fedspallm_appfl.rounds.folds.matrices import KeepFold, ValueFold, VoteFold, WeightFold
@@ -17,9 +17,7 @@ _FOLDS: dict[str, Callable[[Context, Exchange], Fold]] = {
     "grams": GramFold,
     DELTAS: DeltaFold,
     NOTHING: KeepFold,  # of no upload
-    KEYS: NoFold,
-    SHARES: NoFold,
-    OPENING: NoFold,
+    **dict.fromkeys(PROTOCOL, NoFold),
 }
 _HIDDEN: dict[str, Callable[[Context, Exchange], Fold]] = {
     "masks": HiddenVotes,

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES
+from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES
 from fedspallm_appfl.errors import ConfigError, SecureSumError
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, from_json, said, session, unlisted
 from fedspallm_appfl.secure.client import Client
 from fedspallm_appfl.secure.exchange import Exchange as Session
+from fedspallm_appfl.secure.identity import Identity, Roster
 from fedspallm_appfl.wire.durable import write_text
 
 KEPT = "keys.json"
@@ -26,18 +27,28 @@ class Hiding:
 
     Args:
         name: of the client.
-        roster: all clients.
+        roster: all clients; None where there are no secure sums.
         numbers: the number of each hidden unit.
         folder: where its keys outlive the process, if they have to.
+        identity: its secret key, where the roster has public ones.
     """
 
-    def __init__(self, name: str, roster: list[str], numbers: Mapping[Place, int], folder: Path | None = None) -> None:
-        self._name, self._roster, self._numbers, self._folder = name, roster, numbers, folder
+    def __init__(
+        self,
+        name: str,
+        roster: Roster | None,
+        numbers: Mapping[Place, int],
+        folder: Path | None = None,
+        identity: Identity | None = None,
+    ) -> None:
+        self._name, self._roster, self._numbers = name, roster, numbers
+        self._folder, self._identity = folder, identity
         self._client: Client | None = None
         self._run, self._round, self._exchange = "", 0, 0
         self._says: dict[str, Callable[[Mapping[str, Any]], str]] = {
             KEYS: self._advertise,
             SHARES: self._share,
+            CONFIRM: self._confirm,
             OPENING: self._open,
         }
 
@@ -92,9 +103,10 @@ class Hiding:
             _make_private(file.parent)
             kept = json.loads(file.read_text("utf-8"))
             self._run, self._round = kept["run"], kept["round"]
-            self._client = Client.restore(self._session(), self._name, None, kept["state"].encode())
+            self._client = Client.restore(self._session(), self._name, self._identity, kept["state"].encode())
 
     def _session(self) -> Session:
+        assert self._roster is not None
         return session(self._run, self._round, len(self._numbers), self._roster)
 
     @property
@@ -108,7 +120,7 @@ class Hiding:
 
     def _advertise(self, told: Mapping[str, Any]) -> str:
         self._run = told["run"]
-        self._client = Client(self._session(), self._name)
+        self._client = Client(self._session(), self._name, self._identity)
         return said({KEY: self._client.advertise()})
 
     def _share(self, told: Mapping[str, Any]) -> str:
@@ -116,8 +128,14 @@ class Hiding:
             self._mine.share(from_json(told["batch"], f"the keys that the server relays to client {self._name}"))
         )
 
+    def _confirm(self, told: Mapping[str, Any]) -> str:
+        return said({KEY: self._mine.confirm(unlisted(told["survivors"]))})
+
     def _open(self, told: Mapping[str, Any]) -> str:
-        return said({KEY: self._mine.open(unlisted(told["survivors"]))})
+        given = from_json(
+            told.get("confirmations", {}), f"the confirmations that the server relays to client {self._name}"
+        )
+        return said({KEY: self._mine.open(unlisted(told["survivors"]), given)})
 
 
 def _make_private(folder: Path) -> None:

@@ -11,6 +11,7 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import SecureSumError, quoted
 from fedspallm_appfl.secure.exchange import Exchange as Session
 from fedspallm_appfl.secure.identity import Roster
+from fedspallm_appfl.settings.schema import ClientSettings, ServerSettings
 
 Place = tuple[int, int, str]  # exchange of the round, block, unit
 UNIT = "words"  # the one unit of each message of a session
@@ -28,13 +29,24 @@ def numbered(exchanges: Sequence[Exchange], units: Mapping[int, Mapping[int, Ite
     return {place: index for index, place in enumerate(places)}
 
 
-def session(run: str, round_index: int, messages: int, clients: Iterable[str]) -> Session:
-    """Keys and shares of a round: each unit is a message, so that a client counts unit by unit.
+def summed_in(exchanges: Sequence[Exchange], number: int) -> int:
+    """The exchange whose sums are confirmed or opened in another one."""
+    return max(before for before in range(number) if exchanges[before].hidden)
+
+
+def roster_of(settings: ClientSettings | ServerSettings) -> Roster | None:
+    """The clients of secure sums, with their public keys where they have identities; None without secure sums.
 
     Raises:
         SecureSumError: there are fewer than three clients.
+        ConfigError: keys are of other clients.
     """
-    return Session(run, round_index, 0, messages, Roster(tuple(clients)))
+    return Roster(tuple(settings.roster), settings.public_keys) if settings.secure_sums else None
+
+
+def session(run: str, round_index: int, messages: int, roster: Roster) -> Session:
+    """Keys and shares of a round: each unit is a message, so that a client counts unit by unit."""
+    return Session(run, round_index, 0, messages, roster)
 
 
 def to_json(parts: Mapping[str, bytes]) -> dict[str, str]:

@@ -3,16 +3,18 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.algorithms.algorithm import KEYS, OPENING, SHARES, Exchange
-from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, Exchange
+from fedspallm_appfl.errors import FederationError, SecureSumError
 from fedspallm_appfl.rounds.hidden.client import KEY
-from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, to_json
+from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, summed_in, to_json
+from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.secure.server import Server
 
 RUN = 16  # random bytes of an id
@@ -33,7 +35,7 @@ class Sums:
         self,
         round_index: int,
         exchanges: tuple[Exchange, ...],
-        roster: list[str],
+        roster: Roster,
         numbers: Mapping[Place, int],
         folder: Path,
     ) -> None:
@@ -43,6 +45,7 @@ class Sums:
         self._server = Server(session(self._run, round_index, len(numbers), roster), self._room)
         self._open: set[int] = set()
         self._survivors: dict[int, list[str]] = {}  # of the exchange that is being opened
+        self._confirmations: dict[str, bytes] = {}  # of these
 
     def _room(self, message: int, unit: str, size: int) -> Tensor:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,10 @@ class Sums:
             return
         if set(parts) != {KEY}:
             raise SecureSumError(f"refused the {up} of client {client}: it has one part, got {len(parts)}")
+        if up == CONFIRM:
+            self._server.confirmed(client, self._survivors, parts[KEY])
+            self._confirmations[client] = parts[KEY]
+            return
         (self._server.advertised if up == KEYS else self._server.opened)(client, parts[KEY])
 
     def add(self, client: str, exchange: int, units: Mapping[tuple[int, str], Tensor]) -> None:
@@ -82,18 +89,37 @@ class Sums:
         """What a client has to know before an exchange, in plain types.
 
         Raises:
-            SecureSumError: too few clients take part.
+            FederationError: too few clients take part.
         """
+        with _for_all():
+            return self._told(exchange, client)
+
+    def _told(self, exchange: int, client: str) -> dict[str, Any]:
         up = self._exchanges[exchange].up
         if up == KEYS:
             return {"run": self._run}
         if up == SHARES:
             return {"batch": to_json(self._server.batch())}
-        if up == OPENING:
-            return {"survivors": listed(self._closed(exchange - 1))}
+        if up in (CONFIRM, OPENING):
+            survivors = self._closed(summed_in(self._exchanges, exchange))
+            confirmed = {} if up == CONFIRM else {"confirmations": to_json(self._confirmed())}
+            return {"survivors": listed(survivors), **confirmed}
         if self._exchanges[exchange - 1].up == SHARES:
             return {"shares": to_json(self._server.shares_for(client))}
         return {}
+
+    def _confirmed(self) -> dict[str, bytes]:
+        """What survivors have signed of each other; nothing where they have no identities."""
+        least, given = self._server.exchange.threshold, self._confirmations
+        few = self._server.exchange.roster.keys and [
+            names for names in self._survivors.values() if len({*given} & {*names}) < least
+        ]
+        if few:
+            raise SecureSumError(
+                f"sums cannot be opened: at least {least} clients whose part is in them must confirm it, got "
+                f"{', '.join(sorted(given)) or 'none'}"
+            )
+        return given
 
     def _closed(self, exchange: int) -> dict[int, list[str]]:
         """Who is in the sums of an exchange; further words are refused."""
@@ -106,12 +132,26 @@ class Sums:
         """The sums of an exchange: (block, unit, words, number of clients); each is let go of.
 
         Raises:
-            SecureSumError: too few clients have opened their shares.
+            FederationError: too few clients have opened their shares.
         """
         of = {number: place for place, number in self._numbers.items() if place[0] == exchange}
         for number, names in self._closed(exchange).items():
-            [(_, words)] = self._server.sums(number)
+            with _for_all():
+                [(_, words)] = self._server.sums(number)
             self._file(number).unlink(missing_ok=True)  # what is mapped stays until it is let go of
             yield of[number][1], of[number][2], words, len(names)
             del words
-        self._survivors = {}
+        self._survivors, self._confirmations = {}, {}
+
+
+@contextmanager
+def _for_all() -> Iterator[None]:
+    """End the run where the protocol cannot go on, whoever's message came last: it is not to blame.
+
+    Raises:
+        FederationError: it cannot.
+    """
+    try:
+        yield
+    except SecureSumError as error:
+        raise FederationError(str(error)) from error
