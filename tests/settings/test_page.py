@@ -25,7 +25,7 @@ def keys(value, prefix=""):
 def test_the_page_lists_every_key_with_its_default():
     listed = dict(re.findall(r"^\| `([\w.]+)` \| [^|]* \| (.*?) ?\|", PAGE.read_text("utf-8"), re.MULTILINE))
     expected = dict(keys(Config())) | {
-        f"clients.N.{key}": getattr(Client(), key) for key in ("client_id", "endpoint_id")
+        f"clients.N.{key}": getattr(Client(), key) for key in ("client_id", "endpoint_id", "identity")
     }
     assert listed.keys() == expected.keys()
     for key, default in expected.items():
