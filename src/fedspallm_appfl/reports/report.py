@@ -34,7 +34,7 @@ from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, parti
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
-from fedspallm_appfl.validation.words import headline, how
+from fedspallm_appfl.validation.words import headline, how, seen_words
 from fedspallm_appfl.wire.durable import write_text
 
 TAKES_PART = (
@@ -124,6 +124,7 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         _bytes(config, results, log),
         "## Who took part",
         _participation(config, results, log),
+        *(f"{line.capitalize()}. So uploads were not screened." for line in seen_words(config)),
         *_outliers(log),
         *_notes(log),
         "## Settings",
