@@ -1,6 +1,7 @@
 """Runs whose server sees sums alone: bits with masks and without, clients that fall out, and what is refused."""
 
 import re
+import stat
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from fedspallm_appfl.errors import ConfigError, FederationError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.hidden import places
 from fedspallm_appfl.rounds.hidden.client import Hiding
+from fedspallm_appfl.rounds.hidden.kept import Kept
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.runs import experiment, serial
 from fedspallm_appfl.secure import client as secure_client
@@ -330,3 +332,19 @@ def test_identities_are_there_for_all_or_none(tmp_path, tiny_model, change, rule
     file.write_text(yaml.safe_dump(config))
     problems = validate(file)
     assert [one for one in problems if re.match(rule, one)], problems
+
+
+def test_of_two_tasks_for_one_client_the_first_goes_on(tmp_path):
+    """A server could have one worker open for some survivors, and another at the same time for others."""
+    first = Kept(tmp_path / "kept", "a")
+    first.write("keys")
+    second = Kept(tmp_path / "kept", "a")
+    assert second.read() == "keys" and stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o700
+    second.write("confirmed")
+    for late in (lambda: first.write("other"), first.forget):
+        with pytest.raises(SecureSumError, match="client a: another task has gone on"):
+            late()
+    assert first.read() == "confirmed"
+    second.forget()
+    with pytest.raises(SecureSumError, match="client a: another task has gone on"):
+        first.write("other")

@@ -189,6 +189,17 @@ class TestALyingServer:
         with pytest.raises(SecureSumError, match="confirmation of survivors of client c03: its sender must be"):
             ready.clients["c00"].open(everybody, given)
 
+    def test_what_was_confirmed_with_other_keys_does_not_count(self, ready):
+        """A server could ask for keys twice under one run, and use what clients confirmed with the first ones."""
+        again, everybody = Federation(5, identities=ready.identities), {0: [*ready.clients]}
+        again.prepare()
+        again.upload(0)
+        earlier = self.confirmations(ready, everybody)
+        with pytest.raises(SecureSumError, match="of client c00: it is of other survivors or other keys"):
+            again.clients["c00"].open(everybody, earlier)
+        with pytest.raises(SecureSumError, match="of client c01: it is of other survivors or other keys"):
+            again.server.confirmed("c01", everybody, earlier["c01"])
+
     def test_only_survivors_count_and_open(self):
         """Or a server could have a group open the masks of a client that is not told of it."""
         federation = Federation(7, signed=True)

@@ -1,9 +1,6 @@
 """A client's part in the secure sums of a round (see `secure.client` for the protocol)."""
 
 import json
-import os
-import shutil
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES
-from fedspallm_appfl.errors import ConfigError, SecureSumError
+from fedspallm_appfl.errors import SecureSumError
+from fedspallm_appfl.rounds.hidden.kept import Kept
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, from_json, said, session, unlisted
 from fedspallm_appfl.secure.client import Client
 from fedspallm_appfl.secure.exchange import Exchange as Session
 from fedspallm_appfl.secure.identity import Identity, Roster
-from fedspallm_appfl.wire.durable import write_text
 
-KEPT = "keys.json"
 KEY = "key"  # under which a client says what is for the server alone
 
 
@@ -42,7 +38,7 @@ class Hiding:
         identity: Identity | None = None,
     ) -> None:
         self._name, self._roster, self._numbers = name, roster, numbers
-        self._folder, self._identity = folder, identity
+        self._kept, self._identity = Kept(folder, name) if folder else None, identity
         self._client: Client | None = None
         self._run, self._round, self._exchange = "", 0, 0
         self._says: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -87,21 +83,20 @@ class Hiding:
 
         Raises:
             ConfigError: somebody else could read it.
+            SecureSumError: another task has gone on with this client.
         """
-        if self._folder is None or self._client is None:
+        if self._kept is None or self._client is None:
             return
         if ended:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            return
-        _make_private(self._folder)
-        kept = {"run": self._run, "round": self._round, "state": self._client.state().decode()}
-        write_text(self._folder / KEPT, json.dumps(kept))
+            self._kept.forget()
+        else:
+            kept = {"run": self._run, "round": self._round, "state": self._client.state().decode()}
+            self._kept.write(json.dumps(kept))
 
     def _restore(self) -> None:
-        file = self._folder and self._folder / KEPT
-        if file and file.is_file():
-            _make_private(file.parent)
-            kept = json.loads(file.read_text("utf-8"))
+        found = self._kept and self._kept.read()
+        if found:
+            kept = json.loads(found)
             self._run, self._round = kept["run"], kept["round"]
             self._client = Client.restore(self._session(), self._name, self._identity, kept["state"].encode())
 
@@ -119,6 +114,8 @@ class Hiding:
         return self._client
 
     def _advertise(self, told: Mapping[str, Any]) -> str:
+        if self._kept:
+            self._kept.read()  # of a round that was cut off
         self._run = told["run"]
         self._client = Client(self._session(), self._name, self._identity)
         return said({KEY: self._client.advertise()})
@@ -136,18 +133,3 @@ class Hiding:
             told.get("confirmations", {}), f"the confirmations that the server relays to client {self._name}"
         )
         return said({KEY: self._mine.open(unlisted(told["survivors"]), given)})
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder that nobody else can look into.
-
-    Raises:
-        ConfigError: there is one that others made or can look into.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            f"the folder for keys of secure sums {folder} must be this user's alone; remove it, or set TMPDIR to a private "
-            "folder"
-        )
