@@ -71,7 +71,9 @@ def _read(file: Path) -> DictConfig:
     try:
         loaded = yaml_text.load(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"the configuration {shortened(file)} cannot be read: {error.strerror}; name a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
