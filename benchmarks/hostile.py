@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Attack:
         algorithm: of the run.
         pruner: of the run.
         samples: what it says of its calibration windows, times the truth; other than 1 with `weights: sample_size`.
+        recovers: whether a round of recovery follows, of which alone it spoils the changes.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Attack:
     algorithm: str = "fedspallm"
     pruner: str = "sparsegpt"
     samples: int = 1
+    recovers: bool = False
 
 
 def _values(change: Callable[[Tensor], Tensor]) -> Callable[[Parts], None]:
@@ -126,6 +128,21 @@ def _correlated(parts: Parts) -> None:
     parts["upper"] = (parts["upper"].float() * 10).to(parts["upper"].dtype)
 
 
+def _too_many_tokens(parts: Parts) -> None:
+    """A billion times the statistics, with other signs, said to be of as many more tokens."""
+    parts["tokens"] *= 10**9
+    parts["diagonal"] *= 1e9
+    parts["upper"] *= -1e9
+
+
+def _changes(times: float) -> Callable[[Parts], None]:
+    def spoil(parts: Parts) -> None:
+        if "levels" in parts:
+            parts["scale"] = parts["scale"] * times
+
+    return spoil
+
+
 @dataclass(frozen=True)
 class Kind:
     """A way to prune.
@@ -135,14 +152,16 @@ class Kind:
         pruner: of the clients, or of the server.
         algorithm: of the run.
         refit: least squares afterwards.
-        propagate: as `gram.propagate`.
+        gram: keys of `gram`.
+        recovery: rounds of it.
     """
 
     name: str
     pruner: str
     algorithm: str = "fedspallm"
     refit: bool = False
-    propagate: str = "dense"
+    gram: Mapping[str, Any] = field(default_factory=dict)
+    recovery: int = 0
 
 
 KINDS = (
@@ -152,7 +171,9 @@ KINDS = (
     Kind("admm", "admm"),
     Kind("consensus, sparsegpt", "sparsegpt", "consensus"),
     Kind("gram", "sparsegpt", "gram"),
-    Kind("gram, a sweep", "sparsegpt", "gram", propagate="pruned"),
+    Kind("gram, a sweep", "sparsegpt", "gram", gram={"propagate": "pruned"}),
+    Kind("gram, a sweep to the dense output", "sparsegpt", "gram", gram={"propagate": "pruned", "target": "dense"}),
+    Kind("sparsegpt, recovery", "sparsegpt", recovery=1),
 )
 ATTACKS = (
     Attack("sign flipped", _values(torch.neg)),
@@ -173,6 +194,9 @@ ATTACKS = (
     Attack("gram: rank one x1e6", partial(_rank_one, 1e6), "gram"),
     Attack("gram: rank one x20", partial(_rank_one, 20.0), "gram"),
     Attack("gram: correlations x10", _correlated, "gram"),
+    Attack("gram: x-1e9, of 1e9 times the tokens", _too_many_tokens, "gram"),
+    Attack("recovery: changes x-10", _changes(-10), recovers=True),
+    Attack("recovery: changes x-100", _changes(-100), recovers=True),
 )
 
 
@@ -259,7 +283,7 @@ def honest(model: Path, texts: Sequence[Path], full: bool) -> Table:
             train = {"pruner": kind.pruner, "refit": kind.refit, "sparsity": target}
             with tempfile.TemporaryDirectory() as folder:
                 raw = configuration(Path(folder), model, texts, clients, mixed, windows, length, **train)
-                raw |= {"algorithm": kind.algorithm, "gram": {"propagate": kind.propagate}}
+                raw |= {"algorithm": kind.algorithm, "gram": dict(kind.gram), "recovery": {"rounds": kind.recovery}}
                 outside += honest_facts(raw, found)
             runs += 1
         spread = [
@@ -275,9 +299,9 @@ def attacks(model: Path, texts: Sequence[Path], held_out: Mapping[str, Path]) ->
     table = Table(
         "One of four clients is hostile", ("attack", "screening off", "refuse", "three honest clients", "seen")
     )
-    honest_three: dict[tuple[str, str, int], float] = {}
+    honest_three: dict[tuple[str, str, int, bool], float] = {}
     for attack in ATTACKS:
-        kind = attack.algorithm, attack.pruner, attack.samples
+        kind = attack.algorithm, attack.pruner, attack.samples, attack.recovers
         if kind not in honest_three:
             honest_three[kind] = _perplexity(model, texts, held_out, attack, None, "off")[0]
         off, _ = _perplexity(model, texts, held_out, attack, attack, "off")
@@ -295,6 +319,7 @@ def _perplexity(
         raw = configuration(Path(folder), model, texts, 4, False, 16, 128, pruner=like.pruner, sparsity="0.5")
         raw["algorithm"] = like.algorithm
         raw |= {"gram": {"precision": "fp32"}} if like.algorithm == "gram" else {}
+        raw |= {"recovery": {"rounds": int(like.recovers)}}
         raw["clients"] = raw["clients"] if attack else raw["clients"][1:]
         weights = "equal" if like.samples == 1 else "sample_size"
         raw["server_configs"] |= {"min_clients": 3, "aggregator_kwargs": {"screening": how, "weights": weights}}

@@ -29,11 +29,13 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.statistics import mirror
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import sweep
+from fedspallm_appfl.secure.stream import add_streams, self_key
 from fedspallm_appfl.settings.schema import ClientSettings, Gram, OwnData, Recovery
 from fedspallm_appfl.texts.tokenizer import tokenizer_for
 from fedspallm_appfl.texts.windows import Cut, windows_of
 from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.grams import PackedGram
+from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import Packed
 
 DEMO = Path("examples/demo")
@@ -80,6 +82,7 @@ KINDS = (
         alone={"gram": Gram(min_tokens=1, precision="fp32")},
         cases=((12, 1), (64, 1), (12, 4), (12, 16)),
     ),
+    Kind("Wanda: masks in a secure sum, what one client sends", Exchange("masks", hidden=4), {"pruner": "wanda"}),
     # Of one window alone a step says into which direction it pulls each weight: the sign of the gradient.
     Kind("recovery: changes, int4", Exchange(DELTAS), alone={"recovery": Recovery(steps=1, lr=0.002)}),
 )
@@ -137,7 +140,12 @@ class Maker:
         settings = ClientSettings(client_id=client, data=data, **{**kind.settings, **changed})
         source = Source(self.model, text, settings, self.groups, self.recovered)
         swept = sweep(source, kind.exchange, blocks or self.blocks)
-        return {block: {name: unit for name, (unit, _) in units.items()} for block, units in swept}
+        made = {block: {name: unit for name, (unit, _) in units.items()} for block, units in swept}
+        if kind.exchange.hidden and not client.startswith("server"):
+            for block, units in made.items():
+                for name, unit in units.items():
+                    add_streams(unit.words, [self_key(client.encode(), block, name)])
+        return made
 
     def numbers(self, uploads: Sequence[Upload], whitener: Whitener) -> Tensor:
         """What the attacker compares of an upload, or of a sum of uploads: (D,) float32."""
@@ -154,6 +162,8 @@ class Maker:
             half = torch.linalg.solve_triangular(root, matrix, upper=False)
             return torch.linalg.solve_triangular(root, half.T, upper=False)
         [unit] = units
+        if isinstance(unit, PackedWords):
+            return unit.words.view(torch.uint8).float()
         dense = self.model.skeleton.dense_matrix(block, name).float()
         size = dense.square().mean().sqrt()
         if isinstance(unit, PackedDelta):

@@ -134,7 +134,7 @@ def test_problems_of_a_configuration_go_to_stderr_with_exit_code_2(fedspallm, tm
 def test_a_missing_configuration_is_named(fedspallm, verb):
     code, out, err = fedspallm(verb, "none.yaml")
     assert (code, out) == (2, "")
-    assert err == "error: the configuration none.yaml cannot be read: No such file or directory\n"
+    assert err == "error: the configuration none.yaml cannot be read: No such file or directory; name a YAML file\n"
 
 
 def test_a_valid_configuration_is_said_to_be_one(fedspallm):

@@ -2,20 +2,23 @@
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fedspallm_appfl.aggregation.screening import (
     FAR,
     LIMITS,
     Seen,
+    look_at_changes,
     look_at_mask,
-    look_at_squares,
+    look_at_statistics,
     look_at_values,
     outliers,
     sum_of_squares,
 )
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums, prune
+from fedspallm_appfl.rounds.participants import server_settings
 from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Pruning
@@ -59,8 +62,12 @@ def test_facts_are_what_they_say():
     pruned = {"pruned": pytest.approx((9 / 2) / (169 / 4))}
     assert look_at_mask(bits, dense, 169.0).facts == pruned
     assert look_at_values(torch.tensor([4.0, 15.0]), bits, dense, 169.0).facts == seen.facts | pruned
-    assert look_at_squares(4, torch.tensor([2.0, 8.0]), 0.5).facts == {"square": pytest.approx(2.5)}
-    assert look_at_squares(4, torch.tensor([2.0, 8.0]), None).facts == {}
+    assert look_at_statistics(4, torch.tensor([2.0, 8.0]), 0.5).facts == {"square": pytest.approx(2.5)}
+    assert look_at_statistics(4, torch.tensor([2.0, 8.0]), None).facts == {}
+    more = look_at_statistics(6, torch.tensor([2.0, 8.0]), None, 4, 5.0).facts
+    assert more == {"tokens": 1.5, "drift": pytest.approx(0.5)}
+    learnt = look_at_changes(torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0]))
+    assert learnt.facts == {"learnt": pytest.approx(0.5)}
 
 
 def test_nothing_pruned_and_nothing_there_are_no_outliers():
@@ -100,7 +107,8 @@ def test_masks_of_what_is_small_and_sums_of_what_is_huge_are_seen():
     square = sum_of_squares(dense)
     assert broken(look_at_mask(bits, dense, square)) == []
     assert broken(look_at_mask(~bits, dense, square)) == [LIMITS["pruned"].what]
-    assert broken(look_at_squares(1, torch.full((4,), 31.0), 1.0)) == [LIMITS["square"].what]
+    assert broken(look_at_statistics(1, torch.full((4,), 31.0), 1.0)) == [LIMITS["square"].what]
+    assert broken(look_at_statistics(10**9, torch.full((4,), 1e9), 1.0, 100)) == [LIMITS["tokens"].what]
     assert broken(Seen({"moved": float("nan")})) == [LIMITS["moved"].what]
 
 
@@ -183,6 +191,24 @@ def test_columns_that_went_far_are_brought_back_in_what_is_folded(tmp_path, tiny
     name = "model.layers.1.self_attn.q_proj.weight"
     assert float(values[0][name][:, 2].abs().max()) < 0.2 * float(values[2][name][:, 2].abs().max())
     assert torch.equal(values[1][name], values[2][name])
+
+
+def test_models_that_are_apart_stay_as_they_came(tmp_path, tiny_model, monkeypatch):
+    files = []
+    for how in ("refuse", "off"):
+        with monkeypatch.context() as patch:
+            file = hostile_run(tmp_path / how, tiny_model, patch, how, far_column)
+            file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"algorithm": "standalone"}))
+            files.append(run(file) / "models" / "bible" / "model" / "model.safetensors")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_little_damping_has_the_limits_of_least_squares(tmp_path, tiny_model):
+    told = [
+        server_settings(load_config(tiny_config(tmp_path, tiny_model, "fedspallm", 2, **changes))[0], tmp_path).fitted
+        for changes in ({}, {"client_configs": {"train_configs": {"damping": 1e-4}}})
+    ]
+    assert told == [[], ["austen", "bible"]]
 
 
 def test_a_lie_about_samples_is_refused(tmp_path, tiny_model, monkeypatch):

@@ -1,9 +1,11 @@
 """A run that is cut off at any moment and goes on ends with the model of one that was not."""
 
+import errno
 import os
 import random
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +13,10 @@ from fedspallm_appfl import events
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.recovery import training
 from fedspallm_appfl.rounds.folds.changes import DeltaFold
+from fedspallm_appfl.rounds.journal import Journal
 from fedspallm_appfl.runs import experiment, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
 from helpers.knife import Cut, Knife
@@ -137,3 +140,70 @@ def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model
     assert main(["resume", str(folder)]) == 0
     assert f"{folder} is finished" in capsys.readouterr().out.replace("\n", "")
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def in_round_two(tmp_path, model, monkeypatch, algorithm="fedspallm"):
+    """A run of two rounds that was cut off when one block of the second was finished."""
+    file = tiny_config(tmp_path, model, algorithm, server_configs=ROUNDS)
+    finish, done = Journal.finish, []
+
+    def stops(self, block, record):
+        finish(self, block, record)
+        done.append(block)
+        if len(done) == 4:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", stops)
+        with pytest.raises(Cut):
+            go(file)
+    return file, file.parent / "run" / "state"
+
+
+@pytest.mark.parametrize("lost", ["global/block-0002.safetensors", "sums", "position.json"])
+def test_a_state_of_which_something_is_missing_is_named_and_not_gone_on_with(tmp_path, tiny_model, monkeypatch, lost):
+    file, state = in_round_two(tmp_path, tiny_model, monkeypatch)
+    place = state / lost
+    for one in list(place.glob("0002*")) if place.is_dir() else [place]:
+        one.unlink()
+    with pytest.raises(ModelError, match=r"state is damaged: .*is missing.*; run the experiment again"):
+        go(file)
+
+
+def test_what_was_finished_is_forgotten_at_once(tmp_path, tiny_model, monkeypatch):
+    whole = tiny_config(tmp_path / "whole", tiny_model, "fedspallm", server_configs=ROUNDS)
+    go(whole)
+    file, state = in_round_two(tmp_path / "cut", tiny_model, monkeypatch)
+    left = state / "old" / "0000"
+    left.mkdir(parents=True)
+    (left / "global").mkdir()
+    go(file)
+    assert models(file.parent / "run") == models(whole.parent / "run")
+
+
+def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_afterwards(tmp_path, tiny_model, monkeypatch):
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    write, count = Path.write_text, [0]
+
+    def full(self, *args):
+        count[0] += self.name.endswith(".partial")
+        if count[0] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            ModelError, match=r"cannot be written: No space left on device; make room, .*fedspallm resume"
+        ):
+            go(file)
+    go(file)
+    assert run_dir.finished(file.parent / "run")
+
+
+def test_a_finished_run_leaves_no_state_behind_once_it_was_asked_for_again(tmp_path, tiny_model):
+    file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    go(file)
+    (file.parent / "run" / "state" / "clients").mkdir(parents=True)
+    assert main(["resume", str(file.parent / "run")]) == 0
+    assert not (file.parent / "run" / "state").exists()

@@ -414,3 +414,10 @@ def test_a_preset_that_is_none_is_refused_with_those_that_are(read):
     assert problems == []
     assert "preset: one of paper, fast, best; got 'bset'" in wrong_values(config, "", [])
     assert [one.metadata["rule"].choices for one in fields(Config) if one.name == "preset"] == [tuple(PRESETS)]
+
+
+@pytest.mark.parametrize("word", ["off", "False", "'off'"])
+def test_off_is_a_word_where_it_is_a_choice(read, word):
+    config, problems = read(TWO, f"server_configs.aggregator_kwargs.screening={word}")
+    assert (problems, config.server_configs.aggregator_kwargs.screening) == ([], "off")
+    assert read("seed: off")[1] == ["seed: expected int, got False"]

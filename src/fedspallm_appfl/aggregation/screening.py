@@ -55,7 +55,10 @@ LIMITS: dict[str, Limit] = {
     "shrunk": Limit("smallest growth of a group of rows over what was pruned away", -0.4, math.inf),
     "grown": Limit("largest growth of a group of rows over what was pruned away", -math.inf, 1.3),
     "pruned": Limit("mean square of the dense weights that a mask prunes over that of all", 0.0, 1.05),
-    "square": Limit("mean square of the features over that of random tokens", 0.0, 30.0),
+    "square": Limit("mean square of the features over that of random tokens", 0.0, 8.0),
+    "tokens": Limit("tokens that statistics are of over those that were asked for", 0.0, 1.5),
+    "drift": Limit("norm of the drift over the trace of the Gram matrix", 0.0, 0.8),
+    "learnt": Limit("norm of what recovery changes over that of the weights", 0.0, 0.4),
 }
 
 
@@ -142,15 +145,27 @@ def _facts_of_mask(count: int, kept: float, entries: int, square: float) -> dict
     return {"pruned": _ratio(square - kept, square * gone / entries)} if gone else {}
 
 
-def look_at_squares(tokens: int, diagonal: Tensor, typical: float | None) -> Seen:
+def look_at_statistics(
+    tokens: int, diagonal: Tensor, typical: float | None, asked: int | None = None, drift: float | None = None
+) -> Seen:
     """Facts of statistics, whose correlations were checked already.
 
     Args:
-        tokens: T.
+        tokens: T, as the client says.
         diagonal: (I,) float32, sums of squares.
         typical: mean square of the features on random tokens; None where nobody knows.
+        asked: tokens in the windows that the client was asked for; None where any number may come.
+        drift: norm of the drift, where there is one.
     """
-    return Seen({} if typical is None else {"square": _ratio(float(diagonal.double().mean()) / tokens, typical)})
+    mean = float(diagonal.double().mean())
+    facts = {} if typical is None else {"square": _ratio(mean / tokens, typical)}
+    facts |= {} if asked is None else {"tokens": tokens / asked}
+    return Seen(facts | ({} if drift is None else {"drift": _ratio(drift, mean * len(diagonal))}))
+
+
+def look_at_changes(changes: Tensor, before: Tensor) -> Seen:
+    """Facts of what recovery changes: (kept,) float each, the change and the weights before it."""
+    return Seen({"learnt": math.sqrt(_ratio(sum_of_squares(changes), sum_of_squares(before)))})
 
 
 def sum_of_squares(matrix: Tensor) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 from fedspallm_appfl.cli import run
 from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.errors import ConfigError, shortened
+from fedspallm_appfl.settings.paths import is_file
 
 
 def add(verbs: Any) -> None:
@@ -24,6 +26,9 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
+    if not is_file(Path(args.run_dir) / "config.yaml"):
+        folder = shortened(args.run_dir)
+        raise ConfigError(f"{folder} holds no run (no config.yaml); name its run_dir, or begin one with fedspallm run")
     args.config, args.overrides = str(Path(args.run_dir) / "config.yaml"), [f"run_dir={args.run_dir}"]
     args.overwrite, args.resume, args.change = False, True, None
     return run.work(args)

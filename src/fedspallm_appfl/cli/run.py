@@ -78,6 +78,7 @@ def _is_finished(config: "Config", args: argparse.Namespace, shown: "Console") -
     folder = Path(config.run_dir).expanduser()
     if not (args.resume and run_dir.finished(folder)):
         return False
+    run_dir.tidy(folder)
     shown.print(f"{folder} is finished: {folder / 'report.md'}", highlight=False, markup=False)
     return True
 

@@ -291,7 +291,7 @@ def _serving(job: Job, number: int, at_once: int, together: int = 1) -> Parts:
     comm, open_blocks = job.config.client_configs.comm_configs, _open_blocks(job, number)
     upload = max((sum(units.values()) for units in job.up(job.exchanges[number]).values()), default=0)
     return {
-        "other open blocks": sum(_sums(open_blocks)[1 : None if job.exchanges[number].hidden else at_once]),
+        "other open blocks": sum(_sums(open_blocks)[1:at_once]),
         "block to close": max((closing_bytes(units, clients) for units, clients in open_blocks), default=0),
         "uploads": together * min(comm.blocks_per_message * upload, comm.max_message_bytes),
     }

@@ -282,6 +282,8 @@ def _state(job: Job) -> int:
     ):  # what an exchange makes stands beside what was there until it ends
         stored += packed(everybody)
     stored += packed(everybody, "masks") if any(one.down == "masks" for one in job.exchanges) else 0
+    hidden = [sum(sum(units.values()) for units in job.up(one).values()) for one in job.exchanges if one.hidden]
+    stored += max(hidden, default=0)  # sums that wait to be opened
     cumulative = job.config.server_configs.aggregator_kwargs.fold == "cumulative"
     return stored + (2 * _entry_of_sums(job) * sum(map(job.model.entries, everybody)) if cumulative else 0)
 

@@ -34,7 +34,8 @@ from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, parti
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
-from fedspallm_appfl.validation.words import headline, how
+from fedspallm_appfl.validation.words import headline, how, seen_words
+from fedspallm_appfl.wire.durable import write_text
 
 TAKES_PART = (
     "Matrices take part that have zeros beyond those of the dense model, at least 1 % of their entries. The others stay as "
@@ -123,12 +124,13 @@ def write_report(file: Path, config: Config, results: Result, log: EventLog) -> 
         _bytes(config, results, log),
         "## Who took part",
         _participation(config, results, log),
+        *(f"{line.capitalize()}. So uploads were not screened." for line in seen_words(config)),
         *_outliers(log),
         *_notes(log),
         "## Settings",
         _settings(config, log),
     ]
-    file.write_text("\n\n".join(parts) + "\n", "utf-8")
+    write_text(file, "\n\n".join(parts) + "\n")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -321,7 +323,7 @@ def _participation(config: Config, results: Result, log: EventLog) -> str:
     missed = [] if config.recovery.model else sorted(every - covered)
     notes = [table, *_absences(config, log)]
     if missed:
-        notes.append(f"No client drew these blocks, and they stay dense: {to_text(missed)}.")
+        notes.append(f"No client sent these blocks, and they stay dense: {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.errors import ConfigError, ModelError, first_line, shortened
+from fedspallm_appfl.errors import ConfigError, ModelError, first_line, quoted, shortened
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.folds.context import GLOBAL
+from fedspallm_appfl.settings.paths import is_file, is_folder
 from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
 from fedspallm_appfl.tensors.patterns import full_name
 from fedspallm_appfl.tensors.target import Target, parse_target, share_of
@@ -35,11 +36,13 @@ def folder_of(path: str) -> Path:
         ConfigError: it is neither.
     """
     folder = Path(path).expanduser()
-    inside = folder if (folder / "config.json").is_file() else folder / "model"
-    if not (inside / "config.json").is_file():
-        own = sorted(one.name for one in folder.glob("models/*") if one.is_dir())
+    inside = folder if is_file(folder / "config.json") else folder / "model"
+    if not is_file(inside / "config.json"):
+        own = sorted(one.name for one in folder.glob("models/*") if one.is_dir()) if is_folder(folder) else []
         hint = f"; it has a model for each client: name one of models/{', models/'.join(own)}" if own else ""
-        raise ConfigError(f"recovery.model: {path} is neither a model folder nor a run_dir with one in model/{hint}")
+        raise ConfigError(
+            f"recovery.model: {quoted(path)} is neither a model folder nor a run_dir with one in model/{hint}"
+        )
     return inside
 
 
@@ -51,7 +54,7 @@ def manifest_of(path: str | None) -> dict[str, Any]:
     """
     folder = Path(path or "").expanduser()
     file = (folder.parent if folder.name == "model" else folder) / "manifest.json"
-    if path is None or (folder / "config.json").is_file() and folder.name != "model" or not file.is_file():
+    if path is None or is_file(folder / "config.json") and folder.name != "model" or not is_file(file):
         return {}
     try:
         manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -18,6 +18,8 @@ from fedspallm_appfl.wire.durable import rename, write_text
 from fedspallm_appfl.wire.store import PackedStore
 
 MAKING, FINISHED = "making", "finished"  # folders of the server's state: block -> store -> file
+OLD = "old"  # what goes
+SETTLED = ("global", "masks", "squares", "sums")  # stores that change when an exchange ends, and not before
 POSITION, RECORD = "position.json", "record.json"
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading damaged notes raises
 
@@ -32,6 +34,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._exchange = [-1, -1]
+        self._files: dict[str, int] = {}  # that were there when the exchange began
 
     def begin(self, position: Mapping[str, Any]) -> None:
         """Note that an exchange is on, of which nothing is finished.
@@ -40,12 +43,25 @@ class Journal:
             position: plain types; `exchange` is (round, exchange).
         """
         self._exchange = list(position["exchange"])
+        self._files = self._stored()
         self.amend(position)
-        shutil.rmtree(self.folder / FINISHED, ignore_errors=True)
+        self._clear()
 
     def amend(self, position: Mapping[str, Any]) -> None:
         """Note that more is known of the exchange that is on."""
-        write_text(self.folder / POSITION, json.dumps(position))
+        write_text(self.folder / POSITION, json.dumps({**position, "files": self._files}))
+
+    def _clear(self) -> None:
+        """Forget what was finished: at once, since a part of it would be taken for the whole."""
+        shutil.rmtree(self.folder / OLD, ignore_errors=True)
+        if (self.folder / FINISHED).is_dir():
+            rename(self.folder / FINISHED, self.folder / OLD)
+            shutil.rmtree(self.folder / OLD, ignore_errors=True)
+
+    def _stored(self) -> dict[str, int]:
+        """Files that stay as they are while the exchange is on, and their bytes."""
+        files = (file for store in SETTLED for file in (self.folder / store).glob("*.safetensors"))
+        return {str(file.relative_to(self.folder)): file.stat().st_size for file in files}
 
     def making(self, block: int) -> Path:
         """The folder for what is being made of a block."""
@@ -54,7 +70,8 @@ class Journal:
     def finish(self, block: int, record: Mapping[str, Any]) -> None:
         """Note that a block is whole, with what a later start has to know of it, in plain types."""
         made = self.making(block)
-        write_text(made / RECORD, json.dumps({**record, "block": block, "exchange": self._exchange}))
+        files = [str(file.relative_to(made)) for file in made.rglob("*.safetensors")]
+        write_text(made / RECORD, json.dumps({**record, "block": block, "exchange": self._exchange, "files": files}))
         rename(made, self.folder / FINISHED / made.name)
 
     def end(self) -> None:
@@ -73,15 +90,35 @@ class Journal:
             ModelError: what it wrote cannot be read.
         """
         if not (self.folder / POSITION).is_file():
+            if any((self.folder / FINISHED).glob("*")):
+                raise self.damaged(FileNotFoundError(f"{POSITION} is missing"))
             return None
         try:
             position: dict[str, Any] = json.loads((self.folder / POSITION).read_text("utf-8"))
-            self._exchange = list(position["exchange"])
+            self._exchange, self._files = list(position["exchange"]), dict(position["files"])
             finished = {record["block"]: record for record in self._read_records()}
+            self._require_whole(finished)
         except BROKEN as error:
             raise self.damaged(error) from error
         shutil.rmtree(self.folder / MAKING, ignore_errors=True)
+        shutil.rmtree(self.folder / OLD, ignore_errors=True)
         return position, finished
+
+    def _require_whole(self, finished: Mapping[int, Mapping[str, Any]]) -> None:
+        """See whether every file is there that was; what a finished block made may have moved to its place already.
+
+        Raises:
+            ValueError: one is missing or has another size.
+        """
+        made = {name: block for block, record in finished.items() for name in record["files"]}
+        for name, block in made.items():
+            places = (self.folder / FINISHED / f"{block:04d}" / name, self.folder / name)
+            if not any(place.is_file() for place in places):
+                raise ValueError(f"{name} is missing")
+        for name, size in self._files.items():
+            file = self.folder / name
+            if name not in made and not (file.is_file() and file.stat().st_size == size):
+                raise ValueError(f"{name} is missing or not whole")
 
     def damaged(self, error: Exception) -> ModelError:
         """What to raise where something that was written down cannot be."""

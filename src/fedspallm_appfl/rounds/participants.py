@@ -11,7 +11,7 @@ from fedspallm_appfl.algorithms.references import POOLED
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.settings.reading import build
-from fedspallm_appfl.settings.schema import Client, ClientSettings, Config, Pooled, ServerSettings, plain
+from fedspallm_appfl.settings.schema import Client, ClientSettings, Config, Pooled, ServerSettings, TrainConfigs, plain
 
 OWN_WINDOWS = 8  # where no text of the server's shows the quality
 Draws = Sequence[Mapping[str, list[int]]]
@@ -90,9 +90,9 @@ def needs_text(client: Client) -> bool:
 
 
 def _fits(client: Client) -> bool:
-    """Whether a client's kept weights come of least squares."""
+    """Whether a client's kept weights come of least squares, or of little damping: either lets them go far."""
     pruner, train = pruners.find(client.train_configs.pruner), client.train_configs
-    return pruner.fits or pruner.refits(train.refit)
+    return pruner.fits or pruner.refits(train.refit) or train.damping < TrainConfigs.damping
 
 
 def draws(config: Config, blocks: int | Sequence[int]) -> Draws:
@@ -135,6 +135,11 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "roster": roster(config),
         "public_keys": public_keys(config),
         "windows": {client.client_id: client.data.windows for client in participants(config) if needs_text(client)},
+        "tokens": {
+            client.client_id: client.data.windows * client.data.length
+            for client in participants(config)
+            if needs_text(client)
+        },
         "fitted": [client.client_id for client in participants(config) if _fits(client)],
         "device": server.device,
         "max_message_bytes": comm.max_message_bytes,

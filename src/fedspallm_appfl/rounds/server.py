@@ -35,6 +35,7 @@ from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
 
+HIDDEN = "hidden"  # folder of secure sums
 BEFORE = -1  # the round that payloads name which bring a client where it stood
 
 
@@ -194,7 +195,8 @@ class GlobalModel:
         """Ask for new keys."""
         self._opened = set()
         assert self._roster is not None
-        self._hidden = Sums(self.round.index, self.exchanges, self._roster, self._numbers())
+        folder = self.folder / HIDDEN
+        self._hidden = Sums(self.round.index, self.exchanges, self._roster, self._numbers(), folder)
 
     def _numbers(self) -> dict[Place, int]:
         """The number of each hidden unit of a round."""
@@ -401,14 +403,16 @@ class GlobalModel:
         weight = self._client_weight(client, samples)
         for block, name, packed in checked:
             self._guard(client, block, name, packed, weight)
+        came = checked
         if self.settings.screening != "off":
-            checked = tuple(
-                (block, name, self._screened(client, block, name, packed)) for block, name, packed in checked
-            )
+            checked = tuple((block, name, self._screened(client, block, name, packed)) for block, name, packed in came)
         if self.exchange.hidden and self._hidden is not None:
             self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
             self._received |= {(client, block, name) for block, name, _ in checked}
             return update_nbytes(update)
+        for block, name, packed in came if not self.exchange.hidden else ():
+            if not isinstance(packed, Unreached):
+                self._fold.keep(client, block, name, packed)
         for block, name, packed in checked:
             self._received.add((client, block, name))
             self._add(client, block, name, packed, weight)
@@ -581,7 +585,7 @@ class GlobalModel:
         """An upload as it is folded; what no honest client sends is refused, or reported only."""
         if isinstance(packed, Unreached):
             return packed
-        seen, refuses = self._fold.look(block, name, packed), self.settings.screening == "refuse"
+        seen, refuses = self._fold.look(client, block, name, packed), self.settings.screening == "refuse"
         found = list(map(str, outliers(seen.facts, client in self.settings.fitted)))
         if found and refuses:
             raise UpdateError(

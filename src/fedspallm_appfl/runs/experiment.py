@@ -245,7 +245,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     }
     before = manifest_of(config.recovery.model)  # who pruned it stays true
     manifest |= {name: before[name] for name in ("algorithm", "pruner", "target", "allocation") if before}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return matrices
 
 

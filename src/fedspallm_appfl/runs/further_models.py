@@ -24,6 +24,7 @@ from fedspallm_appfl.rounds.folds.statistics import prune_input
 from fedspallm_appfl.rounds.folds.unreached import unseen
 from fedspallm_appfl.runs import evaluation, experiment, run_dir
 from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings.paths import is_folder
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Config, Recovery
 from fedspallm_appfl.tensors.target import parse_target
@@ -153,6 +154,8 @@ def _add_unseen(config: Config, target: Sparsity, skeleton: Skeleton, packed: Pa
 
 
 def _config(run: Path, pruner: str | None) -> Config:
+    if not is_folder(run):
+        raise ConfigError(f"there is no folder {shortened(run)}; name the run_dir of a finished run")
     if run_dir.at_work(run):
         raise ConfigError(f"another run or fedspallm prune is using {run}; wait until it is done")
     if run_dir.is_cut_off(run) and not (run / STATISTICS).is_dir():

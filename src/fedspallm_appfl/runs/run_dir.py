@@ -19,6 +19,7 @@ import yaml
 
 from fedspallm_appfl.errors import ConfigError, first_line, quoted, shortened
 from fedspallm_appfl.settings import yaml_text
+from fedspallm_appfl.settings.paths import is_folder
 from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.wire.durable import write_text
@@ -47,7 +48,8 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
         if not (folder / MARK).is_file():
             return f"run_dir: {folder} is not empty and holds no earlier run (no {MARK}); name another folder"
     except (OSError, ValueError) as error:
-        return f"run_dir: {folder} cannot be used: {error}; name another folder"
+        why = getattr(error, "strerror", None) or error
+        return f"run_dir: {shortened(folder)} cannot be used: {why}; name another folder"
     if resume:
         return _changed(config, folder) if is_cut_off(folder) else None
     if not overwrite:
@@ -57,6 +59,11 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
             "Python) to replace it"
         )
     return None
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was done to its end, and killed then, has left of its state."""
+    _remove(folder / STATE)
 
 
 def finished(folder: Path) -> bool:
@@ -133,7 +140,7 @@ def _inputs_inside(config: Config, folder: Path) -> str | None:
 def _with_whole_paths(config: Config) -> Config:
     """The same configuration, valid in any working directory."""
     whole = copy.deepcopy(config)
-    if Path(config.model.path).expanduser().is_dir():
+    if is_folder(Path(config.model.path).expanduser()):
         whole.model.path = _whole(config.model.path)
     whole.recovery.model = config.recovery.model and _whole(config.recovery.model)
     for client in whole.clients:

@@ -6,7 +6,7 @@ message.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,10 +19,15 @@ from fedspallm_appfl.secure.stream import add_streams, pair_key, self_key
 
 
 class Server:
-    """The server in one exchange."""
+    """The server in one exchange.
 
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
+    Args:
+        exchange: what all sides know.
+        room: (message, unit, W) -> (W,) int64 zeros for a sum; None: in memory.
+    """
+
+    def __init__(self, exchange: Exchange, room: Callable[[int, str, int], Tensor] | None = None) -> None:
+        self.exchange, self._room = exchange, room or (lambda message, unit, size: torch.zeros(size, dtype=torch.int64))
         self._advertised: dict[str, bytes] = {}
         self._keys: dict[str, key_exchange.PublicKeys] = {}  # not empty: the batch is complete
         self._sealed: dict[str, Mapping[str, bytes]] = {}  # sender -> receiver -> shares
@@ -99,7 +104,7 @@ class Server:
         """
         if message in self._sums or not 0 <= message < self.exchange.messages:
             raise ValueError(f"message {message} of {self.exchange.messages} cannot be opened, or was before")
-        self._sums[message] = {unit: torch.zeros(size, dtype=torch.int64) for unit, size in units.items()}
+        self._sums[message] = {unit: self._room(message, unit, size) for unit, size in units.items()}
         self._arrived[message] = []
 
     def add(self, client: str, message: int, units: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from fedspallm_appfl.errors import ConfigError, quoted
+from fedspallm_appfl.errors import ConfigError, quoted, shortened
+from fedspallm_appfl.settings.paths import is_file
 
 T = TypeVar("T")
 ADDED: set[str] = set()  # algorithms and pruners that code has registered in this process
@@ -77,9 +78,9 @@ def load(plugins: Sequence[str]) -> None:
         try:
             importlib.import_module(plugin)
         except (Exception, SystemExit) as error:  # whatever the code of the module raises
+            why = f"{type(error).__name__}: {shortened(error)}"
             raise ConfigError(
-                f"plugins: {plugin} cannot be imported: {type(error).__name__}: {error}; name a Python file, or a module "
-                "that is installed here"
+                f"plugins: {shortened(plugin)} cannot be imported: {why}; name a Python file, or an installed module"
             ) from error
 
 
@@ -97,8 +98,10 @@ def import_file(file: str, key: str) -> types.ModuleType:
     name = str(place)  # no installed module is named so
     if name in sys.modules:
         return sys.modules[name]
-    if not place.is_file():
-        raise ConfigError(f"{key}: there is no file {place}; a relative path starts from the working directory")
+    if not is_file(place):
+        raise ConfigError(
+            f"{key}: there is no file {shortened(place)}; a relative path starts from the working directory"
+        )
     module = types.ModuleType(name)
     module.__file__ = name
     sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there

@@ -71,7 +71,9 @@ def _read(file: Path) -> DictConfig:
     try:
         loaded = yaml_text.load(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"the configuration {file} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"the configuration {shortened(file)} cannot be read: {error.strerror}; name a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
@@ -147,13 +149,19 @@ def build(kind: Any, raw: Any, path: str = "", problems: list[str] | None = None
     for key, value in raw.items():
         where = f"{path}.{shortened(key)}" if path else shortened(key)
         if key in hints:
-            made[key] = _value(hints[key], value, where, problems, found)
+            made[key] = _value(hints[key], _as_word(kind, key, value), where, problems, found)
         elif problems is not None:
             meant = f"; did you mean {MEANT[key]}, with the value {quoted(value)}?" if key in MEANT else None
             found.append(f"{where}: unknown key{meant or _nearest(str(key), list(hints))}")
     if problems is None and found:
         raise ConfigError("; ".join(found))
     return kind(**{key: value for key, value in made.items() if value is not _WRONG})
+
+
+def _as_word(kind: Any, key: str, value: Any) -> Any:
+    """`off` where it is one of a key's words: YAML reads it as a boolean."""
+    rule = kind.__dataclass_fields__[key].metadata.get("rule")
+    return "off" if value is False and rule is not None and "off" in rule.choices else value
 
 
 _WRONG: Any = object()  # a value that does not fit; the default stands in its place

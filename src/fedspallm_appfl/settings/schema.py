@@ -698,7 +698,8 @@ class ServerSettings(AggregatorKwargs, Pruning):
         roster: id -> resource share of all participants.
         public_keys: id -> public key of all clients, where those of secure sums have identities.
         windows: id -> calibration windows that a participant was asked for; nothing of those that may have any number.
-        fitted: clients whose kept weights come of least squares.
+        tokens: id -> tokens in these windows.
+        fitted: clients whose kept weights come of least squares, or of little damping.
         device: where sums are kept and combined.
         threads: CPU threads of what the server solves; None leaves it to torch.
         max_message_bytes: bytes of a message that goes down.
@@ -721,6 +722,7 @@ class ServerSettings(AggregatorKwargs, Pruning):
     roster: dict[str, float] = field(default_factory=dict)
     public_keys: dict[str, str] = field(default_factory=dict)
     windows: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     fitted: list[str] = field(default_factory=list)
     device: str = "auto"
     threads: int | None = None

@@ -7,7 +7,7 @@ from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.models.choice import by_kind, in_words, left_dense, together
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.beginning import manifest_of
-from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, roster, uncovered
+from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidden, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.texts.files import text_files
 
@@ -64,6 +64,7 @@ def _notices(config: Config) -> Iterator[str]:
     for where, text in texts.items():
         if left := text_files(text).left_out_words():
             yield f"{where}: not text, left out: {left}"
+    yield from seen_words(config)
     if config.evaluation.compare and not comparisons(config):
         yield (
             f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} cannot be made of the uploads of "
@@ -71,9 +72,17 @@ def _notices(config: Config) -> Iterator[str]:
         )
     if algorithm_of(config).gathers and not config.recovery.model:
         gram = config.gram
-        yield f"clients send Gram matrices in {gram.precision}, of inputs of the {gram.propagate} model"
+        bits = "16 bits" if hidden(config) else gram.precision
+        yield f"clients send Gram matrices in {bits}, of inputs of the {gram.propagate} model"
         if gram.first_input == "private":
             yield "gram.first_input is private: the server can tell how often each token occurs in a client's text"
+
+
+def seen_words(config: Config) -> Iterator[str]:
+    """What the server sees where sums are hidden."""
+    if hidden(config):
+        trust = "clients sign their keys" if config.server_configs.roster else "the server is trusted to relay keys"
+        yield f"secure sums: the server sees sums over the clients, and no client's upload; {trust}"
 
 
 def headline(config: Config) -> str:

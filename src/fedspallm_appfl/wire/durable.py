@@ -1,14 +1,23 @@
 """Files that are whole or not there at all, also after the power went."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fedspallm_appfl.errors import ModelError
 
 
 def rename(made: Path, file: Path) -> None:
-    """Put a file or folder that is complete in the place of an earlier one; the folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made.replace(file)
-    _sync(file.parent)
+    """Put a file or folder that is complete in the place of an earlier one; the folder is made if need be.
+
+    Raises:
+        ModelError: the system refuses it.
+    """
+    with _in_words(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(file)
+        _sync(file.parent)
 
 
 def publish(partial: Path, file: Path) -> None:
@@ -18,11 +27,27 @@ def publish(partial: Path, file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file in place of an earlier one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, "utf-8")
-    publish(partial, file)
+    """Write a file in place of an earlier one.
+
+    Raises:
+        ModelError: there is no room, or the system refuses it otherwise.
+    """
+    with _in_words(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(text, "utf-8")
+        publish(partial, file)
+
+
+@contextmanager
+def _in_words(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"{file} cannot be written: {error.strerror or error}; make room, or make the folder writable, and go on with "
+            "fedspallm resume"
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ drift (see `pruning.from_sums`) only where the dense output is the target; it is
 Legend: I in features, T tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -114,6 +115,11 @@ class PackedGram:
                 values *= scale.to(roots.device)
                 values *= (roots[rows].unsqueeze(1) * roots)[inside]
             yield part, values
+
+    def norm_of(self, name: str) -> float:
+        """Frobenius norm of `drift`, or of what is above the diagonal."""
+        strips = self.strips(name, self.diagonal.sqrt())
+        return math.sqrt(math.fsum(float(values.double().square().sum()) for _, values in strips))
 
     def add_to(self, total: GramSum) -> None:
         """Fold it into a sum."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError, first_line, quoted, shortened
 from fedspallm_appfl.settings import custom_code, schema
+from fedspallm_appfl.settings.paths import is_folder
 from fedspallm_appfl.settings.schema import Model
 
 DTYPES = {name: getattr(torch, name) for name in schema.DTYPES}
@@ -40,7 +41,7 @@ def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") ->
         ModelError: the path is neither, or the folder holds no `config.json`.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not is_folder(folder):
         folder = _from_hub(path, weights, key)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
@@ -75,8 +76,9 @@ def _from_hub(name: str, weights: bool, key: str) -> Path:
         only = None if weights else SMALL
         return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=OTHER_WEIGHTS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = shortened(first_line(error))
         raise ModelError(
-            f"model path {quoted(name)} is no folder here and could not be fetched from the hub ({first_line(error)}); "
+            f"model path {quoted(name)} is no folder here and could not be fetched from the hub ({why}); "
             f"download it first, then give the folder in {key}"
         ) from error
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
-from fedspallm_appfl.aggregation.screening import Seen
+from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
@@ -61,9 +61,11 @@ class DeltaFold(MatrixFold):
     def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def look(self, block: int, unit: str, packed: PackedDelta) -> Seen:
-        """At nothing: a change that is too large is not accepted anyway."""
-        return Seen({})
+    def look(self, client: str, block: int, unit: str, packed: PackedDelta) -> Seen:
+        """At how much it changes; single entries were checked."""
+        before = self._before(block, unit)
+        assert before.values is not None, "the global model has weights"
+        return look_at_changes(packed.changes(before.kept), before.values)
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""

@@ -117,8 +117,11 @@ class Fold(Protocol):
     def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
-    def look(self, block: int, unit: str, packed: Any) -> Seen:
+    def look(self, client: str, block: int, unit: str, packed: Any) -> Seen:
         """What screening sees of a checked upload (see `aggregation.screening`)."""
+
+    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
+        """Store a checked upload as it came, where clients have models of their own."""
 
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""

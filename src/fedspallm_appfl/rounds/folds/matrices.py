@@ -58,6 +58,9 @@ class MatrixFold:
     def leave_out(self, client: str, block: int, unit: str) -> None:
         """Its part is not in the sums."""
 
+    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
+        """No client has a model of its own."""
+
     def _entries(self, block: int, unit: str) -> int:
         rows, columns = self._context.shape(block, unit)
         return rows * columns
@@ -169,7 +172,7 @@ class WeightFold(_MeanFold):
 
         return check
 
-    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+    def look(self, client: str, block: int, unit: str, packed: Packed) -> Seen:
         """At weights and mask."""
         return self._look(block, unit, packed, own_mask=True)
 
@@ -183,6 +186,9 @@ class WeightFold(_MeanFold):
         device = self._context.device
         assert packed.values is not None
         sums.add_packed(packed.values.to(device), packed.bits.to(device), weight)
+
+    def keep(self, client: str, block: int, unit: str, packed: Packed) -> None:
+        """For comparison."""
         for algorithm in self._apart:
             keep(self._context, algorithm, client, block, {unit: packed})
 
@@ -236,7 +242,7 @@ class VoteFold(MatrixFold):
     def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
         """Votes have room for all clients from the start."""
 
-    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+    def look(self, client: str, block: int, unit: str, packed: Packed) -> Seen:
         """At a mask."""
         return look_at_mask(packed.bits, *self._dense(block, unit))
 
@@ -283,7 +289,7 @@ class ValueFold(_MeanFold):
         kept, weighted = self._agreed(block, unit).kept, self._weights(block, unit)
         return L0Sums.empty((1, kept), weighted, clients, self._context.device)
 
-    def look(self, block: int, unit: str, packed: Packed) -> Seen:
+    def look(self, client: str, block: int, unit: str, packed: Packed) -> Seen:
         """At weights."""
         return self._look(block, unit, packed, own_mask=False)
 
@@ -325,9 +331,16 @@ class KeepFold(WeightFold):
         """Nothing is summed."""
         return self._no_sums
 
-    def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
-        """Store a matrix."""
+    def look(self, client: str, block: int, unit: str, packed: Packed) -> Seen:
+        """At nothing: it is in nobody else's model."""
+        return Seen({})
+
+    def keep(self, client: str, block: int, unit: str, packed: Packed) -> None:
+        """All there is to do."""
         keep(self._context, self._algorithm, client, block, {unit: packed})
+
+    def add(self, sums: L0Sums, client: str, block: int, unit: str, packed: Packed, weight: int) -> None:
+        """Nothing is summed."""
 
     def close(self, block: int, unit: str, sums: L0Sums) -> tuple[Stores, dict[str, int]]:
         """Nothing is left to do."""

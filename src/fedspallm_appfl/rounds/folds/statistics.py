@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.gram_sum import GramSum
-from fedspallm_appfl.aggregation.screening import Seen, look_at_squares
+from fedspallm_appfl.aggregation.screening import Seen, look_at_statistics
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import from_sums
@@ -79,9 +79,14 @@ class GramFold:
     def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
         """Sums of any magnitude fit."""
 
-    def look(self, block: int, unit: str, packed: PackedGram) -> Seen:
-        """At sums of squares."""
-        return look_at_squares(packed.tokens, packed.diagonal, self._context.typical(block, unit))
+    def look(self, client: str, block: int, unit: str, packed: PackedGram) -> Seen:
+        """At sums of squares, their number, and the drift."""
+        typical, asked = self._context.typical(block, unit), self._context.settings.tokens.get(client)
+        drift = None if packed.drift is None else packed.norm_of("drift")
+        return look_at_statistics(packed.tokens, packed.diagonal, typical, asked, drift)
+
+    def keep(self, client: str, block: int, unit: str, packed: PackedGram) -> None:
+        """No client has a model of its own."""
 
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""

@@ -52,9 +52,12 @@ class NoFold:
     def guard(self, sums: Any, packed: Any, weight: int) -> None:
         """Sums of any words fit."""
 
-    def look(self, block: int, unit: str, packed: Any) -> Seen:
+    def look(self, client: str, block: int, unit: str, packed: Any) -> Seen:
         """At nothing: masked words say nothing."""
         return Seen({})
+
+    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
+        """No client has a model of its own."""
 
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Nothing is folded here."""

@@ -1,10 +1,13 @@
 """The server's part in the secure sums of a round (see `secure.server`)."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, Exchange
@@ -25,16 +28,31 @@ class Sums:
         exchanges: of the round.
         roster: all clients.
         numbers: the number of each hidden unit.
+        folder: for the sums, which are in files that are mapped: all of them stay until they are opened.
     """
 
     def __init__(
-        self, round_index: int, exchanges: tuple[Exchange, ...], roster: Roster, numbers: Mapping[Place, int]
+        self,
+        round_index: int,
+        exchanges: tuple[Exchange, ...],
+        roster: Roster,
+        numbers: Mapping[Place, int],
+        folder: Path,
     ) -> None:
+        self._folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
         self._run, self._exchanges, self._numbers = os.urandom(RUN).hex(), exchanges, numbers
-        self._server = Server(session(self._run, round_index, len(numbers), roster))
+        self._server = Server(session(self._run, round_index, len(numbers), roster), self._room)
         self._open: set[int] = set()
         self._survivors: dict[int, list[str]] = {}  # of the exchange that is being opened
         self._confirmations: dict[str, bytes] = {}  # of these
+
+    def _room(self, message: int, unit: str, size: int) -> Tensor:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return torch.from_file(str(self._file(message)), shared=True, size=size, dtype=torch.int64)
+
+    def _file(self, message: int) -> Path:
+        return self._folder / f"{message:06d}"
 
     def hear(self, up: str, client: str, text: str) -> None:
         """Take what a client says in an exchange of keys.
@@ -120,7 +138,9 @@ class Sums:
         for number, names in self._closed(exchange).items():
             with _for_all():
                 [(_, words)] = self._server.sums(number)
+            self._file(number).unlink(missing_ok=True)  # what is mapped stays until it is let go of
             yield of[number][1], of[number][2], words, len(names)
+            del words
         self._survivors, self._confirmations = {}, {}
 
 
