@@ -163,6 +163,7 @@ def test_words_that_were_not_to_come_are_refused(tmp_path, tiny_model):
         ("gram", 3, {"gram": {"propagate": "pruned"}}, "leave gram.propagate at dense"),
         ("gram", 3, {"recovery": {"rounds": 1}}, "leave recovery.rounds at 0"),
         ("consensus", 3, {"server_configs": {"aggregator_kwargs": {"weights": "sample_size"}}}, "weights at equal"),
+        ("gram", 3, {"server_configs": {"aggregator_kwargs": {"fold": "cumulative"}}}, "fold at latest"),
     ],
 )
 def test_what_does_not_go_with_it_is_said(tmp_path, tiny_model, algorithm, clients, changes, rule):

@@ -116,6 +116,8 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: the sums of a sweep are not hidden yet; leave gram.propagate at dense"
     if algorithm.averages and config.server_configs.aggregator_kwargs.weights != "equal":
         yield f"{where}: clients count equally in a mean that is hidden; leave aggregator_kwargs.weights at equal"
+    if config.server_configs.aggregator_kwargs.fold == "cumulative":
+        yield f"{where}: a round that is begun anew would be added twice; leave aggregator_kwargs.fold at latest"
     if partial := partial_clients(config):
         yield f"{where}: all clients prune all blocks; leave resource_share at 1, got less of {partial}"
 
