@@ -452,7 +452,7 @@ def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
     assert {one["name"]: float(one["target"]) for one in manifest["matrices"]} == asked
     report = (tmp_path / "run" / "report.md").read_text("utf-8")
-    assert "before expansion" not in report and "No client drew" not in report and "`prune.ignore`" in report
+    assert "before expansion" not in report and "No client sent" not in report and "`prune.ignore`" in report
     card = (tmp_path / "run" / "model" / "README.md").read_text("utf-8")
     assert "pruned before, then recovered with" in card and str(tmp_path) not in card
 

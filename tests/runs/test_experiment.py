@@ -184,7 +184,7 @@ def test_blocks_that_nobody_drew_stay_as_they_were(tmp_path):
     for block in range(8):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert torch.equal(dense[name], pruned[name]) != (block in drawn)
-    assert "No client drew these blocks" in (folder / "report.md").read_text()
+    assert "No client sent these blocks" in (folder / "report.md").read_text()
 
 
 def test_one_participant_is_placed_and_counted_where_all_text_is_pooled(tmp_path, capsys):

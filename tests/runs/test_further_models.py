@@ -257,8 +257,9 @@ def test_bad_targets_and_pruners_are_said_before_anything_is_written(damaged, ca
 
 def test_a_folder_that_is_no_finished_run_of_gram_is_refused(tmp_path, model, damaged, capsys):
     swept = {"gram": {"propagate": "pruned"}, "client_configs": {"train_configs": {"pruner": "wanda"}}}
+    assert prune(tmp_path / "nowhere", "--sparsity", "0.6") == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}; name the run_dir of a finished run" in said(capsys)
     folders = [
-        tmp_path / "nowhere",
         model,
         run(tiny_config(tmp_path / "fedavg", model, "fedavg", 1)),
         run(tiny_config(tmp_path / "swept", model, "gram", 1, **swept)),

@@ -220,7 +220,7 @@ def test_the_report_says_what_was_run_and_how_it_was_measured(report):
 
 def test_the_report_names_blocks_that_nobody_drew(report):
     text = report(layer_sampling="uniform")
-    assert "No client drew these blocks, and they stay dense: 6-8." in text
+    assert "No client sent these blocks, and they stay dense: 6-8." in text
     assert "Uniform sampling leaves 2.50 of 10 blocks uncovered a round in expectation." in text
     assert "Uniform sampling" not in report()
 
