@@ -328,6 +328,10 @@ def test_a_roster_that_differs_at_one_client_is_refused_by_name(tmp_path, tiny_m
             lambda config: config["clients"][1].update(identity="no.key"),
             "clients.1.identity: .* there is no file no.key",
         ),
+        (
+            lambda config: config["clients"][1].update(identity=config["clients"][0]["identity"]),
+            "clients.1.identity: the roster has another key of this client",
+        ),
         (lambda config: config["server_configs"].pop("roster"), "server_configs.roster: .*austen.* have an identity"),
         (lambda config: config["server_configs"].update(roster="no.yaml"), "server_configs.roster: .* cannot be read"),
         (lambda config: config["server_configs"].update(secure_sums=False), "server_configs.roster: .*set server_conf"),

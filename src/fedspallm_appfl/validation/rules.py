@@ -12,7 +12,7 @@ from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, quoted
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
-from fedspallm_appfl.secure.identity import LEAST_CLIENTS, MAKE, Roster
+from fedspallm_appfl.secure.identity import LEAST_CLIENTS, MAKE, Identity, Roster
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
 from fedspallm_appfl.settings.schema import REDIS_LIMIT, AggregatorKwargs, Config, Gram, Recovery, TrainConfigs
@@ -133,11 +133,11 @@ def _identities(config: Config) -> Iterator[str]:
             yield f"{where}: {', '.join(named)} have an identity, and there is no roster; name the file of public keys"
         return
     try:
-        found = Roster.read(Path(server.roster).expanduser()).clients
+        roster = Roster.read(Path(server.roster).expanduser())
     except FedSpaLLMError as error:
         yield f"{where}: {error}"
         return
-    wanted = {client.client_id for client in config.clients}
+    found, wanted = roster.clients, {client.client_id for client in config.clients}
     if wanted != {*found}:
         listed, asked = ", ".join(found), ", ".join(sorted(wanted))
         yield f"{where}: it has the clients of `clients`, which are {asked}, got {listed}; make them equal"
@@ -147,6 +147,17 @@ def _identities(config: Config) -> Iterator[str]:
             yield f"{path}: client {quoted(client.client_id)} has none, and clients sign all or none; name its key file"
         if client.identity is not None and not Path(client.identity).expanduser().is_file():
             yield f"{path}: client {quoted(client.client_id)}: there is no file {client.identity}; {MAKE}"
+        elif client.identity is not None and client.client_id in roster.keys:
+            yield from _another_key(path, client.identity, roster.keys[client.client_id])
+
+
+def _another_key(path: str, file: str, public: str) -> Iterator[str]:
+    """What keeps a client from signing with a key file: it cannot be read, or the roster has another key of the client."""
+    try:
+        if Identity.load(Path(file).expanduser()).public != public:
+            yield f"{path}: the roster has another key of this client; name its own key file, or correct the roster"
+    except FedSpaLLMError as error:
+        yield f"{path}: {error}"
 
 
 def _recovery(config: Config) -> Iterator[str]:
