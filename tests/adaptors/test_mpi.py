@@ -234,7 +234,8 @@ def test_a_job_that_was_killed_goes_on_with_other_ranks_and_ends_with_the_same_b
     for number in range(KILLS):
         for ranks, later in ((3, 2), (0, 3)) if KILLS > 1 else ((3, 2),):
             folder = tmp_path / f"{number}-{ranks}"
-            at = draw.randrange(1, moments // 3 if ranks else moments)  # in ranks the server writes alone
+            # In ranks the server writes alone; and a run has a few moments more or less, as hidden states take their time.
+            at = draw.randrange(1, moments // 3 if ranks else 9 * moments // 10)
             code, _, err = knife(at, "run", config, f"run_dir={folder}", ranks=ranks)
             assert code, err
             code, out, err = knife(0, "run", config, "--resume", f"run_dir={folder}", ranks=later)
