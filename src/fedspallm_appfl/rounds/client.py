@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import SQUARES, of_round
+from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, of_round
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
@@ -25,7 +25,7 @@ from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.rounds.hidden.client import Hiding
-from fedspallm_appfl.rounds.hidden.places import Place, numbered, roster_of
+from fedspallm_appfl.rounds.hidden.places import numbered, roster_of
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.secure.identity import Identity
@@ -133,7 +133,7 @@ class LocalClient:
         )
         secrets = Path(settings.secrets) if settings.secrets else None
         identity = Identity.load(Path(settings.identity).expanduser()) if roster and settings.identity else None
-        self._hiding = Hiding(settings.client_id, roster, self._numbers(hidden), secrets, identity)
+        self._hiding = Hiding(settings.client_id, roster, numbered(self.exchanges, self._sizes_of), secrets, identity)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
         self._kept_between: tempfile.TemporaryDirectory | None = None
@@ -153,24 +153,13 @@ class LocalClient:
 
         With values whatever the pruner, as all clients must send equally many messages.
         """
-        layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
-        groups = self._source.groups
-        bytes_of = sizes(self.exchanges[exchange], layout.pruned, settings.sparsity, dtype, groups, settings.gram)
-        return plan(bytes_of, settings.comm.blocks_per_message, settings.comm.max_message_bytes) or [[]]
+        comm = self.settings.comm
+        return plan(self._sizes_of(self.exchanges[exchange]), comm.blocks_per_message, comm.max_message_bytes) or [[]]
 
-    def _numbers(self, hidden: int) -> dict[Place, int]:
-        """The number of each hidden unit of a round."""
-        if not hidden:
-            return {}
+    def _sizes_of(self, exchange: Exchange) -> dict[int, dict[str, int]]:
+        """Bytes of each unit of an exchange, by block."""
         layout, settings, dtype = self.model.layout, self.settings, self.model.skeleton.stored_dtype
-        groups = self._source.groups
-        return numbered(
-            self.exchanges,
-            {
-                number: sizes(one, layout.pruned, settings.sparsity, dtype, groups, settings.gram)
-                for number, one in enumerate(self.exchanges)
-            },
-        )
+        return sizes(exchange, layout.pruned, settings.sparsity, dtype, self._source.groups, settings.gram)
 
     def _scratch(self) -> Path:
         """A folder that goes with the client, or with its keys."""

@@ -26,7 +26,7 @@ from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, F
 from fedspallm_appfl.rounds.folds.registry import folds
 from fedspallm_appfl.rounds.folds.unreached import expert_weight
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
-from fedspallm_appfl.rounds.hidden.places import Place, numbered, roster_of, summed_in
+from fedspallm_appfl.rounds.hidden.places import numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
@@ -158,10 +158,12 @@ class GlobalModel:
             blocks_per_message: blocks in a message, fewer where they exceed the limit.
             limit: bytes of a message.
         """
+        return plan(self._sizes_of(self.exchange), blocks_per_message, limit) or [[]]
+
+    def _sizes_of(self, exchange: Exchange) -> dict[int, dict[str, int]]:
+        """Bytes of each unit of an exchange, by block."""
         context, settings = self.context, self.settings
-        shapes = context.layout.pruned
-        bytes_of = sizes(self.exchange, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
-        return plan(bytes_of, blocks_per_message, limit) or [[]]
+        return sizes(exchange, context.layout.pruned, settings.sparsity, context.dtype, context.groups, settings.gram)
 
     def begin_round(self, index: int, assigned: Mapping[str, list[int]]) -> None:
         """Expect from each client its assigned blocks.
@@ -196,18 +198,8 @@ class GlobalModel:
         self._opened = set()
         assert self._roster is not None
         folder = self.folder / HIDDEN
-        self._hidden = Sums(self.round.index, self.exchanges, self._roster, self._numbers(), folder)
-
-    def _numbers(self) -> dict[Place, int]:
-        """The number of each hidden unit of a round."""
-        context, settings = self.context, self.settings
-        shapes = context.layout.pruned
-        return numbered(
-            self.exchanges,
-            {
-                number: sizes(one, shapes, settings.sparsity, context.dtype, context.groups, settings.gram)
-                for number, one in enumerate(self.exchanges)
-            },
+        self._hidden = Sums(
+            self.round.index, self.exchanges, self._roster, numbered(self.exchanges, self._sizes_of), folder
         )
 
     def told(self, client: str) -> dict[str, Any]:
@@ -227,16 +219,10 @@ class GlobalModel:
         before = summed_in(self.exchanges, self.round.exchange)
         fold = self._folds[before]
         assert isinstance(fold, HiddenFold)
-        units = {block: set(of) for block, of in self._units_of(before).items()}
         for block, unit, words, clients in self._hidden.opened(before):
             give_back()
             stores, facts = fold.made(block, unit, words, clients)
-            self._file(block, unit, stores, facts)
-            if self._closed[block] == units[block]:
-                self._finish_block(block)
-
-    def _units_of(self, exchange: int) -> dict[int, tuple[str, ...]]:
-        return {block: self._folds[exchange].units(block) for block in self.context.layout.pruned}
+            self._file(block, unit, stores, facts, len(fold.units(block)))
 
     def end(self) -> None:
         """Note that all rounds are done."""
@@ -625,17 +611,18 @@ class GlobalModel:
             stores, facts = self._fold.unreached(block, unit), {"unreached": 1}
         else:
             stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
-        self._file(block, unit, stores, facts)
-        if len(self._closed[block]) == len(self._units(block)):
-            self._finish_block(block)
+        self._file(block, unit, stores, facts, len(self._units(block)))
 
-    def _file(self, block: int, unit: str, stores: Stores, facts: Mapping[str, int]) -> None:
-        """Keep what was made of a unit until its block is whole."""
+    def _file(self, block: int, unit: str, stores: Stores, facts: Mapping[str, int], units: int) -> None:
+        """Keep what was made of a unit until all units of its block are there, and finish the block then."""
         ready = self._ready.setdefault(block, {})
         for store, linears in stores.items():
             ready.setdefault(store, {}).update(linears)
         self._note(block, stores.get(GLOBAL, {}), facts)
-        self._closed.setdefault(block, set()).add(unit)
+        closed = self._closed.setdefault(block, set())
+        closed.add(unit)
+        if len(closed) == units:
+            self._finish_block(block)
 
     def _note(self, block: int, linears: Mapping[str, Packed], facts: Mapping[str, int]) -> None:
         """Add to what the report says of a block."""

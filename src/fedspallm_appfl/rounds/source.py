@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import Groups
+from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.activations import HiddenStates, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, embed
 from fedspallm_appfl.models.inputs import check_statistic
@@ -90,6 +91,20 @@ class Source:
     def where(self, block: int, linear: str) -> str:
         """What errors name."""
         return f"client {self.settings.client_id}, block {block}, {linear}"
+
+
+def require_tokens(source: Source, block: int, name: str, tokens: int, features: int) -> None:
+    """Refuse to send statistics of so few tokens that text might be read back from them.
+
+    Raises:
+        DataError: names client, block and input.
+    """
+    least = source.settings.gram.fewest_tokens(features)
+    if tokens < least:
+        raise DataError(
+            f"{source.where(block, name)}: statistics of {tokens} tokens are not sent: text might be read back from "
+            f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
+        )
 
 
 def check_statistics(source: Source, index: int, found: Sequence[tuple[list[str], Statistic]]) -> None:

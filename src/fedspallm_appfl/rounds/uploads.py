@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, SQUARES, Exchange, Groups
-from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
 from fedspallm_appfl.recovery.training import Learner, recovered
@@ -17,7 +16,7 @@ from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden.folds import squares_size
 from fedspallm_appfl.rounds.hidden.sweeps import hidden_sizes, hidden_sweep
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
-from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size
@@ -97,12 +96,7 @@ def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
 def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) -> Unit:
     if isinstance(sums, Unreached):
         return sums
-    least = source.settings.gram.fewest_tokens(len(sums.upper))
-    if sums.tokens < least:
-        raise DataError(
-            f"{source.where(block, name)}: statistics of {sums.tokens} tokens are not sent: text might be read back from "
-            f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
-        )
+    require_tokens(source, block, name, sums.tokens, len(sums.upper))
     return pack_gram(sums, source.settings.gram.precision)
 
 

@@ -1,6 +1,6 @@
-"""What travels of a unit whose sum alone the server is to see: words of integers, with masks added (see `secure.words`).
+"""What travels of a unit whose sum alone the server is to see: `{"words": (W,) int64}`, integers with masks added.
 
-{"words": (W,) int64}
+How integers become words is in `secure.words`, what is masked in `secure.client`.
 """
 
 from collections.abc import Mapping

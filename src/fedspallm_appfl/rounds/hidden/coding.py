@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
+from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.secure.words import pack, size, unpack
-from fedspallm_appfl.tensors import bitmask, triangle
+from fedspallm_appfl.tensors import triangle
+from fedspallm_appfl.tensors.target import Target
 
 GROWTH = 2**10  # how many times the largest dense weight a kept weight may be
 FINE, COARSE = 2.0**-40, 2.0**12  # units of the two parts of a sum of squares
@@ -71,14 +74,16 @@ def coding(up: str, entries: int, kept: int, clients: int) -> Coding:
     }[up]()
 
 
-def votes(bits: Tensor, entries: int) -> Tensor:
-    """A mask (see `bitmask`) to (O * I,) uint8, 1 where an entry is pruned."""
-    return (~bitmask.from_bits(bits, (entries,))).to(torch.uint8)
+def of_linear(exchange: Exchange, shape: tuple[int, int], target: Target) -> Coding:
+    """The coding of what a hidden exchange sends of a linear, (O, I), or of its input."""
+    entries = shape[0] * shape[1]
+    of_matrix = exchange.up in ("masks", "values")
+    return coding(exchange.up, entries if of_matrix else shape[1], entries - target.zeros(entries), exchange.hidden)
 
 
 def step(dense: Tensor, clients: int) -> float:
     """The unit of kept weights of a matrix: `GROWTH` times the largest dense weight of each of K clients fits 32 bits."""
-    largest = max(float(dense.abs().max()), 2.0**-100)
+    largest = max(largest_magnitude(dense), 2.0**-100)
     return float(2.0 ** (math.ceil(math.log2(largest * GROWTH * clients)) - 30))
 
 

@@ -4,7 +4,7 @@ Legend: O out features, I in features.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.rounds.folds.context import Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
-from fedspallm_appfl.rounds.hidden.coding import Coding, coding, from_correlations, step, sum_of_squares
+from fedspallm_appfl.rounds.hidden.coding import Coding, from_correlations, of_linear, step, sum_of_squares
 from fedspallm_appfl.wire.hidden import check_words
 from fedspallm_appfl.wire.packed import Packed, pack, packed_size
 from fedspallm_appfl.wire.store import PackedStore
@@ -87,28 +87,34 @@ class HiddenFold(NoFold):
         raise NotImplementedError
 
     def _coding(self, block: int, unit: str) -> Coding:
-        rows, columns = self._context.shape(block, unit)
-        of_matrix = self._exchange.up in ("masks", "values")
-        entries = rows * columns if of_matrix else columns
-        kept = rows * columns - self._context.target(block, unit).zeros(rows * columns)
-        return coding(self._exchange.up, entries, kept, self._exchange.hidden)
+        return of_linear(self._exchange, self._context.shape(block, unit), self._context.target(block, unit))
 
-    def _with_words(self, inner: UnitBytes, block: int, unit: str) -> UnitBytes:
+
+InnerT = TypeVar("InnerT", bound=VoteFold | ValueFold | GramFold)
+
+
+class _Opened(HiddenFold, Generic[InnerT]):
+    """What ends as another fold does, once the sums are known."""
+
+    def __init__(self, context: Context, exchange: Exchange, inner: InnerT) -> None:
+        super().__init__(context, exchange)
+        self._inner = inner
+
+    def units(self, block: int) -> tuple[str, ...]:
+        """Those of the other fold."""
+        return self._inner.units(block)
+
+    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Words stay until all are opened; then they become sums, and these are closed."""
+        inner = self._inner.bytes_of(block, unit, clients)
         return UnitBytes(8 * self._coding(block, unit).size, inner.sums + inner.closing, inner.made)
 
 
-class HiddenVotes(HiddenFold):
+class HiddenVotes(_Opened[VoteFold]):
     """Masks."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
-        super().__init__(context, exchange)
-        self._inner = VoteFold(context, exchange)
-        self.units = self._inner.units  # type: ignore[method-assign]
-
-    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
-        """Words, then votes."""
-        return self._with_words(self._inner.bytes_of(block, unit, clients), block, unit)
+        super().__init__(context, exchange, VoteFold(context, exchange))
 
     def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
         """Decide."""
@@ -116,17 +122,11 @@ class HiddenVotes(HiddenFold):
         return self._inner.close(block, unit, Votes(pruned.to(self._context.device), clients))
 
 
-class HiddenValues(HiddenFold):
+class HiddenValues(_Opened[ValueFold]):
     """Values under masks that were agreed on."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
-        super().__init__(context, exchange)
-        self._inner = ValueFold(context, exchange)
-        self.units = self._inner.units  # type: ignore[method-assign]
-
-    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
-        """Words, then the mean."""
-        return self._with_words(self._inner.bytes_of(block, unit, clients), block, unit)
+        super().__init__(context, exchange, ValueFold(context, exchange))
 
     def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
         """The mean of the values."""
@@ -135,18 +135,12 @@ class HiddenValues(HiddenFold):
         return self._inner.stored(block, unit, mean)
 
 
-class HiddenGrams(HiddenFold):
+class HiddenGrams(_Opened[GramFold]):
     """Gram matrices, of which the sum of the diagonals is known."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
-        super().__init__(context, exchange)
-        self._inner = GramFold(context, exchange)
-        self.units = self._inner.units  # type: ignore[method-assign]
+        super().__init__(context, exchange, GramFold(context, exchange))
         self._squares = PackedStore(context.folder / SQUARES)
-
-    def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
-        """Words, then the sums."""
-        return self._with_words(self._inner.bytes_of(block, unit, clients), block, unit)
 
     def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
         """Prune the matrices that take the input."""

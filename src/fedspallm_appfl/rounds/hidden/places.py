@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedspallm_appfl.aggregation.layer_sampling import from_text, to_text
@@ -17,15 +17,17 @@ Place = tuple[int, int, str]  # exchange of the round, block, unit
 UNIT = "words"  # the one unit of each message of a session
 
 
-def numbered(exchanges: Sequence[Exchange], units: Mapping[int, Mapping[int, Iterable[str]]]) -> dict[Place, int]:
+def numbered(
+    exchanges: Sequence[Exchange], units_of: Callable[[Exchange], Mapping[int, Iterable[str]]]
+) -> dict[Place, int]:
     """The number of each hidden unit in a round.
 
     Args:
         exchanges: of a round.
-        units: exchange -> block -> units.
+        units_of: exchange -> for each block its units.
     """
-    hidden = [number for number, one in enumerate(exchanges) if one.hidden]
-    places = [(number, block, unit) for number in hidden for block in units[number] for unit in units[number][block]]
+    hidden = ((number, units_of(one)) for number, one in enumerate(exchanges) if one.hidden)
+    places = [(number, block, unit) for number, units in hidden for block in units for unit in units[block]]
     return {place: index for index, place in enumerate(places)}
 
 

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, Groups
-from fedspallm_appfl.errors import DataError
-from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden import coding as code
 from fedspallm_appfl.rounds.hidden.folds import read_squares
 from fedspallm_appfl.rounds.pruning import prune_blocks
-from fedspallm_appfl.rounds.source import Source
+from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import Shapes, Unreached
@@ -62,20 +60,11 @@ def _squares(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
         made: Units = {}
         for name, sums in found:
             assert not isinstance(sums, Unreached), "models with experts are refused"
-            _require_tokens(source, block, name, sums)
+            require_tokens(source, block, name, sums.tokens, len(sums.upper))
             GramStore(source.scratch()).save(block, (name,), sums, rounded=False)
             of = code.coding(SQUARES, len(sums.upper), 0, exchange.hidden)
             made[name] = PackedWords(of.pack(code.squares(sums, source.where(block, name)))), {}
         yield block, made
-
-
-def _require_tokens(source: Source, block: int, name: str, sums: Sums) -> None:
-    least = source.settings.gram.fewest_tokens(len(sums.upper))
-    if sums.tokens < least:
-        raise DataError(
-            f"{source.where(block, name)}: statistics of {sums.tokens} tokens are not sent: text might be read back from "
-            f"fewer than {least}; give more calibration windows, or lower gram.min_tokens"
-        )
 
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
@@ -110,19 +99,11 @@ def hidden_sizes(
         sparsity: the target of each matrix.
         groups: linears that share an input.
     """
-    if exchange.up in (SQUARES, "grams"):
-        inputs = {block: {names[0]: shapes[block][names[0]][1] for names in groups[block]} for block in shapes}
-        return {
-            block: {
-                name: 8 * code.coding(exchange.up, features, 0, exchange.hidden).size for name, features in of.items()
-            }
-            for block, of in inputs.items()
+    of_inputs = exchange.up in (SQUARES, "grams")
+    return {
+        block: {
+            name: 8 * code.of_linear(exchange, linears[name], sparsity.of(block, name)).size
+            for name in ([names[0] for names in groups[block]] if of_inputs else linears)
         }
-    made: dict[int, dict[str, int]] = {}
-    for block, linears in shapes.items():
-        made[block] = {}
-        for name, (rows, columns) in linears.items():
-            entries = rows * columns
-            kept = entries - sparsity.of(block, name).zeros(entries)
-            made[block][name] = 8 * code.coding(exchange.up, entries, kept, exchange.hidden).size
-    return made
+        for block, linears in shapes.items()
+    }
