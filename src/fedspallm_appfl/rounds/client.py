@@ -25,7 +25,7 @@ from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.rounds.hidden.client import Hiding
-from fedspallm_appfl.rounds.hidden.places import numbered, roster_of
+from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.secure.identity import Identity
@@ -114,8 +114,7 @@ class LocalClient:
         self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         roster = roster_of(settings)
-        hidden, signed = (len(roster.clients), bool(roster.keys)) if roster else (0, False)
-        self.exchanges = algorithm.exchanges(groups, settings.gram, settings.recovery, hidden, signed)
+        self.exchanges = exchanges_of(settings, groups)
         self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)

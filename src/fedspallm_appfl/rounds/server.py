@@ -26,7 +26,7 @@ from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, F
 from fedspallm_appfl.rounds.folds.registry import folds
 from fedspallm_appfl.rounds.folds.unreached import expert_weight
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
-from fedspallm_appfl.rounds.hidden.places import numbered, roster_of, summed_in
+from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
@@ -127,10 +127,8 @@ class GlobalModel:
         self.on_event = on_event
         self.done: PackedStore = Latest(self.folder, GLOBAL)
         self.round = Round(-1, {})
-        algorithm, settings = registry.find(self.settings.algorithm), self.settings
-        self._roster = roster_of(settings)
-        hidden, signed = (len(self._roster.clients), bool(self._roster.keys)) if self._roster else (0, False)
-        self.exchanges = algorithm.exchanges(context.groups, settings.gram, settings.recovery, hidden, signed)
+        self._roster = roster_of(self.settings)
+        self.exchanges = exchanges_of(self.settings, context.groups)
         self._folds = folds(context, self.exchanges)
         self._hidden: Sums | None = None  # of the round that is on
         self._open: dict[Unit, _Open] = {}
@@ -396,7 +394,7 @@ class GlobalModel:
             self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
             self._received |= {(client, block, name) for block, name, _ in checked}
             return update_nbytes(update)
-        for block, name, packed in came if not self.exchange.hidden else ():
+        for block, name, packed in came:
             if not isinstance(packed, Unreached):
                 self._fold.keep(client, block, name, packed)
         for block, name, packed in checked:

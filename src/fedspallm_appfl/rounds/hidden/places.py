@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedspallm_appfl.aggregation.layer_sampling import from_text, to_text
-from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.algorithms.algorithm import Exchange, Groups
 from fedspallm_appfl.errors import SecureSumError, quoted
 from fedspallm_appfl.secure.exchange import Exchange as Session
 from fedspallm_appfl.secure.identity import Roster
@@ -44,6 +45,13 @@ def roster_of(settings: ClientSettings | ServerSettings) -> Roster | None:
         ConfigError: keys are of other clients.
     """
     return Roster(tuple(settings.roster), settings.public_keys) if settings.secure_sums else None
+
+
+def exchanges_of(settings: ClientSettings | ServerSettings, groups: Groups) -> tuple[Exchange, ...]:
+    """The exchanges of the last round, as client and server were told; errors as `roster_of`."""
+    roster, algorithm = roster_of(settings), registry.find(settings.algorithm)
+    hidden, signed = (len(roster.clients), bool(roster.keys)) if roster else (0, False)
+    return algorithm.exchanges(groups, settings.gram, settings.recovery, hidden, signed)
 
 
 def session(run: str, round_index: int, messages: int, roster: Roster) -> Session:
