@@ -8,7 +8,7 @@ import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory
+from fedspallm_appfl.estimates.processes import settled
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.checkpoint import allow_code_of
@@ -27,6 +28,7 @@ from fedspallm_appfl.reports.progress import console
 from fedspallm_appfl.reports.result import Result, Shown, no_bars
 from fedspallm_appfl.runs import evaluation, experiment, run_dir, serial
 from fedspallm_appfl.runs.evaluation import Measured
+from fedspallm_appfl.runs.processes import Workers
 from fedspallm_appfl.settings.reading import load_config as read_file
 from fedspallm_appfl.settings.reading import read_config
 from fedspallm_appfl.settings.rules import wrong_values
@@ -144,9 +146,12 @@ def run(
 
 def _run(config: Config, name: str, overwrite: bool, progress: bool, resume: bool = False) -> Result:
     refuse(name, problems_of(config, globus=False, files=True, overwrite=overwrite, resume=resume))
-    if not progress:
-        return experiment.conduct(config, serial.run, overwrite, resume=resume)[0]
-    return experiment.run(config, serial.run, console(), overwrite, resume)
+    config = settled(config)
+    with Workers(int(config.workers)) as among:
+        launch = partial(serial.run, among=among)
+        if not progress:
+            return experiment.conduct(config, launch, overwrite, resume=resume, among=among)[0]
+        return experiment.run(config, launch, console(), overwrite, resume, among)
 
 
 def load_config(file: str | Path, **settings: Any) -> Config:

@@ -10,12 +10,10 @@
   two ranks in order, so nothing has to be numbered.
 """
 
-import itertools
-import math
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import yaml
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator
 from appfl.comm.mpi.config import MPIServerStatus, MPITask, MPITaskRequest, MPITaskResponse
@@ -23,38 +21,11 @@ from appfl.comm.mpi.serializer import byte_to_request, byte_to_response, request
 from mpi4py import MPI
 from torch import Tensor
 
-from fedspallm_appfl.errors import UpdateError
-from fedspallm_appfl.wire.as_bytes import fill, memory, read_description, take_apart
-from fedspallm_appfl.wire.metadata import word
+from fedspallm_appfl.adaptors.desk import Desk
+from fedspallm_appfl.wire.as_bytes import memory, take_apart
+from fedspallm_appfl.wire.inbox import Inbox
 
-ALIGNMENT = 64  # bytes, as torch allocates
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
-
-
-class Inbox:
-    """Takes messages in, one at a time.
-
-    The memory of a message is kept for the next one, as new memory is slow to fill: whoever gets a payload has to be done
-    with its tensors, or copy them, before the next message is taken in. Server and clients fold or store them at once.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def receive(self, comm: Any, description: bytes, rank: int, tag: int) -> Any:
-        """The payload of a description, with its tensors received."""
-        payload, described = read_description(description)
-        tensors = [(getattr(torch, dtype), shape) for dtype, shape in described]
-        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
-        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        if starts[-1] > len(self._memory):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
-            self._memory = torch.empty(starts[-1], dtype=torch.uint8)
-        parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        for part in parts:
-            comm.Recv([part.numpy().data, MPI.BYTE], source=rank, tag=tag)
-        filled = [part.view(dtype).view(shape) for part, (dtype, shape) in zip(parts, tensors, strict=True)]
-        return fill(payload, filled)
 
 
 def send_tensors(comm: Any, tensors: list[Tensor], rank: int, tag: int) -> None:
@@ -68,8 +39,7 @@ class BatchedMPIServer(MPIServerCommunicator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._clients_of_rank: dict[int, list[str]] = {}
-        self._inbox = Inbox()
+        self._desk, self._inbox = Desk(self.server_agent), Inbox()
 
     def serve(self) -> None:
         """Take messages until all clients have closed their connection."""
@@ -89,45 +59,14 @@ class BatchedMPIServer(MPIServerCommunicator):
         self._answer(client_rank, MPIServerStatus.RUN, payload, answer)
 
     def _update_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
-        """Hand the messages of all clients of a rank to the scheduler."""
+        """Take the messages of all clients of a rank, and answer every rank all of whose clients can go on."""
         metadata = yaml.safe_load(request.meta_data)
-        updates = self._inbox.receive(self.comm, request.payload, client_rank, _data_tag(self.comm))
-        self._clients_of_rank[client_rank] = metadata["_client_ids"]
-        given_up = self.server_agent.aggregator.given_up()
-        order = {
-            client: ("absent" not in metadata[client], client not in given_up) for client in metadata["_client_ids"]
-        }
-        for client in sorted(
-            order, key=order.__getitem__
-        ):  # who waits is known before the last of them ends the exchange
-            self._update_global_model_futures[client] = self._folded(client, updates.pop(client), metadata[client])
-        self._check_update_global_model_futures()
-
-    def _folded(self, client: str, update: Any, metadata: dict[str, Any]) -> Any:
-        """The answer to a message, which may say that its client failed, or be refused."""
-        scheduler = self.server_agent.scheduler
-        if "absent" in metadata:
-            return scheduler.leave_out(client, metadata["absent"], metadata["waits"])
-        try:
-            return self.server_agent.global_update(client, update, blocking=False, **metadata)
-        except UpdateError as error:
-            if not scheduler.spare_others:
-                raise
-            why = {"why": str(error), "traceback": "", "host": word(metadata.get("host")), "blocks": ""}
-            total = metadata.get("_total_chunks")
-            return scheduler.leave_out(client, why, type(total) is int and metadata.get("_chunk_idx") == total - 1)
-
-    def _check_update_global_model_futures(self) -> None:
-        """Answer every rank all of whose clients can go on."""
-        futures = self._update_global_model_futures
-        status = MPIServerStatus.DONE if self.server_agent.training_finished() else MPIServerStatus.RUN
-        for rank, clients in list(self._clients_of_rank.items()):
-            if not all(client in futures and futures[client].done() for client in clients):
-                continue
-            answers = {client: futures.pop(client).result() for client in clients}
-            del self._clients_of_rank[rank]
-            payload = next(iter(answers.values()))[0]  # the same for all; what differs stands in the metadata
-            self._answer(rank, status, payload, {client: answer[1] for client, answer in answers.items()})
+        updates = self._inbox.receive(request.payload, _receiver(self.comm, client_rank))
+        for client in metadata["_client_ids"]:
+            self._desk.take(client_rank, client, updates.pop(client), metadata[client])
+        for rank, payload, answers in self._desk.answers(range(self.comm.Get_size())):
+            status = MPIServerStatus.DONE if self.server_agent.training_finished() else MPIServerStatus.RUN
+            self._answer(rank, status, payload, answers)
 
     def _answer(self, rank: int, status: MPIServerStatus, payload: Any, metadata: dict[str, Any]) -> None:
         description, tensors = take_apart(payload)
@@ -148,6 +87,15 @@ class PoliteMPIClient(MPIClientCommunicator):
         self._ask(MPITask.GET_GLOBAL_MODEL, kwargs, {})
         _, payload, metadata = self._answer()
         return (payload, metadata) if metadata else payload
+
+    def exchange(self, messages: Iterator[tuple[str, Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+        """Send messages of clients of this rank together: (client, update, metadata) of each."""
+        all_of = list(messages)
+        updates = {client: update for client, update, _ in all_of}
+        answer: tuple[Any, dict[str, Any]] = self.update_global_model(
+            updates, kwargs={client: told for client, _, told in all_of}
+        )
+        return answer
 
     def update_global_model(self, local_model: Any, client_id: str | int | None = None, **kwargs: Any) -> Any:
         """Send the messages of clients of this rank.
@@ -176,13 +124,18 @@ class PoliteMPIClient(MPIClientCommunicator):
 
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()
-        payload = self._inbox.receive(self.comm, response.payload, self.server_rank, _data_tag(self.comm))
+        payload = self._inbox.receive(response.payload, _receiver(self.comm, self.server_rank))
         return response.status, payload, yaml.safe_load(response.meta_data)
 
     def _recv_response(self) -> MPITaskResponse:
         status = MPI.Status()
         _wait(self.comm, self.server_rank, self.comm_rank, status)
         return byte_to_response(_receive(self.comm, status))
+
+
+def _receiver(comm: Any, rank: int) -> Callable[[memoryview], None]:
+    """Fills memory with the next tensor of a rank."""
+    return lambda part: comm.Recv([part, MPI.BYTE], source=rank, tag=_data_tag(comm))
 
 
 def _data_tag(comm: Any) -> int:

@@ -64,11 +64,18 @@ def work(args: argparse.Namespace) -> int:
     config, shown = _checked(args, globus), console()
     if _is_finished(config, args, shown):
         return 0
+    config = config if globus else _settled(config)
     introduce(config, shown)
     _say_needs(config, args.launcher, shown)
     with _telling_how_to_go_on(config, args.launcher):
         (_over_globus if globus else _serial)(config, shown, args)
     return 0
+
+
+def _settled(config: "Config") -> "Config":
+    from fedspallm_appfl.estimates.processes import settled
+
+    return settled(config)
 
 
 def _is_finished(config: "Config", args: argparse.Namespace, shown: "Console") -> bool:
@@ -92,8 +99,11 @@ def _say_needs(config: "Config", launcher: str, shown: "Console") -> None:
     job = Job.of(config)
     of = {"serial": memory.serial_memory, "mpi": memory.server_memory, "globus": over_globus.receiving_memory}
     needed, (disk, free) = of[launcher](job).needed, traffic.room(job)
+    where, count = "here beside its packages", int(config.workers) if launcher == "serial" else 1
+    if count > 1:
+        needed, where = memory.workers_memory(job, count), f"in {count + 1} processes beside their packages"
     shown.print(
-        f"needs at most {bytes_text(needed)} of memory here beside its packages, and {bytes_text(disk)} of disk in "
+        f"needs at most {bytes_text(needed)} of memory {where}, and {bytes_text(disk)} of disk in "
         f"{config.run_dir}, where {bytes_text(free)} are free",
         highlight=False,
         markup=False,
@@ -121,8 +131,10 @@ def _checked(args: argparse.Namespace, globus: bool) -> "Config":
 
 def _serial(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
     from fedspallm_appfl.runs import experiment, serial
+    from fedspallm_appfl.runs.processes import Workers
 
-    experiment.run(config, serial.run, shown, args.overwrite, args.resume)
+    with Workers(int(config.workers)) as among:
+        experiment.run(config, partial(serial.run, among=among), shown, args.overwrite, args.resume, among)
 
 
 def _over_globus(config: "Config", shown: "Console", args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, wi
 from fedspallm_appfl.models.typical import LENGTH, WINDOWS
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds.context import UnitBytes
+from fedspallm_appfl.runs.placement import batches
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
 from fedspallm_appfl.wire.grams import packing_bytes
 from fedspallm_appfl.wire.packed import kept_entries
@@ -369,17 +370,32 @@ def serial_memory(job: Job) -> Memory:
     """
     clients = [client_memory(job, client) for client in job.clients]
     at_once = job.config.client_configs.comm_configs.blocks_per_message
-    shared = {
-        "outer parts": clients[0].parts["outer parts"],
-        "activations": sum(client.parts["activations"] for client in clients),
-    }
-    work = max(client.needed - _resting(client) for client in clients)
+    shared, work = _taking_turns(clients)
     moments = []
     for number in range(len(job.exchanges)):
         moments.append({"a client at work": work, "open blocks": sum(_sums(_open_blocks(job, number))[:at_once])})
         moments.append(_serving(job, number, at_once))
     files = _mapped(job.model)
     return with_heap(shared | worst(moments), files + sum(client.mapped - files for client in clients))
+
+
+def workers_memory(job: Job, count: int) -> int:
+    """Bytes that the server and so many worker processes need together, without what each holds before it does anything."""
+    clients = {client.client_id: client_memory(job, client) for client in job.clients}
+    needed = server_memory(job).needed
+    for names in batches(list(clients), min(count, len(clients))):
+        shared, work = _taking_turns([clients[name] for name in names])
+        needed += with_heap({**shared, "a client at work": work}).needed
+    return needed
+
+
+def _taking_turns(clients: Sequence[Memory]) -> tuple[Parts, int]:
+    """What clients of one process hold together, and what the one at work takes beside it."""
+    shared = {
+        "outer parts": clients[0].parts["outer parts"],
+        "activations": sum(client.parts["activations"] for client in clients),
+    }
+    return shared, max(client.needed - _resting(client) for client in clients)
 
 
 def _resting(client: Memory) -> int:

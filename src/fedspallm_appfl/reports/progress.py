@@ -144,20 +144,18 @@ class StudyProgress(_Shown):
         self._console = console
         self._cells = cells
         self._done = 0
-        self._what, self._began = "", 0.0
         self._bar = _bar(console, "{task.completed}/{task.total}")
         self._task = self._bar.add_task("dense", total=cells)
 
     def begins(self, what: str) -> None:
         """A cell starts."""
-        self._what, self._began = what, time.monotonic()
         self._bar.update(self._task, description=escape(what))
 
-    def ends(self, result: str) -> None:
-        """The cell is finished."""
+    def ends(self, what: str, result: str, began: float) -> None:
+        """A cell is finished that had started then, by the monotonic clock."""
         self._done += 1
         self._bar.update(self._task, completed=self._done)
-        line = f"{self._done}/{self._cells}  {self._what}  {result}  {time.monotonic() - self._began:.1f} s"
+        line = f"{self._done}/{self._cells}  {what}  {result}  {time.monotonic() - began:.1f} s"
         self._console.print(line, highlight=False, markup=False)
 
 

@@ -1,19 +1,20 @@
 """Perplexity of the models of a run, and of any model folder, on held-out text."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_device, give_back
 from fedspallm_appfl.errors import ConfigError, DataError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
 from fedspallm_appfl.models.perplexity import PrunedBlock, perplexities
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
-from fedspallm_appfl.settings import custom_code
+from fedspallm_appfl.runs.processes import ALONE, Workers, result
+from fedspallm_appfl.settings import custom_code, plugins
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.texts.checks import check_vocabulary, held_out_windows
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
@@ -55,6 +56,7 @@ def evaluate(
     methods: Mapping[str, PrunedBlock],
     log: OnEvent,
     known: Rows | None = None,
+    among: Workers = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Perplexity of each model on each text, all with the same settings: method -> text -> perplexity.
 
@@ -64,17 +66,55 @@ def evaluate(
         methods: name -> the pruned blocks of a model.
         log: gets an event for each model that is measured.
         known: what was measured before.
+        among: processes that share models and texts.
     """
-    device = choose_device(config.evaluation.device, 0)
-    lazy = LazyModel.of(config, device)
-    rows = {}
-    for number, (method, pruned) in enumerate(methods.items(), 1):
-        if known and method in known:
-            rows[method] = known[method]
-            continue
-        rows[method] = perplexities(lazy, texts, pruned, config.evaluation.batch)
-        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": rows[method]})
-    return rows
+    rows = dict(known or {})
+    todo = {method: pruned for method, pruned in methods.items() if method not in rows}
+    for number, (method, row) in enumerate(_measured(config, texts, todo, among), len(methods) - len(todo) + 1):
+        rows[method] = row
+        log({"event": "evaluation", "method": method, "of": [number, len(methods)], "perplexity": row})
+    return {method: rows[method] for method in methods}
+
+
+def _measured(
+    config: Config, texts: Mapping[str, Tensor], methods: Mapping[str, PrunedBlock], among: Workers
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each method with its perplexities, in their order."""
+    if among.count == 1:
+        lazy = LazyModel.of(config, choose_device(config.evaluation.device, 0))
+        for method, pruned in methods.items():
+            yield method, perplexities(lazy, texts, pruned, config.evaluation.batch)
+        return
+    shares = _shares(texts, -(-among.count // max(1, len(methods))))
+    tasks = len(methods) * len(shares)
+    futures = {
+        method: [
+            among.submit(tasks, _perplexities, config, share, pruned, (number * len(shares) + place) % among.count)
+            for place, share in enumerate(shares)
+        ]
+        for number, (method, pruned) in enumerate(methods.items())
+    }
+    for method, parts in futures.items():
+        row = {name: one for part in parts for name, one in result(part, f"the perplexity of {method}").items()}
+        yield method, {name: row[name] for name in texts}
+
+
+def _shares(texts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Texts in so many parts of about the same size, or fewer."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(min(count, len(texts)))]
+    for name in sorted(texts, key=lambda name: -texts[name].numel()):
+        min(parts, key=lambda part: sum(map(Tensor.numel, part.values())))[name] = texts[name]
+    return parts
+
+
+def _perplexities(config: Config, texts: Mapping[str, Tensor], pruned: PrunedBlock, place: int) -> dict[str, float]:
+    """What a worker measures; where there are GPUs, on that of its place."""
+    try:
+        plugins.load(config.plugins)
+        lazy = LazyModel.of(config, choose_device(config.evaluation.device, place))
+        return perplexities(lazy, texts, pruned, config.evaluation.batch)
+    finally:
+        give_back()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, parti
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
+from fedspallm_appfl.runs.processes import ALONE, Workers
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.tensors.targets import parse_sparsity
 from fedspallm_appfl.validation.words import attention_words
@@ -40,7 +41,14 @@ BEFORE, RECOVERED = "before", "recovered"  # rows of a table
 Launch = Callable[[Config, Path, OnEvent], Any]
 
 
-def run(config: Config, launch: Launch, console: Console, overwrite: bool = False, resume: bool = False) -> Result:
+def run(
+    config: Config,
+    launch: Launch,
+    console: Console,
+    overwrite: bool = False,
+    resume: bool = False,
+    among: Workers = ALONE,
+) -> Result:
     """Run an experiment and write its results; on the server where there are several processes.
 
     Args:
@@ -49,13 +57,14 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
         console: where progress and the closing table go.
         overwrite: replace the results of an earlier run.
         resume: go on with one that was cut off.
+        among: processes that share the evaluation.
 
     Returns:
         What it has shown.
     """
     rounds, recovery = config.server_configs.num_global_epochs, config.recovery.rounds
     with RunProgress(console, rounds, len(participants(config)), recovery) as progress:
-        results, log = conduct(config, launch, overwrite, progress, resume=resume)
+        results, log = conduct(config, launch, overwrite, progress, resume=resume, among=among)
     console.print(closing(config, results, log))
     if absent := absence_line(log):
         console.print(f"[bold red]clients {escape(absent)}[/]; why: report.md", highlight=False)
@@ -67,7 +76,13 @@ def run(config: Config, launch: Launch, console: Console, overwrite: bool = Fals
 
 
 def conduct(
-    config: Config, launch: Launch, overwrite: bool, *listeners: OnEvent, dense: bool = True, resume: bool = False
+    config: Config,
+    launch: Launch,
+    overwrite: bool,
+    *listeners: OnEvent,
+    dense: bool = True,
+    resume: bool = False,
+    among: Workers = ALONE,
 ) -> tuple[Result, EventLog]:
     """Run an experiment and write its results, without showing them.
 
@@ -78,6 +93,7 @@ def conduct(
         *listeners: get every event as it happens.
         dense: measure the perplexity of the dense model too.
         resume: go on with a run that was cut off.
+        among: processes that share the evaluation.
 
     Returns:
         What it has shown, and all events.
@@ -103,7 +119,7 @@ def conduct(
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
-        perplexity = evaluate(config, texts, methods, log, known) if texts else {}
+        perplexity = evaluate(config, texts, methods, log, known, among) if texts else {}
         skeleton = aggregator.skeleton
         dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
         _write_cards(config, folder, perplexity, log)

@@ -9,16 +9,19 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.participants import algorithm_of, client_settings
-from fedspallm_appfl.runs.absence import made, spare, spares, tell
+from fedspallm_appfl.runs.absence import spare, spares
 from fedspallm_appfl.runs.placement import batches, describe
+from fedspallm_appfl.runs.rank import all_rounds
 from fedspallm_appfl.runs.run_dir import CLIENTS, STATE
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Client, Config
@@ -125,83 +128,26 @@ def run_clients(config: Config, comm: Any) -> None:
 
     registration.register()
     from fedspallm_appfl.adaptors.agents import client_agent
+    from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
 
     registration.freeze()
     mine, limit = _clients_of_rank(config, comm)
     node = _place_on_node(comm)
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
-    comm.gather(describe(comm.Get_rank(), placed), root=0)
+    comm.gather(describe(comm.Get_rank(), placed, torch.get_num_threads()), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
         kept = _state_of(config)
         told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
         agents = {settings.client_id: client_agent(settings) for settings in told}
-        _all_rounds(comm, agents, spares(config))
+        wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
+        all_rounds(wire, agents, spares(config))
+        wire.invoke_custom_action(action="close_connection")
 
 
 def _state_of(config: Config) -> Path | None:
     """Where clients keep their hidden states: with the server's state, if this rank sees it."""
     state = Path(config.run_dir).expanduser() / STATE
     return state / CLIENTS if state.is_dir() else None
-
-
-def _all_rounds(comm: Any, agents: dict[str, Any], sparing: bool) -> None:
-    from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
-
-    wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
-    payload, told = wire.get_global_model(init_model=True)
-    for agent in agents.values():
-        agent.trainer.follow(told)
-    for number in range(told.get("held", 0)):
-        piece = wire.get_global_model(init_model=False, held=number)
-        for agent in agents.values():
-            agent.trainer.client.take(piece)
-    status = "RUNNING" if "assign" in told else "DONE"
-    absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
-    while status != "DONE":
-        status = _exchange(wire, agents, absent, sparing)
-    _measure(wire, agents, absent)
-    wire.invoke_custom_action(action="close_connection")
-
-
-def _exchange(wire: Any, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> str:
-    """One message of each client of the rank, sent together; returns the server's status.
-
-    A client that fails says so once, and then waits with the others for the end of each exchange, until a round begins.
-    """
-    updates, metadata, before = {}, {}, set(absent)
-    for name in [name for name in agents if name not in absent]:
-        message = made(agents[name], absent, sparing)
-        if message is not None:
-            updates[name], metadata[name] = message
-    waits = all(told["_chunk_idx"] + 1 == told["_total_chunks"] for told in metadata.values())
-    for name in [name for name in agents if name in absent and (waits or name not in before)]:
-        updates[name], metadata[name] = {}, {"absent": absent[name], "waits": waits}
-    payload, answers = wire.update_global_model(updates, kwargs=metadata)
-    for name, answer in answers.items():
-        tell(agents[name], payload, answer)
-        if answer.get("left_out"):
-            absent.setdefault(name, {})
-    for number in range(1, payload.get("pieces", 1)):
-        piece = wire.get_global_model(init_model=False, piece=number)
-        for agent in agents.values():
-            tell(agent, piece, {})
-    if any(answer.get("exchange") == 0 for answer in answers.values()):
-        absent.clear()
-    return next(iter(answers.values()))["status"]
-
-
-def _measure(wire: Any, agents: dict[str, Any], absent: Mapping[str, Any]) -> None:
-    """Let each client of the rank measure the finished model on its own text; they share what all are sent."""
-    losses: dict[str, dict[str, Any]] = {}
-    for name, agent in agents.items():
-        if agent.trainer.lacking is None or name in absent:
-            continue
-        client = agent.trainer.client
-        for number in range(agent.trainer.lacking if not losses or client.final is not client.agreed else 0):
-            client.final.take(wire.get_global_model(init_model=False, final=number, client_id=name))
-        losses[name] = client.measure()
-    if losses:
-        wire.get_global_model(init_model=False, losses=losses)
 
 
 def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:

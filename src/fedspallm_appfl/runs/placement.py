@@ -5,8 +5,6 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.schema import Client
 
@@ -16,7 +14,7 @@ class Place:
     """Where a group of clients runs.
 
     Attributes:
-        rank: MPI rank, 0 in one process.
+        rank: MPI rank or worker process, 0 where there is only one process.
         host: name of the node.
         clients: ids of the clients on it.
         device: e.g. `cpu` or `cuda:1`.
@@ -32,20 +30,21 @@ class Place:
     bound: str
 
 
-def describe(rank: int, clients: Sequence[tuple[Client, str]]) -> list[Place]:
+def describe(rank: int, clients: Sequence[tuple[Client, str]], threads: int) -> list[Place]:
     """Lines of the placement table, one for each device and number of threads.
 
     Args:
-        rank: MPI rank, 0 in one process.
+        rank: MPI rank or worker process, 0 where there is only one process.
         clients: each client with its device.
+        threads: CPU threads of clients for which the configuration says nothing.
     """
     bound = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     together: dict[tuple[str, int], list[str]] = {}
     for client, device in clients:
-        threads = client.train_configs.threads or torch.get_num_threads()
-        together.setdefault((device, threads), []).append(client.client_id)
+        key = device, client.train_configs.threads or threads
+        together.setdefault(key, []).append(client.client_id)
     host = socket.gethostname()
-    return [Place(rank, host, tuple(names), device, threads, bound) for (device, threads), names in together.items()]
+    return [Place(rank, host, tuple(names), device, each, bound) for (device, each), names in together.items()]
 
 
 def batches(clients: list[str], ranks: int) -> list[list[str]]:

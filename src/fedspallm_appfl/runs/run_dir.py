@@ -29,6 +29,7 @@ LOCK = ".lock"
 STATE = "state"
 SCRATCH = "scratch"  # of `fedspallm prune`
 CLIENTS = "clients"  # in it, of clients that see it
+AGREED = "agreed"  # in it, what was sent down to clients
 CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
 OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, SCRATCH, MARK)

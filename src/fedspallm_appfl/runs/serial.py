@@ -1,6 +1,6 @@
-"""Run server and clients in one process.
+"""Run server and clients in one process, or hand the clients to worker processes (`workers`).
 
-Clients take turns message by message. A block is then open on the server only while the clients send it.
+In one process clients take turns message by message. A block is then open on the server only while the clients send it.
 """
 
 import shutil
@@ -9,28 +9,36 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedspallm_appfl.devices import choose_device, threads
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
+from fedspallm_appfl.runs import workers
 from fedspallm_appfl.runs.absence import described, made, spare, spares, tell
+from fedspallm_appfl.runs.agents import load
 from fedspallm_appfl.runs.placement import describe
-from fedspallm_appfl.runs.run_dir import CLIENTS
+from fedspallm_appfl.runs.processes import ALONE, Workers
+from fedspallm_appfl.runs.run_dir import AGREED, CLIENTS
 from fedspallm_appfl.settings.schema import Config
 
 
-def run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
+def run(config: Config, state_dir: Path, on_event: OnEvent, among: Workers = ALONE) -> Any:
     """Run all rounds.
 
     Args:
         config: the experiment.
         state_dir: folder for the server's packed blocks and sums.
         on_event: called with a dict for each event.
+        among: processes that share the clients, if there are several of both.
 
     Returns:
         The aggregator, with the global model in it.
     """
+    if min(among.count, len(participants(config))) > 1:
+        return workers.run(config, state_dir, on_event, among)
     try:
         with threads():  # clients set their own
             return _run(config, state_dir, on_event)
@@ -45,9 +53,9 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     spare(server, config)
     limit = config.client_configs.comm_configs.max_message_bytes
     placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
-    for place in describe(0, placed):
+    for place in describe(0, placed, torch.get_num_threads()):
         on_event({"event": "place", **vars(place)})
-    agreed, kept = state_dir / "agreed", state_dir / CLIENTS
+    agreed, kept = state_dir / AGREED, state_dir / CLIENTS
     shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
     told = [client_settings(config, client, device, limit, agreed, kept) for client, device in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
@@ -78,17 +86,6 @@ def _measure(server: Any, agents: dict[str, Any], absent: Mapping[str, Any]) -> 
         for number in range(agent.trainer.lacking):
             client.final.take(server.get_parameters(init_model=False, final=number, client_id=name)[0])
         server.get_parameters(init_model=False, losses={name: client.measure()})
-
-
-def load() -> Any:
-    """The module that makes the agents of clients and server; the first call imports APPFL, which takes a while."""
-    from fedspallm_appfl.adaptors import registration
-
-    registration.register()
-    from fedspallm_appfl.adaptors import agents
-
-    registration.freeze()
-    return agents
 
 
 def _exchange(

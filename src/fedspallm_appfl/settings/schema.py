@@ -552,6 +552,12 @@ class Config:
         "writing would take a twentieth of the time ([docs](run_directory.md#going-on-after-an-interruption))",
         least=0.0,
     )
+    workers: str = key(
+        "auto",
+        "processes that share clients and evaluation where there is no launcher: a number, or `auto` for as many as cores, "
+        "clients and memory allow and the work is worth; each has its share of the CPU threads",
+        form=(r"auto|[1-9]\d{0,3}", "auto, or a number of processes from 1 to 9999"),
+    )
     plugins: list[str] = key(
         list, "Python files or modules that add pruners or algorithms: [python.md](python.md#your-own-pruner)"
     )

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,20 +20,26 @@ from torch import Tensor
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
 from fedspallm_appfl.devices import give_back
+from fedspallm_appfl.estimates.processes import settled
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.progress import StudyProgress
 from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.rounds.folds.context import STATISTICS
-from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs import agents, evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs.processes import Workers, result
+from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report
 from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened
 from fedspallm_appfl.study.plan import RUNS, Method, Plan, cells_of
+from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.store import GramStore
 
+Entry = tuple[Method, Target, int]  # method, target, seed
+Choice = tuple[str, int]  # targets, seed
 OWN = (FILE, "study.md", "study.json", RUNS, *plots.FILES)
 
 
@@ -70,51 +77,131 @@ def _clear(out: Path) -> None:
 def _measure(plan: Plan, file: CellFile, console: Console) -> None:
     todo = [one for one in cells_of(plan) if (one[0].name, str(one[1]), one[2]) not in file.cells]
     texts = evaluation.held_out(plan.config)
-    with StudyProgress(console, len(todo)) as progress:
+    count = int(settled(plan.config, len(todo)).workers) if todo else 1
+    with StudyProgress(console, len(todo)) as progress, Workers(count) as among:
         if (DENSE, "", 0) not in file.cells:
             file.add(Cell(DENSE, "", 0, evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore)[DENSE]))
-        serial.load()  # not in the seconds and memory of the first cell
-        chosen: dict[tuple[str, int], Sparsity] = {}  # target and seed -> that of each matrix
-        gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
-        for method, target, seed in todo:
-            progress.begins(f"{method.name}  sparsity {target}  seed {seed}")
-            if (method.name, str(target), seed) in file.cells:
-                progress.ends("measured in the run of another method")
+        _Bench(plan, file, texts, progress, among).measure(todo)
+
+
+class _Bench:
+    """Measures cells, several at once where there are several processes.
+
+    What waits for another cell begins when that one is done: for sums that it gathers, for targets that it chooses, or as
+    it is measured in the run of another method.
+    """
+
+    def __init__(
+        self, plan: Plan, file: CellFile, texts: Mapping[str, Tensor], progress: StudyProgress, among: Workers
+    ) -> None:
+        self._plan, self._file, self._texts, self._progress, self._among = plan, file, texts, progress, among
+        self._chosen: dict[Choice, Sparsity] = {}
+        self._gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
+        self._running: dict[Future[tuple[list[Cell], Sparsity]], tuple[Entry, float]] = {}
+
+    def measure(self, todo: list[Entry]) -> None:
+        """Measure cells, and keep each in the file as it is done."""
+        self._forget(())
+        while todo or self._running:
+            free = len(self._running) < self._among.count
+            begin = next((one for one in todo if not self._waits(one)), None) if free else None
+            if begin is not None:
+                todo.remove(begin)
+                self._begin(begin)
                 continue
-            config = plan.experiment(method, target, seed)
-            if config.allocates:  # a choice holds for all methods
-                config = _allocated(config, chosen)
-            shares = method.shares_uploads and not config.recovery.rounds
-            if seed in gathered and shares:
-                cell = _from_sums(config, method, texts, *gathered[seed])
-            else:
-                _forget(plan, gathered)
-                cell, *others = _run(config, method, plan.companions(method))
-                for other in others:
-                    if other.key not in file.cells:
-                        file.add(other)
-                if shares:
-                    gathered[seed] = Path(config.run_dir) / STATISTICS, cell
-            file.add(cell)
-            progress.ends(f"perplexity {cell.mean:.2f}")
-            if method.name not in plan.keep_models:
-                _drop(config, "model", "models")
-        _forget(plan, gathered)
+            for done in wait(self._running, return_when=FIRST_COMPLETED).done:
+                self._end(done)
+            self._forget(todo)
+
+    def _waits(self, entry: Entry) -> bool:
+        """Whether a cell that is at work makes what this one needs."""
+        method, _, seed = entry
+        others = [other for other, _ in self._running.values()]
+        return any(
+            (self._shares(entry) and self._shares(other) and other[2] == seed and seed not in self._gathered)
+            or (self._choice(entry) is not None and self._choice(other) == self._choice(entry) not in self._chosen)
+            or (other[1:] == entry[1:] and method in self._plan.companions(other[0]))
+            for other in others
+        )
+
+    def _begin(self, entry: Entry) -> None:
+        method, target, seed = entry
+        began = time.monotonic()
+        self._progress.begins(_name(entry))
+        if (method.name, str(target), seed) in self._file.cells:
+            self._progress.ends(_name(entry), "measured in the run of another method", began)
+            return
+        config = dataclasses.replace(self._plan.experiment(method, target, seed), workers="1")
+        chosen = self._chosen.get(choice) if (choice := self._choice(entry)) is not None else None
+        sums = self._gathered.get(seed) if self._shares(entry) else None
+        companions = self._plan.companions(method)
+        future = self._among.submit(self._among.count, _cells, config, method, companions, self._texts, chosen, sums)
+        self._running[future] = entry, began
+
+    def _end(self, future: "Future[tuple[list[Cell], Sparsity]]") -> None:
+        entry, began = self._running.pop(future)
+        method, target, seed = entry
+        cells, chosen = result(future, _name(entry))
+        for cell in reversed(cells):  # its own last: a study that is cut off here measures it again
+            if cell.key not in self._file.cells:
+                self._file.add(cell)
+        self._progress.ends(_name(entry), f"perplexity {cells[0].mean:.2f}", began)
+        if (choice := self._choice(entry)) is not None:
+            self._chosen.setdefault(choice, chosen)
+        config = self._plan.experiment(method, target, seed)
+        if self._shares(entry):
+            self._gathered.setdefault(seed, (Path(config.run_dir) / STATISTICS, cells[0]))
+        if method.name not in self._plan.keep_models:
+            _drop(config, "model", "models")
+
+    def _forget(self, todo: Sequence[Entry]) -> None:
+        """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
+        needed = {one[2] for one in (*todo, *(one for one, _ in self._running.values())) if self._shares(one)}
+        self._gathered = {seed: of for seed, of in self._gathered.items() if seed in needed}
+        kept = {sums for sums, _ in self._gathered.values()}
+        if not self._running:
+            for folder in set((self._plan.out / RUNS).glob(f"*/{STATISTICS}")) - kept:
+                shutil.rmtree(folder)
+
+    def _shares(self, entry: Entry) -> bool:
+        """Whether sums serve it, or it gathers them."""
+        return entry[0].shares_uploads and not self._plan.experiment(*entry).recovery.rounds
+
+    def _choice(self, entry: Entry) -> Choice | None:
+        """What the targets of all matrices depend on, where they are chosen: a choice holds for all methods."""
+        config = self._plan.experiment(*entry)
+        return (str(config.client_configs.train_configs.sparsity), config.seed) if config.allocates else None
 
 
-def _allocated(config: Config, chosen: dict[tuple[str, int], Sparsity]) -> Config:
-    """A configuration with the targets of all matrices, those of an earlier cell where they are the same."""
-    key = str(config.client_configs.train_configs.sparsity), config.seed
-    if key not in chosen:
-        chosen[key] = allocated(config).client_configs.train_configs.sparsity
-    return config.with_sparsity(chosen[key])
+def _name(entry: Entry) -> str:
+    method, target, seed = entry
+    return f"{method.name}  sparsity {target}  seed {seed}"
 
 
-def _forget(plan: Plan, gathered: dict[int, tuple[Path, Cell]]) -> None:
-    """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
-    for folder in (plan.out / RUNS).glob(f"*/{STATISTICS}"):
-        shutil.rmtree(folder)
-    gathered.clear()
+def _cells(
+    config: Config,
+    method: Method,
+    companions: Sequence[Method],
+    texts: Mapping[str, Tensor],
+    chosen: Sparsity | None,
+    sums: tuple[Path, Cell] | None,
+) -> tuple[list[Cell], Sparsity]:
+    """The cell of a method and those that are measured in its run, and the targets of all matrices.
+
+    Args:
+        config: its experiment.
+        method: the method.
+        companions: methods that are measured in its run.
+        texts: windows to measure on.
+        chosen: targets that another cell has chosen.
+        sums: what another cell has gathered, and that cell.
+    """
+    plugins.load(config.plugins)
+    agents.load()  # not in the seconds and memory of the cell
+    if config.allocates:
+        config = config.with_sparsity(chosen or allocated(config).client_configs.train_configs.sparsity)
+    cells = [_from_sums(config, method, texts, *sums)] if sums else _run(config, method, companions)
+    return cells, config.client_configs.train_configs.sparsity
 
 
 def _drop(config: Config, *names: str) -> None:

@@ -140,7 +140,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What all cells have in common, in plain types."""
         shared = plain(self.config)
-        shared |= {"run_dir": "", "seed": 0, "algorithm": ""}
+        shared |= {"run_dir": "", "seed": 0, "algorithm": "", "workers": ""}
         shared["evaluation"]["compare"] = []
         shared["gram"] |= {"propagate": "", "target": "", "stride": 0}
         for owner in (shared["client_configs"], *shared["clients"]):

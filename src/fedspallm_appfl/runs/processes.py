@@ -1,0 +1,106 @@
+"""Worker processes on this machine, started and watched by loky.
+
+They are fresh interpreters: a script or notebook needs no guard around its main part, and CUDA may be in use here. A task
+gets its share of the cores.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import loky
+import torch
+
+from fedspallm_appfl.devices import threads
+from fedspallm_appfl.errors import FederationError
+
+LOOK = 1.0  # seconds between two looks at whether the parent lives
+
+
+def cores() -> int:
+    """Physical cores that this process may use; affinity and the limits of a container count."""
+    return int(loky.cpu_count(only_physical_cores=True))
+
+
+class Workers:
+    """So many processes, started with the first task and ended with the `with` block, whatever they do then.
+
+    Attributes:
+        count: processes; where it is 1 nothing is to be started.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self._executor: loky.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, kill_workers=True)
+
+    def threads(self, tasks: int) -> int:
+        """CPU threads of each of so many tasks: its share of the cores, and no more than this process may use."""
+        return max(1, min(torch.get_num_threads(), cores() // min(self.count, tasks)))
+
+    def submit(self, tasks: int, work: Callable[..., Any], *given: Any) -> "Future[Any]":
+        """Have one of so many tasks done by the next process that is free; at once and here where there is only this one."""
+        if self.count == 1:
+            return _done(work, *given)
+        if self._executor is None:
+            self._executor = loky.ProcessPoolExecutor(self.count, initializer=_begin, initargs=(os.getpid(),))
+        future: Future[Any] = self._executor.submit(_do, self.threads(tasks), work, *given)
+        return future
+
+
+ALONE = Workers(1)
+
+
+def result(future: "Future[Any]", who: str) -> Any:
+    """What a task has returned; what it has raised is raised here.
+
+    Args:
+        future: the task's.
+        who: what it was about, for the error.
+
+    Raises:
+        FederationError: its process was ended from outside.
+    """
+    try:
+        return future.result()
+    except loky.process_executor.TerminatedWorkerError as error:  # loky ends the other processes too
+        raise FederationError(
+            f"a worker process was ended from outside while it worked for {who}, maybe as memory ran out; "
+            "try fewer of them (workers=1)"
+        ) from error
+
+
+def _done(work: Callable[..., Any], *given: Any) -> "Future[Any]":
+    future: Future[Any] = Future()
+    try:
+        future.set_result(work(*given))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _begin(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os._exit(1)
+
+
+def _do(count: int, work: Callable[..., Any], *given: Any) -> Any:
+    with threads(count):
+        return work(*given)

@@ -1,0 +1,92 @@
+"""What a process with some of the clients does through all rounds, whatever carries its messages to the server."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from fedspallm_appfl.runs.absence import made, tell
+
+Message = tuple[str, Any, dict[str, Any]]  # client, its update, its metadata
+
+
+class Wire(Protocol):
+    """Carries messages of a process to the server, and answers back."""
+
+    def get_global_model(self, **asked: Any) -> Any:
+        """What the server has for the clients of this process: a payload, with metadata if there is some."""
+
+    def exchange(self, messages: Iterator[Message]) -> tuple[Any, dict[str, Any]]:
+        """Send one message of each client; returns (payload for all, client -> metadata with the server's `status`)."""
+
+
+def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
+    """Run clients from their first instructions to the measurement of the finished model.
+
+    Args:
+        wire: to the server.
+        agents: client -> its agent.
+        sparing: others go on without a client that fails.
+    """
+    _, told = wire.get_global_model(init_model=True)
+    for agent in agents.values():
+        agent.trainer.follow(told)
+    for number in range(told.get("held", 0)):
+        piece = wire.get_global_model(init_model=False, held=number)
+        for agent in agents.values():
+            agent.trainer.client.take(piece)
+    status = "RUNNING" if "assign" in told else "DONE"
+    absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
+    while status != "DONE":
+        status = _exchange(wire, agents, absent, sparing)
+    _measure(wire, agents, absent)
+
+
+def _exchange(wire: Wire, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> str:
+    """One message of each client; returns the server's status."""
+    payload, answers = wire.exchange(_messages(agents, absent, sparing))
+    for name, answer in answers.items():
+        tell(agents[name], payload, answer)
+        if answer.get("left_out"):
+            absent.setdefault(name, {})
+    for number in range(1, payload.get("pieces", 1)):
+        piece = wire.get_global_model(init_model=False, piece=number)
+        for agent in agents.values():
+            tell(agent, piece, {})
+    if any(answer.get("exchange") == 0 for answer in answers.values()):
+        absent.clear()
+    status: str = next(iter(answers.values()))["status"]
+    return status
+
+
+def _messages(agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> Iterator[Message]:
+    """The next message of each client.
+
+    A client that fails says so once, and then waits with the others for the end of each exchange, until a round begins. The
+    server hears of all who wait before the message that may end the exchange, the last.
+    """
+    before, last, ends = set(absent), None, True
+    for name in [name for name in agents if name not in absent]:
+        message = made(agents[name], absent, sparing)
+        if message is None:
+            continue
+        if last is not None:
+            yield last
+        last = (name, *message)
+        ends = message[1]["_chunk_idx"] + 1 == message[1]["_total_chunks"]
+    for name in [name for name in agents if name in absent and (ends or name not in before)]:
+        yield name, {}, {"absent": absent[name], "waits": ends}
+    if last is not None:
+        yield last
+
+
+def _measure(wire: Wire, agents: dict[str, Any], absent: Mapping[str, Any]) -> None:
+    """Let each client measure the finished model on its own text; they share what all are sent."""
+    losses: dict[str, dict[str, Any]] = {}
+    for name, agent in agents.items():
+        if agent.trainer.lacking is None or name in absent:
+            continue
+        client = agent.trainer.client
+        for number in range(agent.trainer.lacking if not losses or client.final is not client.agreed else 0):
+            client.final.take(wire.get_global_model(init_model=False, final=number, client_id=name))
+        losses[name] = client.measure()
+    if losses:
+        wire.get_global_model(init_model=False, losses=losses)

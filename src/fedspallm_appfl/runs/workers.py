@@ -1,0 +1,193 @@
+"""Run clients in worker processes beside the server, each with one or more of them.
+
+Messages travel through a socket of the file system: a description as JSON, then the memory of each tensor, as under MPI.
+The server takes a message as it is made. It answers a worker when all of its clients can go on.
+"""
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, cast
+
+from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.rounds.client import forget
+from fedspallm_appfl.rounds.participants import client_settings, participants
+from fedspallm_appfl.runs.absence import spare, spares
+from fedspallm_appfl.runs.agents import load
+from fedspallm_appfl.runs.placement import batches, describe
+from fedspallm_appfl.runs.processes import Workers, result
+from fedspallm_appfl.runs.rank import Message, all_rounds
+from fedspallm_appfl.runs.run_dir import AGREED, CLIENTS
+from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings.schema import ClientSettings, Config
+from fedspallm_appfl.wire.as_bytes import memory, take_apart
+from fedspallm_appfl.wire.inbox import Inbox
+
+POLL = 0.1  # seconds between two looks at whether a worker has failed
+Groups = list[list[ClientSettings]]
+
+
+class Line:
+    """One end of a connection that carries payloads with tensors."""
+
+    def __init__(self, connection: Connection, inbox: Inbox) -> None:
+        self.connection, self._inbox = connection, inbox
+
+    def send(self, **payload: Any) -> None:
+        """Send a payload."""
+        description, tensors = take_apart(payload)
+        self.connection.send_bytes(description)
+        for tensor in tensors:
+            self.connection.send_bytes(memory(tensor))
+
+    def receive(self) -> dict[str, Any]:
+        """The next payload; its tensors hold until another is received into the same inbox.
+
+        Raises:
+            EOFError: the other end is closed.
+        """
+        received: dict[str, Any] = self._inbox.receive(self.connection.recv_bytes(), self.connection.recv_bytes_into)
+        return received
+
+
+class ToServer:
+    """The line of a worker, known by its number, to the server."""
+
+    def __init__(self, line: Line, number: int, clients: list[str]) -> None:
+        self._line, self._number, self._clients = line, number, clients
+
+    def get_global_model(self, **asked: Any) -> Any:
+        """What the server has for the clients of this process: a payload, with metadata if there is some."""
+        self._line.send(worker=self._number, asked={"get": {"_client_ids": self._clients, **asked}})
+        answer = self._line.receive()
+        return (answer["payload"], answer["metadata"]) if answer["metadata"] else answer["payload"]
+
+    def exchange(self, messages: Iterator[Message]) -> tuple[Any, dict[str, Any]]:
+        """Send one message of each client as it is made; returns (payload for all, client -> metadata)."""
+        for client, update, metadata in messages:
+            self._line.send(worker=self._number, asked={"client": client, "metadata": metadata}, update=update)
+            del update  # not kept while the next is made
+        self._line.send(worker=self._number, asked={})
+        answer = self._line.receive()
+        return answer["payload"], answer["metadata"]
+
+
+def run(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers) -> Any:
+    """Run all rounds.
+
+    Args:
+        config: the experiment.
+        state_dir: folder for the server's packed blocks and sums, and what was sent down.
+        on_event: called with a dict for each event.
+        workers: the processes.
+
+    Returns:
+        The aggregator, with the global model in it.
+
+    Raises:
+        FederationError: a worker was ended from outside.
+    """
+    shutil.rmtree(state_dir / AGREED, ignore_errors=True)  # of an earlier start, maybe not whole
+    groups = _placed(config, state_dir, on_event, workers)
+    with _listening() as (listener, address):
+        futures = [
+            workers.submit(len(groups), _work, address, number, group, config.plugins, spares(config))
+            for number, group in enumerate(groups)
+        ]
+        server = load().server_agent(config, state_dir)
+        server.aggregator.on_event = on_event
+        spare(server, config)
+        desks = _Desks(server, listener)
+        while desks.is_open or not all(future.done() for future in futures):
+            desks.take()
+            for group, future in zip(groups, futures, strict=True):
+                if future.done():
+                    result(future, f"clients {', '.join(settings.client_id for settings in group)}")
+    return server.aggregator
+
+
+def _placed(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers) -> Groups:
+    """What the clients of each worker are told."""
+    clients, limit = participants(config), config.client_configs.comm_configs.max_message_bytes
+    by_id, groups = {client.client_id: client for client in clients}, []
+    together = batches(list(by_id), min(workers.count, len(by_id)))
+    for number, names in enumerate(together):
+        placed = [(by_id[name], choose_device(by_id[name].train_configs.device, number)) for name in names]
+        for place in describe(number + 1, placed, workers.threads(len(together))):
+            on_event({"event": "place", **vars(place)})
+        agreed, kept = state_dir / AGREED / str(number), state_dir / CLIENTS
+        groups.append([client_settings(config, client, device, limit, agreed, kept) for client, device in placed])
+    return groups
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[socket.socket, str]]:
+    """A socket that workers connect to, in a folder of this user alone; and where it is."""
+    with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        address = str(Path(folder) / "server")
+        listener.bind(address)
+        listener.listen()
+        yield listener, address
+
+
+class _Desks:
+    """The server's side of all lines."""
+
+    def __init__(self, server: Any, listener: socket.socket) -> None:
+        from fedspallm_appfl.adaptors.desk import Desk
+
+        self._server, self._listener = server, listener
+        self._desk, self._inbox = Desk(server), Inbox()
+        self._lines: dict[Connection, Line] = {}
+        self._waiting: dict[int, Line] = {}  # worker -> its line, if it waits for an answer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a worker may still send something."""
+        return bool(self._lines)
+
+    def take(self) -> None:
+        """Take what has come, and answer whoever can go on; waits a moment if nothing has."""
+        for ready in wait([self._listener, *self._lines], POLL):
+            if ready is self._listener:
+                connection = Connection(self._listener.accept()[0].detach())
+                self._lines[connection] = Line(connection, self._inbox)
+                continue
+            line = self._lines[cast(Connection, ready)]
+            try:
+                self._hear(line, **line.receive())
+            except (EOFError, ConnectionError):  # its worker has ended, well or not, which its future tells
+                self._lines.pop(line.connection).connection.close()
+
+    def _hear(self, line: Line, worker: int, asked: dict[str, Any], update: Any = None) -> None:
+        if "get" in asked:
+            payload, metadata = self._server.get_parameters(**asked["get"], blocking=False)
+            line.send(payload=payload, metadata=metadata)
+            return
+        if "client" in asked:
+            self._desk.take(worker, asked["client"], update, asked["metadata"])
+        else:
+            self._waiting[worker] = line
+        status = {"status": "DONE" if self._server.training_finished() else "RUNNING"}
+        for ready, payload, answers in self._desk.answers(self._waiting):
+            told = {client: answer | status for client, answer in answers.items()}
+            self._waiting.pop(ready).send(payload=payload, metadata=told)
+
+
+def _work(address: str, number: int, told: list[ClientSettings], named: list[str], sparing: bool) -> None:
+    """What a worker does: run its clients through all rounds."""
+    try:
+        plugins.load(named)
+        agents_of = load()
+        with socket.socket(socket.AF_UNIX) as end:
+            end.connect(address)
+            with Connection(end.detach()) as connection:
+                agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
+                all_rounds(ToServer(Line(connection, Inbox()), number, list(agents)), agents, sparing)
+    finally:
+        forget()
