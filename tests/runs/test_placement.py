@@ -94,11 +94,11 @@ def test_clients_with_one_device_and_one_number_of_threads_share_a_line(monkeypa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
     placed = [(client("a", 2), "cuda:0"), (client("b", 2), "cuda:1"), (client("c", 2), "cuda:0"), (client("d"), "cpu")]
-    lines = describe(5, placed)
+    lines = describe(5, placed, 7)
     assert [(line.clients, line.device, line.threads) for line in lines] == [
         (("a", "c"), "cuda:0", 2),
         (("b",), "cuda:1", 2),
-        (("d",), "cpu", torch.get_num_threads()),
+        (("d",), "cpu", 7),
     ]
     assert {(line.rank, line.host, line.bound) for line in lines} == {(5, "node7", "2,3")}
 
@@ -108,7 +108,7 @@ def test_what_a_scheduler_bound_stays_bound(gpus, monkeypatch):
     gpus(1)
     before = dict(os.environ)
     assert choose_device("auto", 3) == "cuda:0"
-    describe(0, [(client("a"), "cuda:0")])
+    describe(0, [(client("a"), "cuda:0")], 1)
     assert dict(os.environ) == before
 
 

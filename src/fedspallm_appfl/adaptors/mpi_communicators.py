@@ -22,8 +22,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from fedspallm_appfl.adaptors.desk import Desk
-from fedspallm_appfl.wire.as_bytes import memory, take_apart
-from fedspallm_appfl.wire.inbox import Inbox
+from fedspallm_appfl.wire.as_bytes import Inbox, memory, take_apart
 
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
 

@@ -44,6 +44,15 @@ def register() -> None:
     appfl.algorithm.scheduler.FedSpaLLMScheduler = FedSpaLLMScheduler
 
 
+def agents() -> types.ModuleType:
+    """The module that makes the agents of server and clients; the first call imports APPFL, which takes a while."""
+    register()
+    from fedspallm_appfl.adaptors import agents
+
+    freeze()
+    return agents
+
+
 def register_named(kind: str, value: str, base: type, key: str) -> None:
     """Make the class that a configuration names known to APPFL, under just that name.
 

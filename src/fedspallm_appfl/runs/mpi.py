@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
@@ -104,18 +105,14 @@ def send_home(comm: Any) -> None:
 def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) -> Any:
     """Give all ranks the configuration and serve all rounds; returns the aggregator, with the global model in it."""
     comm.bcast(config, root=0)
-    from fedspallm_appfl.adaptors import registration
-
-    registration.register()
-    from fedspallm_appfl.adaptors.agents import server_agent
+    agents_of = registration.agents()
     from fedspallm_appfl.adaptors.mpi_communicators import BatchedMPIServer
 
-    registration.freeze()
     _place_on_node(comm)
     for places in comm.gather([], root=0):
         for place in places:
             on_event({"event": "place", **vars(place)})
-    server = server_agent(config, state_dir)
+    server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     spare(server, config)
     BatchedMPIServer(comm, server, logger=_Silent(), optimize_memory=False).serve()
@@ -124,13 +121,9 @@ def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) ->
 
 def run_clients(config: Config, comm: Any) -> None:
     """Run the clients of this rank through all rounds."""
-    from fedspallm_appfl.adaptors import registration
-
-    registration.register()
-    from fedspallm_appfl.adaptors.agents import client_agent
+    agents_of = registration.agents()
     from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
 
-    registration.freeze()
     mine, limit = _clients_of_rank(config, comm)
     node = _place_on_node(comm)
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
@@ -138,7 +131,7 @@ def run_clients(config: Config, comm: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
         kept = _state_of(config)
         told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
-        agents = {settings.client_id: client_agent(settings) for settings in told}
+        agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
         wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
         all_rounds(wire, agents, spares(config))
         wire.invoke_custom_action(action="close_connection")

@@ -49,13 +49,15 @@ class Workers:
         return max(1, min(torch.get_num_threads(), cores() // min(self.count, tasks)))
 
     def submit(self, tasks: int, work: Callable[..., Any], *given: Any) -> "Future[Any]":
-        """Have one of so many tasks done by the next process that is free; at once and here where there is only this one."""
+        """Have one of so many tasks done by the next process that is free; here and at once where there is no other."""
         if self.count == 1:
-            return _done(work, *given)
+            done: Future[Any] = Future()
+            done.set_result(work(*given))
+            return done
         if self._executor is None:
             self._executor = loky.ProcessPoolExecutor(self.count, initializer=_begin, initargs=(os.getpid(),))
         future: Future[Any] = self._executor.submit(_do, self.threads(tasks), work, *given)
-        return future
+        return future  # noqa: RET504 - loky has no types
 
 
 ALONE = Workers(1)
@@ -78,15 +80,6 @@ def result(future: "Future[Any]", who: str) -> Any:
             f"a worker process was ended from outside while it worked for {who}, maybe as memory ran out; "
             "try fewer of them (workers=1)"
         ) from error
-
-
-def _done(work: Callable[..., Any], *given: Any) -> "Future[Any]":
-    future: Future[Any] = Future()
-    try:
-        future.set_result(work(*given))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 def _begin(parent: int) -> None:

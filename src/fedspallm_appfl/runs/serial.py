@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.devices import choose_device, threads
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent
@@ -18,7 +19,6 @@ from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs import workers
 from fedspallm_appfl.runs.absence import described, made, spare, spares, tell
-from fedspallm_appfl.runs.agents import load
 from fedspallm_appfl.runs.placement import describe
 from fedspallm_appfl.runs.processes import ALONE, Workers
 from fedspallm_appfl.runs.run_dir import AGREED, CLIENTS
@@ -47,7 +47,7 @@ def run(config: Config, state_dir: Path, on_event: OnEvent, among: Workers = ALO
 
 
 def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
-    agents_of = load()
+    agents_of = registration.agents()
     server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     spare(server, config)

@@ -13,20 +13,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.absence import spare, spares
-from fedspallm_appfl.runs.agents import load
 from fedspallm_appfl.runs.placement import batches, describe
 from fedspallm_appfl.runs.processes import Workers, result
 from fedspallm_appfl.runs.rank import Message, all_rounds
 from fedspallm_appfl.runs.run_dir import AGREED, CLIENTS
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import ClientSettings, Config
-from fedspallm_appfl.wire.as_bytes import memory, take_apart
-from fedspallm_appfl.wire.inbox import Inbox
+from fedspallm_appfl.wire.as_bytes import Inbox, memory, take_apart
 
 POLL = 0.1  # seconds between two looks at whether a worker has failed
 Groups = list[list[ClientSettings]]
@@ -99,15 +98,15 @@ def run(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers) ->
             workers.submit(len(groups), _work, address, number, group, config.plugins, spares(config))
             for number, group in enumerate(groups)
         ]
-        server = load().server_agent(config, state_dir)
+        server = registration.agents().server_agent(config, state_dir)
         server.aggregator.on_event = on_event
         spare(server, config)
-        desks = _Desks(server, listener)
-        while desks.is_open or not all(future.done() for future in futures):
-            desks.take()
-            for group, future in zip(groups, futures, strict=True):
-                if future.done():
-                    result(future, f"clients {', '.join(settings.client_id for settings in group)}")
+        with _Desks(server, listener) as desks:
+            while desks.is_open or not all(future.done() for future in futures):
+                desks.take()
+                for group, future in zip(groups, futures, strict=True):
+                    if future.done():
+                        result(future, f"clients {', '.join(settings.client_id for settings in group)}")
     return server.aggregator
 
 
@@ -146,6 +145,13 @@ class _Desks:
         self._lines: dict[Connection, Line] = {}
         self._waiting: dict[int, Line] = {}  # worker -> its line, if it waits for an answer
 
+    def __enter__(self) -> "_Desks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._lines:  # whoever waits for an answer that will not come ends
+            connection.close()
+
     @property
     def is_open(self) -> bool:
         """Whether a worker may still send something."""
@@ -183,7 +189,7 @@ def _work(address: str, number: int, told: list[ClientSettings], named: list[str
     """What a worker does: run its clients through all rounds."""
     try:
         plugins.load(named)
-        agents_of = load()
+        agents_of = registration.agents()
         with socket.socket(socket.AF_UNIX) as end:
             end.connect(address)
             with Connection(end.detach()) as connection:

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
+from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
 from fedspallm_appfl.devices import give_back
@@ -27,7 +28,7 @@ from fedspallm_appfl.reports import card
 from fedspallm_appfl.reports.progress import StudyProgress
 from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.rounds.folds.context import STATISTICS
-from fedspallm_appfl.runs import agents, evaluation, experiment, further_models, run_dir, serial
+from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir, serial
 from fedspallm_appfl.runs.processes import Workers, result
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Config
@@ -197,7 +198,7 @@ def _cells(
         sums: what another cell has gathered, and that cell.
     """
     plugins.load(config.plugins)
-    agents.load()  # not in the seconds and memory of the cell
+    registration.agents()  # not in the seconds and memory of the cell
     if config.allocates:
         config = config.with_sparsity(chosen or allocated(config).client_configs.train_configs.sparsity)
     cells = [_from_sums(config, method, texts, *sums)] if sums else _run(config, method, companions)

@@ -1,12 +1,16 @@
-"""A payload as a byte string, for transports that carry only bytes: no pickle, checked on reading.
+"""A payload as a description and the memory of its tensors, for transports that carry only bytes: no pickle.
+
+As one byte string it is checked on reading:
 
 8 bytes, little endian   length n of the description
 n bytes                  JSON: the payload with every tensor replaced by its dtype and shape
 the rest                 the memory of the tensors, one after the other
 """
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +21,7 @@ from fedspallm_appfl.errors import UpdateError, quoted
 
 TENSOR = "\0tensor"  # the key that marks a tensor; no client, block or linear has this name
 HEAD = 8  # bytes
+ALIGNMENT = 64  # bytes, as torch allocates
 LARGEST = 2**48  # limit for a side of a tensor
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,6 +76,37 @@ def fill(part: Any, tensors: list[Tensor]) -> Any:
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class Inbox:
+    """Takes messages in, one at a time.
+
+    The memory of a message is kept for the next one, as new memory is slow to fill: whoever gets a payload has to be done
+    with its tensors, or copy them, before the next message is taken in. Server and clients fold or store them at once.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, description: bytes, receive: Callable[[memoryview], Any]) -> Any:
+        """The payload of a description, with its tensors received.
+
+        Args:
+            description: as `take_apart` makes it.
+            receive: fills the memory of the next tensor.
+        """
+        payload, described = read_description(description)
+        tensors = [(getattr(torch, dtype), shape) for dtype, shape in described]
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in tensors]
+        starts = list(itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        if starts[-1] > len(self._memory):
+            self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8)
+        parts = [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        for part in parts:
+            receive(memory(part))
+        filled = [part.view(dtype).view(shape) for part, (dtype, shape) in zip(parts, tensors, strict=True)]
+        return fill(payload, filled)
 
 
 def to_bytes(payload: Any) -> bytes:

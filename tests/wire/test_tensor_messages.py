@@ -1,48 +1,23 @@
-"""A payload goes through MPI in parts and comes out as it was, whatever its keys are called."""
+"""A payload goes through a connection in parts and comes out as it was, whatever its keys are called."""
+
+import multiprocessing
 
 import pytest
 import torch
 
-pytest.importorskip("mpi4py")
-
-from fedspallm_appfl.adaptors import registration
-from fedspallm_appfl.wire.as_bytes import take_apart
-
-
-class Pipe:
-    """Stands in for a communicator: what is sent is received in the same order."""
-
-    def __init__(self):
-        self.sent = []
-
-    def Send(self, buffer, dest, tag):  # noqa: N802 - MPI's name
-        self.sent.append(bytes(buffer[0]))
-
-    def Recv(self, buffer, source, tag):  # noqa: N802
-        message = self.sent.pop(0)
-        assert len(buffer[0]) == len(message)
-        buffer[0][:] = message
-
-
-@pytest.fixture(scope="module")
-def communicators():
-    registration.register()
-    from fedspallm_appfl.adaptors import mpi_communicators
-
-    return mpi_communicators
+from fedspallm_appfl.runs.workers import Line
+from fedspallm_appfl.wire.as_bytes import Inbox
 
 
 @pytest.fixture
-def through(communicators):
+def through():
     """What comes out of a payload that was sent."""
-    inbox = communicators.Inbox()
+    sender, receiver = (Line(end, Inbox()) for end in multiprocessing.Pipe())
 
     def through(payload):
-        pipe = Pipe()
-        description, tensors = take_apart(payload)
-        communicators.send_tensors(pipe, tensors, 0, 1)
-        received = inbox.receive(pipe, description, 0, 1)
-        assert not pipe.sent
+        sender.send(payload=payload)
+        received = receiver.receive()["payload"]
+        assert not receiver.connection.poll()
         return received
 
     return through
