@@ -14,7 +14,7 @@ CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study real test globus fast fuzz lint check triton kills families matrix docs bench bench-peers clean
+.PHONY: help install demo study real test globus fast fuzz lint check triton kills families matrix docs bench bench-gpu bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -84,6 +84,9 @@ docs: install  ## Write the table of all keys into docs/configuration.md
 
 bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks
+
+bench-gpu: install  ## Check and measure everything on one CUDA GPU; eight minutes
+	$(LIMIT) 15m $(BIN)/python -m benchmarks.gpu
 
 bench-peers: $(PEERS)/installed  ## An environment with llm-compressor, to be compared with
 

@@ -7,12 +7,14 @@ import torch
 
 from fedspallm_appfl.tensors.sparsity import (
     SPACING,
+    by_digits,
     first_in_groups,
     kth_smallest,
     row_counts,
     select,
     smallest,
     smallest_in_rows,
+    with_ties,
 )
 from fedspallm_appfl.tensors.target import NM, Ratio, check_divides, parse_target
 
@@ -117,6 +119,21 @@ def test_select_compares_within_matrix_row_or_group(text, per_row, transposed):
     assert pruned.shape == scores.shape
     assert pruned.flatten().tolist() == sum(expected, [])
     assert int(pruned.sum()) == target.zeros(96)
+
+
+def test_counting_digits_finds_the_score_of_a_rank():
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.tensor([torch.inf, -torch.inf, 1.0, -1.0, 0.0, -0.0, 1e-40, -1e-40, 3e38])
+    crowded = torch.randint(-3, 3, (5000,), generator=generator).float()
+    for scores in (odd, crowded, torch.randn(70_000, generator=generator), torch.ones(1)):
+        for rank in {1, len(scores), 1 + len(scores) // 2, max(1, len(scores) // 3)}:
+            assert by_digits(scores, rank) == scores.sort().values[rank - 1]
+
+
+@pytest.mark.parametrize("count", [1, 4000, 4999])
+def test_ties_are_broken_by_index_without_waiting_for_a_number(count):
+    scores = torch.randint(0, 5, (5000,), generator=torch.Generator().manual_seed(count)).float()
+    assert torch.equal(with_ties(scores, kth_smallest(scores, count), count), smallest(scores, count))
 
 
 @pytest.mark.parametrize("seed", range(3))

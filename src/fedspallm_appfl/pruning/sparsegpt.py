@@ -28,7 +28,7 @@ from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.pruning.pruner import Prepared, Pruner
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.settings.schema import Pruning
-from fedspallm_appfl.tensors.sparsity import kth_smallest, spread
+from fedspallm_appfl.tensors.sparsity import kth_smallest, spread, with_ties
 from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
 COLUMN_BLOCK = 128
@@ -170,6 +170,8 @@ def _keep(columns: Tensor, importance: Tensor, count: int, free: Tensor | None) 
     if free is not None:
         scores.masked_fill_(~free, -1.0)
     threshold = kth_smallest(scores.view(-1), count)
+    if scores.is_cuda:
+        return ~with_ties(scores.T.flatten(), threshold, count).view(scores.T.shape).T
     pruned, ties = scores < threshold, scores == threshold
     missing = count - int(pruned.count_nonzero())
     if missing == int(ties.count_nonzero()):

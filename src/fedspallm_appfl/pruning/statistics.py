@@ -14,6 +14,7 @@ from fedspallm_appfl.errors import PruningError
 STRIPS = 8  # of the symmetric product: 9/16 of the work, in GEMMs wide enough for full speed
 NARROWEST = 64
 LEAST_DAMPING = 0.005  # of a correlation matrix that needs damping
+HALF_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype")  # from torch 2.8 on
 ROUNDING = 1e-3  # of a correlation matrix's eigenvalues, more than float32 sums have
 
 
@@ -80,10 +81,19 @@ class InputGram:
 
     def add(self, inputs: Tensor) -> None:
         """Fold inputs of shape (..., I), any float dtype."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        rows = rows if in_halves(rows) else rows.float()
         strip = _strip(len(self.upper))
         for start in range(0, rows.shape[1], strip):
-            self.upper[start : start + strip, start:].addmm_(rows[:, start : start + strip].T, rows[:, start:])
+            sums, left, right = (
+                self.upper[start : start + strip, start:],
+                rows[:, start : start + strip].T,
+                rows[:, start:],
+            )
+            if rows.dtype == torch.float32:
+                sums.addmm_(left, right)
+            else:
+                sums += torch.mm(left, right, out_dtype=torch.float32)
         self.tokens += len(rows)
 
     def diagonal(self) -> Tensor:
@@ -98,6 +108,15 @@ class InputGram:
     def matrix(self) -> Tensor:
         """(I, I) float32, the full symmetric matrix, a new tensor."""
         return mirror(self.upper.clone())
+
+
+def in_halves(rows: Tensor) -> bool:
+    """Whether products of inputs are taken as they are, in half precision, and summed in float32.
+
+    Tensor cores do that several times as fast as products in float32. Each product is exact in float32, so nothing is
+    lost: 11 bits of a float16, or 8 of a bfloat16, twice, are fewer than 24.
+    """
+    return rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16) and HALF_PRODUCTS
 
 
 Statistic = InputGram | InputNorms

@@ -131,7 +131,7 @@ def _prune_group(
 
 def _prune_linear(block: _Block, linear: Linear, prepared: Prepared, target: Target) -> PrunedLinear:
     model, keep = block.source.model, block.source.settings.prune.keep_zeros
-    dense = model.skeleton.dense_weight(block.index, linear).to(model.device, torch.float32)
+    dense = model.skeleton.dense_weight(block.index, linear).to(model.device).float()  # it travels as it is stored
     zero = already_zero(dense) if keep else None
     if block.masks is None:
         weight, mask = prepared.prune_all(dense, target, zero)

@@ -185,6 +185,8 @@ def read(
     stored = files.read(pieces[0].key)
     if len(pieces) == 1:
         stored = stored.transpose(-1, -2) if pieces[0].swapped else stored
+        if device.type == "cuda":  # it travels as it is stored
+            return stored.to(device).to(dtype or stored.dtype)
         return stored.to(device=device, dtype=dtype, copy=True)
     whole = torch.empty(shape, dtype=dtype or stored.dtype, device=device)
     for piece in pieces:

@@ -64,7 +64,7 @@ class Context:
 
     def dense_float(self, block: int, name: str) -> Tensor:
         """A dense weight, (O, I) float32, where sums are."""
-        return self.dense(block, name).to(self.device, torch.float32)
+        return self.dense(block, name).to(self.device).float()
 
     def matrix(self, block: int, name: str) -> Matrix:
         """What the arithmetic of an exchange may ask of a matrix."""
