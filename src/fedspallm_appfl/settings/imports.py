@@ -1,4 +1,4 @@
-"""Heavy packages are imported without garbage collections, which take a fifth of the time and find next to nothing."""
+"""Heavy packages are imported without garbage collections, which take a third of the time and find next to nothing."""
 
 import gc
 import sys
