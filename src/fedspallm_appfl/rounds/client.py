@@ -167,9 +167,12 @@ class LocalClient:
         return sizes(exchange, layout.pruned, settings.sparsity, dtype, self._source.groups, settings.gram)
 
     def _scratch(self) -> Path:
-        """A folder that goes with the client, or with its keys."""
+        """A folder that goes with the client's keys, with the run's state, or with this object."""
         if self.settings.secrets:
             return make_private(Path(self.settings.secrets))
+        if self.settings.checkpoints:
+            kept = Path(self.settings.checkpoints)
+            return make_private(kept.with_name(f"{kept.name}-statistics"))
         if self._kept_between is None:
             self._kept_between = tempfile.TemporaryDirectory(prefix="fedspallm-")
         return Path(self._kept_between.name)
