@@ -74,6 +74,15 @@ def in_another_process(switch):
     return done.stdout.strip().split("|")
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_share_the_loops_and_no_bit_changes(compiled, monkeypatch, threads):
+    alone = fingerprint()
+    monkeypatch.setattr(native, "SHORT", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert len(native.ranges(1000, 8)) == threads
+    assert fingerprint() == alone
+
+
 def test_the_switch_turns_the_loops_off_and_no_bit_changes():
     assert in_another_process("0") == ["None", "no compiled loops", fingerprint()]
 

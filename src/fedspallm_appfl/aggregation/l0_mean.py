@@ -135,8 +135,11 @@ class L0Sums:
         kept = None if self.kept is None else self.kept.view(-1)
         size = votes.element_size()
         if values.element_size() == 2:
-            table, entries = _table(values.dtype), len(total)
-            native.call(f"fold_2_{size}", values, bits, entries, len(values), table, client_weight, total, votes, kept)
+            table, calls = _table(values.dtype), []
+            for one in bitmask.split(bits, len(total)):
+                sums = total[one.entries], votes[one.entries], None if kept is None else kept[one.entries]
+                calls.append((values[one.kept], one.bits, one.size, one.values, table, client_weight, *sums))
+            native.call_in_parts(f"fold_2_{size}", calls)
             return
         taken = 0
         for tile in _tiles(total):

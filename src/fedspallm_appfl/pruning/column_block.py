@@ -18,6 +18,7 @@ from fedspallm_appfl.tensors import native
 from fedspallm_appfl.tensors.sparsity import select
 from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
+TILE = 32  # rows that the compiled loop takes at a time
 GIVEN = Ratio(Fraction(0))  # any ratio works as the target of an existing mask
 
 
@@ -38,7 +39,10 @@ def solve(columns: Tensor, kept: Tensor, upper: Tensor, importance: Tensor, targ
     elif native.serves(columns, kept, upper, importance) and len(columns) <= native.WIDEST_BLOCK:
         group, pruned = (target.group, target.group - target.kept) if isinstance(target, NM) else (0, 0)
         width, rows = columns.shape
-        native.call("sparsegpt_block", columns, kept, width, rows, upper, importance, group, pruned)
+        given = columns, kept, width, rows, upper, importance, group, pruned
+        parts = native.ranges(columns.numel(), TILE * width)
+        rows_of = [(part.start // width, min(part.stop // width, rows)) for part in parts]
+        native.call_in_parts("sparsegpt_block", [(*given, *part) for part in rows_of])
     else:
         _column_by_column(columns, kept, upper, importance, target)
 

@@ -7,6 +7,9 @@ torch do the same. On a GPU the data stays there.
 Legend: O out features, I in features.
 """
 
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,8 +48,43 @@ def from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 def count(bits: Tensor) -> int:
     """Kept entries."""
     if native.serves(bits):
-        return int(native.call("count_bits", bits, len(bits)))
+        parts = [(bits[part], part.stop - part.start) for part in native.ranges(len(bits), 8)]
+        return sum(map(int, native.call_in_parts("count_bits", parts)))
     return int(from_bits(bits, (8 * len(bits),)).sum())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a mask.
+
+    Attributes:
+        entries: which entries it is of.
+        bits: of the part.
+        kept: which values belong to it.
+    """
+
+    entries: slice
+    bits: Tensor
+    kept: slice
+
+    @property
+    def size(self) -> int:
+        """Entries of the part."""
+        return int(self.entries.stop - self.entries.start)
+
+    @property
+    def values(self) -> int:
+        """Kept entries of the part."""
+        return int(self.kept.stop - self.kept.start)
+
+
+def split(bits: Tensor, entries: int) -> list[Part]:
+    """A mask in parts for the compiled loops, one for each thread."""
+    places = native.ranges(entries, 64)
+    of = [bits[place.start // 8 : -(-place.stop // 8)] for place in places]
+    ends = list(accumulate(map(count, of), initial=0))
+    kept = [slice(start, stop) for start, stop in pairwise(ends)]
+    return [Part(*one) for one in zip(places, of, kept, strict=True)]
 
 
 def gather(dense: Tensor, bits: Tensor) -> Tensor:
@@ -60,8 +98,10 @@ def gather(dense: Tensor, bits: Tensor) -> Tensor:
         (kept,) in the dtype of `dense`.
     """
     if dense.element_size() in _LOOPS and native.serves(dense, bits):
-        values = torch.empty(count(bits), dtype=dense.dtype)
-        native.call(f"gather_{dense.element_size()}", dense, bits, dense.numel(), len(values), values)
+        flat, parts = dense.view(-1), split(bits, dense.numel())
+        values = torch.empty(parts[-1].kept.stop, dtype=dense.dtype)
+        calls = [(flat[one.entries], one.bits, one.size, one.values, values[one.kept]) for one in parts]
+        native.call_in_parts(f"gather_{dense.element_size()}", calls)
         return values
     return dense[from_bits(bits, tuple(dense.shape))]
 
@@ -85,7 +125,9 @@ def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], out: Tensor | 
         raise ValueError(f"a mask with {count(bits)} kept entries needs as many values, got {len(values)}")
     dense = torch.empty(shape, dtype=values.dtype, device=values.device) if out is None else out
     if values.element_size() in _LOOPS and native.serves(values, bits, dense):
-        native.call(f"scatter_{values.element_size()}", values, bits, dense.numel(), len(values), dense)
+        flat, parts = dense.view(-1), split(bits, dense.numel())
+        calls = [(values[one.kept], one.bits, one.size, one.values, flat[one.entries]) for one in parts]
+        native.call_in_parts(f"scatter_{values.element_size()}", calls)
         return dense
     return dense.zero_().masked_scatter_(from_bits(bits, shape), values)
 

@@ -6,11 +6,15 @@ without them. A report says which of the two a run used.
 
 import ctypes
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
+SHORT = 2**18  # entries; for fewer a thread costs more than it saves
 WIDEST_BLOCK = 256  # maximum number of columns of `sparsegpt_block`
 
 
@@ -38,6 +42,24 @@ def call(function: str, *arguments: Tensor | int | None) -> Any:
     """
     plain = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else _plain(a) for a in arguments]
     return getattr(LIBRARY, function)(*plain)
+
+
+def call_in_parts(function: str, parts: Sequence[tuple[Tensor | int | None, ...]]) -> list[Any]:
+    """Call a loop once for each part of the work, on as many threads as torch has; ctypes lets go of the interpreter.
+
+    Parts write to different places, so the bits do not depend on how many there are.
+    """
+    if len(parts) == 1:
+        return [call(function, *parts[0])]
+    with ThreadPoolExecutor(len(parts)) as threads:
+        return list(threads.map(lambda part: call(function, *part), parts))
+
+
+def ranges(size: int, multiple: int) -> list[slice]:
+    """A range in as many parts as torch has threads, each but the last a multiple long; one part if it is short."""
+    count = 1 if size < SHORT else torch.get_num_threads()
+    step = max(1, -(-size // (count * multiple))) * multiple
+    return [slice(start, min(start + step, size)) for start in range(0, max(1, size), step)]
 
 
 def _plain(argument: int | None) -> ctypes.c_int64 | ctypes.c_void_p:

@@ -123,7 +123,9 @@ FOLD(fold_8_1, int64_t, uint8_t, value)
 FOLD(fold_8_2, int64_t, int16_t, value)
 
 /* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do
- * not depend on each other, so a tile of them is finished in the fastest cache. The errors of a few columns are applied to the columns on their right at once, in the order of the columns: the same sums as one by one.
+ * not depend on each other, so a tile of them is finished in the fastest cache, and a call takes those from `from` to `to`.
+ * The errors of a few columns are applied to the columns on their right at once, in the order of the columns: the same sums
+ * as one by one.
  * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index; those
  * that are not kept when it comes in go first, and always. */
 typedef float lane __attribute__((vector_size(64)));
@@ -164,12 +166,12 @@ static void choose(const column *w, uint8_t *kept, int64_t rows, int64_t tile, c
 }
 
 FAST void sparsegpt_block(float *columns, uint8_t *kept, int64_t width, int64_t rows, const float *upper,
-                          const float *importance, int64_t group, int64_t prune)
+                          const float *importance, int64_t group, int64_t prune, int64_t from, int64_t to)
 {
     column w[WIDEST], errors[WIDEST];
     int64_t step = group > FEW ? group : group ? FEW / group * group : FEW; /* whole groups */
-    for (int64_t first = 0; first < rows; first += TILE) {
-        int64_t tile = smaller(TILE, rows - first);
+    for (int64_t first = from; first < to; first += TILE) {
+        int64_t tile = smaller(TILE, to - first);
         memset(w, 0, sizeof *w * width);
         memset(errors, 0, sizeof *errors * step);
         for (int64_t j = 0; j < width; j++)
