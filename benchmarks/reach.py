@@ -16,7 +16,7 @@ from fedspallm_appfl.estimates.memory import server_memory
 from fedspallm_appfl.estimates.traffic import final, traffic
 from fedspallm_appfl.settings.schema import Client, Config, Model
 
-FOLDED = {"fedspallm": 0.22, "consensus": 0.22, "gram": 0.22}  # GB/s of uploads on one core, measured
+FOLDED = {"fedspallm": 0.25, "consensus": 0.23, "gram": 0.09}  # GB/s of uploads on one core, measured
 LINKS = {"10 Gbit/s": 1.25, "100 Gbit/s": 12.5}  # GB/s
 CLIENTS = (16, 256, 4096)
 SHAPES = {  # blocks, width, width of the MLP, heads, heads of keys and values, vocabulary
@@ -69,7 +69,15 @@ def _uploads(models: dict[str, Outline]) -> Table:
 
 
 def _server(models: dict[str, Outline]) -> Table:
-    heads = ("model", "algorithm", "clients", "TB up", "TB down", "hours of folding", *(f"at {link}" for link in LINKS))
+    heads = (
+        "model",
+        "algorithm",
+        "clients",
+        "TB up",
+        "TB down",
+        "hours of folding",
+        *(f"hours at {link}" for link in LINKS),
+    )
     table = Table("What the server takes in a round", (*heads, "GB of memory"))
     for name, model in models.items():
         for algorithm in FOLDED:
@@ -80,7 +88,7 @@ def _server(models: dict[str, Outline]) -> Table:
 
 def _load(job: Job) -> Sequence[str]:
     up, down = (each * len(job.clients) / 1e9 for each in _bytes(job))
-    hours = [up / FOLDED[job.algorithm.name], *((up + down) / speed for speed in LINKS.values())]
+    hours = [up / FOLDED[job.algorithm.name], *(max(up, down) / speed for speed in LINKS.values())]
     memory = server_memory(job).needed / 1e9
     return [f"{up / 1e3:.2f}", f"{down / 1e3:.2f}", *(_hours(seconds / 3600) for seconds in hours), f"{memory:.0f}"]
 
@@ -92,7 +100,7 @@ def _bytes(job: Job) -> tuple[int, int]:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.2g}" if hours < 100 else f"{hours:.0f}"
+    return f"{hours:.2g}" if hours < 99.5 else f"{hours:.0f}"
 
 
 if __name__ == "__main__":
