@@ -69,8 +69,8 @@ class Stopwatch:
         return timed
 
 
-def configuration(model: Path, clients: int, rounds: int, folder: Path) -> Config:
-    """Every client prunes all blocks on eight windows of one of the bundled texts."""
+def configuration(model: Path, clients: int, rounds: int, folder: Path, **more: Any) -> Config:
+    """Every client prunes all blocks on eight windows of one of the bundled texts; `more` are other keys."""
     raw = {
         "run_dir": str(folder / "run"),
         "model": {"path": str(model), "dtype": "float32"},
@@ -83,6 +83,7 @@ def configuration(model: Path, clients: int, rounds: int, folder: Path) -> Confi
             {"client_id": f"client-{n}", "data": {"text": str(DEMO / "text" / TEXTS[n % len(TEXTS)] / "calib.txt")}}
             for n in range(clients)
         ],
+        **more,
     }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(raw))

@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedspallm_appfl.errors import ModelError, first_line, shortened
 
@@ -13,6 +14,7 @@ OnEvent = Callable[[Event], None]
 
 # kinds that count only once
 ONCE = ("start", "block", "round", "measured", "allocation", "notice", "outlier", "brought_back")
+MANY = "upload"  # the kind of which there is one for each client and message; it is not kept in memory
 
 
 def ignore(event: Event) -> None:
@@ -20,19 +22,22 @@ def ignore(event: Event) -> None:
 
 
 class EventLog:
-    """Append events to a file, keep them for the report, pass them on to listeners.
+    """Append events to a file, from which the report reads them, and pass them on to listeners.
 
     Attributes:
-        events: all events so far.
+        seconds: of work until the last event.
     """
 
     def __init__(self, file: Path, *listeners: OnEvent) -> None:
         """Go on after the events that the file holds."""
         self._file = file
         self._listeners = listeners
-        self.events: list[Event] = list(_read(file))
-        self._known = {_frozen(event) for event in self.events if event["event"] in ONCE}
-        self._started = time.monotonic() - (self.events[-1]["time"] if self.events else 0.0)
+        self._few: list[Event] = []
+        self.seconds = 0.0
+        for event in _read(file):
+            self._keep(event)
+        self._known = {_frozen(event) for event in self._few if event["event"] in ONCE}
+        self._started = time.monotonic() - self.seconds
 
     def __call__(self, event: Event) -> None:
         """Take one event; `time` is seconds of work since the log was begun.
@@ -43,7 +48,7 @@ class EventLog:
         if _frozen(event) in self._known:  # what was done again after the run was cut off
             return
         stamped = {**event, "time": round(time.monotonic() - self._started, 4)}
-        self.events.append(stamped)
+        self._keep(stamped)
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(stamped, ensure_ascii=False) + "\n")
@@ -52,20 +57,39 @@ class EventLog:
         for listener in self._listeners:
             listener(stamped)
 
+    def _keep(self, event: Event) -> None:
+        self.seconds = float(event["time"])
+        if event["event"] != MANY:
+            self._few.append(event)
+
+    @property
+    def events(self) -> Iterator[Event]:
+        """All events so far, as the file has them."""
+        return _read(self._file)
+
     def of(self, kind: str) -> list[Event]:
-        """Events of one kind."""
-        return [event for event in self.events if event["event"] == kind]
+        """Events of one kind other than uploads."""
+        return [event for event in self._few if event["event"] == kind]
+
+    @property
+    def uploads(self) -> Iterator[Event]:
+        """Events of uploads, one at a time."""
+        return (event for event in self.events if event["event"] == MANY)
 
 
 def _read(file: Path) -> Iterator[Event]:
     """The events of a file; a line that was cut off is cut away."""
     if not file.is_file():
         return
-    text = file.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        file.write_bytes(whole)
-    for number, line in enumerate(whole.splitlines(), 1):
+    with file.open("rb+") as opened:
+        yield from _events(opened, file)
+
+
+def _events(opened: IO[bytes], file: Path) -> Iterator[Event]:
+    for number, line in enumerate(opened, 1):
+        if not line.endswith(b"\n"):
+            opened.truncate(opened.seek(-len(line), SEEK_END))
+            return
         try:
             event: Event = json.loads(line)
             str(event["event"]), _frozen(event), float(event["time"])

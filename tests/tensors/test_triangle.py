@@ -64,3 +64,12 @@ def test_the_diagonal_that_is_given_is_not_shared():
     matrix = triangle.unflatten(torch.zeros(3), diagonal)
     matrix.zero_()
     assert diagonal.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("side", [1, 257, 600])
+def test_products_of_two_numbers_are_those_of_the_square(side, whole):
+    numbers = torch.rand(side, generator=torch.Generator().manual_seed(0))
+    square = numbers.unsqueeze(1) * numbers
+    for rows, _, inside in triangle.strips(side, whole=whole):
+        assert torch.equal(triangle.products(numbers, rows, inside), square[rows][inside])

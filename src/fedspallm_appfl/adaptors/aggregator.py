@@ -184,7 +184,7 @@ class FedSpaLLMAggregator(BaseAggregator):
 
     def all_ended(self) -> bool:
         """Whether every client that was not given up has sent its last message of the exchange."""
-        return self._ended | self.given_up() == set(self.settings.roster)
+        return len(self._ended) + len(self.given_up()) == len(self.settings.roster)  # nobody is in both
 
     def end_exchange(self) -> dict[str, Any]:
         """Close the exchange and begin the next one, maybe of the next round.

@@ -36,6 +36,7 @@ class FedSpaLLMScheduler(BaseScheduler):
         self._lock = threading.Lock()
         self._held: dict[str, tuple[Future, set[int]]] = {}
         self._at_barrier: dict[str, Future] = {}
+        self._open: set[int] = set()  # blocks, when all who are held were last looked at
         self.spare_others = False
         self.least = 1
 
@@ -131,9 +132,12 @@ class FedSpaLLMScheduler(BaseScheduler):
         return self.aggregator.get_parameters(**kwargs)
 
     def _release(self) -> None:
+        """Answer who may go on: all are looked at when blocks were opened or closed, else the last alone."""
         model = self.aggregator.global_model
         open_blocks = model.open_blocks()
-        for client, (future, sent) in list(self._held.items()):
+        held = list(self._held.items()) if open_blocks != self._open else list(self._held.items())[-1:]
+        self._open = open_blocks
+        for client, (future, sent) in held:
             owes = any(model.owes(client, block) for block in open_blocks)
             if len(open_blocks) <= self.max_open_blocks or not sent & open_blocks or owes:
                 del self._held[client]

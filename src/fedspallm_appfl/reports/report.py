@@ -56,7 +56,7 @@ def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of tensors sent by each client (up) and to each client (down)."""
     up: dict[str, int] = {}
     down: dict[str, int] = {}
-    for event in log.of("upload"):
+    for event in log.uploads:
         up[event["client"]] = up.get(event["client"], 0) + event["bytes"]
     for event in log.of("round"):
         for client in up:
@@ -252,13 +252,11 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
     rows = [[client, f"{up[client]:,}", f"{down.get(client, 0):,}"] for client in up]
     rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
     dense = results.dense_bytes * len(config.clients) * config.server_configs.num_global_epochs
+    sent = Counter[int]()
+    for event in log.uploads:
+        sent[event["round"]] += event["bytes"]
     per_round = [
-        [
-            str(r["round"] + 1),
-            f"{sum(e['bytes'] for e in log.of('upload') if e['round'] == r['round']):,}",
-            f"{r['bytes_down'] * len(up):,}",
-        ]
-        for r in log.of("round")
+        [str(r["round"] + 1), f"{sent[r['round']]:,}", f"{r['bytes_down'] * len(up):,}"] for r in log.of("round")
     ]
     final = sum(event["bytes_down"] for event in log.of("measured"))
     per_round += [["model to measure", "0", f"{final:,}"]] if final else []
@@ -278,11 +276,11 @@ def _recovery(config: Config, log: EventLog) -> list[str]:
     recovery = config.recovery
     if not recovery.rounds:
         return []
-    sent = [event for event in log.of("upload") if event["exchange"] >= event["exchanges"] - recovery.rounds]
+    sent = sum(event["bytes"] for event in log.uploads if event["exchange"] >= event["exchanges"] - recovery.rounds)
     loss = "each block's output" if recovery.scope == "blockwise" else f"loss {recovery.loss}"
     return [
         f"Recovery: {count(recovery.rounds, 'round')} of {count(recovery.steps, 'step')} of {recovery.batch} windows, "
-        f"{loss}. Clients sent {sum(event['bytes'] for event in sent):,} bytes of changes "
+        f"{loss}. Clients sent {sent:,} bytes of changes "
         f"in {recovery.delta}, part of what is above.",
         *([TAKES_PART] if recovery.model else []),
     ]
@@ -293,7 +291,7 @@ def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
     entries, sent, senders = Counter[int](), Counter[int](), defaultdict[int, set[tuple[int, str]]](set)
     for matrix in results.matrices:
         entries[matrix.block] += matrix.entries
-    for event in log.of("upload"):
+    for event in log.uploads:
         for block, nbytes in event["block_bytes"].items():
             sent[int(block)] += nbytes
             senders[int(block)].add((event["round"], event["client"]))
@@ -309,14 +307,17 @@ def _participation(config: Config, results: Result, log: EventLog) -> str:
     rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
     where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
     where = where if places else []  # over Globus Compute the sites know
+    blocks, seconds = defaultdict[str, set[tuple[int, int]]](set), defaultdict[str, float](float)
+    hosts: dict[str, str] = {}
+    for event in log.uploads:
+        name = event["client"]
+        blocks[name].update((event["round"], block) for block in from_text(event["blocks"]))
+        seconds[name] += event["seconds"]
+        hosts.setdefault(name, event["host"])
     for client in participants(config):
-        mine = [event for event in log.of("upload") if event["client"] == client.client_id]
-        blocks = {(event["round"], block) for event in mine for block in from_text(event["blocks"])}
-        seconds = sum(event["seconds"] for event in mine)
-        host = mine[0]["host"] if mine else "-"
-        share = f"{client.train_configs.resource_share:g}"
-        place = [str(places[client.client_id][what]) for what in where]
-        rows.append([client.client_id, share, str(len(blocks)), f"{seconds:.1f}", host, *place])
+        name, share = client.client_id, f"{client.train_configs.resource_share:g}"
+        place = [str(places[name][what]) for what in where]
+        rows.append([name, share, str(len(blocks[name])), f"{seconds[name]:.1f}", hosts.get(name, "-"), *place])
     table = markdown(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
@@ -390,7 +391,7 @@ def _notes(log: EventLog) -> list[str]:
             linear,
             ", ".join(f"{key} {value:g}" for key, value in notes.items()),
         ]
-        for event in log.of("upload")
+        for event in log.uploads
         for linear, notes in event["notes"].items()
     ]
     notices = [event["text"] for event in log.of("notice")]
@@ -405,12 +406,11 @@ def _settings(config: Config, log: EventLog) -> str:
         f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
     )
-    seconds = log.events[-1]["time"] if log.events else 0.0
     data = {(client.data.windows, client.data.length) for client in config.clients}
     begin = "".join(dict.fromkeys(_beginning(config, client.data.bos, client.data.text) for client in config.clients))
     calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     before = f", pruned model `{config.recovery.model}`" if config.recovery.model else ""
     return (
         f"Model `{config.model.path}`{before}; {calibration} per client for pruning, seed {config.seed}{begin}. The "
-        f"resolved configuration is `config.yaml`.\n\n{versions}; {seconds:.0f} s in total."
+        f"resolved configuration is `config.yaml`.\n\n{versions}; {log.seconds:.0f} s in total."
     )

@@ -30,6 +30,7 @@ from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.rounds.hidden.view import KINDS, kind_of, view_of
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
+from fedspallm_appfl.rounds.received import Received
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed, Unreached
@@ -137,7 +138,8 @@ class GlobalModel:
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
-        self._received: set[tuple[str, int, str]] = set()
+        self._received = Received()
+        self._fitted = frozenset(self.settings.fitted)
         self._facts: dict[int, dict[str, Any]] = {}
         self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
         self._replaced: set[Unit] = set()  # by this exchange
@@ -321,7 +323,7 @@ class GlobalModel:
         self._facts |= {block: record["facts"] for block, record in finished.items() if not record["last"]}
         self._held = {(block, name) for block, name in position["held"]}
         self._replaced = {(block, name) for block, record in finished.items() for name in record["made"]}
-        self._received = {
+        self._received |= {
             (client, block, unit)
             for block in finished
             for client in self.round.clients_of(block)
@@ -422,7 +424,7 @@ class GlobalModel:
         Units that lacked only its part are finished. A block of which some units can no longer come stays as it was.
         """
         self.round.given_up.add(client)
-        sent = {block for sender, block, _ in self._received if sender == client}
+        sent = self._received.blocks_of(client)
         mine = [block for block in self.round.assigned.get(client, []) if block in sent]
         self.round = replace(self.round, assigned={**self.round.assigned, client: mine})
         for (block, unit), matrix in list(self._open.items()):
@@ -452,9 +454,8 @@ class GlobalModel:
 
     def owes(self, client: str, block: int) -> bool:
         """Whether a unit of a block that was assigned to a client has not come yet."""
-        sent = {name for name in self._units(block) if (client, block, name) in self._received}
         expected = client not in self.round.given_up and block in self.round.assigned.get(client, [])
-        return expected and len(sent) < len(self._units(block))
+        return expected and any((client, block, name) not in self._received for name in self._units(block))
 
     def check_complete(self, client: str) -> None:
         """Refuse to end an exchange for a client that owes something.
@@ -591,7 +592,7 @@ class GlobalModel:
         if isinstance(packed, Unreached):
             return packed
         seen, refuses = self._fold.look(client, block, name, packed), self.settings.screening == "refuse"
-        found = list(map(str, outliers(seen.facts, client in self.settings.fitted)))
+        found = list(map(str, outliers(seen.facts, client in self._fitted)))
         if found and refuses:
             raise UpdateError(
                 f"refused an update from client {client}, block {block}, {name}: {'; '.join(found)}; with "

@@ -215,7 +215,7 @@ def _run(config: Config, method: Method, companions: Sequence[Method]) -> list[C
     costs = Costs()
     results, log = experiment.conduct(config, serial.run, True, costs, dense=False)
     up, down = traffic(log)
-    client_seconds = sum(event["seconds"] for event in log.of("upload"))
+    client_seconds = sum(event["seconds"] for event in log.uploads)
     zeros, entries = _from_manifests(Path(config.run_dir))
     cell = Cell(
         method.name,

@@ -8,6 +8,8 @@ Fixed-point numbers, as in `l0_mean`, would not work, because the values here ha
 import torch
 from torch import Tensor
 
+TILE = 2**15  # entries added at a time on a CPU: what is made on the way stays in the cache
+
 
 class ExactSum:
     """A sum of tensors of one shape.
@@ -23,12 +25,20 @@ class ExactSum:
 
     def add(self, values: Tensor, part: slice = slice(None)) -> None:
         """Add float values to the whole sum or to a part of it (two-sum of Knuth, TAOCP 2, section 4.2.2)."""
-        high, values = self.high[part], values.double()
-        total = high + values
-        taken = total - high
-        self.low[part] += (high - (total - taken)) + (values - taken)
-        self.high[part] = total
+        high, low, values = self.high[part].view(-1), self.low[part].view(-1), values.reshape(-1)
+        step = TILE if high.device.type == "cpu" else max(1, len(high))
+        for start in range(0, len(high), step):
+            tile = slice(start, start + step)
+            _add(high[tile], low[tile], values[tile].double())
 
     def value(self, part: slice = slice(None)) -> Tensor:
         """The sum, or a part of it, in float32."""
         return (self.high[part] + self.low[part]).float()
+
+
+def _add(high: Tensor, low: Tensor, values: Tensor) -> None:
+    """Add doubles to a sum in its place."""
+    total = high + values
+    taken = total - high
+    low += (high - (total - taken)) + (values - taken)
+    high.copy_(total)

@@ -49,6 +49,20 @@ def unflatten(flat: Tensor, diagonal: Tensor) -> Tensor:
     return matrix
 
 
+def products(numbers: Tensor, rows: slice, inside: Tensor) -> Tensor:
+    """Products of numbers, (I,), two at a time: those of a strip's entries, in storage order.
+
+    Args:
+        numbers: one for each row and column.
+        rows: of the strip.
+        inside: its entries, as `strips` gives them.
+    """
+    if numbers.device.type != "cpu" or bool(inside[-1, 0]):
+        return (numbers[rows].unsqueeze(1) * numbers)[inside]
+    first = zip(range(rows.start, rows.stop), numbers[rows].tolist(), strict=True)
+    return torch.cat([numbers[row + 1 :] * one for row, one in first])  # selecting takes longer than multiplying
+
+
 def strips_bytes(side: int) -> int:
     """Bytes of what is made of a strip of rows of a float32 matrix: some copies of it."""
     return COPIES * 4 * min(ROWS, side) * side

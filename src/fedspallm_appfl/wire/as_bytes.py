@@ -138,9 +138,9 @@ def from_bytes(data: bytes, sender: str) -> Any:
             f"refused an update from {sender}: it describes {sum(sizes)} bytes of tensors, "
             f"{len(data) - HEAD - size} are there"
         )
-    tensors, start = [], HEAD + size
+    tensors, start, whole = [], HEAD + size, memoryview(data)
     for (dtype, shape), length in zip(shapes, sizes, strict=True):
-        part = torch.frombuffer(bytearray(data[start : start + length]), dtype=dtype) if length else torch.empty(0)
+        part = torch.frombuffer(bytearray(whole[start : start + length]), dtype=dtype) if length else torch.empty(0)
         tensors.append(part.to(dtype).view(shape))
         start += length
     return fill(payload, tensors)

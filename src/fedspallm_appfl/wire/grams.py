@@ -113,7 +113,7 @@ class PackedGram:
             values = packed[part].to(roots.device).float()
             if scale is not None:
                 values *= scale.to(roots.device)
-                values *= (roots[rows].unsqueeze(1) * roots)[inside]
+                values *= triangle.products(roots, rows, inside)
             yield part, values
 
     def norm_of(self, name: str) -> float:

@@ -154,6 +154,7 @@ class WeightFold(_MeanFold):
         self._makes = {one.name: one.round[0].make for one in others if not one.apart}
         self._makes[DOWN[exchange.down]] = exchange.make  # the last: it may use the sums up
         self._closing = max(one.closing_bytes for one in (*others, self._algorithm))
+        self._mask_only = frozenset(context.settings.mask_only)
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of all entries; a packed matrix for each store."""
@@ -163,7 +164,7 @@ class WeightFold(_MeanFold):
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """The right shape and sparsity; values are put in where the client's pruner left weights alone."""
-        context, alone = self._context, client in self._context.settings.mask_only
+        context, alone = self._context, client in self._mask_only
 
         def check(packed: Any, where: str) -> Packed:
             shape, target = context.shape(block, unit), context.target(block, unit)
