@@ -34,9 +34,8 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    An exchange is `clients * messages` uploads; those of keys of secure sums hold nothing that is made of a model, and are not
-    counted. Recovery comes in the last round alone. The time left of pruning, and then of recovery, is estimated from the
-    uploads of each.
+    An exchange is `clients * messages` uploads; those of keys of secure sums are short, and not counted. Recovery comes in
+    the last round alone. The time left of pruning, and then of recovery, is estimated from the uploads of each.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int, recovery: int = 0) -> None:
