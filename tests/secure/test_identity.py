@@ -77,7 +77,7 @@ def test_rosters_of_other_names_or_keys_have_other_digests():
 def test_what_is_no_roster(tmp_path, text, reason):
     file = tmp_path / "roster.yaml"
     key = Identity.make().public
-    alias = f"{key[:-2]}{chr(ord(key[-2]) + 1)}="  # its last four bits belong to no byte
+    alias = f"{key[:-2]}{chr(ord(key[-2]) + 1)}="  # its last two bits belong to no byte
     assert base64.b64decode(alias.removeprefix(KIND)) == base64.b64decode(key.removeprefix(KIND))
     file.write_text(text.replace("KEY", key).replace("BARE", key.removeprefix(KIND)).replace("ALIAS", alias))
     with pytest.raises(ConfigError, match=reason):
