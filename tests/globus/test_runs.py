@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import os
 import random
 import re
 import shutil
@@ -197,6 +198,16 @@ def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
             assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
     assert not list((tmp_path / "secrets").glob("fedspallm-secrets-*"))
     assert not globus_worker._sweeping
+
+
+def test_secrets_of_a_round_that_never_ended_go_after_a_week(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, new = tmp_path / "fedspallm-secrets-old", tmp_path / "fedspallm-secrets-new"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, time.time() - 8 * 24 * 3600))
+    globus_worker._forget_old_secrets()
+    assert [folder.name for folder in tmp_path.iterdir()] == [new.name]
 
 
 def sign(folder, file):

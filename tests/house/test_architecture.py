@@ -106,16 +106,46 @@ def reached(*names, only_top=False):
     return found
 
 
-def test_validate_estimate_and_site_do_not_need_appfl():
-    """Importing it takes seconds."""
+def test_validate_estimate_and_site_need_no_other_heavy_packages_than_transformers():
+    """Importing APPFL takes seconds. What the others import is not gone through for garbage, before or after."""
     code = """
-import sys
+import gc, sys
 from fedspallm_appfl.cli import main
 assert main(["validate", "configs/demo.yaml"]) == main(["estimate", "configs/demo.yaml"]) == 0
 assert main(["site", "examples/globus/site.yaml"]) in (0, 2)
-print("appfl" in sys.modules)
+heavy = {"appfl", "datasets", "globus_compute_sdk", "mpi4py", "matplotlib", "torchvision", "tensorflow", "wandb"}
+print(sorted(heavy & set(sys.modules)), gc.isenabled(), gc.get_freeze_count() > 100_000)
 """
-    assert run_python(code).splitlines()[-1] == "False"
+    assert run_python(code).splitlines()[-1] == "[] True True"
+
+
+def test_run_says_something_before_it_imports_anything_heavy():
+    code = """
+import sys
+from fedspallm_appfl.cli import main
+
+class Ended(Exception):
+    pass
+
+class First:
+    def write(self, text):
+        heavy = {"torch", "transformers", "numpy", "appfl"} & set(sys.modules)
+        sys.__stdout__.write(f"{text.split(':')[0]} {heavy or 'light'}")
+        raise Ended
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+sys.stdout = First()
+try:
+    main(["run", "configs/demo.yaml", "run_dir=none"])
+except Ended:
+    pass
+"""
+    assert run_python(code) == f"fedspallm-appfl {face.__version__} light"
 
 
 def test_the_face_needs_neither_torch_nor_yaml_until_it_is_used():

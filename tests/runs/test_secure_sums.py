@@ -1,7 +1,9 @@
 """Runs whose server sees sums alone: bits with masks and without, clients that fall out, and what is refused."""
 
+import copy
 import re
 import stat
+from contextlib import suppress
 from unittest import mock
 
 import pytest
@@ -12,16 +14,16 @@ from fedspallm_appfl import validate
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
-from fedspallm_appfl.errors import ConfigError, FederationError, SecureSumError
+from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
-from fedspallm_appfl.rounds.hidden import places
+from fedspallm_appfl.rounds.hidden import folds, places, sweeps
 from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.rounds.hidden.kept import Kept
 from fedspallm_appfl.rounds.hidden.server import Sums
 from fedspallm_appfl.runs import experiment, further_models, serial
 from fedspallm_appfl.secure import client as secure_client
 from fedspallm_appfl.secure import server as secure_server
-from fedspallm_appfl.secure.identity import Identity
+from fedspallm_appfl.secure.identity import Identity, Roster
 from fedspallm_appfl.wire.hidden import PackedWords
 from helpers.experiments import DOMAINS
 from helpers.tiny import BLOCKS, events, save_tiny, tiny_config, weights
@@ -377,3 +379,100 @@ def test_of_two_tasks_for_one_client_the_first_goes_on(tmp_path):
     second.forget()
     with pytest.raises(SecureSumError, match="client a: another task has gone on"):
         first.write("other")
+
+
+def told(monkeypatch, **lies):
+    """A server that tells all clients but austen something else; clients share no folder."""
+    honest = serial.client_settings
+
+    def settings(config, client, *others):
+        made = honest(config, client, *others)
+        made.agreed = None
+        if client.client_id != "austen":
+            for name, value in lies.items():
+                setattr(made, name, value)
+        return made
+
+    monkeypatch.setattr(serial, "client_settings", settings)
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_clients_that_are_told_different_settings_take_no_keys_of_each_other(tmp_path, tiny_model, monkeypatch, signs):
+    """With `magnitude` the others' masks would follow from the model, and the sum would show those of austen."""
+    told(monkeypatch, pruner="magnitude")
+    with pytest.raises(SecureSumError, match="the public keys of client bible: its settings must be"):
+        conduct(signed(tmp_path, tiny_model, "fedprllm")) if signs else run(tmp_path, tiny_model, "fedprllm", **SECURE)
+
+
+def test_a_client_does_not_hide_among_others_that_hardly_count(tmp_path, tiny_model, monkeypatch):
+    told(monkeypatch)
+    honest = serial.client_settings
+
+    def settings(config, client, *others):
+        made = honest(config, client, *others)
+        made.data.windows = made.data.windows if client.client_id == "austen" else 1
+        made.tokens = {name: tokens if name == "austen" else made.data.length for name, tokens in made.tokens.items()}
+        return made
+
+    monkeypatch.setattr(serial, "client_settings", settings)
+    with pytest.raises(SecureSumError, match="client austen has .* and a sum hides nobody who has more than half"):
+        run(tmp_path, tiny_model, "fedprllm", **SECURE)
+
+
+@pytest.mark.parametrize("lies", [True, False])
+def test_sums_of_clients_that_were_sent_different_things_say_nothing(tmp_path, tiny_model, monkeypatch, lies):
+    """With squares of zero the others would send zeros, and the sum would be what austen sends."""
+    told(monkeypatch)
+    opened, sent, take = {}, {}, LocalClient.take
+    grams, made = sweeps._SWEEPS["grams"], folds.HiddenGrams.made
+
+    def other(self, update):
+        squares = update and self.exchanges[update["exchange"]].down == "squares"
+        if squares and self.settings.client_id != "austen":
+            update = copy.deepcopy(update)
+            for units in update["blocks"].values():
+                for packed in units.values():
+                    packed["values"].mul_(0)
+        take(self, update)
+
+    def sending(source, exchange, blocks):
+        for block, units in grams(source, exchange, blocks):
+            if source.settings.client_id == "austen":
+                sent.update({(block, name): words.words.clone() for name, (words, _) in units.items()})
+            yield block, units
+
+    def opening(self, block, unit, words, clients):
+        opened[block, unit] = words.clone()
+        return made(self, block, unit, words, clients)
+
+    monkeypatch.setattr(LocalClient, "take", other)
+    monkeypatch.setitem(sweeps._SWEEPS, "grams", sending)
+    monkeypatch.setattr(folds.HiddenGrams, "made", opening)
+    if not lies:
+        with pytest.raises(SecureSumError, match="the words of client .* was sent something else than the others"):
+            conduct(signed(tmp_path, tiny_model, "gram"))
+        return
+    monkeypatch.setattr(Sums, "require_view", lambda *_: None)
+    with suppress(FedSpaLLMError):  # noise may be refused as a Gram matrix
+        conduct(signed(tmp_path, tiny_model, "gram"))
+    assert opened and all(float((sent[place] == words).float().mean()) < 0.01 for place, words in opened.items())
+
+
+def test_a_client_makes_nothing_before_it_has_keys(tmp_path):
+    hiding = Hiding("a", Roster(("a", "b", "c")), "", {(2, 0, "q"): 0}, tmp_path / "secrets")
+    with pytest.raises(SecureSumError, match="client a has no keys for secure sums"):
+        hiding.begin(0, 2, "squares", {}, "")
+    assert not (tmp_path / "secrets").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("clients.1.train_configs.damping=0.1", "client bible has another damping"),
+        ("clients.1.data.windows=500", "client bible has .* and a sum hides nobody who has more than half of them"),
+    ],
+)
+def test_what_would_give_a_client_away_is_refused_before_a_run(tmp_path, tiny_model, capsys, change, words):
+    file = tiny_config(tmp_path, tiny_model, "gram", 3, **SECURE)
+    assert main(["validate", str(file), change]) == 2
+    assert re.search(words, capsys.readouterr().err)

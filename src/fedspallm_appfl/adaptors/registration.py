@@ -18,6 +18,7 @@ import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
+from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
@@ -29,10 +30,11 @@ def register() -> None:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
-        import appfl.agent
-        import appfl.algorithm.aggregator
-        import appfl.algorithm.scheduler
-        import appfl.algorithm.trainer
+        with uncollected("appfl"):
+            import appfl.agent
+            import appfl.algorithm.aggregator
+            import appfl.algorithm.scheduler
+            import appfl.algorithm.trainer
     finally:
         root.handlers[:], root.level = handlers, level
     from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator

@@ -1,7 +1,8 @@
 """The command line `fedspallm`, one file a verb; those for Globus Compute in a folder of their own.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
-configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL.
+configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
+import them say so with `uncollected`.
 """
 
 import argparse

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedspallm_appfl import __version__
 from fedspallm_appfl.errors import refuse
+from fedspallm_appfl.settings.imports import uncollected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +37,7 @@ def checked(
     globus: bool | None = None,
     change: "Callable[[Config], Config] | None" = None,
     resume: bool = False,
+    announce: bool = False,
 ) -> "Config":
     """A configuration without problems.
 
@@ -46,15 +49,19 @@ def checked(
         globus: it is for a run over Globus Compute; None if the endpoints of the clients say so.
         change: what the verb makes of the configuration before it is checked.
         resume: a run that was cut off may be gone on with.
+        announce: say that model and text are opened, before seconds of imports.
 
     Raises:
         ConfigError: lists all problems that were found.
     """
     config = well_formed(file, overrides)
+    if announce:
+        console().print(
+            f"fedspallm-appfl {__version__}: opening model and text of {file}", highlight=False, markup=False
+        )
+    with uncollected("transformers"):
+        from fedspallm_appfl.api import prepared, problems_of
     config = change(config) if change else config
-
-    from fedspallm_appfl.api import prepared, problems_of
-
     globus = config.over_globus() if globus is None else globus
     refuse(file, problems_of(config, globus, files, overwrite, resume))
     return prepared(config, globus)

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command, positive
 from fedspallm_appfl.cli.checked import console
+from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.schema import BOSES, DTYPES
 
 
@@ -59,7 +60,8 @@ def work(args: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from fedspallm_appfl.runs.evaluation import evaluate_folder
+    with uncollected("transformers"):
+        from fedspallm_appfl.runs.evaluation import evaluate_folder
 
     texts = {text: text for text in args.text}
     names = ("length", "windows", "batch", "dtype", "device", "bos", "field", "blocks", "trust_remote_code")

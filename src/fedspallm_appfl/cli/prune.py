@@ -6,6 +6,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
+from fedspallm_appfl.settings.imports import uncollected
 
 
 def add(verbs: Any) -> None:
@@ -26,7 +27,8 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    from fedspallm_appfl.runs import further_models
+    with uncollected("transformers"):
+        from fedspallm_appfl.runs import further_models
 
     further_models.prune(args.run, args.sparsity, args.pruner, console(), args.overwrite)
     return 0

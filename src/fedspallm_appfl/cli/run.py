@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import checked, console, introduce
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
+from fedspallm_appfl.settings.imports import uncollected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ def _telling_how_to_go_on(config: "Config", launcher: str) -> Iterator[None]:
 
 
 def _checked(args: argparse.Namespace, globus: bool) -> "Config":
-    return checked(args.config, args.overrides, True, args.overwrite, globus, args.change, args.resume)
+    return checked(args.config, args.overrides, True, args.overwrite, globus, args.change, args.resume, announce=True)
 
 
 def _serial(config: "Config", shown: "Console", args: argparse.Namespace) -> None:
@@ -165,7 +166,8 @@ def look_at_endpoints(connection: "Connection", shown: "Console") -> "Findings":
 
 
 def _under_mpi(args: argparse.Namespace) -> int:
-    from fedspallm_appfl.runs import mpi
+    with uncollected("transformers"):
+        from fedspallm_appfl.runs import mpi
 
     try:
         comm = mpi.communicator()

@@ -7,6 +7,7 @@ from typing import Any
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import console, well_formed
 from fedspallm_appfl.errors import refuse
+from fedspallm_appfl.settings.imports import uncollected
 
 
 def add(verbs: Any) -> None:
@@ -48,7 +49,8 @@ def work(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *late]
     well_formed(args.config, overrides)
 
-    from fedspallm_appfl.study import measure, plan
+    with uncollected("transformers"):
+        from fedspallm_appfl.study import measure, plan
 
     kept = None if args.keep_models is None else keep
     found, problems = plan.planned(

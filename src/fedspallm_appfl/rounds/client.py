@@ -25,7 +25,10 @@ from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.rounds.hidden.client import Hiding
+from fedspallm_appfl.rounds.hidden.kept import make_private
 from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of
+from fedspallm_appfl.rounds.hidden.terms import terms_of
+from fedspallm_appfl.rounds.hidden.view import KINDS, kind_of, view_of
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.rounds.uploads import Noted, Sweep, sizes, sweep
 from fedspallm_appfl.secure.identity import Identity
@@ -108,14 +111,15 @@ class LocalClient:
         windows, self._own_windows = self._private_windows()
         self.samples = len(windows)
         dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
-        self.agreed = AgreedBlocks(dtype, shared)
-        self.masks = AgreedBlocks(dtype, shared and shared / "masks")
+        looks = settings.secure_sums
+        self.agreed = AgreedBlocks(dtype, shared, looks)
+        self.masks = AgreedBlocks(dtype, shared and shared / "masks", looks)
         algorithm = registry.find(settings.algorithm)
         self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         roster = roster_of(settings)
         self.exchanges = exchanges_of(settings, groups)
-        self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES)
+        self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES, looks)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
         self._source = Source(
@@ -132,7 +136,9 @@ class LocalClient:
         )
         secrets = Path(settings.secrets) if settings.secrets else None
         identity = Identity.load(Path(settings.identity).expanduser()) if roster and settings.identity else None
-        self._hiding = Hiding(settings.client_id, roster, numbered(self.exchanges, self._sizes_of), secrets, identity)
+        terms = terms_of(settings) if roster else ""
+        numbers = numbered(self.exchanges, self._sizes_of)
+        self._hiding = Hiding(settings.client_id, roster, terms, numbers, secrets, identity)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
         self._kept_between: tempfile.TemporaryDirectory | None = None
@@ -161,9 +167,12 @@ class LocalClient:
         return sizes(exchange, layout.pruned, settings.sparsity, dtype, self._source.groups, settings.gram)
 
     def _scratch(self) -> Path:
-        """A folder that goes with the client, or with its keys."""
+        """A folder that goes with the client's keys, with the run's state, or with this object."""
         if self.settings.secrets:
-            return Path(self.settings.secrets)
+            return make_private(Path(self.settings.secrets))
+        if self.settings.checkpoints:
+            kept = Path(self.settings.checkpoints)
+            return make_private(kept.with_name(f"{kept.name}-statistics"))
         if self._kept_between is None:
             self._kept_between = tempfile.TemporaryDirectory(prefix="fedspallm-")
         return Path(self._kept_between.name)
@@ -195,7 +204,10 @@ class LocalClient:
         if exchange.only is None or number == 0 or self._sweep is None:
             made = sweep(replace(self._source, finished=done), exchange, assigned)
             self._sweep = made if wanted else None  # a sweep that goes on begins where something is wanted
-        says = self._hiding.begin(round_index, number, exchange.up, told or {}) if self.settings.secure_sums else ""
+        says = ""
+        if self.settings.secure_sums:
+            view = view_of(round_index, {kind: of.seen for kind, of in self._sent.items()})
+            says = self._hiding.begin(round_index, number, exchange.up, told or {}, view)
         messages = self.messages(number)
         self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), messages, says=says)
 
@@ -261,8 +273,12 @@ class LocalClient:
     def take(self, update: dict[str, Any]) -> None:
         """Use what the server sent in later exchanges: pruned blocks, or masks to solve for."""
         if update:
-            down = self.exchanges[update["exchange"]].down
-            {"masks": self.masks, SQUARES: self.squares}.get(down or "", self.agreed).take(update)
+            self._sent[kind_of(self.exchanges[update["exchange"]].down)].take(update)
+
+    @property
+    def _sent(self) -> dict[str, AgreedBlocks]:
+        """What the server has sent, by its kind."""
+        return dict(zip(KINDS, (self.agreed, self.masks, self.squares), strict=True))
 
     def measure(self) -> dict[str, Any]:
         """The dense and the final model on windows of its text that were kept out of calibration.

@@ -89,6 +89,11 @@ def needs_text(client: Client) -> bool:
     return pruners.find(client.train_configs.pruner).needs is not None
 
 
+def tokens(config: Config) -> dict[str, int]:
+    """Client -> calibration tokens, of those whose pruner sees text."""
+    return {one.client_id: one.data.windows * one.data.length for one in participants(config) if needs_text(one)}
+
+
 def _fits(client: Client) -> bool:
     """Whether a client's kept weights come of least squares, or of little damping: either lets them go far."""
     pruner, train = pruners.find(client.train_configs.pruner), client.train_configs
@@ -135,11 +140,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
         "roster": roster(config),
         "public_keys": public_keys(config),
         "windows": {client.client_id: client.data.windows for client in participants(config) if needs_text(client)},
-        "tokens": {
-            client.client_id: client.data.windows * client.data.length
-            for client in participants(config)
-            if needs_text(client)
-        },
+        "tokens": tokens(config),
         "fitted": [client.client_id for client in participants(config) if _fits(client)],
         "device": server.device,
         "max_message_bytes": comm.max_message_bytes,
@@ -184,6 +185,7 @@ def client_settings(
         "secure_sums": config.server_configs.secure_sums,
         "roster": roster(config) if config.server_configs.secure_sums else {},
         "public_keys": public_keys(config),
+        "tokens": tokens(config) if config.server_configs.secure_sums else {},
         "identity": client.identity,
         "own_windows": own_windows(config),
         "agreed": str(agreed) if agreed else None,

@@ -9,7 +9,7 @@ Aggregated weights are rounded to the dtype of the checkpoint, which is also wha
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from fedspallm_appfl.aggregation.screening import outliers
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import OPENING, Exchange, of_round
+from fedspallm_appfl.algorithms.algorithm import OPENING, SQUARES, Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
@@ -28,11 +28,12 @@ from fedspallm_appfl.rounds.folds.unreached import expert_weight
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
 from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
+from fedspallm_appfl.rounds.hidden.view import KINDS, kind_of, view_of
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed, Unreached
-from fedspallm_appfl.wire.store import PackedStore
+from fedspallm_appfl.wire.store import PackedStore, seen_in
 from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
 
 HIDDEN = "hidden"  # folder of secure sums
@@ -131,6 +132,8 @@ class GlobalModel:
         self.exchanges = exchanges_of(self.settings, context.groups)
         self._folds = folds(context, self.exchanges)
         self._hidden: Sums | None = None  # of the round that is on
+        self._sent: dict[str, dict[Unit, tuple[int, str]]] = {kind: {} for kind in KINDS}
+        self._views: dict[int, str] = {}  # exchange of the round -> hash of what was sent before it
         self._open: dict[Unit, _Open] = {}
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -193,7 +196,7 @@ class GlobalModel:
 
     def _begin_hidden(self) -> None:
         """Ask for new keys."""
-        self._opened = set()
+        self._opened, self._views = set(), {}
         assert self._roster is not None
         folder = self.folder / HIDDEN
         self._hidden = Sums(
@@ -217,7 +220,7 @@ class GlobalModel:
         before = summed_in(self.exchanges, self.round.exchange)
         fold = self._folds[before]
         assert isinstance(fold, HiddenFold)
-        for block, unit, words, clients in self._hidden.opened(before):
+        for block, unit, words, clients in self._hidden.opened(before, self._views[before]):
             give_back()
             stores, facts = fold.made(block, unit, words, clients)
             self._file(block, unit, stores, facts, len(fold.units(block)))
@@ -346,7 +349,9 @@ class GlobalModel:
                 there = packed.get(block) or {}
                 sizes[block] = {name: one.nbytes for name, one in there.items() if (block, name) in units}
             pieces += _pieces(sizes, limit, BEFORE, downs[down], DOWN[down]) if units else []
-        return [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
+        pieces = [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
+        self._note_sent(pieces)
+        return pieces
 
     def receive(self, client: str, update: Any, samples: int, said: str = "") -> int:
         """Check and fold one upload.
@@ -391,6 +396,7 @@ class GlobalModel:
         if self.settings.screening != "off":
             checked = tuple((block, name, self._screened(client, block, name, packed)) for block, name, packed in came)
         if self.exchange.hidden and self._hidden is not None:
+            self._hidden.require_view(client, said, self._view())
             self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
             self._received |= {(client, block, name) for block, name, _ in checked}
             return update_nbytes(update)
@@ -476,7 +482,22 @@ class GlobalModel:
         if self._down_store == GLOBAL:
             self._held |= {(block, name) for block, names in sizes.items() for name in names}
         pieces = _pieces(sizes, limit, self.round.index, self.round.exchange)
-        return [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+        pieces = [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+        self._note_sent(pieces)
+        return pieces
+
+    def _note_sent(self, pieces: Iterable[Piece]) -> None:
+        """Note what goes down to clients of secure sums."""
+        if self._hidden is None:
+            return
+        for piece in pieces:
+            update = self.load_piece(piece)
+            kind = kind_of(self.exchanges[update["exchange"]].down)
+            self._sent[kind] |= seen_in(update, torch.float32 if kind == SQUARES else self.context.dtype)
+
+    def _view(self) -> str:
+        """Hash of what clients of secure sums were sent before the exchange that is on."""
+        return self._views.setdefault(self.round.exchange, view_of(self.round.index, self._sent))
 
     def final(self, client: str, limit: int) -> list[Piece]:
         """What a client lacks of the finished model, or of its own where each has one, in pieces.

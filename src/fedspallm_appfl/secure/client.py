@@ -134,13 +134,14 @@ class Client:
             raise SecureSumError(f"client {self.name} refused shares of its neighbours: its own are not among them")
         self._sealed, self._shares = dict(sealed), found
 
-    def mask(self, message: int, unit: str, words: Tensor) -> Tensor:
+    def mask(self, message: int, unit: str, words: Tensor, view: str = "") -> Tensor:
         """Hide words of a message.
 
         Args:
             message: its number in the exchange.
             unit: which of the sums of the message.
             words: (W,) int64, on the CPU.
+            view: hash of what the words depend on and the server has sent; masks cancel between clients that saw the same.
 
         Returns:
             (W,) int64, of which only a sum over clients says anything.
@@ -154,6 +155,7 @@ class Client:
                 f"client {self.name} cannot mask message {message} of {self.exchange.messages}: it needs shares first"
             )
         once = Poly1305(self._derive("fingerprint", message, unit))
+        once.update(view.encode() + b" ")
         once.update(words.view(torch.uint8).numpy().data)
         known, found = self._masked.setdefault(message, {}), once.finalize().hex()
         if known.setdefault(unit, found) != found:
@@ -161,7 +163,7 @@ class Client:
                 f"client {self.name} refused to mask {unit} of message {message} again: its words have changed; repeat "
                 "the ones that were sent"
             )
-        place = *self.exchange.context, message, unit
+        place = *self.exchange.context, message, unit, view
         pairs = {
             other: pair_key(self._agree(message, other), self.name, other, *place)
             for other in self._shares

@@ -1,7 +1,7 @@
 """What all sides of an exchange know, and how messages of its clients are signed and read.
 
 A message is `join(statement, signature)`, its statement `join(protocol, purpose, run, round, exchange, sender, hash of the
-roster, body)`.
+roster, hash of the settings, body)`.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ class Exchange:
         messages: how many each client sends.
         roster: the clients.
         degree: neighbours of each client; None: everybody where clients sign, or else as `neighbours.degree` says.
+        terms: hash of the settings that all clients must have alike; empty: of the server, which need not know them.
 
     Raises:
         ConfigError: clients that sign have fewer neighbours than everybody.
@@ -41,6 +42,7 @@ class Exchange:
     messages: int
     roster: Roster
     degree: int | None = None
+    terms: str = ""
 
     def __post_init__(self) -> None:
         everybody = len(self.roster.clients) - 1
@@ -63,7 +65,8 @@ class Exchange:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of all of it."""
-        return hashlib.sha256(join(PROTOCOL, *self.context, self.messages, self.roster.digest, self._degree)).digest()
+        parts = *self.context, self.messages, self.roster.digest, self._degree, self.terms
+        return hashlib.sha256(join(PROTOCOL, *parts)).digest()
 
     @property
     def _degree(self) -> int:
@@ -109,11 +112,11 @@ class Exchange:
         if len(statement) != len(head) + 1:
             raise SecureSumError(f"refused {what}: it does not have the form of a signed message")
         for (name, wanted), found in zip(head.items(), statement, strict=False):
-            if found != wanted:
+            if found != wanted and (name != "settings" or self.terms):
                 got = quoted(found.decode(errors="replace"))
                 raise SecureSumError(
                     f"refused {what}: its {name} must be {wanted.decode()}, got {got}; it was made for another place, or "
-                    "the sites have different rosters"
+                    "the sites have different rosters, or were told different settings"
                 )
         if self.roster.keys and not parts[1]:
             raise SecureSumError(f"refused {what}: it is not signed; give client {sender} its identity")
@@ -165,8 +168,8 @@ class Exchange:
             )
 
     def _head(self, purpose: str, sender: str) -> dict[str, bytes]:
-        values = PROTOCOL, purpose, *self.context, sender, self.roster.digest.hex()
-        names = "protocol", "purpose", "run", "round", "exchange", "sender", "roster"
+        values = PROTOCOL, purpose, *self.context, sender, self.roster.digest.hex(), self.terms
+        names = "protocol", "purpose", "run", "round", "exchange", "sender", "roster", "settings"
         return {name: str(value).encode() for name, value in zip(names, values, strict=True)}
 
 

@@ -180,8 +180,12 @@ class Server:
             for dealer, share in opened.items():
                 self._opened.setdefault((number, dealer), {})[client] = share
 
-    def sums(self, message: int) -> Iterator[tuple[str, Tensor]]:
+    def sums(self, message: int, view: str = "") -> Iterator[tuple[str, Tensor]]:
         """The sums of a closed message over its survivors, unit by unit; each is handed out once.
+
+        Args:
+            message: its number.
+            view: hash of what the server has sent to clients, as in `Client.mask`.
 
         Yields:
             unit, (W,) int64.
@@ -192,7 +196,7 @@ class Server:
         seeds = [self._secret(message, client) for client in self._survivors[message]]
         left = list(self._left_over(message))
         for unit in list(self._sums[message]):
-            place = *self.exchange.context, message, unit
+            place = *self.exchange.context, message, unit, view
             own = [self_key(seed, *place) for seed in seeds]
             added = [pair_key(secret, one, fallen, *place) for one, fallen, secret in left if one < fallen]
             subtracted = [pair_key(secret, one, fallen, *place) for one, fallen, secret in left if one > fallen]

@@ -34,7 +34,7 @@ def derive(secret: bytes, purpose: str, *what: bytes | str | int) -> bytes:
 
 
 def self_key(seed: bytes, *place: str | int) -> bytes:
-    """Key of a client's own mask; `place` is run, round, exchange, message, unit."""
+    """Key of a client's own mask; `place` is run, round, exchange, message, unit, view."""
     return derive(seed, "self mask", *place)
 
 

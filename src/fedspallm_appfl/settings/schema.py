@@ -656,6 +656,7 @@ class ClientSettings(TrainConfigs):
         secure_sums: the server sees sums of all clients alone.
         roster: id -> resource share of all participants, for scripts that do not pass assignments on.
         public_keys: id -> public key of all clients, where those of secure sums have identities.
+        tokens: id -> calibration tokens of all clients of secure sums.
         identity: file of its secret key; None for none.
         own_windows: windows of its text to measure on at the end.
         agreed: folder for pruned blocks that come down, shared by the clients of a process; None for one of its own.
@@ -677,6 +678,7 @@ class ClientSettings(TrainConfigs):
     secure_sums: bool = False
     roster: dict[str, float] = field(default_factory=dict)
     public_keys: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     identity: str | None = None
     own_windows: int = 0
     agreed: str | None = None

@@ -12,7 +12,8 @@ from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, quoted
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.rounds.hidden.coding import MOST_CLIENTS
-from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients
+from fedspallm_appfl.rounds.hidden.terms import alike, outweighs
+from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients, tokens
 from fedspallm_appfl.secure.identity import LEAST_CLIENTS, MAKE, Identity, Roster
 from fedspallm_appfl.settings import plugins, rules
 from fedspallm_appfl.settings.rules import shown
@@ -121,6 +122,15 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: clients count equally in a mean that is hidden; leave aggregator_kwargs.weights at equal"
     if config.server_configs.aggregator_kwargs.fold == "cumulative":
         yield f"{where}: a round that is begun anew would be added twice; leave aggregator_kwargs.fold at latest"
+    shared = alike(config.client_configs.train_configs)
+    for client in config.clients:
+        if other := [name for name, value in alike(client.train_configs).items() if value != shared[name]]:
+            yield (
+                f"{where}: all clients prune with the same settings, or the others' parts could be taken out of a sum; "
+                f"client {client.client_id} has another {', '.join(other)}; put it into client_configs"
+            )
+    if problem := outweighs(tokens(config)):
+        yield f"{where}: {problem}"
     if partial := partial_clients(config):
         yield f"{where}: all clients prune all blocks; leave resource_share at 1, got less of {partial}"
 

@@ -11,6 +11,7 @@ A matrix of an expert also says how many tokens reached it, and one that too few
 Legend: O out features, I in features.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -60,6 +61,15 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(part.nbytes for part in (self.mask, self.values) if part is not None)
+
+    def sha256(self) -> str:
+        """A hash of all of it, in hexadecimal digits."""
+        digest = hashlib.sha256(repr((self.shape, self.tokens)).encode())
+        for part in (self.mask, self.values):
+            digest.update(b"-" if part is None else f"{part.dtype} {part.nbytes} ".encode())
+            if part is not None:
+                digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def unpack_mask(self) -> Tensor:
         """(O, I) bool, True = kept."""

@@ -150,17 +150,22 @@ class AgreedBlocks:
     """What the federation has agreed on so far, as a client was sent it; in later rounds it runs one block at a time.
 
     Clients of one process may share a folder, since they are all sent the same: then each piece is stored once.
+
+    Attributes:
+        seen: where it is asked for, block and linear -> the round it came in last, and its hash.
     """
 
-    def __init__(self, dtype: torch.dtype, folder: Path | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, folder: Path | None = None, looks: bool = False) -> None:
         """Start with nothing agreed on.
 
         Args:
             dtype: dtype of the values.
             folder: a folder for one run, which its clients in this process share; None makes a temporary one that is
                 removed with this object.
+            looks: fill `seen`.
         """
-        self._dtype = dtype
+        self._dtype, self._looks = dtype, looks
+        self.seen: dict[tuple[int, str], tuple[int, str]] = {}
         self._own = tempfile.TemporaryDirectory(prefix="fedspallm-") if folder is None else None
         self._folder = folder or Path(self._own.name if self._own else "")
         self._store = PackedStore(self._folder)
@@ -169,11 +174,22 @@ class AgreedBlocks:
     def take(self, update: Mapping[str, Any]) -> None:
         """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
         mark = self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
+        if self._looks:
+            self.seen |= seen_in(update, self._dtype)
         if mark.exists():
             return
         for block, linears in read_matrices(update, self._dtype).items():
             self._store.add(block, linears)
         mark.touch()
+
+
+def seen_in(update: Mapping[str, Any], dtype: torch.dtype) -> dict[tuple[int, str], tuple[int, str]]:
+    """Block and linear -> round and hash of each matrix of the server's update; `dtype` is that of the values."""
+    return {
+        (block, name): (int(update["round"]), packed.sha256())
+        for block, linears in read_matrices(update, dtype).items()
+        for name, packed in linears.items()
+    }
 
 
 class GramStore:

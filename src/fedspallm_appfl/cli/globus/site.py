@@ -7,6 +7,7 @@ from typing import Any
 from fedspallm_appfl.cli.arguments import command, positive
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import refuse
+from fedspallm_appfl.settings.imports import uncollected
 
 
 def add(verbs: Any) -> None:
@@ -41,7 +42,8 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    from fedspallm_appfl.globus.site import check
+    with uncollected("transformers"):
+        from fedspallm_appfl.globus.site import check
 
     if args.approve:
         console().print(check.approve(args.site, args.approve), highlight=False, markup=False)

@@ -11,10 +11,14 @@ Keys of secure sums cannot be made again. They lie in a folder that only this us
 
 import hashlib
 import json
+import os
+import shutil
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +41,8 @@ from fedspallm_appfl.settings import custom_code, plugins
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 
+SECRETS = "fedspallm-secrets-"
+SECRETS_KEPT = 7 * 24 * 3600  # seconds after the last task that wrote there
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, from the documentation of the service
 
 
@@ -57,6 +63,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     try:
         site = load_site(request["client"])
         record = Record(site, request, "prune")
+        _forget_old_secrets()
         settings = told(request)
         record.settings(settings)
         require_consent(settings, site)
@@ -209,7 +216,15 @@ def _agent(settings: ClientSettings, site: Site, secrets: Path | None = None) ->
 def _secrets(request: dict[str, Any]) -> Path:
     """Where a client of a run keeps its keys between two tasks, as another worker may get the next one."""
     name = hashlib.sha256(json.dumps([request["run"], request["client"]]).encode()).hexdigest()
-    return Path(tempfile.gettempdir()) / f"fedspallm-secrets-{name[:32]}"
+    return Path(tempfile.gettempdir()) / f"{SECRETS}{name[:32]}"
+
+
+def _forget_old_secrets() -> None:
+    """Remove keys and statistics of rounds that never ended: their runs were cut off, or went on without the client."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SECRETS}*"):
+        with suppress(OSError):  # another user's, or another task removes it as well
+            if folder.lstat().st_uid == os.getuid() and time.time() - folder.lstat().st_mtime > SECRETS_KEPT:
+                shutil.rmtree(folder)
 
 
 def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:

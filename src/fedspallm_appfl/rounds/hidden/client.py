@@ -15,6 +15,7 @@ from fedspallm_appfl.secure.client import Client
 from fedspallm_appfl.secure.exchange import Exchange as Session
 from fedspallm_appfl.secure.identity import Identity, Roster
 
+VIEW = "view"  # under which it says what it was sent
 KEY = "key"  # under which a client says what is for the server alone
 
 
@@ -24,6 +25,7 @@ class Hiding:
     Args:
         name: of the client.
         roster: all clients; None where there are no secure sums.
+        terms: hash of what all clients must have alike.
         numbers: the number of each hidden unit.
         folder: where its keys outlive the process, if they have to.
         identity: its secret key, where the roster has public ones.
@@ -33,14 +35,15 @@ class Hiding:
         self,
         name: str,
         roster: Roster | None,
+        terms: str,
         numbers: Mapping[Place, int],
         folder: Path | None = None,
         identity: Identity | None = None,
     ) -> None:
-        self._name, self._roster, self._numbers = name, roster, numbers
+        self._name, self._roster, self._terms, self._numbers = name, roster, terms, numbers
         self._kept, self._identity = Kept(folder, name) if folder else None, identity
         self._client: Client | None = None
-        self._run, self._round, self._exchange = "", 0, 0
+        self._run, self._round, self._exchange, self._view = "", 0, 0, ""
         self._says: dict[str, Callable[[Mapping[str, Any]], str]] = {
             KEYS: self._advertise,
             SHARES: self._share,
@@ -48,7 +51,7 @@ class Hiding:
             OPENING: self._open,
         }
 
-    def begin(self, round_index: int, exchange: int, up: str, told: Mapping[str, Any]) -> str:
+    def begin(self, round_index: int, exchange: int, up: str, told: Mapping[str, Any], view: str) -> str:
         """Begin an exchange.
 
         Args:
@@ -56,19 +59,23 @@ class Hiding:
             exchange: its number.
             up: what goes up in it.
             told: what the server says of secure sums before it.
+            view: hash of what the server has sent down, which words of this exchange depend on.
 
         Returns:
-            What the client has to say in it; empty where it sends words.
+            What the client has to say in it; where it sends words that is the view.
 
         Raises:
             SecureSumError: the server breaks the protocol.
         """
         if self._client is None and up != KEYS:
             self._restore()
-        self._round, self._exchange = round_index, exchange
+        self._round, self._exchange, self._view = round_index, exchange, view
         if "shares" in told:
             self._mine.receive(from_json(told["shares"], f"the shares that the server relays to client {self._name}"))
-        return self._says[up](told) if up in self._says else ""
+        if up in self._says:
+            return self._says[up](told)
+        _ = self._mine  # before anything is made that only keys can hide
+        return said({VIEW: bytes.fromhex(view)})
 
     def mask(self, block: int, unit: str, words: Tensor) -> Tensor:
         """Hide the words of a unit.
@@ -76,7 +83,7 @@ class Hiding:
         Raises:
             SecureSumError: others were hidden before.
         """
-        return self._mine.mask(self._numbers[self._exchange, block, unit], UNIT, words)
+        return self._mine.mask(self._numbers[self._exchange, block, unit], UNIT, words, self._view)
 
     def keep(self, ended: bool) -> None:
         """Write down what cannot be made again, before anything that belongs to it leaves; forget it when a round ends.
@@ -102,7 +109,7 @@ class Hiding:
 
     def _session(self) -> Session:
         assert self._roster is not None
-        return session(self._run, self._round, len(self._numbers), self._roster)
+        return session(self._run, self._round, len(self._numbers), self._roster, self._terms)
 
     @property
     def _mine(self) -> Client:

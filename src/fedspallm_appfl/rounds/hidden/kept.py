@@ -39,7 +39,7 @@ class Kept:
         """
         self._known = None
         if self._folder.exists():
-            _make_private(self._folder)
+            make_private(self._folder)
             self._known = self._there()
         return self._known
 
@@ -66,7 +66,7 @@ class Kept:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        _make_private(self._folder)
+        make_private(self._folder)
         with (self._folder / LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self._there() != self._known:
@@ -77,8 +77,8 @@ class Kept:
             yield
 
 
-def _make_private(folder: Path) -> None:
-    """Make a folder that nobody else can look into.
+def make_private(folder: Path) -> Path:
+    """Make a folder that nobody else can look into; returns it.
 
     Raises:
         ConfigError: there is one that others made or can look into.
@@ -90,3 +90,4 @@ def _make_private(folder: Path) -> None:
             f"the folder for keys of secure sums {folder} must be this user's alone; remove it, or set TMPDIR to a private "
             "folder"
         )
+    return folder

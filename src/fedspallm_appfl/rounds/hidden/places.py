@@ -54,9 +54,9 @@ def exchanges_of(settings: ClientSettings | ServerSettings, groups: Groups) -> t
     return algorithm.exchanges(groups, settings.gram, settings.recovery, hidden, signed)
 
 
-def session(run: str, round_index: int, messages: int, roster: Roster) -> Session:
+def session(run: str, round_index: int, messages: int, roster: Roster, terms: str = "") -> Session:
     """Keys and shares of a round: each unit is a message, so that a client counts unit by unit."""
-    return Session(run, round_index, 0, messages, roster)
+    return Session(run, round_index, 0, messages, roster, terms=terms)
 
 
 def to_json(parts: Mapping[str, bytes]) -> dict[str, str]:

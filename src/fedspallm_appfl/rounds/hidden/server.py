@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, Exchange
 from fedspallm_appfl.errors import FederationError, SecureSumError
-from fedspallm_appfl.rounds.hidden.client import KEY
+from fedspallm_appfl.rounds.hidden.client import KEY, VIEW
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, summed_in, to_json
 from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.secure.server import Server
@@ -85,6 +85,19 @@ class Sums:
                 self._open.add(number)
             self._server.add(client, number, {UNIT: words})
 
+    def require_view(self, client: str, text: str, view: str) -> None:
+        """Refuse words of a client that was sent something else than this server knows of.
+
+        Raises:
+            SecureSumError: it was.
+        """
+        what = f"the words of client {client}"
+        if heard(text, what).get(VIEW) != bytes.fromhex(view):
+            raise SecureSumError(
+                f"refused {what}: they depend on what came down, and it was sent something else than the others; it takes "
+                "part in the next round"
+            )
+
     def tell(self, exchange: int, client: str) -> dict[str, Any]:
         """What a client has to know before an exchange, in plain types.
 
@@ -128,8 +141,12 @@ class Sums:
             self._survivors = self._server.close(mine)
         return {number: self._survivors[number] for number in mine}
 
-    def opened(self, exchange: int) -> Iterator[tuple[int, str, Tensor, int]]:
+    def opened(self, exchange: int, view: str) -> Iterator[tuple[int, str, Tensor, int]]:
         """The sums of an exchange: (block, unit, words, number of clients); each is let go of.
+
+        Args:
+            exchange: its number.
+            view: hash of what was sent before it.
 
         Raises:
             FederationError: too few clients have opened their shares.
@@ -137,7 +154,7 @@ class Sums:
         of = {number: place for place, number in self._numbers.items() if place[0] == exchange}
         for number, names in self._closed(exchange).items():
             with _for_all():
-                [(_, words)] = self._server.sums(number)
+                [(_, words)] = self._server.sums(number, view)
             self._file(number).unlink(missing_ok=True)  # what is mapped stays until it is let go of
             yield of[number][1], of[number][2], words, len(names)
             del words
