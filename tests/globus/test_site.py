@@ -12,7 +12,7 @@ from fedspallm_appfl.globus.site import worker
 from fedspallm_appfl.globus.site.site_file import SITE, Site, load_site
 from fedspallm_appfl.globus.site.worker import require_consent, same_model
 from fedspallm_appfl.models.storage.checkpoint import model_hash
-from fedspallm_appfl.secure.identity import Identity
+from fedspallm_appfl.secure.identity import Identity, Roster
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 from helpers.paths import DEMO, ROOT
@@ -268,17 +268,27 @@ def agreed(write, tmp_path, capsys):
     return agreed
 
 
-def test_a_key_is_made_once_and_only_its_owner_reads_it(agreed, tmp_path, capsys):
+def test_a_key_is_made_once_and_only_its_owner_reads_it(agreed, write, tmp_path, capsys):
     told = agreed()
     assert stat.S_IMODE((tmp_path / "a.key").stat().st_mode) == 0o600
     assert cli.main(["site", str(tmp_path / "site.yaml"), "--keys"]) == 0
     assert capsys.readouterr().out == f"a: {told.public_keys['a']}\n"
+    write("clients: {a: {identity: secret/keys/a.key}}")
+    assert cli.main(["site", str(tmp_path / "site.yaml"), "--keys"]) == 0
+    assert stat.S_IMODE((tmp_path / "secret" / "keys").stat().st_mode) == 0o700
 
 
-def test_the_roster_is_looked_at_where_it_lies(agreed, checked, tmp_path):
+def test_the_roster_is_looked_at_where_it_lies(agreed, checked, tmp_path, capsys):
     told = agreed()
     file = "clients: {a: {identity: a.key}}\nroster: roster.yaml"
     assert checked(file)[0] == 0
+    code, [row], _ = checked(f"{file}\nsecure_sums: required\nmay_send: [weights, grams]")
+    assert (code, row[6]) == (0, "parts of secure sums of grams")
+    assert cli.main(["site", str(tmp_path / "site.yaml")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    fingerprint = Roster.read(tmp_path / "roster.yaml").digest.hex()
+    assert f"fingerprint of the roster, to be compared with the other sites: {fingerprint}" in out
+    assert "identities that fit the roster: a" in out
     (tmp_path / "roster.yaml").write_text(yaml.safe_dump(told.public_keys | {"a": Identity.make().public}))
     code, _, err = checked(file)
     assert code == 2 and f"client a: {tmp_path}/roster.yaml has another key of it than {tmp_path}/a.key" in err

@@ -1,8 +1,10 @@
-"""The notebook and the page about Python are run as a reader would run them, with results elsewhere."""
+"""The notebook, what pages say about Python, and the example of secure sums are run as a reader would run them."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -45,3 +47,20 @@ def test_what_a_page_says_about_python_runs(page, tmp_path):
     code = "\n".join(blocks).replace('"runs/', f'"{tmp_path}/')
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert blocks and done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_of_secure_sums_runs_and_gives_one_model_twice(tmp_path):
+    """With fewer windows, and results elsewhere."""
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (ROOT / "docs/secure_sums.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    code = "\n".join(blocks).replace("runs/", f"{tmp_path}/")
+    code = code.replace("run_dir=", "client_configs.data.windows=4 evaluation.windows=1 run_dir=")
+    paths = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", code], cwd=ROOT, env=paths, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    first, second = [
+        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("demo-sums", "demo-signed")
+    ]
+    assert first == second and (tmp_path / "demo-sums/further/sparsegpt-0.7").is_dir()

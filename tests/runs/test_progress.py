@@ -11,7 +11,7 @@ from fedspallm_appfl.reports.progress import RunProgress, console
 
 
 def upload(client, blocks, message=0, round_index=0, exchange=0, exchanges=1):
-    name = {"event": "upload", "client": client, "round": round_index, "exchange": exchange, "exchanges": exchanges}
+    name = {"event": "upload", "client": client, "round": round_index, "counted": [exchange, exchanges]}
     return name | {"blocks": blocks, "message": message, "messages": 2}
 
 
@@ -92,6 +92,14 @@ def test_all_exchanges_of_a_round_are_in_the_total(shown):
 def test_a_message_without_blocks_is_counted_but_makes_no_line(shown):
     text = shown(upload("a", ""), upload("b", "4"))
     assert [line.split("  ")[:4] for line in text.splitlines()] == [["round 1/1", "client b", "block 4", "2/4"]]
+
+
+def test_exchanges_of_keys_are_not_counted(shown):
+    keys = {**upload("a", ""), "counted": None, "messages": 1}
+    work = [upload(client, "0", exchange=1, exchanges=2, message=message) for message in range(2) for client in "ab"]
+    lines = shown(keys, keys, *work, keys).splitlines()
+    assert [line.split("  ")[3] for line in lines] == ["5/8", "6/8", "7/8", "8/8"]
+    assert "client a  keys of secure sums" in shown(keys, terminal=True)
 
 
 def test_an_evaluation_is_a_line(shown):

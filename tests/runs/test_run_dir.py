@@ -8,7 +8,8 @@ import pytest
 
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs import run_dir
-from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import Client, Config
 
 
 @pytest.fixture
@@ -36,6 +37,17 @@ def test_clearing_that_was_interrupted_can_be_repeated(folder, last, monkeypatch
     with run_dir.claimed(config, True):
         assert {path.name for path in folder.iterdir()} == {"mine.txt", ".lock", "config.yaml", run_dir.MARK}
         assert (folder / run_dir.MARK).read_text() == ""
+
+
+def test_a_configuration_is_written_for_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(run_dir="run", clients=[Client(client_id="a", identity="a.key"), Client(client_id="b")])
+    config.server_configs.roster = "roster.yaml"
+    with run_dir.claimed(config, False) as folder:
+        written, problems = load_config(folder / "config.yaml")
+    assert problems == []
+    assert written.server_configs.roster == str(tmp_path / "roster.yaml")
+    assert [client.identity for client in written.clients] == [str(tmp_path / "a.key"), None]
 
 
 def test_a_lock_that_a_killed_run_left_makes_no_folder_a_foreign_one(tmp_path):

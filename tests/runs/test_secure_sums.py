@@ -20,13 +20,13 @@ from fedspallm_appfl.rounds.hidden import folds, places, sweeps
 from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.rounds.hidden.kept import Kept
 from fedspallm_appfl.rounds.hidden.server import Sums
-from fedspallm_appfl.runs import experiment, serial
+from fedspallm_appfl.runs import experiment, further_models, serial
 from fedspallm_appfl.secure import client as secure_client
 from fedspallm_appfl.secure import server as secure_server
 from fedspallm_appfl.secure.identity import Identity, Roster
 from fedspallm_appfl.wire.hidden import PackedWords
 from helpers.experiments import DOMAINS
-from helpers.tiny import events, save_tiny, tiny_config, weights
+from helpers.tiny import BLOCKS, events, save_tiny, tiny_config, weights
 
 SECURE = {"server_configs": {"secure_sums": True}}
 
@@ -211,6 +211,19 @@ def test_the_bits_do_not_depend_on_identities(tmp_path, tiny_model, algorithm):
         found = conduct(signed(tmp_path / "signed", tiny_model, algorithm))
     assert confirmed.call_count == 2 * 3
     assert all(torch.equal(found[name], bare[name]) for name in bare)
+    counted = [event["counted"] for event in events(tmp_path / "signed" / "run", "upload")]
+    assert counted.count(None) == 6 * 3
+    assert [one for one in counted if one] == [[0, 2]] * (3 * BLOCKS) + [[1, 2]] * (3 * BLOCKS)
+
+
+def test_further_models_need_no_keys(tmp_path, tiny_model):
+    run, config = tmp_path / "run", signed(tmp_path, tiny_model, "gram")
+    (run / "statistics").mkdir(parents=True)
+    (run / "manifest.json").touch()
+    config.rename(run / "config.yaml")
+    for file in (tmp_path / "roster.yaml", *tmp_path.glob("*.key")):
+        file.unlink()
+    assert further_models._config(run, None).server_configs.secure_sums
 
 
 def test_a_client_that_confirms_and_is_lost_stays_in_the_sum(tmp_path, tiny_model):

@@ -1,12 +1,13 @@
 """Identity files and rosters: what is written is read, and what cannot be trusted is refused."""
 
+import base64
 import json
 import stat
 
 import pytest
 
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.secure.identity import Identity, Roster
+from fedspallm_appfl.secure.identity import KIND, Identity, Roster
 
 NAMES = ("a", "b", "c")
 
@@ -66,14 +67,19 @@ def test_rosters_of_other_names_or_keys_have_other_digests():
         ("a: KEY\nb: KEY\nc: KEY\n", "two clients of a roster have the same key"),
         (
             "a: KEY\nb: ed25519:AAAA\nc: x\n",
-            "the key of client b must be ed25519: and 44 characters, got 'ed25519:AAAA'",
+            "the key of client b must be ed25519: and 44 characters, .*, got 'ed25519:AAAA'",
         ),
+        ("a: KEY\nb: BARE\nc: x\n", "the key of client b must be ed25519: and 44 characters"),
+        ("a: KEY\nb: ALIAS\nc: x\n", "the key of client b must be ed25519: and 44 characters"),
         ("a: KEY\nb: '*'\nc: x\n", "the key of client b must be"),
     ],
 )
 def test_what_is_no_roster(tmp_path, text, reason):
     file = tmp_path / "roster.yaml"
-    file.write_text(text.replace("KEY", Identity.make().public))
+    key = Identity.make().public
+    alias = f"{key[:-2]}{chr(ord(key[-2]) + 1)}="  # its last two bits belong to no byte
+    assert base64.b64decode(alias.removeprefix(KIND)) == base64.b64decode(key.removeprefix(KIND))
+    file.write_text(text.replace("KEY", key).replace("BARE", key.removeprefix(KIND)).replace("ALIAS", alias))
     with pytest.raises(ConfigError, match=reason):
         Roster.read(file)
 

@@ -44,6 +44,8 @@ def test_no_graph_has_such_a_degree(k):
 
 def test_small_federations_know_everybody_and_large_ones_few():
     assert [degree(n) for n in range(3, 24)] == list(range(2, 23))
+    everybody = [n for n in range(24, 200) if degree(n) == n - 1]
+    assert everybody == [25, 26, 27, 29, 30, 31, 33, 35, 37, 41, 45]
     assert degree(100) < 70 and degree(1000) < 150
     assert all(degree(n) % 2 == 0 for n in (100, 101, 1000))
 

@@ -157,6 +157,7 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "round": self.round,
                 "exchange": self.global_model.round.exchange,
                 "exchanges": len(self.global_model.exchanges),
+                "counted": self._counted(),
                 "client": client,
                 "host": of.host,
                 "message": of.number,
@@ -172,6 +173,12 @@ class FedSpaLLMAggregator(BaseAggregator):
             self.global_model.check_complete(client)
             self._ended.add(client)
         return of.is_last
+
+    def _counted(self) -> list[int] | None:
+        """Which exchange is on, and of how many, without those of keys of secure sums; None in one of these."""
+        own = [number for number, one in enumerate(self.global_model.exchanges) if not one.speaks]
+        now = self.global_model.round.exchange
+        return [own.index(now), len(own)] if now in own else None
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round."""

@@ -94,10 +94,21 @@ def to_text(blocks: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def from_text(text: str) -> list[int]:
-    """The inverse of `to_text`: "0-2,5" -> [0, 1, 2, 5]."""
-    blocks: list[int] = []
+def from_text(text: str, below: float = math.inf) -> list[int]:
+    """The inverse of `to_text`: "0-2,5" -> [0, 1, 2, 5].
+
+    Args:
+        text: from outside, `below` has to be given.
+        below: what all of them are below.
+
+    Raises:
+        ValueError: it is not what `to_text` makes of such numbers.
+    """
+    numbers: list[int] = []
     for run in filter(None, text.split(",")):
-        first, _, last = run.partition("-")
-        blocks.extend(range(int(first), int(last or first) + 1))
-    return blocks
+        start, _, end = run.partition("-")
+        first, last = int(start), int(end or start)
+        if not (numbers[-1] if numbers else -1) < first <= last < below:
+            raise ValueError(f"numbers in rising order below {below} are wanted, got {run}")
+        numbers.extend(range(first, last + 1))
+    return numbers

@@ -22,6 +22,7 @@ Groups = tuple[
 Inputs = tuple[tuple[int, str], ...]  # inputs, each as (block, first linear that takes it)
 
 UPLOADS = ("weights", "masks", "values", "grams")
+SUMMED = ("masks", "values", "grams")  # of these the server needs the sum alone
 NOTHING = "nothing"  # clients are sent a model that was pruned before
 DELTAS = "deltas"  # changes of kept weights, after the exchanges of any algorithm
 KEYS, SHARES, CONFIRM, OPENING = (
@@ -216,7 +217,7 @@ class Algorithm:
     @property
     def adds_up(self) -> bool:
         """Whether the server needs no more than the sum of what its clients send, so that the sum may be all it sees."""
-        return self.federates and all(one.up in ("masks", "values", "grams") for one in self.round)
+        return self.federates and all(one.up in SUMMED for one in self.round)
 
     @property
     def votes(self) -> bool:

@@ -34,8 +34,8 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    An exchange is `clients * messages` uploads; recovery comes in the last round alone. The time left of pruning, and then
-    of recovery, is estimated from the uploads of each.
+    An exchange is `clients * messages` uploads; those of keys of secure sums are short, and not counted. Recovery comes in
+    the last round alone. The time left of pruning, and then of recovery, is estimated from the uploads of each.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int, recovery: int = 0) -> None:
@@ -100,10 +100,15 @@ class RunProgress(_Shown):
             self._bar.update(self._task, description=escape(what))
 
     def _upload(self, event: Event) -> None:
-        own, each = event["exchanges"] - self._recovery, self._clients * event["messages"]
-        recovers, now = event["exchange"] >= own, (event["round"], event["exchange"])
+        if event["counted"] is None:
+            if self._console.is_terminal:
+                self._waits(f"{self._round(event)}  client {event['client']}  keys of secure sums")
+            return
+        exchange, exchanges = event["counted"]
+        own, each = exchanges - self._recovery, self._clients * event["messages"]
+        recovers, now = exchange >= own, (event["round"], exchange)
         if now != self._exchange:
-            before = event["exchange"] - own if recovers else event["round"] * own + event["exchange"]
+            before = exchange - own if recovers else event["round"] * own + exchange
             if self._exchange == (-1, -1) or recovers != self._recovers:  # another phase, of another pace
                 self._begun = before * each
             self._exchange, self._recovers, self._uploads = now, recovers, before * each

@@ -166,6 +166,9 @@ def _config(run: Path, pruner: str | None) -> Config:
         )
     config, problems = load_config(run / "config.yaml")
     config.recovery = Recovery()  # that was of the run's own model
+    config.server_configs.roster = None  # nobody is asked again, so nobody signs
+    for client in config.clients:
+        client.identity = None
     if pruner is not None:
         for train in (owner.train_configs for owner in (config.client_configs, *config.clients)):
             train.refit = train.refit and train.pruner == pruner  # chosen for that pruner; others may not take it

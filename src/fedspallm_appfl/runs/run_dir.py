@@ -146,6 +146,8 @@ def _with_whole_paths(config: Config) -> Config:
     whole.recovery.model = config.recovery.model and _whole(config.recovery.model)
     for client in whole.clients:
         client.data.text = client.data.text and _whole(client.data.text)
+        client.identity = client.identity and _whole(client.identity)
+    whole.server_configs.roster = config.server_configs.roster and _whole(config.server_configs.roster)
     whole.plugins = [_whole(plugin) if plugin.endswith(".py") else plugin for plugin in config.plugins]
     whole.allocation.text = config.allocation.text and _whole(config.allocation.text)
     whole.evaluation.texts = {name: _whole(text) for name, text in config.evaluation.texts.items()}

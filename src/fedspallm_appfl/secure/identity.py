@@ -57,13 +57,14 @@ class Identity:
         return cls(key)
 
     def save(self, file: Path) -> None:
-        """Write it as PEM that only the owner can read.
+        """Write it as PEM that only the owner can read, in a folder that is made for the owner alone if it is not there.
 
         Raises:
             FileExistsError: there is such a file; an identity is never overwritten.
         """
         encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         text = self._key.private_bytes(encoding, form, serialization.NoEncryption())
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
             out.write(text)
 
@@ -104,9 +105,7 @@ class Roster:
             )
         if self.keys and {*self.keys} != {*self.clients}:
             raise ConfigError(f"a roster has a key of every client or none, got keys of {', '.join(sorted(self.keys))}")
-        for client, key in self.keys.items():
-            _public(client, key)
-        if len({*self.keys.values()}) < len(self.keys):
+        if len({_public(client, key).public_bytes_raw() for client, key in self.keys.items()}) < len(self.keys):
             raise ConfigError("two clients of a roster have the same key; each site makes its own")
 
     @classmethod
@@ -127,7 +126,7 @@ class Roster:
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of names and keys; sites compare it."""
+        """The fingerprint that sites compare: SHA-256 of names and keys, whatever their order and spacing in the file."""
         pairs = [part for client in self.clients for part in (client, self.keys.get(client, ""))]
         return hashlib.sha256(join("roster", *pairs)).digest()
 
@@ -141,8 +140,14 @@ class Roster:
 
 
 def _public(client: str, text: str) -> Ed25519PublicKey:
+    """A key of a roster; each has one spelling."""
     try:
         raw = base64.b64decode(text.removeprefix(KIND), validate=True)
+        if text != KIND + base64.b64encode(raw).decode():
+            raise ValueError("it is spelt in another way")
         return Ed25519PublicKey.from_public_bytes(raw)
     except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"the key of client {client} must be {KIND} and 44 characters, got {quoted(text)}") from error
+        raise ConfigError(
+            f"the key of client {client} must be {KIND} and 44 characters, as fedspallm site SITE.yaml --keys prints it, "
+            f"got {quoted(text)}"
+        ) from error

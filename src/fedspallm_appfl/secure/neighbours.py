@@ -9,7 +9,7 @@ clients on the server's side and a quarter falling out,
 * the honest clients that stay are connected, so that only their sum comes out,
 
 but with a probability of 2^-40 each, and every client keeps enough neighbours to open its secrets, but with 2^-30. Below
-24 clients that is everybody; of 100 clients it is 62, of 1000 clients 148.
+24 clients that is everybody, and for some numbers up to 45; of 100 clients it is 62, of 1000 clients 148.
 """
 
 import hashlib

@@ -11,6 +11,7 @@ from typing import Any
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, quoted
 from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.rounds.hidden.coding import MOST_CLIENTS
 from fedspallm_appfl.rounds.hidden.terms import alike, outweighs
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, needs_text, partial_clients, tokens
 from fedspallm_appfl.secure.identity import LEAST_CLIENTS, MAKE, Identity, Roster
@@ -108,9 +109,11 @@ def _secure_sums(config: Config) -> Iterator[str]:
             f"{where}: with {config.algorithm} each client keeps other weights, and hiding which takes dense words of "
             "several bytes a weight; choose algorithm gram, consensus or fedprllm"
         )
-    if len(config.clients) < LEAST_CLIENTS:
-        number = len(config.clients)
+    number = len(config.clients)
+    if number < LEAST_CLIENTS:
         yield f"{where}: of a sum of two each knows the other's part; list at least {LEAST_CLIENTS} clients, got {number}"
+    if number > MOST_CLIENTS:
+        yield f"{where}: the integers of more clients do not fit; list at most {MOST_CLIENTS} clients, got {number}"
     if config.recovery.rounds:
         yield f"{where}: changes of recovery are not hidden yet; leave recovery.rounds at 0, or recover in a run of its own"
     if algorithm.gathers and (gram.propagate != "dense" or gram.target != "own"):

@@ -8,9 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fedspallm_appfl.algorithms.algorithm import SUMMED
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site import identities, record
-from fedspallm_appfl.globus.site.site_file import SENDINGS, Site, SiteFile, read_site_file
+from fedspallm_appfl.globus.site.site_file import SENDINGS, TOKEN_COUNTS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.texts.checks import look_at
@@ -76,7 +77,7 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         problems += looked.problems
         cells = (looked.files, looked.size, looked.windows, escape(_model(shared)), *_leaves(shared))
         table.add_row(escape(client), looked.where, *cells)
-    says = [f"roster, to be compared with the other sites: {found}"] if (found := identities.digest(shared)) else []
+    says = identities.told(site_file)
     if waits := waiting(shared):
         says += ["waiting for approval (--approve HASH):", *waits]
     if says:
@@ -171,7 +172,11 @@ def _model(shared: Site) -> str:
 
 def _leaves(shared: Site) -> tuple[str, str]:
     least = f"{shared.min_tokens:,} tokens" if shared.min_tokens else "the width of an input"
-    return ", ".join(one for one in SENDINGS if one in shared.may_send) or "nothing", least
+    valid = (*SUMMED, TOKEN_COUNTS) if shared.only_secure_sums else SENDINGS
+    sendings = ", ".join(one for one in valid if one in shared.may_send)
+    return (
+        f"parts of secure sums of {sendings}" if sendings and shared.only_secure_sums else sendings or "nothing"
+    ), least
 
 
 def _table(counts: bool, length: int) -> Table:

@@ -123,9 +123,24 @@ def problems(site_file: SiteFile) -> list[str]:
     return found
 
 
-def digest(shared: Site) -> str:
-    """What sites compare of their rosters; empty without one that can be read."""
+def told(site_file: SiteFile) -> list[str]:
+    """What sites compare of their rosters, and whose identities fit this one; nothing without a roster that can be read."""
     try:
-        return Roster.read(Path(shared.roster)).digest.hex() if shared.roster else ""
+        roster = Roster.read(Path(site_file.shared.roster)) if site_file.shared.roster else None
     except FedSpaLLMError:
-        return ""  # `problems` says why
+        return []  # `problems` says why
+    if roster is None:
+        return []
+    fit = [client for client in site_file.clients if _fits(site_file, client, roster)]
+    return [
+        f"fingerprint of the roster, to be compared with the other sites: {roster.digest.hex()}",
+        f"identities that fit the roster: {', '.join(fit) or 'none'}",
+    ]
+
+
+def _fits(site_file: SiteFile, client: str, roster: Roster) -> bool:
+    try:
+        named = site_file.of(client).identity
+        return named is not None and Identity.load(Path(named)).public == roster.keys.get(client)
+    except FedSpaLLMError:
+        return False

@@ -133,10 +133,10 @@ class Hiding:
         )
 
     def _confirm(self, told: Mapping[str, Any]) -> str:
-        return said({KEY: self._mine.confirm(unlisted(told["survivors"]))})
+        return said({KEY: self._mine.confirm(unlisted(told.get("survivors"), len(self._numbers), self._name))})
 
     def _open(self, told: Mapping[str, Any]) -> str:
         given = from_json(
             told.get("confirmations", {}), f"the confirmations that the server relays to client {self._name}"
         )
-        return said({KEY: self._mine.open(unlisted(told["survivors"]), given)})
+        return said({KEY: self._mine.open(unlisted(told.get("survivors"), len(self._numbers), self._name), given)})

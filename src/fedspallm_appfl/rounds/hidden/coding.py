@@ -4,7 +4,9 @@
 * `values`: kept weights in 32 bits, in units of a power of two that follows from the largest dense weight.
 * `squares`: the diagonal of a Gram matrix and its tokens, as pairs of 64-bit integers.
 * `grams`: what is above the diagonal in 16 bits, in units of what the summed diagonals allow. By Cauchy and Schwarz
-  `sum_k |G_ij| <= sqrt(sum_k G_ii * sum_k G_jj)`, so the sum over any number of clients fits.
+  `sum_k |G_ij| <= sqrt(sum_k G_ii * sum_k G_jj)`, so no room for each client is needed but for its rounding.
+
+All of these sums fit up to `MOST_CLIENTS`: the fine part of a square is at most 2^52, and the sum below 2^63.
 
 Legend: O out features, I in features, T tokens, K clients.
 """
@@ -26,6 +28,7 @@ from fedspallm_appfl.tensors.target import Target
 GROWTH = 2**10  # how many times the largest dense weight a kept weight may be
 FINE, COARSE = 2.0**-40, 2.0**12  # units of the two parts of a sum of squares
 LARGEST_SQUARES = 2.0**62
+MOST_CLIENTS = 2**63 // int(COARSE / FINE) - 1
 HALF = 2**15 - 1  # of 16 bits
 
 
@@ -95,7 +98,7 @@ def fixed(values: Tensor, dense: Tensor, clients: int, where: str) -> Tensor:
     """
     unit = step(dense, clients)
     numbers, most = values.double().div_(unit).round_(), 2**30 // clients
-    if len(numbers) and float(numbers.abs().max()) > most:
+    if len(numbers) and not float(numbers.abs().max()) <= most:  # nor not a number
         raise PruningError(
             f"{where}: in a secure sum weights are at most {most * unit:g}, about {GROWTH} times the largest dense one, "
             f"got {float(values.abs().max()):g}; raise train_configs.damping"
@@ -110,7 +113,7 @@ def squares(sums: Sums, where: str) -> Tensor:
         PruningError: an entry is too large; begins with `where`.
     """
     diagonal = sums.upper.diagonal().double().cpu()
-    if float(diagonal.max()) > LARGEST_SQUARES:
+    if not float(diagonal.max()) <= LARGEST_SQUARES:  # nor not a number
         raise PruningError(
             f"{where}: a secure sum takes squares up to {LARGEST_SQUARES:g}, got {float(diagonal.max()):g}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from fedspallm_appfl.aggregation.layer_sampling import from_text, to_text
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Exchange, Groups
-from fedspallm_appfl.errors import SecureSumError, quoted
+from fedspallm_appfl.errors import SecureSumError, first_line, quoted, shortened
 from fedspallm_appfl.secure.exchange import Exchange as Session
 from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.settings.schema import ClientSettings, ServerSettings
@@ -88,10 +88,16 @@ def heard(text: str, what: str) -> dict[str, bytes]:
         SecureSumError: it is something else.
     """
     try:
-        parts = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SecureSumError(f"refused {what}: it is JSON, got {quoted(text)}") from error
+        parts = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SecureSumError(f"refused {what}: it is JSON that names each part once, got {quoted(text)}") from error
     return from_json(parts, what)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
 
 
 def listed(survivors: Mapping[int, Sequence[str]]) -> list[list[Any]]:
@@ -102,6 +108,30 @@ def listed(survivors: Mapping[int, Sequence[str]]) -> list[list[Any]]:
     return [[list(names), to_text(numbers)] for names, numbers in together.items()]
 
 
-def unlisted(groups: Iterable[Sequence[Any]]) -> dict[int, list[str]]:
-    """What `listed` was given."""
-    return {number: list(names) for names, numbers in groups for number in from_text(numbers)}
+def unlisted(groups: Any, units: int, client: str) -> dict[int, list[str]]:
+    """What `listed` was given; from outside.
+
+    Args:
+        groups: what the server says.
+        units: of the round; their numbers are below it.
+        client: whom it is said to.
+
+    Raises:
+        SecureSumError: it is something else.
+    """
+    survivors: dict[int, list[str]] = {}
+    try:
+        for names, text in groups:
+            numbers = from_text(text, units)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"names are a list of texts, got {quoted(names)}")
+            if not survivors.keys().isdisjoint(numbers):
+                raise ValueError(f"each unit is in one group, got {quoted(text)} once more")
+            survivors |= dict.fromkeys(numbers, names)
+    except (TypeError, ValueError, AttributeError) as error:
+        why = shortened(first_line(error))
+        raise SecureSumError(
+            f"refused the survivors that the server names to client {client}: they are [names, units] with units below "
+            f"{units}, got {quoted(groups)} ({why}); run the server with the same version of this package"
+        ) from error
+    return survivors
