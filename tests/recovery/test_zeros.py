@@ -217,15 +217,19 @@ def test_what_cannot_be_kept_is_refused():
         fs.keep_sparsity(model)
     model = pruned()
     zeros = fs.keep_sparsity(model)
-    optimizer = adamw(model.parameters())
-    inside = model.model.layers[0].mlp
-    inside.up_proj = nn.Linear(32, 48)
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)
     with pytest.raises(fs.ModelError, match=r"the module of model.layers.0.mlp.up_proj.weight is not in this model"):
         zeros.count()
+
+
+def test_parameters_in_the_place_of_others_end_the_training():
+    """As FSDP does it: a flat parameter of another shape, or a tensor that is none."""
     model = pruned()
     fs.keep_sparsity(model)
-    optimizer = adamw(model.parameters())
-    weight = model.model.layers[0].mlp.up_proj._parameters.pop("weight")
-    model.model.layers[0].mlp.up_proj.weight = weight.data
-    with pytest.raises(fs.ModelError, match=r"up_proj.weight is no parameter of the model any more"):
+    optimizer, linear = adamw(model.parameters()), model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.data.flatten()[:700])
+    with pytest.raises(fs.ModelError, match=r"up_proj.weight \[48, 32\] is no parameter of that shape, but \[700\]"):
+        optimizer.step()
+    linear.weight = None
+    with pytest.raises(fs.ModelError, match=r"up_proj.weight \[48, 32\] is no parameter any more"):
         optimizer.step()

@@ -29,11 +29,13 @@ class ParameterZeros:
     Attributes:
         name: of the parameter in the model.
         owner: the module that holds it; adapters may be put around that module, and the parameter may be replaced.
+        shape: of the parameter.
         bits: (ceil(n / 8),) uint8, 1 = zero, on the device of the parameter.
     """
 
     name: str
     owner: "weakref.ref[nn.Module]"
+    shape: torch.Size
     bits: Tensor
 
     @property
@@ -41,33 +43,34 @@ class ParameterZeros:
         """As it is now.
 
         Raises:
-            ModelError: the module is gone or holds no such parameter any more.
+            ModelError: the module is gone, or holds no such parameter of that shape any more.
         """
         owner, last = self.owner(), self.name.rpartition(".")[2]
         found = None if owner is None else owner._parameters.get(last)
-        if found is None:
+        if found is None or found.shape != self.shape:
+            now = "" if found is None else f" of that shape, but {list(found.shape)},"
             raise ModelError(
-                f"{self.name} is no parameter of the model any more, so that its zeros cannot be kept; FSDP and "
-                "quantization replace parameters: call keep_sparsity on the model that is trained, or release() this one"
+                f"{self.name} {list(self.shape)} is no parameter{now} any more, so that its zeros cannot be kept; FSDP, "
+                "DeepSpeed and quantization replace parameters: train without them, or release() these zeros"
             )
         return found
 
-    def mask(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """True where it was zero; bool of that shape on that device."""
+    def mask(self, device: torch.device) -> Tensor:
+        """True where it was zero; bool of its shape on that device."""
         self.bits = self.bits.to(device)
-        return bitmask.from_bits(self.bits, tuple(shape))
+        return bitmask.from_bits(self.bits, tuple(self.shape))
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zero them again."""
         parameter = self.parameter
-        parameter.masked_fill_(self.mask(parameter.shape, parameter.device), 0)
+        parameter.masked_fill_(self.mask(parameter.device), 0)
 
     @torch.no_grad()
     def mask_gradient(self, parameter: Tensor) -> None:
         """Zero the gradient where the weight was zero."""
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(self.mask(parameter.shape, parameter.grad.device), 0)
+            parameter.grad.masked_fill_(self.mask(parameter.grad.device), 0)
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,7 @@ class KeptZeros:
             ModelError: a matrix is not in the model any more.
         """
         self.require_inside(self._model())
-        lost = sum(
-            int((one.parameter[one.mask(one.parameter.shape, one.parameter.device)] != 0).sum()) for one in self._zeros
-        )
+        lost = sum(int(one.parameter[one.mask(one.parameter.device)].count_nonzero()) for one in self._zeros)
         entries = sum(one.parameter.numel() for one in self._parameters)
         zeros = entries - sum(int(one.parameter.count_nonzero()) for one in self._parameters)
         return ZeroCount(entries, sum(bitmask.count(one.bits) for one in self._zeros), lost, zeros)
@@ -236,4 +237,4 @@ def _prunable(model: nn.Module, blocks: str | None) -> Iterator[ParameterZeros]:
                 f"{name} is zero as a whole, as matrices of adapters are before they are trained; call keep_sparsity on "
                 "the loaded model before adapters are added"
             )
-        yield ParameterZeros(name, weakref.ref(owner), bitmask.to_bits(zero))
+        yield ParameterZeros(name, weakref.ref(owner), parameter.shape, bitmask.to_bits(zero))
