@@ -1,4 +1,4 @@
-"""The command line `fedspallm`, one file a verb; those for Globus Compute in a folder of their own.
+"""The command line `fedspallm`, one file a verb; those about any model and those for Globus Compute in folders of their own.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import check, estimate, evaluate, prune, recover, resume, run, study, validate
+from fedspallm_appfl.cli import estimate, prune, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.globus import doctor, functions, site
+from fedspallm_appfl.cli.models import check, evaluate
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
