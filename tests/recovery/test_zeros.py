@@ -99,6 +99,20 @@ def test_a_gradient_counts_only_where_weights_are_kept():
         assert int(weight.grad[weight != 0].count_nonzero()) > 0, name
 
 
+def test_momentum_and_gradients_from_before_fill_nothing():
+    model = FAMILIES["llama"]()
+    optimizer = sgd(model.parameters())
+    train(model, optimizer, 1)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    with torch.no_grad():
+        for _, weight in matrices(model):
+            weight.view(-1, 4)[:, 1:3] = 0
+    before = zeros_of(model)
+    fs.keep_sparsity(model)
+    train(model, optimizer, 2)
+    assert filled(model, before) == 0
+
+
 def test_two_models_are_kept_apart_and_a_model_takes_its_hooks_along():
     gc.collect()
     hooks = len(of_torch._global_optimizer_post_hooks)

@@ -38,7 +38,9 @@ def test_they_are_those_of_a_loop(target, patterns, dtype):
 def test_one_weight_too_many_breaks_a_pattern_and_a_group_does_not_span_rows():
     matrix = magnitude(torch.randn(6, 16, generator=torch.Generator().manual_seed(1)), "2:4")[0]
     matrix[3, int((matrix[3] == 0).nonzero()[0])] = 1
-    assert [str(one) for one in count_zeros(matrix).patterns] == []
-    matrix[3, :4] = 0
+    assert count_zeros(matrix).patterns == ()
+    matrix[0, matrix[0] != 0] = 0  # zeros elsewhere do not make up for it
+    assert count_zeros(matrix).patterns == ()
+    matrix[3] = 0
     assert [str(one) for one in count_zeros(matrix).patterns] == ["2:4", "4:8"]
     assert count_zeros(torch.zeros(4, 6)).patterns == ()

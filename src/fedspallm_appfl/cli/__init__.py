@@ -1,4 +1,4 @@
-"""The command line `fedspallm`, one file a verb; those about any model and those for Globus Compute in folders of their own.
+"""The command line `fedspallm`, one file a verb; those about any model and for Globus Compute in folders.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
