@@ -1,8 +1,8 @@
 """Zeros of a model that stay zero while it is trained in another framework.
 
-An optimizer fills zeros, as every entry has a gradient, and merging LoRA adds a dense matrix. So gradients are zeroed where a
-weight was zero, as soon as they are made: norms of gradients are right, and momentum begins at zero. After each step the
-weights are zeroed too, as momentum may be older, and an optimizer may do as it likes.
+An optimizer fills zeros, as every entry has a gradient, and merging LoRA adds a dense matrix. So gradients are zeroed where
+a weight was zero, as soon as they are made: norms of gradients are right, and momentum begins at zero. After each step
+the weights are zeroed too, as momentum may be older, and an optimizer may do as it likes.
 """
 
 import weakref
