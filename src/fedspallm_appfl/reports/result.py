@@ -67,6 +67,7 @@ class Result(Shown):
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
         own: client -> perplexities on its own held-out text, and `all`; empty if nobody has measured.
+        targets: name of a matrix -> its target; empty where they are not known.
     """
 
     perplexity: Mapping[str, Mapping[str, float]]
@@ -75,6 +76,7 @@ class Result(Shown):
     dense_bytes: int
     model: Path
     own: Mapping[str, OwnText] = field(default_factory=dict)
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

@@ -1,7 +1,7 @@
 """The run directory: what may be written where, for one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
-(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
+(sparsity of every matrix, read back from disk), `report.html` and `report.md`; with `standalone` a folder for each client in `models/`,
 with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the two works also
 `state/`, packed blocks and the server's sums, and a lock.
 """
@@ -32,7 +32,19 @@ CLIENTS = "clients"  # in it, of clients that see it
 AGREED = "agreed"  # in it, what was sent down to clients
 CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
-OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, SCRATCH, MARK)
+OWN = (
+    CONFIG,
+    "report.md",
+    "report.html",
+    "manifest.json",
+    "model",
+    "models",
+    "statistics",
+    "further",
+    STATE,
+    SCRATCH,
+    MARK,
+)
 
 
 def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None:
