@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
+from fedspallm_appfl.reports.own_text import ALL
 from fedspallm_appfl.reports.parts import Table, html, sections
 from fedspallm_appfl.reports.pictures import Bar, Cell, bars, columns, heat_map
 from fedspallm_appfl.reports.report import bytes_text, parts, traffic, working_seconds
@@ -50,7 +51,7 @@ def _figures(config: Config, results: Result, log: EventLog) -> str:
     found = [
         ("Algorithm", how(config), f"{len(config.clients)} clients, {rounds_text(config)}"),
         ("Sparsity", f"{100 * share:.2f} %", f"of {len(pruned)} pruned matrices"),
-        *_quality(results.perplexity),
+        *_quality(results),
         ("Sent up", bytes_text(sum(up.values())), f"{bytes_text(sum(down.values()))} down"),
         ("Time", f"{log.seconds:.0f} s", f"{sum(working_seconds(log).values()):.0f} s at work at the clients"),
     ]
@@ -61,17 +62,24 @@ def _figures(config: Config, results: Result, log: EventLog) -> str:
     return f"<dl>{tiles}</dl>"
 
 
-def _quality(perplexity: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
+def _quality(results: Result) -> list[tuple[str, str, str]]:
     """The last row next to those of the dense model and of clients by themselves, where they were measured."""
+    perplexity = results.perplexity
     if not perplexity:
-        return []
-    last, own = next((name, mean(row)) for name, row in reversed(perplexity.items()))
+        everybody = [results.own[ALL]] if results.own else []
+        return [
+            ("Perplexity of own text", f"{one.pruned:.2f}", _beside("dense", one.pruned, one.dense))
+            for one in everybody
+        ]
+    last = list(perplexity)[-1]
+    own = mean(perplexity[last])
     beside = [name for name in ("dense", "before", "standalone") if name in perplexity and name != last]
-    words = [
-        f"{label(name)} {mean(perplexity[name]):.2f} ({100 * (own / mean(perplexity[name]) - 1):+.1f} %)"
-        for name in beside
-    ]
+    words = [_beside(label(name), own, mean(perplexity[name])) for name in beside]
     return [("Perplexity", f"{own:.2f}", "; ".join(words))]
+
+
+def _beside(name: str, own: float, other: float) -> str:
+    return f"{name} {other:.2f} ({100 * (own / other - 1):+.1f} %)"
 
 
 def _perplexity(config: Config, results: Result, log: EventLog) -> list[str]:
@@ -93,13 +101,11 @@ def _sparsity(config: Config, results: Result, log: EventLog) -> list[str]:
     """Sparsity by block and matrix, and what clients agreed on by block."""
     blocks = [str(block) for block in sorted({matrix.block for matrix in results.matrices})]
     rows: dict[str, dict[str, Cell]] = {}
-    for name, of in _by_kind(results.matrices).items():
+    for name, of in by_kind(results.matrices).items():
         for block, matrices in of.items():
             share = sum(one.zeros for one in matrices) / sum(one.entries for one in matrices)
-            aims = ", ".join(
-                dict.fromkeys(results.targets[one.name] for one in matrices if one.name in results.targets)
-            )
-            words = f"block {block}, {name}: sparsity {share:.4f}" + (f", target {aims}" if aims else "")
+            aim = ", ".join(dict.fromkeys(results.targets[one.name] for one in matrices if one.name in results.targets))
+            words = f"block {block}, {name}: sparsity {share:.4f}" + (f", target {aim}" if aim else "")
             rows.setdefault(name, {})[str(block)] = Cell(share, words)
     shares = [cell.value for row in rows.values() for cell in row.values()]
     span = f"from {min(shares):.4f}, the lightest, to {max(shares):.4f}, the darkest"
@@ -118,7 +124,7 @@ def _sparsity(config: Config, results: Result, log: EventLog) -> list[str]:
     ]
 
 
-def _by_kind(matrices: Sequence[MatrixSparsity]) -> dict[str, dict[int, list[MatrixSparsity]]]:
+def by_kind(matrices: Sequence[MatrixSparsity]) -> dict[str, dict[int, list[MatrixSparsity]]]:
     """Name of a matrix within its block -> block -> the matrix, or those of all experts."""
     found: dict[str, dict[int, list[MatrixSparsity]]] = {}
     for matrix in matrices:
@@ -146,6 +152,12 @@ def _agreement(config: Config, results: Result, log: EventLog) -> list[str]:
     outer = [event["zeros"] / entries[event["block"]] for event in facts]
     what = "Share of the weights that every client pruned, before expansion, by block"
     made = [figure(columns(all_of, outer, max(outer), what), f"{what}. Outlines: share that is zero after it.")]
+    pairs = [event for event in facts if event.get("zeros_of_one")]
+    if pairs:
+        both = [_share(event, event["zeros_of_two"], event["zeros_of_one"], "in common") for event in pairs]
+        what = "Agreement of masks by block: of what a client pruned, the share that another one pruned too"
+        table = Table(["block", "agreement"], [[bar.name, f"{bar.value:.4f}"] for bar in both])
+        made.append(figure(columns(both, [1.0] * len(both), 1.0, what), f"{what}; mean over all pairs.", table))
     return made
 
 

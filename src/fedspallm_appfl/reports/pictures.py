@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 LINE, GAP = 22, 14  # pixels
-LONGEST = 55.0  # of a bar, in percent: its label stands behind it
+LONGEST = 45.0  # of a bar, in percent: its label stands behind it
 LABELS = 22.0  # for names of rows, in percent
 HEIGHT = 150  # of columns, in pixels
 

@@ -1,9 +1,9 @@
 """The run directory: what may be written where, for one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
-(sparsity of every matrix, read back from disk), `report.html` and `report.md`; with `standalone` a folder for each client in `models/`,
-with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the two works also
-`state/`, packed blocks and the server's sums, and a lock.
+(sparsity of every matrix, read back from disk), `report.html` and `report.md`; with `standalone` a folder for each client
+in `models/`, with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the
+two works also `state/`, packed blocks and the server's sums, and a lock.
 """
 
 import copy
