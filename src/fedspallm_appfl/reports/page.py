@@ -25,17 +25,28 @@ Draw = Callable[[Config, Result, EventLog], list[str]]
 
 def write_page(file: Path, config: Config, results: Result, log: EventLog) -> None:
     """Write report.html."""
-    title, body = escape(headline(config)), []
+    body = [_figures(config, results, log)]
     for name, of in sections(parts(config, results, log)):
         head = [f"<h2>{escape(name)}</h2>"] if name else []
         drawn = PICTURES.get(name, _nothing)(config, results, log)
         body.append("\n".join(["<section>", *head, *drawn, *map(html, of), "</section>"]))
-    write_text(
-        file,
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n<h1>{title}</h1>\n"
-        f"{_figures(config, results, log)}\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n",
+    write_text(file, document(headline(config), body))
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page in HTML.
+
+    Args:
+        title: in words.
+        body: pieces of HTML below it.
+    """
+    shown = escape(title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{shown}</title>\n'
+        f"<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n<h1>{shown}</h1>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -104,11 +104,11 @@ def at_work(folder: Path) -> bool:
 def _changed(config: Config, folder: Path) -> str | None:
     """What differs from the configuration that a run was begun with."""
     try:
-        before = _flat(yaml_text.load((folder / CONFIG).read_text("utf-8")))
+        before = yaml_text.flat(yaml_text.load((folder / CONFIG).read_text("utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = shortened(first_line(error))
         return f"run_dir: {folder / CONFIG} is damaged: {why}; put it right, or give --overwrite to begin anew"
-    now = _flat(yaml_text.load(_resolved(config)))
+    now = yaml_text.flat(yaml_text.load(_resolved(config)))
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
     if not differ:
         return None
@@ -117,16 +117,6 @@ def _changed(config: Config, folder: Path) -> str | None:
         f"run_dir: {folder} was begun with another configuration; it goes on with the same only: {keys}; use "
         f"fedspallm resume {folder}, or --overwrite to begin anew"
     )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Every value of nested mappings and lists under its whole key."""
-    if isinstance(value, dict | list):
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            name: one for word, of in inner for name, one in _flat(of, f"{key}.{word}" if key else str(word)).items()
-        }
-    return {key: value}
 
 
 def _resolved(config: Config) -> str:

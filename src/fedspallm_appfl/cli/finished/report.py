@@ -26,11 +26,21 @@ def work(args: argparse.Namespace) -> int:
     """Do it."""
     with uncollected("transformers"):
         from fedspallm_appfl.reports import finished
-        from fedspallm_appfl.runs import run_dir
 
-    if run_dir.at_work(args.run):
-        raise ConfigError(f"another run or fedspallm prune is using {args.run}; wait until it is done")
+    require_at_rest(args.run)
     finished.write(args.run, *finished.opened(args.run))
     for name in (finished.PAGE, finished.REPORT):
         console().print(f"report  {args.run / name}", highlight=False, markup=False)
     return 0
+
+
+def require_at_rest(folder: Path) -> None:
+    """See that nobody is writing what is to be read.
+
+    Raises:
+        ConfigError: a run or `fedspallm prune` is at work there.
+    """
+    from fedspallm_appfl.runs import run_dir
+
+    if run_dir.at_work(folder):
+        raise ConfigError(f"another run or fedspallm prune is using {folder}; wait until it is done")
