@@ -167,3 +167,31 @@ def test_what_is_no_finished_run_is_refused(folders, tmp_path, capsys, what):
     words = {"absent": "holds no run", "unfinished": "has not ended", "damaged": "is no manifest"}
     assert main(["report", str(tmp_path)]) == 2
     assert words[what] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def longer(folders, tmp_path):
+    """The first run as if it had been measured on longer windows, and with a worse model."""
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
+        text = (folders["fedspallm"] / name).read_text()
+        (tmp_path / name).write_text(text.replace("  length: 24\n  windows: 2\n", "  length: 48\n  windows: 2\n"))
+    return tmp_path
+
+
+def test_runs_stand_side_by_side(folders, longer, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["compare", str(folders["fedspallm"]), str(folders["fedspallm"]), str(longer), "--out", str(page)]) == 0
+    text = page.read_text("utf-8")
+    shown, results = Page(text).words, finished.opened(longer)[1]
+    assert shown.startswith("2 runs side by side")
+    assert shown.count(f"{results.perplexity['fedspallm']['one & <two>']:.3f}") == 2 * 2  # of one text also the mean
+    assert "These runs measured differently" in shown and "evaluation.length 24 48" in shown
+    assert not re.search(r"https?://|<script|<link", text) and str(page) in "".join(capsys.readouterr().out.split())
+
+
+def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["compare", *map(str, folders.values()), "--out", str(page)]) == 0
+    shown = Page(page.read_text("utf-8")).words
+    assert "algorithm fedspallm standalone gram" in shown and "Perplexity by text" not in shown
+    assert "fedspallm/run FedSpaLLM with sparsegpt 0.5000" in shown

@@ -79,16 +79,15 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _summary(runs: Mapping[str, Run], texts: Sequence[str]) -> Table:
-    shown = [*texts, "geometric mean"] if texts else []
     rows = []
     for name, run in runs.items():
-        values = [run.perplexity[text] for text in texts]
-        values += [mean({text: run.perplexity[text] for text in texts})] if texts else []
-        numbers = [f"{value:.3f}" for value in values]
+        row = {text: run.perplexity[text] for text in texts}
+        numbers = [f"{value:.3f}" for value in ([mean(row), *row.values()] if row else [])]
         rows.append(
-            [name, how(run.config), f"{run.results.sparsity:.4f}", *numbers, f"{run.up:,}", f"{run.seconds:.0f}"]
+            [name, how(run.config), f"{run.results.sparsity:.4f}", f"{run.up:,}", f"{run.seconds:.0f}", *numbers]
         )
-    return Table(["run", "how", "sparsity", *shown, "bytes up", "seconds"], rows)
+    shown = ["geometric mean", *texts] if texts else []
+    return Table(["run", "how", "sparsity", "bytes up", "seconds", *shown], rows)
 
 
 def _perplexity(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
@@ -125,7 +124,7 @@ def _differences(runs: Mapping[str, Run]) -> list[str | Table]:
     settings = [_settings(run.config) for run in runs.values()]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [
-        [key, *(str(one.get(key, "-")) for one in settings)]
+        [key, *("-" if one.get(key) is None else str(one[key]) for one in settings)]
         for key in keys
         if not key.startswith(WITHIN) and len({repr(one.get(key)) for one in settings}) > 1
     ]
@@ -133,4 +132,4 @@ def _differences(runs: Mapping[str, Run]) -> list[str | Table]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return flat(plain(config)) | {"who": ", ".join(client.client_id for client in config.clients)}
+    return flat(plain(config)) | {"clients": ", ".join(client.client_id for client in config.clients)}
