@@ -1,6 +1,7 @@
 """report.html, and both reports made anew from a run directory."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -109,6 +110,8 @@ def test_quality_stands_beside_the_dense_model_and_clients_by_themselves(folders
     config, results, log = finished.opened(folders["fedspallm"])
     shown = Page((folders["fedspallm"] / "report.html").read_text("utf-8")).words
     (own,), (dense,), (alone,) = (results.perplexity[name].values() for name in ("fedspallm", "dense", "standalone"))
+    each = [row for event in log.of("evaluation") if "/" in event["method"] for row in event["perplexity"].values()]
+    assert alone == pytest.approx(math.prod(each) ** 0.5) and len(each) == 2
     assert f"Perplexity {own:.2f} dense {dense:.2f} ({100 * (own / dense - 1):+.1f} %); standalone" in shown
     assert f"{alone:.2f} ({100 * (own / alone - 1):+.1f} %)" in shown
     assert "<dt>Perplexity</dt>" not in (folders["gram"] / "report.html").read_text("utf-8")
@@ -131,6 +134,7 @@ def test_names_from_outside_are_words_and_nothing_else(folders, tmp_path):
     log({"event": "notice", "text": HOSTILE})
     config.clients[0].client_id = config.model.path = HOSTILE
     rows = {method: dict.fromkeys([HOSTILE], *row.values()) for method, row in results.perplexity.items()}
+    rows = {HOSTILE: rows["dense"]} | rows  # and of a method
     matrices = [replace(matrix, name=f"{HOSTILE}.{matrix.name}") for matrix in results.matrices]
     finished.write(tmp_path, config, replace(results, perplexity=rows, matrices=matrices), log)
     text = (tmp_path / "report.html").read_text("utf-8")
