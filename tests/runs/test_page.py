@@ -157,6 +157,8 @@ def test_experts_of_a_block_are_a_row_of_the_heat_map():
 def test_bars_are_as_long_as_their_values_and_equal_ones_of_nothing_have_no_length():
     drawn = pictures.bars({"": [pictures.Bar("a", 1, "1"), pictures.Bar("b", 4, "4")]}, "two")
     assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["11.25", "45.00"]
+    drawn = pictures.bars({"": [pictures.Bar("a", math.inf, "inf"), pictures.Bar("b", 4, "4")]}, "too much")
+    assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["45.00", "45.00"]
     drawn = pictures.bars({"": [pictures.Bar("a", 0, "0")]}, "none")
     assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["0.00"]
 

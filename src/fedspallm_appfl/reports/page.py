@@ -11,7 +11,7 @@ from fedspallm_appfl.reports.own_text import ALL
 from fedspallm_appfl.reports.parts import Table, html, sections
 from fedspallm_appfl.reports.pictures import Bar, Cell, bars, columns, heat_map
 from fedspallm_appfl.reports.report import bytes_text, parts, traffic, working_seconds
-from fedspallm_appfl.reports.result import Result, label, mean
+from fedspallm_appfl.reports.result import Result, is_apart, label, mean
 from fedspallm_appfl.rounds.participants import algorithm_of
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.validation.words import headline, how, rounds_text
@@ -20,6 +20,7 @@ from fedspallm_appfl.wire.durable import write_text
 STYLE = Path(__file__).with_name("page.css")
 MOST = 24  # clients in a picture
 EXPERT = re.compile(r"\.experts\.\d+\.")
+UNPRUNED = ("dense", "before")  # rows of models as they were
 Draw = Callable[[Config, Result, EventLog], list[str]]
 
 
@@ -84,7 +85,7 @@ def _quality(results: Result) -> list[tuple[str, str, str]]:
         ]
     last = list(perplexity)[-1]
     own = mean(perplexity[last])
-    beside = [name for name in ("dense", "before", "standalone") if name in perplexity and name != last]
+    beside = [name for name in perplexity if name != last and (name in UNPRUNED or is_apart(name))]
     words = [_beside(label(name), own, mean(perplexity[name])) for name in beside]
     return [("Perplexity", f"{own:.2f}", "; ".join(words))]
 

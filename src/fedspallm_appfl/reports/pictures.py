@@ -6,6 +6,7 @@ Each has a description for those who do not see it, and each shape its numbers a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import isfinite
 
 LINE, GAP = 22, 14  # pixels
 LONGEST = 45.0  # of a bar, in percent: its label stands behind it
@@ -39,15 +40,15 @@ class Cell:
 
 
 def bars(groups: Mapping[str, Sequence[Bar]], what: str) -> str:
-    """Bars one below the other; each group has a title and a scale of its own."""
+    """Bars one below the other; each group has a title and a scale of its own. What has no number is as long as can be."""
     pieces, y = [], 0
     for title, group in groups.items():
         if title:
             pieces.append(f'<text class="title" x="0" y="{y + 15}">{escape(title)}</text>')
             y += LINE
-        longest = max((bar.value for bar in group), default=0) or 1
+        longest = max((bar.value for bar in group if isfinite(bar.value)), default=0) or 1
         for bar in group:
-            pieces.append(_bar(bar, LONGEST * bar.value / longest, y))
+            pieces.append(_bar(bar, LONGEST * (bar.value / longest if isfinite(bar.value) else 1), y))
             y += LINE
         y += GAP
     return _svg(pieces, y - GAP, what)

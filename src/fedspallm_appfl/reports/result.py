@@ -146,8 +146,13 @@ def label(method: str) -> str:
     """What a table calls a method: an algorithm's title, or the name of what is none."""
     if method not in registry.names():
         return method
-    algorithm = registry.find(method)
-    return f"{algorithm.title} (mean)" if algorithm.apart else algorithm.title
+    title = registry.find(method).title
+    return f"{title} (mean)" if is_apart(method) else title
+
+
+def is_apart(method: str) -> bool:
+    """Whether a row is that of clients by themselves."""
+    return method in registry.names() and registry.find(method).apart
 
 
 def mean(row: Mapping[str, float]) -> float:
