@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 _WHERE = {  # name -> the module that holds it
     "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate"),
     "by_hand": ("sparsegpt", "admm", "wanda", "magnitude"),
+    "recovery.zeros": ("keep_sparsity",),
     "reports.result": ("Result",),
+    "reports.sparsity": ("check",),
     "settings.schema": ("Config", "Pruning"),
     "tensors.target": ("Target", "parse_target"),
     "tensors.sparsity": ("select",),
@@ -60,7 +62,9 @@ if TYPE_CHECKING:
     from fedspallm_appfl.pruning.pruner import Prepared, Pruner
     from fedspallm_appfl.pruning.registry import pruner
     from fedspallm_appfl.pruning.statistics import InputGram, InputNorms
+    from fedspallm_appfl.recovery.zeros import keep_sparsity
     from fedspallm_appfl.reports.result import Result
+    from fedspallm_appfl.reports.sparsity import check
     from fedspallm_appfl.settings.schema import Config, Pruning
     from fedspallm_appfl.tensors.sparsity import select
     from fedspallm_appfl.tensors.target import Target, parse_target

@@ -7,12 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fedspallm_appfl import __version__, cli
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs.run_dir import claimed
 from fedspallm_appfl.settings.reading import load_config
 from helpers.command_line import parse
+from helpers.families import save_family
 from helpers.paths import DEMO, ROOT
 
 CONFIG = str(ROOT / "configs" / "demo.yaml")
@@ -96,6 +100,8 @@ def test_overrides_on_both_sides_of_an_option_keep_their_order(monkeypatch):
         (["evaluate", "m"], "required: --text"),
         (["evaluate", "m", "--text", TEXT, "--length", "0"], "--length: at least 1, got 0"),
         (["evaluate", "m", "--text", TEXT, "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["check"], "required: model"),
+        (["check", "m", "--json", "--matrices"], "--matrices: not allowed with argument --json"),
     ],
 )
 def test_a_wrong_command_line_exits_with_2_and_says_why(fedspallm, words, message):
@@ -203,6 +209,70 @@ def test_evaluate_takes_the_length_that_the_model_takes_unless_told(fedspallm):
 )
 def test_what_cannot_be_evaluated_is_explained(fedspallm, words, message):
     code, out, err = fedspallm(*words)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def half_pruned(folder, family="llama"):
+    """A folder whose first block is 2:4, whose second has 10 zeros in each first row, and whose third is dense."""
+    model = AutoModelForCausalLM.from_pretrained(save_family(family, folder))
+    with torch.no_grad():
+        for name, weight in model.model.layers.named_parameters():
+            if name.startswith("0.") and "_proj" in name:
+                weight.view(-1, 4)[:, 1:3] = 0
+            elif name.startswith("1.") and "_proj" in name:
+                weight.view(-1, weight.shape[-1])[0, :10] = 0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_check_counts_zeros_by_matrix_and_pattern(fedspallm, tmp_path):
+    folder = half_pruned(tmp_path)
+    code, out, _ = fedspallm("check", folder, "--json")
+    found = json.loads(out)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    weights = {name: tensor for name, tensor in on_disk.items() if "_proj" in name}
+    assert code == 0
+    assert {one["stored"]: one["zeros"] for one in found["matrices"]} == {
+        name: int((tensor == 0).sum()) for name, tensor in weights.items()
+    }
+    assert [one["patterns"] for one in found["matrices"]] == [["2:4", "4:8"]] * 7 + [[]] * 14
+    assert found["entries"] == sum(tensor.numel() for tensor in weights.values())
+    assert found["zeros"] == sum(one["zeros"] for one in found["matrices"])
+    assert found["sparsity"] == found["zeros"] / found["entries"]
+    up = found["kinds"]["mlp.up_proj"]
+    assert (up["matrices"], up["entries"], up["zeros"]) == (3, 3 * 48 * 32, 48 * 32 // 2 + 10)
+    code, out, _ = fedspallm("check", folder)
+    [row] = [line for line in out.splitlines() if "mlp.up_proj" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        *("mlp.up_proj", "3", "4,608", "16.8837 %", "0.0000 %", "50.0000 %", "2:4 in 1, 4:8 in 1")
+    ]
+    assert f"{found['zeros']:,} of {found['entries']:,} prunable weights are zero" in out
+    code, out, _ = fedspallm("check", folder, "--matrices")
+    assert code == 0 and len(re.findall(r"│ +[012] │ \w+", out)) == 21
+    assert re.search(r"│ +1 │ mlp.up_proj +│ 48 x 32 │ +10 │ +0.6510 % │", out)
+
+
+def test_check_counts_all_experts_as_one_kind(fedspallm, tmp_path):
+    code, out, _ = fedspallm("check", half_pruned(tmp_path, "mixtral"), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert {kind: one["matrices"] for kind, one in found["kinds"].items() if "mlp" in kind} == {
+        f"mlp.experts.*.{name}": 12 for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert [one["patterns"] for one in found["matrices"] if one["block"] == 0] == [["2:4", "4:8"]] * 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["./none"], "model path './none' is no folder here and no hub name"),
+        ([str(DEMO)], "is not a model: it holds no config.json"),
+        ([str(DEMO / "model"), "--blocks", "model.norm"], "`model.blocks` is 'model.norm'"),
+    ],
+)
+def test_what_cannot_be_checked_is_explained(fedspallm, words, message):
+    code, out, err = fedspallm("check", *words)
     assert (code, out) == (2, "")
     assert message in err
 

@@ -10,14 +10,29 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import estimate, evaluate, prune, recover, resume, run, study, validate
+from fedspallm_appfl.cli import check, estimate, evaluate, prune, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.finished import compare, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
-VERBS = (run, resume, validate, doctor, site, functions, estimate, study, prune, recover, evaluate, report, compare)
+VERBS = (
+    run,
+    resume,
+    validate,
+    doctor,
+    site,
+    functions,
+    estimate,
+    study,
+    prune,
+    recover,
+    evaluate,
+    check,
+    report,
+    compare,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
