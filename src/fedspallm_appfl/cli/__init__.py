@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import check, estimate, evaluate, prune, recover, resume, run, study, validate
+from fedspallm_appfl.cli import check, estimate, evaluate, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
-from fedspallm_appfl.cli.finished import compare, report
+from fedspallm_appfl.cli.finished import compare, prune, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
