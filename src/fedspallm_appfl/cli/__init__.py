@@ -1,4 +1,4 @@
-"""The command line `fedspallm`, one file a verb; those for Globus Compute and finished runs in folders of their own.
+"""The command line `fedspallm`, one file a verb; some kinds of verbs in folders of their own.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import check, estimate, evaluate, recover, resume, run, study, validate
+from fedspallm_appfl.cli import estimate, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.finished import compare, prune, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
+from fedspallm_appfl.cli.models import check, evaluate
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
