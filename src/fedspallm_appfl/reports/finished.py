@@ -10,7 +10,7 @@ from fedspallm_appfl.errors import ConfigError, ModelError, first_line, refuse, 
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports.own_text import own_texts
-from fedspallm_appfl.reports.page import write_page
+from fedspallm_appfl.reports.pages.page import write_page
 from fedspallm_appfl.reports.report import write_report
 from fedspallm_appfl.reports.result import Result
 from fedspallm_appfl.rounds.participants import algorithm_of, whole

@@ -29,7 +29,7 @@ def add(verbs: Any) -> None:
 def work(args: argparse.Namespace) -> int:
     """Do it."""
     with uncollected("transformers"):
-        from fedspallm_appfl.reports.comparison import write_comparison
+        from fedspallm_appfl.reports.pages.comparison import write_comparison
 
     for run in args.runs:
         require_at_rest(run)
