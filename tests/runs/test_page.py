@@ -12,7 +12,8 @@ import torch
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
-from fedspallm_appfl.reports import finished, pictures
+from fedspallm_appfl.reports import finished
+from fedspallm_appfl.reports.pages import pictures
 from fedspallm_appfl.reports.pages.page import by_kind
 from helpers.experiments import first_pages
 from helpers.tiny import run, save_tiny, tiny_config
