@@ -21,7 +21,8 @@ from fedspallm_appfl import cli
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import client_memory, serial_memory, server_memory
-from fedspallm_appfl.reports.report import bytes_text, markdown
+from fedspallm_appfl.reports.parts import markdown
+from fedspallm_appfl.reports.report import bytes_text
 from fedspallm_appfl.study.cells import DENSE, Cell, opened
 from fedspallm_appfl.study.plan import Plan, parse_method, planned
 

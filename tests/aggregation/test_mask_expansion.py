@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedspallm_appfl.aggregation.mask_expansion import expand, unexpanded_zeros
+from fedspallm_appfl.aggregation.mask_expansion import agreement, expand
 from fedspallm_appfl.tensors.target import NM, parse_target
 from helpers.loops import LOOPS, use
 
@@ -85,7 +85,7 @@ def test_equal_votes_go_by_magnitude_and_equal_magnitudes_by_index(target):
 def test_nothing_is_expanded_when_everybody_pruned_more_than_the_target(text):
     votes = torch.tensor([[3, 3, 3, 2]])
     assert expand(votes, 3, torch.tensor([[0.0, 0.0, 0.0, 1.0]]), parse_target(text)).tolist() == [[False] * 3 + [True]]
-    assert unexpanded_zeros(votes, 3) == 3
+    assert agreement(votes, 3)["zeros_before_expansion"] == 3
 
 
 def test_a_row_that_is_over_target_takes_nothing_from_another_row():
@@ -145,10 +145,19 @@ def test_votes_of_more_than_255_clients_are_told_apart():
     votes = torch.tensor([[300, 44, 299, 300]], dtype=torch.int16)  # 300 is 44 in one byte
     assert expand(votes, 301, torch.ones(1, 4), HALF).tolist() == [[False, True, True, False]]
     assert expand(votes, 300, torch.ones(1, 4), parse_target(0)).tolist() == [[False, True, True, False]]
-    assert unexpanded_zeros(votes, 300) == 2
+    assert agreement(votes, 300)["zeros_before_expansion"] == 2
 
 
 def test_255_votes_of_255_clients_fit_in_a_byte():
     votes = torch.tensor([[255, 254, 0, 255]], dtype=torch.uint8)
     assert expand(votes, 255, torch.ones(1, 4), parse_target("0.75")).tolist() == [[False, False, True, False]]
-    assert unexpanded_zeros(votes, 255) == 2
+    assert agreement(votes, 255)["zeros_before_expansion"] == 2
+
+
+def test_agreement_counts_what_two_clients_both_pruned():
+    masks = torch.tensor([[1, 1, 0, 0, 1], [1, 0, 1, 0, 1], [1, 1, 0, 1, 0]])  # 1: pruned, a row a client
+    pairs = [int((masks[a] * masks[b]).sum()) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert pairs == [2, 2, 1]
+    facts = agreement(masks.sum(0, keepdim=True).to(torch.uint8), 3)
+    assert facts == {"zeros_before_expansion": 1, "zeros_of_one": 3, "zeros_of_two": round(sum(pairs) / 3)}
+    assert agreement(torch.tensor([[1, 0]], dtype=torch.uint8), 1) == {"zeros_before_expansion": 1}

@@ -17,7 +17,9 @@ def test_a_build_holds_every_file_of_the_package(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
     built = {str(file.relative_to(tmp_path / "fedspallm_appfl")) for file in tmp_path.rglob("*") if file.is_file()}
     here = {
-        str(file.relative_to(source)) for file in source.rglob("*") if file.suffix in (".py", ".c", ".typed", ".txt")
+        str(file.relative_to(source))
+        for file in source.rglob("*")
+        if file.suffix in (".py", ".c", ".typed", ".txt", ".css")
     }
     assert built == here - NOT_COPIED
     assert here >= NOT_COPIED

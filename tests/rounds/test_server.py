@@ -218,7 +218,9 @@ def test_each_block_that_is_done_is_an_event(tmp_path):
     common = {"event": "block", "round": 0, "zeros": 12 + 7, "over_target": 0}
     assert sorted(events, key=lambda event: event["block"]) == [
         common | {"block": 0, "clients": ["ann"], "zeros_before_expansion": 19},
-        common | {"block": 1, "clients": ["ann", "bob"], "zeros_before_expansion": unanimous},
+        common
+        | {"block": 1, "clients": ["ann", "bob"], "zeros_before_expansion": unanimous}
+        | {"zeros_of_one": 19, "zeros_of_two": unanimous},
     ]
     assert 0 < unanimous < 19
 

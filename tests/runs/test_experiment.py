@@ -69,7 +69,7 @@ def test_the_run_directory_is_complete(tmp_path):
     text = {"austen": str(DEMO / "text/austen/test.txt"), "jargon": str(DEMO / "text/jargon/test.txt")}
     evaluation = {"texts": text, "length": 64, "windows": 4, "compare": ["standalone", "fedavg"]}
     folder = run(small_config(tmp_path, 2, evaluation=evaluation))
-    made = {"config.yaml", "manifest.json", "metrics.jsonl", "model", "report.md"}
+    made = {"config.yaml", "manifest.json", "metrics.jsonl", "model", "report.html", "report.md"}
     assert {path.name for path in folder.iterdir()} == made
     assert {path.name for path in (folder / "model").iterdir()} == {
         *(path.name for path in (DEMO / "model").iterdir()),

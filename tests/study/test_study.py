@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.console import Console
 from fedspallm_appfl import cli
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.runs import evaluation, experiment
 from fedspallm_appfl.settings.schema import Client, Config
@@ -169,7 +169,7 @@ def test_a_cell_says_what_a_run_of_its_own_says(config, done, method, target, ov
     more = ["seed=1", f"client_configs.train_configs.sparsity='{target}'", "evaluation.compare=[]"]
     folder = run(config, *overrides, *more, "--overwrite")
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    up, down = traffic(SimpleNamespace(of=lambda kind: [event for event in events if event["event"] == kind]))
+    up, down = traffic(EventLog(folder / "metrics.jsonl"))
     assert (cell["up"], cell["down"]) == (up, down)
     rows = {event["method"]: event["perplexity"] for event in events if event["event"] == "evaluation"}
     rows.pop("dense")

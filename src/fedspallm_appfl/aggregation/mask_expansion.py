@@ -122,6 +122,22 @@ def _most_voted_in_groups(votes: Tensor, clients: int, aggregate: Tensor, target
     return first_in_groups(target.group, target.group - target.kept, sooner, shape, votes.device) | (votes == clients)
 
 
-def unexpanded_zeros(votes: Tensor, clients: int) -> int:
-    """Entries that everybody pruned: the zeros of the l0 mean before expansion."""
-    return int((votes == clients).count_nonzero())
+def agreement(votes: Tensor, clients: int) -> dict[str, int]:
+    """How far the masks of clients agree.
+
+    Args:
+        votes: (O, I) whole numbers, clients that pruned each entry.
+        clients: all of them.
+
+    Returns:
+        `zeros_before_expansion`, the entries that everybody pruned, which are the zeros of the l0 mean before expansion.
+        Of two clients and more also `zeros_of_one`, the entries that a client pruned, in the mean over the clients, and
+        `zeros_of_two`, those that two clients both pruned, in the mean over all pairs; both are rounded.
+    """
+    entries = torch.bincount(votes.reshape(-1), minlength=clients + 1).tolist()
+    facts = {"zeros_before_expansion": entries[clients]}
+    if clients > 1:
+        ones, twos = (sum(k**power * count for k, count in enumerate(entries)) for power in (1, 2))
+        facts["zeros_of_one"] = round(ones / clients)
+        facts["zeros_of_two"] = round((twos - ones) / (clients * (clients - 1)))
+    return facts

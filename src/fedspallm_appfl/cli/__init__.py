@@ -1,4 +1,4 @@
-"""The command line `fedspallm`, one file a verb; those about any model and for Globus Compute in folders.
+"""The command line `fedspallm`, one file a verb; some kinds of verbs in folders of their own.
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
@@ -10,14 +10,30 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import estimate, prune, recover, resume, run, study, validate
+from fedspallm_appfl.cli import estimate, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.cli.finished import compare, prune, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.cli.models import check, evaluate
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
-VERBS = (run, resume, validate, doctor, site, functions, estimate, study, prune, recover, evaluate, check)
+VERBS = (
+    run,
+    resume,
+    validate,
+    doctor,
+    site,
+    functions,
+    estimate,
+    study,
+    prune,
+    recover,
+    evaluate,
+    check,
+    report,
+    compare,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports import own_text, targets
+from fedspallm_appfl.reports.parts import Part, Table
 from fedspallm_appfl.reports.result import (
     Result,
     count,
@@ -110,36 +112,37 @@ def _title(config: Config) -> str:
 
 def write_report(file: Path, config: Config, results: Result, log: EventLog) -> None:
     """Write report.md."""
-    parts = [
-        f"# {headline(config)}",
-        f"{'. '.join(_zeros(results))}.\n\nThe model in `{results.model.name}/` is stored dense, with zeros: "
+    shown = (part.markdown() if isinstance(part, Table) else part for part in parts(config, results, log))
+    write_text(file, "\n\n".join([f"# {headline(config)}", *shown]) + "\n")
+
+
+def parts(config: Config, results: Result, log: EventLog) -> list[Part]:
+    """All that the report says below its headline."""
+    return [
+        f"{'. '.join(_zeros(results))}.",
+        f"The model in `{results.model.name}/` is stored dense, with zeros: "
         "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
         *_perplexity(config, results),
         *_own_text(config, results, log),
         "## Sparsity",
-        _sparsity(config, results.matrices, log),
+        *_sparsity(config, results.matrices, log),
         *_targets(log),
         "## Bytes",
-        _bytes(config, results, log),
+        *_bytes(config, results, log),
         "## Who took part",
-        _participation(config, results, log),
+        *_participation(config, results, log),
         *(f"{line.capitalize()}. So uploads were not screened." for line in seen_words(config)),
         *_outliers(log),
         *_notes(log),
+        "## How to load",
+        *_loading(config, results),
         "## Settings",
-        _settings(config, log),
+        *_settings(config, log),
     ]
-    write_text(file, "\n\n".join(parts) + "\n")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns except the first are right-aligned."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _perplexity(config: Config, results: Result) -> list[str]:
+def _perplexity(config: Config, results: Result) -> list[Part]:
     if not results.perplexity:
         return []
     texts = list(next(iter(results.perplexity.values())))
@@ -148,10 +151,10 @@ def _perplexity(config: Config, results: Result) -> list[str]:
         for method, row in results.perplexity.items()
     ]
     again = [_measure_again(config)] if results.model.name == "model" else []
-    return ["## Perplexity", markdown(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
+    return ["## Perplexity", Table(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
 
 
-def _own_text(config: Config, results: Result, log: EventLog) -> list[str]:
+def _own_text(config: Config, results: Result, log: EventLog) -> list[Part]:
     """What the clients have measured where their text lies."""
     missing = own_text.notes(log)
     if not (results.own or missing):
@@ -161,8 +164,8 @@ def _own_text(config: Config, results: Result, log: EventLog) -> list[str]:
         f"Each client measured the dense model and {of} on up to {count(own_windows(config), 'window')} of its text that "
         "were kept out of pruning. Sums of losses and numbers of tokens were all that it sent."
     )
-    table = [markdown(own_text.HEAD, own_text.rows(results.own, 3))] if results.own else []
-    absent = ["Not measured:\n\n" + "\n".join(map(_cell, missing))] if missing else []
+    table = [Table(own_text.HEAD, own_text.rows(results.own, 3))] if results.own else []
+    absent = ["Not measured:", "\n".join(missing)] if missing else []
     return [f"## {own_text.TITLE}", *table, words, *absent]
 
 
@@ -198,7 +201,7 @@ def _measure_again(config: Config) -> str:
     return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
 
 
-def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> str:
+def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> list[Part]:
     facts = {event["block"]: event for event in log.of("block")}
     rows = []
     for block in sorted({matrix.block for matrix in matrices}):
@@ -215,39 +218,39 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
     if not algorithm_of(config).votes or config.recovery.model:
         head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
         words = "`kept but zero` counts kept weights that are zero."
-    table = markdown(head, rows)
-    note = f"\n\n{over} entries beyond the target are zero, because every client pruned them." if over else ""
-    return f"{table}{note}{_experts(config, facts.values())}\n\n{words} `manifest.json` lists every matrix."
+    note = [f"{over} entries beyond the target are zero, because every client pruned them."] if over else []
+    last = f"{words} `manifest.json` lists every matrix."
+    return [Table(head, rows), *note, *_experts(config, facts.values()), last]
 
 
-def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> str:
+def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> list[str]:
     """How many experts' matrices some clients or all of them had too few tokens for."""
     events = list(blocks)
     left_out, unreached = (sum(event.get(what, 0) for event in events) for what in ("left_out", "unreached"))
     if not left_out:
-        return ""
+        return []
     what = config.server_configs.aggregator_kwargs.unreached
     done = "stay dense" if what == "dense" else f"were pruned by {what}"
     least = f"{config.client_configs.train_configs.min_tokens} tokens"
     if algorithm_of(config).gathers:
         least += f", or {config.gram.min_tokens or 'as many as an input is wide'} as `gram.min_tokens` says,"
-    return (
-        f"\n\nFewer than {least} of a client reached some experts: {left_out} uploads of matrices or statistics "
+    return [
+        f"Fewer than {least} of a client reached some experts: {left_out} uploads of matrices or statistics "
         f"were left out, and {unreached} that came from no client {done}."
-    )
+    ]
 
 
-def _targets(log: EventLog) -> list[str]:
+def _targets(log: EventLog) -> list[Part]:
     """Targets that were chosen; nothing where every matrix has that of the run."""
     chosen = log.of("allocation")
     if not chosen:
         return []
     line, found = targets.choice_line(chosen[-1]), chosen[-1]["targets"]
-    table = [targets.WORDS, markdown(*targets.table(found))] if found else []
+    table: list[Part] = [targets.WORDS, Table(*targets.table(found))] if found else []
     return ["## Targets", f"{line[0].upper()}{line[1:]}.", *table]
 
 
-def _bytes(config: Config, results: Result, log: EventLog) -> str:
+def _bytes(config: Config, results: Result, log: EventLog) -> list[Part]:
     up, down = traffic(log)
     rows = [[client, f"{up[client]:,}", f"{down.get(client, 0):,}"] for client in up]
     rows.append(["all", f"{sum(up.values()):,}", f"{sum(down.values()):,}"])
@@ -260,15 +263,13 @@ def _bytes(config: Config, results: Result, log: EventLog) -> str:
     ]
     final = sum(event["bytes_down"] for event in log.of("measured"))
     per_round += [["model to measure", "0", f"{final:,}"]] if final else []
-    return "\n\n".join(
-        [
-            markdown(["client", "up", "down"], rows),
-            markdown(["round", "up", "down"], per_round),
-            markdown(["block", "uploads", "up", "dense", "times smaller"], _bytes_by_block(results, log)),
-            *_recovery(config, log),
-            f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
-        ]
-    )
+    return [
+        Table(["client", "up", "down"], rows),
+        Table(["round", "up", "down"], per_round),
+        Table(["block", "uploads", "up", "dense", "times smaller"], _bytes_by_block(results, log)),
+        *_recovery(config, log),
+        f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
+    ]
 
 
 def _recovery(config: Config, log: EventLog) -> list[str]:
@@ -303,32 +304,41 @@ def _bytes_by_block(results: Result, log: EventLog) -> list[list[str]]:
     ]
 
 
-def _participation(config: Config, results: Result, log: EventLog) -> str:
+def _participation(config: Config, results: Result, log: EventLog) -> list[Part]:
     rows, places = [], {name: place for place in log.of("place") for name in place["clients"]}
     where = ["rank", "device", "threads"] if any(place["rank"] for place in places.values()) else ["device", "threads"]
     where = where if places else []  # over Globus Compute the sites know
-    blocks, seconds = defaultdict[str, set[tuple[int, int]]](set), defaultdict[str, float](float)
+    blocks, seconds = defaultdict[str, set[tuple[int, int]]](set), working_seconds(log)
     hosts: dict[str, str] = {}
     for event in log.uploads:
         name = event["client"]
         blocks[name].update((event["round"], block) for block in from_text(event["blocks"]))
-        seconds[name] += event["seconds"]
         hosts.setdefault(name, event["host"])
     for client in participants(config):
         name, share = client.client_id, f"{client.train_configs.resource_share:g}"
         place = [str(places[name][what]) for what in where]
-        rows.append([name, share, str(len(blocks[name])), f"{seconds[name]:.1f}", hosts.get(name, "-"), *place])
-    table = markdown(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
+        rows.append(
+            [name, share, str(len(blocks[name])), f"{seconds.get(name, 0.0):.1f}", hosts.get(name, "-"), *place]
+        )
+    table = Table(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = [] if config.recovery.model else sorted(every - covered)
-    notes = [table, *_absences(config, log)]
+    notes: list[Part] = [table, *_absences(config, log)]
     if missed:
         notes.append(f"No client sent these blocks, and they stay dense: {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(every))
         notes.append(f"Uniform sampling leaves {expected:.2f} of {len(every)} blocks uncovered a round in expectation.")
-    return "\n\n".join(notes)
+    return notes
+
+
+def working_seconds(log: EventLog) -> dict[str, float]:
+    """Seconds that each client spent on what it has sent."""
+    seconds: dict[str, float] = {}
+    for event in log.uploads:
+        seconds[event["client"]] = seconds.get(event["client"], 0.0) + event["seconds"]
+    return seconds
 
 
 def absence_line(log: EventLog) -> str | None:
@@ -340,7 +350,7 @@ def absence_line(log: EventLog) -> str | None:
     return f"left out, {rounds}" if rounds else None
 
 
-def _absences(config: Config, log: EventLog) -> list[str]:
+def _absences(config: Config, log: EventLog) -> list[Part]:
     """Which clients were left out of which round and why; empty if all took part in all rounds."""
     absent = {(event["round"], event["client"]): event for event in log.of("absent")}
     if not absent:
@@ -351,39 +361,35 @@ def _absences(config: Config, log: EventLog) -> list[str]:
         for index in rounds
     ]
     rows = [
-        [str(event["round"] + 1), event["client"], event["host"] or "-", event["blocks"] or "-", _cell(event["why"])]
+        [str(event["round"] + 1), event["client"], event["host"] or "-", event["blocks"] or "-", event["why"]]
         for event in absent.values()
     ]
     return [
         "Some clients were left out of rounds. Blocks are aggregated over the clients that sent them.",
-        markdown(["round", "took part"], took_part),
-        markdown(["round", "left out", "host", "blocks", "why"], rows),
+        Table(["round", "took part"], took_part),
+        Table(["round", "left out", "host", "blocks", "why"], rows),
     ]
 
 
-def _cell(words: str) -> str:
-    """Text as a cell of a table."""
-    return " ".join(words.replace("|", "\\|").split())
-
-
-def _outliers(log: EventLog) -> list[str]:
+def _outliers(log: EventLog) -> list[Part]:
     """Uploads with facts that no honest client's have and that are folded nevertheless, and columns brought back."""
-    parts, columns = [], defaultdict[tuple[str, int], list[int]](list)
+    found: list[Part] = []
+    columns = defaultdict[tuple[str, int], list[int]](list)
     rows = [[event["client"], str(event["block"]), event["unit"], event["why"]] for event in log.of("outlier")]
     for event in log.of("brought_back"):
         columns[event["client"], event["block"]].append(event["columns"])
     if rows:
-        parts.append(markdown(["client", "block", "matrix or input", "why"], rows))
+        found.append(Table(["client", "block", "matrix or input", "why"], rows))
     if columns:
         far = [[client, str(block), str(len(of)), str(sum(of))] for (client, block), of in sorted(columns.items())]
-        parts += [
+        found += [
             "Columns of uploads that had gone far from the dense weights and were brought back:",
-            markdown(["client", "block", "matrices", "columns"], far),
+            Table(["client", "block", "matrices", "columns"], far),
         ]
-    return ["## Uploads that stand out", *parts] if parts else []
+    return ["## Uploads that stand out", *found] if found else []
 
 
-def _notes(log: EventLog) -> list[str]:
+def _notes(log: EventLog) -> list[Part]:
     rows = [
         [
             event["client"],
@@ -398,19 +404,38 @@ def _notes(log: EventLog) -> list[str]:
     if not rows:
         return ["## Unusual events", *notices] if notices else []
     head = "Matrices whose first factorization failed, with the damping that worked."
-    return ["## Unusual events", *notices, head, markdown(["client", "round", "block.linear", ""], rows)]
+    return ["## Unusual events", *notices, head, Table(["client", "round", "block.linear", ""], rows)]
 
 
-def _settings(config: Config, log: EventLog) -> str:
-    versions = (
+def _loading(config: Config, results: Result) -> list[Part]:
+    """Python that loads the model."""
+    apart = algorithm_of(config).apart
+    folder = str(results.model / "CLIENT" / "model" if apart else results.model)
+    words = ["`CLIENT` stands for the client whose model it is."] if apart else []
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
+    return [indent(code, "    "), *words]
+
+
+def versions() -> str:
+    """What runs here, for the event that ends a run."""
+    return (
         f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
     )
+
+
+def _settings(config: Config, log: EventLog) -> list[Part]:
     data = {(client.data.windows, client.data.length) for client in config.clients}
     begin = "".join(dict.fromkeys(_beginning(config, client.data.bos, client.data.text) for client in config.clients))
     calibration = " or ".join(f"{count(windows, 'window')} of {length} tokens" for windows, length in sorted(data))
     before = f", pruned model `{config.recovery.model}`" if config.recovery.model else ""
-    return (
+    ran = "".join(f"{event['versions']}; " for event in log.of("end")[-1:] if "versions" in event)
+    return [
         f"Model `{config.model.path}`{before}; {calibration} per client for pruning, seed {config.seed}{begin}. The "
-        f"resolved configuration is `config.yaml`.\n\n{versions}; {log.seconds:.0f} s in total."
-    )
+        "resolved configuration is `config.yaml`.",
+        f"{ran}{log.seconds:.0f} s in total.",
+    ]

@@ -67,6 +67,7 @@ class Result(Shown):
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
         own: client -> perplexities on its own held-out text, and `all`; empty if nobody has measured.
+        targets: name of a matrix -> its target; empty where they are not known.
     """
 
     perplexity: Mapping[str, Mapping[str, float]]
@@ -75,6 +76,7 @@ class Result(Shown):
     dense_bytes: int
     model: Path
     own: Mapping[str, OwnText] = field(default_factory=dict)
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -144,8 +146,13 @@ def label(method: str) -> str:
     """What a table calls a method: an algorithm's title, or the name of what is none."""
     if method not in registry.names():
         return method
-    algorithm = registry.find(method)
-    return f"{algorithm.title} (mean)" if algorithm.apart else algorithm.title
+    title = registry.find(method).title
+    return f"{title} (mean)" if is_apart(method) else title
+
+
+def is_apart(method: str) -> bool:
+    """Whether a row is that of clients by themselves."""
+    return method in registry.names() and registry.find(method).apart
 
 
 def mean(row: Mapping[str, float]) -> float:

@@ -8,6 +8,7 @@ from fedspallm_appfl.aggregation.layer_sampling import draw
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Groups
 from fedspallm_appfl.algorithms.references import POOLED
+from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.settings.reading import build
@@ -51,6 +52,12 @@ def own_windows(config: Config) -> int:
 def roster(config: Config) -> dict[str, float]:
     """Participant's id -> resource share, in the order of the file."""
     return {client.client_id: client.train_configs.resource_share for client in participants(config)}
+
+
+def whole(config: Config, log: EventLog) -> list[str]:
+    """Clients that took part to the end: a part of a model is none to compare with."""
+    left_out = {event["client"] for event in log.of("absent")}
+    return [client for client in roster(config) if client not in left_out]
 
 
 def partial_clients(config: Config) -> list[str]:

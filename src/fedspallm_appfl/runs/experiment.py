@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from fedspallm_appfl.events import Event, EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
-from fedspallm_appfl.reports import card
-from fedspallm_appfl.reports.own_text import own_texts
+from fedspallm_appfl.reports import card, finished
 from fedspallm_appfl.reports.progress import RunProgress
-from fedspallm_appfl.reports.report import absence_line, closing, write_report
+from fedspallm_appfl.reports.report import absence_line, closing, versions
 from fedspallm_appfl.reports.result import Result
 from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
 from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS
-from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster
+from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster, whole
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.runs.evaluation import DENSE, evaluate, held_out
@@ -68,7 +66,7 @@ def run(
     console.print(closing(config, results, log))
     if absent := absence_line(log):
         console.print(f"[bold red]clients {escape(absent)}[/]; why: report.md", highlight=False)
-    report = Path(config.run_dir).expanduser() / "report.md"
+    report = Path(config.run_dir).expanduser() / finished.PAGE
     console.print(f"model   {results.model}\nreport  {report}", highlight=False, markup=False)
     if (report.parent / STATISTICS).is_dir():
         console.print(f"more    fedspallm prune {report.parent} --sparsity ...", highlight=False, markup=False)
@@ -115,17 +113,15 @@ def conduct(
         if named := replaced_attention(aggregator.skeleton.model):
             log({"event": "notice", "text": attention_words(named)})
         _keep_statistics(folder)
-        matrices, place = _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
+        _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
         log({"event": "written"})
         methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
         known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
         perplexity = evaluate(config, texts, methods, log, known, among) if texts else {}
-        skeleton = aggregator.skeleton
-        dense_bytes = sum(matrix.entries for matrix in matrices) * skeleton.stored_dtype.itemsize
         _write_cards(config, folder, perplexity, log)
-        results = Result(_with_means(perplexity), matrices, skeleton.block_weights, dense_bytes, place, own_texts(log))
-        log({"event": "end"})
-        write_report(folder / "report.md", config, results, log)
+        log({"event": "end", "versions": versions()})
+        results = finished.result_of(folder, config, log)
+        finished.write(folder, config, results, log)
         shutil.rmtree(folder / "state")
     return results, log
 
@@ -178,18 +174,15 @@ def _keep_statistics(folder: Path) -> None:
         (folder / run_dir.STATE / STATISTICS).rename(folder / STATISTICS)
 
 
-def _write(
-    config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog
-) -> tuple[list[MatrixSparsity], Path]:
-    """Write the pruned model, or one for each client; returns the sparsity of the matrices of the last, and where it is."""
+def _write(config: Config, folder: Path, skeleton: Skeleton, model: GlobalModel, log: EventLog) -> None:
+    """Write the pruned model, or one for each client."""
     algorithm = algorithm_of(config)
     if not algorithm.apart:
-        return write_pruned(config, skeleton, model.done, folder), folder / "model"
-    matrices: list[MatrixSparsity] = []
-    for client in _whole(config, log):
+        write_pruned(config, skeleton, model.done, folder)
+        return
+    for client in whole(config, log):
         store = model.store(algorithm.store_of(client) or "")
-        matrices = write_pruned(config, skeleton, store, folder / "models" / client)
-    return matrices, folder / "models"
+        write_pruned(config, skeleton, store, folder / "models" / client)
 
 
 def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, float]], log: EventLog) -> None:
@@ -201,15 +194,9 @@ def _write_cards(config: Config, folder: Path, perplexity: dict[str, dict[str, f
         mine = {name: perplexity[name] for name in names} if perplexity else {}
         card.write(folder, config, dense | mine)
         return
-    for client in _whole(config, log):
+    for client in whole(config, log):
         row = perplexity.get(algorithm.store_of(client) or "")
         card.write(folder / "models" / client, config, dense | {"this model": row} if row else {})
-
-
-def _whole(config: Config, log: EventLog) -> list[str]:
-    """Clients that took part to the end: a part of a model is none to compare with."""
-    left_out = {event["client"] for event in log.of("absent")}
-    return [client for client in roster(config) if client not in left_out]
 
 
 def _methods(config: Config, model: GlobalModel, log: EventLog) -> dict[str, PrunedBlock]:
@@ -219,7 +206,7 @@ def _methods(config: Config, model: GlobalModel, log: EventLog) -> dict[str, Pru
         return {BEFORE: model.store(BEGINNING).get, RECOVERED: model.done.get}
     for algorithm in map(registry.find, (*comparisons(config), config.algorithm)):
         if algorithm.apart:
-            stores = [algorithm.store_of(client) or "" for client in _whole(config, log)]
+            stores = [algorithm.store_of(client) or "" for client in whole(config, log)]
             methods |= {store: model.store(store).get for store in stores}
         else:
             methods[algorithm.name] = (
@@ -252,6 +239,7 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
         "pruner": config.pruners(),
         "block_weights": skeleton.block_weights,
         "prunable": entries,
+        "dense_bytes": entries * skeleton.stored_dtype.itemsize,
         "zeros": zeros,
         "sparsity": zeros / entries,
         "zeros_before": sum(matrix.zeros_before for matrix in matrices),
@@ -263,14 +251,3 @@ def write_pruned(config: Config, skeleton: Skeleton, store: PackedStore, folder:
     manifest |= {name: before[name] for name in ("algorithm", "pruner", "target", "allocation") if before}
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return matrices
-
-
-def _with_means(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """One row, the geometric mean over the clients' own models (name/client), in the place of one for each of them."""
-    together: dict[str, list[dict[str, float]]] = {}
-    for method, row in rows.items():
-        together.setdefault(method.partition("/")[0], []).append(row)
-    return {
-        method: {text: statistics.geometric_mean(one[text] for one in of) for text in of[0]} if len(of) > 1 else of[0]
-        for method, of in together.items()
-    }

@@ -1,9 +1,9 @@
 """The run directory: what may be written where, for one run at a time.
 
 It holds `config.yaml` (resolved), `metrics.jsonl` (an event a line), `model/` (a Hugging Face folder), `manifest.json`
-(sparsity of every matrix, read back from disk) and `report.md`; with `standalone` a folder for each client in `models/`,
-with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the two works also
-`state/`, packed blocks and the server's sums, and a lock.
+(sparsity of every matrix, read back from disk), `report.html` and `report.md`; with `standalone` a folder for each client
+in `models/`, with `gram` also `statistics/`, and `further/` once `fedspallm prune` made models of them; while one of the
+two works also `state/`, packed blocks and the server's sums, and a lock.
 """
 
 import copy
@@ -32,7 +32,19 @@ CLIENTS = "clients"  # in it, of clients that see it
 AGREED = "agreed"  # in it, what was sent down to clients
 CONFIG = "config.yaml"
 # What runs write, in the order of removal: the mark goes last, so interrupted clearing can be repeated.
-OWN = (CONFIG, "report.md", "manifest.json", "model", "models", "statistics", "further", STATE, SCRATCH, MARK)
+OWN = (
+    CONFIG,
+    "report.md",
+    "report.html",
+    "manifest.json",
+    "model",
+    "models",
+    "statistics",
+    "further",
+    STATE,
+    SCRATCH,
+    MARK,
+)
 
 
 def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None:
@@ -92,11 +104,11 @@ def at_work(folder: Path) -> bool:
 def _changed(config: Config, folder: Path) -> str | None:
     """What differs from the configuration that a run was begun with."""
     try:
-        before = _flat(yaml_text.load((folder / CONFIG).read_text("utf-8")))
+        before = yaml_text.flat(yaml_text.load((folder / CONFIG).read_text("utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
         why = shortened(first_line(error))
         return f"run_dir: {folder / CONFIG} is damaged: {why}; put it right, or give --overwrite to begin anew"
-    now = _flat(yaml_text.load(_resolved(config)))
+    now = yaml_text.flat(yaml_text.load(_resolved(config)))
     differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
     if not differ:
         return None
@@ -105,16 +117,6 @@ def _changed(config: Config, folder: Path) -> str | None:
         f"run_dir: {folder} was begun with another configuration; it goes on with the same only: {keys}; use "
         f"fedspallm resume {folder}, or --overwrite to begin anew"
     )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Every value of nested mappings and lists under its whole key."""
-    if isinstance(value, dict | list):
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            name: one for word, of in inner for name, one in _flat(of, f"{key}.{word}" if key else str(word)).items()
-        }
-    return {key: value}
 
 
 def _resolved(config: Config) -> str:

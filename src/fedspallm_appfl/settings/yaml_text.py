@@ -98,3 +98,13 @@ def load(text: str) -> Any:
 def dump(value: Any) -> str:
     """Write plain values so that `load` gives them back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Every value of nested mappings and lists under its whole key."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            name: one for word, of in inner for name, one in flat(of, f"{key}.{word}" if key else str(word)).items()
+        }
+    return {key: value}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
-from fedspallm_appfl.aggregation.mask_expansion import Votes, unexpanded_zeros
+from fedspallm_appfl.aggregation.mask_expansion import Votes, agreement
 from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_values, sum_of_squares
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import (
@@ -197,7 +197,7 @@ class WeightFold(_MeanFold):
         """Combine for each store."""
         if self._context.cumulative:
             sums = with_earlier_rounds(self._context, sums, block, unit)
-        facts = {"zeros_before_expansion": unexpanded_zeros(sums.votes, sums.clients)}
+        facts = agreement(sums.votes, sums.clients)
         stores = {}
         for store, make in self._makes.items():
             assert make is not None, "weights that are kept as they come have a fold of their own"
@@ -258,7 +258,7 @@ class VoteFold(MatrixFold):
         assert self._exchange.make is not None, "`Algorithm` refuses masks of which nothing is made"
         made = self._made(self._exchange.make, sums, block, unit)
         packed = pack_mask(made) if isinstance(made, Tensor) else pack(*made, self._context.dtype)
-        facts = {"zeros_before_expansion": unexpanded_zeros(sums.pruned, sums.clients)}
+        facts = agreement(sums.pruned, sums.clients)
         return {DOWN[self._exchange.down]: {unit: packed}}, facts
 
     def unreached(self, block: int, unit: str) -> Stores:

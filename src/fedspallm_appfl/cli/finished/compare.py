@@ -1,0 +1,38 @@
+"""`fedspallm compare`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.cli.checked import console
+from fedspallm_appfl.cli.finished.report import require_at_rest
+from fedspallm_appfl.settings.imports import uncollected
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = command(
+        verbs,
+        "compare",
+        "Put finished runs side by side on one page: quality, bytes, time and the settings that differ.",
+        "fedspallm compare runs/demo runs/demo-70",
+        "fedspallm compare runs/demo runs/gram runs/best --out runs/three.html",
+    )
+    parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run_dirs of finished runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page (default: compare.html)"
+    )
+    parser.set_defaults(work=work)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Do it."""
+    with uncollected("transformers"):
+        from fedspallm_appfl.reports.pages.comparison import write_comparison
+
+    for run in args.runs:
+        require_at_rest(run)
+    write_comparison(args.out, list(dict.fromkeys(args.runs)))
+    console().print(f"page    {args.out}", highlight=False, markup=False)
+    return 0

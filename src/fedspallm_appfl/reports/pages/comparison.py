@@ -1,0 +1,135 @@
+"""Finished runs side by side, as a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from fedspallm_appfl.reports import finished
+from fedspallm_appfl.reports.pages.page import document, figure
+from fedspallm_appfl.reports.pages.pictures import Bar, bars
+from fedspallm_appfl.reports.parts import Table, html
+from fedspallm_appfl.reports.report import bytes_text, traffic
+from fedspallm_appfl.reports.result import Result, mean
+from fedspallm_appfl.settings.schema import Config, plain
+from fedspallm_appfl.settings.yaml_text import flat
+from fedspallm_appfl.validation.words import how
+from fedspallm_appfl.wire.durable import write_text
+
+MEASURED = ("length", "windows", "bos", "field")  # settings of `evaluation` on which a perplexity depends
+WITHIN = ("run_dir", "clients.")  # keys that differ without a word being said
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is shown of one run.
+
+    Attributes:
+        config: its configuration.
+        results: what it has shown.
+        up: bytes of tensors that its clients have sent.
+        seconds: of work.
+    """
+
+    config: Config
+    results: Result
+    up: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> Mapping[str, float]:
+        """That of its own model on each text; empty if none was measured."""
+        return list(self.results.perplexity.values())[-1] if self.results.perplexity else {}
+
+
+def write_comparison(file: Path, folders: Sequence[Path]) -> None:
+    """Write a page that puts runs side by side.
+
+    Raises:
+        ConfigError: a folder holds no run that has ended.
+        ModelError: a file of a run is damaged, or there is no room.
+    """
+    runs = dict(zip(_names(folders), map(_opened, folders), strict=True))
+    texts = [
+        text for text in next(iter(runs.values())).perplexity if all(text in run.perplexity for run in runs.values())
+    ]
+    body = [
+        html(_summary(runs, texts)),
+        *(_perplexity(runs, texts) if texts else []),
+        _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
+        _one_each(
+            "Seconds of work, by run.", {name: (run.seconds, f"{run.seconds:.0f} s") for name, run in runs.items()}
+        ),
+        *map(html, _differences(runs)),
+    ]
+    write_text(file, document(f"{len(runs)} runs side by side", body))
+
+
+def _opened(folder: Path) -> Run:
+    config, results, log = finished.opened(folder)
+    return Run(config, results, sum(traffic(log)[0].values()), log.seconds)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders without what all of them begin with."""
+    whole = [str(folder.absolute()) for folder in folders]
+    common = commonpath([str(Path(path).parent) for path in whole])
+    return [str(Path(path).relative_to(common)) for path in whole]
+
+
+def _summary(runs: Mapping[str, Run], texts: Sequence[str]) -> Table:
+    rows = []
+    for name, run in runs.items():
+        row = {text: run.perplexity[text] for text in texts}
+        numbers = [f"{value:.3f}" for value in ([mean(row), *row.values()] if row else [])]
+        rows.append(
+            [name, how(run.config), f"{run.results.sparsity:.4f}", f"{run.up:,}", f"{run.seconds:.0f}", *numbers]
+        )
+    shown = ["geometric mean", *texts] if texts else []
+    return Table(["run", "how", "sparsity", "bytes up", "seconds", *shown], rows)
+
+
+def _perplexity(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
+    """Bars by text, and a word where runs have measured differently."""
+    groups = {
+        text: [Bar(name, run.perplexity[text], f"{run.perplexity[text]:.2f}", "own") for name, run in runs.items()]
+        for text in texts
+    }
+    dense = [run.results.perplexity.get("dense", {}) for run in runs.values()]
+    for text in texts:
+        found = {row[text] for row in dense if text in row}
+        groups[text] = [Bar("dense", value, f"{value:.2f}", "dense") for value in sorted(found)] + groups[text]
+    caption = "Perplexity by text, less is better. Each text has a scale of its own, from 0."
+    return [html("## Perplexity"), *map(html, _measured_alike(runs, texts)), figure(bars(groups, caption), caption)]
+
+
+def _measured_alike(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
+    ways = set()
+    for run in runs.values():
+        settings = run.config.evaluation
+        how_measured = [getattr(settings, key) for key in MEASURED] + [settings.texts.get(text) for text in texts]
+        ways.add(repr([run.config.model.path, run.config.model.dtype, *how_measured]))
+    if len(ways) == 1:
+        return []
+    return ["**These runs measured differently** (model, texts or windows, see below), so perplexities do not compare."]
+
+
+def _one_each(caption: str, values: Mapping[str, tuple[float, str]]) -> str:
+    return figure(bars({"": [Bar(name, *of, "own") for name, of in values.items()]}, caption), caption)
+
+
+def _differences(runs: Mapping[str, Run]) -> list[str | Table]:
+    """Keys of the configurations that are not the same in all runs; those of single clients are left out."""
+    settings = [_settings(run.config) for run in runs.values()]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    rows = [
+        [key, *("-" if one.get(key) is None else str(one[key]) for one in settings)]
+        for key in keys
+        if not key.startswith(WITHIN) and len({repr(one.get(key)) for one in settings}) > 1
+    ]
+    return ["## Settings that differ", Table(["key", *runs], rows) if rows else "None."]
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return flat(plain(config)) | {"clients": ", ".join(client.client_id for client in config.clients)}

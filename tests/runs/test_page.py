@@ -1,0 +1,204 @@
+"""report.html, and both reports made anew from a run directory."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from fedspallm_appfl.cli import main
+from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.models.storage.export import MatrixSparsity
+from fedspallm_appfl.reports import finished
+from fedspallm_appfl.reports.pages import pictures
+from fedspallm_appfl.reports.pages.page import by_kind
+from helpers.experiments import first_pages
+from helpers.tiny import run, save_tiny, tiny_config
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+HOSTILE = "<script>alert(1)</script>\"'&|`x`"
+
+
+class Page(HTMLParser):
+    """What a page consists of; a tag that is not closed where it should be is an error."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three runs: with texts, of models that are apart, and of statistics."""
+    folder = tmp_path_factory.mktemp("pages")
+    model = save_tiny(folder / "model", torch.float32)
+    texts = {
+        "length": 24,
+        "windows": 2,
+        "texts": {"one & <two>": str(first_pages("austen"))},
+        "compare": ["standalone"],
+    }
+    changes = {"fedspallm": {"evaluation": texts}, "standalone": {}, "gram": {}}
+    return {name: run(tiny_config(folder / name, model, name, 2, **more)) for name, more in changes.items()}
+
+
+ALL = pytest.mark.parametrize("algorithm", ["fedspallm", "standalone", "gram"])
+
+
+@ALL
+def test_a_page_is_whole_and_refers_to_nothing_outside(folders, algorithm):
+    text = (folders[algorithm] / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert not re.search(r"https?://|\bsrc=|\bhref=|@import|url\(|<script|<link", text)
+    assert len(page.of("title")) >= 1 and {"lang": "en"} in page.of("html")
+    assert any(meta.get("name") == "viewport" for meta in page.of("meta"))
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert page.of("svg") and all(svg["role"] == "img" and svg["aria-label"] for svg in page.of("svg"))
+
+
+@ALL
+def test_a_page_says_all_that_report_md_says(folders, algorithm):
+    shown = Page((folders[algorithm] / "report.html").read_text("utf-8")).words
+    said = (folders[algorithm] / "report.md").read_text("utf-8")
+    cells = [cell.strip() for line in said.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")]
+    words = [line.strip("#* ") for line in said.splitlines() if line and line[0] not in "|-"]
+    wanted = {" ".join(one.replace("`", "").split()) for one in cells + words if not re.fullmatch("-*:?", one)}
+    # what is marked is an element of its own, and pieces of a line are joined with spaces here
+    squeezed = shown.replace(" ", "")
+    assert [one for one in wanted if one.replace(" ", "") not in squeezed] == []
+
+
+@ALL
+def test_both_reports_are_made_anew_from_the_run_directory(folders, algorithm, capsys):
+    files = [folders[algorithm] / name for name in ("report.html", "report.md")]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    assert main(["report", str(folders[algorithm])]) == 0
+    assert [file.read_bytes() for file in files] == before
+    shown = "".join(capsys.readouterr().out.split())
+    assert all(str(file) in shown for file in files)
+
+
+def test_quality_stands_beside_the_dense_model_and_clients_by_themselves(folders):
+    config, results, log = finished.opened(folders["fedspallm"])
+    shown = Page((folders["fedspallm"] / "report.html").read_text("utf-8")).words
+    (own,), (dense,), (alone,) = (results.perplexity[name].values() for name in ("fedspallm", "dense", "standalone"))
+    each = [row for event in log.of("evaluation") if "/" in event["method"] for row in event["perplexity"].values()]
+    assert alone == pytest.approx(math.prod(each) ** 0.5) and len(each) == 2
+    assert f"Perplexity {own:.2f} dense {dense:.2f} ({100 * (own / dense - 1):+.1f} %); standalone" in shown
+    assert f"{alone:.2f} ({100 * (own / alone - 1):+.1f} %)" in shown
+    assert "<dt>Perplexity</dt>" not in (folders["gram"] / "report.html").read_text("utf-8")
+    assert "<dt>Perplexity of own text</dt>" in (folders["gram"] / "report.html").read_text("utf-8")
+
+
+def test_agreement_is_that_of_the_masks_of_two_clients(folders):
+    _, _, log = finished.opened(folders["fedspallm"])
+    rows = Page((folders["fedspallm"] / "report.html").read_text("utf-8")).words.split("block agreement ")[1].split()
+    expected = [f"{one['zeros_before_expansion'] / one['zeros_of_one']:.4f}" for one in log.of("block")]
+    assert rows[1 : 2 * len(expected) : 2] == expected and len(set(expected)) > 1
+
+
+def test_names_from_outside_are_words_and_nothing_else(folders, tmp_path):
+    config, results, _ = finished.opened(folders["fedspallm"])
+    log = EventLog(tmp_path / "metrics.jsonl")
+    for line in (folders["fedspallm"] / "metrics.jsonl").read_text().splitlines():
+        log(json.loads(line.replace("austen", json.dumps(HOSTILE)[1:-1])))
+    log({"event": "absent", "round": 0, "client": HOSTILE, "host": HOSTILE, "blocks": "", "why": HOSTILE})
+    log({"event": "notice", "text": HOSTILE})
+    config.clients[0].client_id = config.model.path = HOSTILE
+    rows = {method: dict.fromkeys([HOSTILE], *row.values()) for method, row in results.perplexity.items()}
+    rows = {HOSTILE: rows["dense"]} | rows  # and of a method
+    matrices = [replace(matrix, name=f"{HOSTILE}.{matrix.name}") for matrix in results.matrices]
+    finished.write(tmp_path, config, replace(results, perplexity=rows, matrices=matrices), log)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "<script" not in text and Page(text).words.count("<script>alert(1)</script>") > 5
+    known = {"role", "aria-label", "width", "height", "class", "x", "y", "dx", "fill-opacity", "scope", "name"}
+    assert {name for _, of in Page(text).tags for name in of} - known == {"charset", "content", "lang"}
+    rows = [line for line in (tmp_path / "report.md").read_text("utf-8").splitlines() if "resource share" in line]
+    assert rows  # and a | of a name ends no cell
+    assert all(re.split(r"(?<!\\)\|", row)[0] == "" for row in rows)
+
+
+def test_experts_of_a_block_are_a_row_of_the_heat_map():
+    names = [f"model.layers.0.mlp.experts.{number}.up.weight" for number in range(3)] + [
+        "model.layers.0.mlp.gate.weight"
+    ]
+    matrices = [MatrixSparsity(name, 0, (2, 2), 4, 2, 2, 0.5) for name in names]
+    assert {name: len(of[0]) for name, of in by_kind(matrices).items()} == {"up": 3, "gate": 1}
+
+
+def test_bars_are_as_long_as_their_values_and_equal_ones_of_nothing_have_no_length():
+    drawn = pictures.bars({"": [pictures.Bar("a", 1, "1"), pictures.Bar("b", 4, "4")]}, "two")
+    assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["11.25", "45.00"]
+    drawn = pictures.bars({"": [pictures.Bar("a", math.inf, "inf"), pictures.Bar("b", 4, "4")]}, "too much")
+    assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["45.00", "45.00"]
+    drawn = pictures.bars({"": [pictures.Bar("a", 0, "0")]}, "none")
+    assert re.findall(r'<rect[^>]* width="([\d.]+)%', drawn) == ["0.00"]
+
+
+@pytest.mark.parametrize("what", ["absent", "unfinished", "damaged"])
+def test_what_is_no_finished_run_is_refused(folders, tmp_path, capsys, what):
+    for name in () if what == "absent" else ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).write_text((folders["gram"] / name).read_text())
+    if what == "unfinished":
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
+    words = {"absent": "holds no run", "unfinished": "has not ended", "damaged": "is no manifest"}
+    assert main(["report", str(tmp_path)]) == 2
+    assert words[what] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def longer(folders, tmp_path):
+    """The first run as if it had been measured on longer windows, and with a worse model."""
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
+        text = (folders["fedspallm"] / name).read_text()
+        (tmp_path / name).write_text(text.replace("  length: 24\n  windows: 2\n", "  length: 48\n  windows: 2\n"))
+    return tmp_path
+
+
+def test_runs_stand_side_by_side(folders, longer, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["compare", str(folders["fedspallm"]), str(folders["fedspallm"]), str(longer), "--out", str(page)]) == 0
+    text = page.read_text("utf-8")
+    shown, results = Page(text).words, finished.opened(longer)[1]
+    assert shown.startswith("2 runs side by side")
+    assert shown.count(f"{results.perplexity['fedspallm']['one & <two>']:.3f}") == 2 * 2  # of one text also the mean
+    assert "These runs measured differently" in shown and "evaluation.length 24 48" in shown
+    assert not re.search(r"https?://|<script|<link", text) and str(page) in "".join(capsys.readouterr().out.split())
+
+
+def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["compare", *map(str, folders.values()), "--out", str(page)]) == 0
+    shown = Page(page.read_text("utf-8")).words
+    assert "algorithm fedspallm standalone gram" in shown and "Perplexity by text" not in shown
+    assert "fedspallm/run FedSpaLLM with sparsegpt 0.5000" in shown
