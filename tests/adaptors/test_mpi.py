@@ -272,6 +272,34 @@ def test_a_client_that_fails_is_left_out_and_the_others_go_on(tmp_path):
         assert last == [sorted({"austen", "bible", "csource", "sqldocs"} - set(failing))] * 2
 
 
+def test_clients_of_secure_sums_fall_out_at_each_stage_as_in_one_process(tmp_path):
+    """A quarter of the clients, before keys, shares, words, or opening; the same bits as in one process."""
+    model, secure = save_tiny(tmp_path / "model"), {"secure_sums": True, "min_clients": 3}
+    stages = [("gram", stage) for stage in ("_advertise", "_share", "mask", "_open")] + [("consensus", "mask")]
+    folders, job = [], {"serial": [], "mpi": []}
+    for number, (algorithm, stage) in enumerate(stages):
+        folder = tmp_path / str(number)
+        (tmp_path / f"{number}.py").write_text(FALLS_OUT.format(stage=stage))
+        changes = {"server_configs": secure, "plugins": [str(tmp_path / f"{number}.py")]}
+        config = tiny_config(folder, model, algorithm, 4, **changes)
+        for launcher, commands in job.items():
+            commands.append(["run", str(config), "--launcher", launcher, f"run_dir={folder / launcher}"])
+        folders.append(folder)
+    environment = ENVIRONMENT | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    }
+    for launcher, commands in job.items():
+        (tmp_path / f"{launcher}.json").write_text(json.dumps(commands))
+        command = (*HELPER, tmp_path / f"{launcher}.json")
+        started = mpiexec(3, *command, env=environment) if launcher == "mpi" else start(*command, env=environment)
+        code, _, err = finish(started)
+        assert code == 0, err
+    for folder in folders:
+        assert same_files(folder / "serial", folder / "mpi", "model/model.safetensors", "manifest.json")
+        for launcher in job:
+            assert [event["client"] for event in events(folder / launcher, "absent")] == ["sqldocs"]
+
+
 HELPER = (sys.executable, "-m", "helpers.mpi_commands")
 FAILING = """
 import torch
@@ -287,4 +315,19 @@ def failing(weight, target, inputs):
         calls.clear()
         raise RuntimeError("no more memory")
     return ~fs.select(weight.abs(), target, per_row=False)
+"""
+FALLS_OUT = """
+from fedspallm_appfl.rounds.hidden.client import Hiding
+
+for name in ("_advertise", "_share", "mask", "_open"):  # what another plugin has changed in this process
+    honest = getattr(Hiding, "honest" + name, getattr(Hiding, name))
+    setattr(Hiding, "honest" + name, honest)
+    setattr(Hiding, name, honest)
+
+def fails(self, *given):
+    if self._name == "sqldocs":
+        raise RuntimeError("gone")
+    return getattr(self, "honest{stage}")(*given)
+
+Hiding.{stage} = fails
 """

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from fedspallm_appfl.globus.server.communicator import GlobusServer, Outcome, Ta
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.validation.rules import prepared_for_globus
@@ -73,12 +75,12 @@ def write_site(site, clients, **more):
     site.file.write_text(yaml.safe_dump({"clients": texts, **more}))
 
 
-def write_config(folder, **changes):
-    """Three clients with endpoints and, for runs on this machine, with their texts; they measure nothing unless asked."""
-    file = small_config(folder, 3, first_pages, **{"evaluation": {"own_windows": 0}, **changes})
+def write_config(folder, count=3, **changes):
+    """Clients with endpoints and, for runs on this machine, with their texts; they measure nothing unless asked."""
+    file = small_config(folder, count, first_pages, **{"evaluation": {"own_windows": 0}, **changes})
     config = yaml.safe_load(file.read_text())
-    for client, endpoint in zip(config["clients"], ENDPOINTS.values(), strict=True):
-        client["endpoint_id"] = endpoint
+    for number, client in enumerate(config["clients"]):
+        client["endpoint_id"] = ENDPOINTS.get(client["client_id"]) or str(uuid.UUID(int=number))
     file.write_text(yaml.safe_dump(config))
     return file
 
@@ -198,6 +200,35 @@ def test_secure_sums_give_the_bits_of_one_process_whoever_gets_the_next_task(
             assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
     assert not list((tmp_path / "secrets").glob("fedspallm-secrets-*"))
     assert not globus_worker._sweeping
+
+
+@pytest.mark.parametrize("stage", ["_advertise", "_share", "mask", "_open"])
+def test_a_client_of_secure_sums_falls_out_over_the_wire_as_in_one_process(tmp_path, monkeypatch, over_wire, stage):
+    class DirectWire(Wire):
+        def exchanged(self, request):
+            return globus_worker.run_exchange(request)
+
+    honest = getattr(Hiding, stage)
+
+    def fails(self, *given):
+        if self._name == "sqldocs":
+            raise RuntimeError("gone")
+        return honest(self, *given)
+
+    monkeypatch.setattr(Hiding, stage, fails)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "secrets"))
+    (tmp_path / "secrets").mkdir()
+    server = {"secure_sums": True}  # `min_clients` would end an exchange before all have answered
+    file = write_config(tmp_path, 4, algorithm="gram", server_configs=server)
+    log, aggregator = over_wire(DirectWire(), file)
+    [absent] = [event for event in log if event["event"] == "absent"]
+    assert (absent["client"], absent["why"]) == ("sqldocs", "RuntimeError: gone")
+    assert main(["run", str(file), "server_configs.min_clients=3"]) == 0
+    alone = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    done = aggregator.global_model.done
+    for block in done.blocks():
+        for name, packed in done.get(block).items():
+            assert torch.equal(packed.unpack_weight(), alone[f"model.layers.{block}.{name}.weight"])
 
 
 def test_secrets_of_a_round_that_never_ended_go_after_a_week(tmp_path, monkeypatch):
@@ -529,8 +560,8 @@ def _exchanged(request):
 
 @pytest.fixture
 def over_wire(tmp_path, monkeypatch):
-    """Run a federation of three over a wire; gives events and aggregator."""
-    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS[:3]}
+    """Run a federation over a wire; gives events and aggregator."""
+    texts = {name: {"text": str(first_pages(name))} for name in DOMAINS}
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"clients": texts, "may_send": list(SENDINGS)}))
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
 

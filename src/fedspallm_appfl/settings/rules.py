@@ -77,7 +77,7 @@ def _out_of_range(rule: Rule, value: Any) -> str | None:
     if (low or high) and rule.range:
         return rule.range.format(value=value)
     if low:
-        return f"at least {rule.least:g}, got {value}"
+        return f"{'at least' if rule.least or not isinstance(value, float) else 'above'} {rule.least:g}, got {value}"
     return f"at most {rule.most:.0f}, got {value}" if high else None
 
 
