@@ -43,6 +43,7 @@ def options() -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="what get_model.py has made")
+    parser.add_argument("--title", default="SmolLM2-135M-Instruct", help="the model's name, for the page")
     parser.add_argument("--texts", type=Path, default=BUNDLED, help="folder of domains with calib.txt and test.txt")
     parser.add_argument("--clients", nargs="+", default=["austen", "bible", "csource", "sqldocs"], metavar="DOMAIN")
     parser.add_argument("--sparsity", nargs="+", default=["0.5", "0.6", "0.7", "2:4"], metavar="TARGET")
@@ -50,6 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows a client")
     parser.add_argument("--evaluation-windows", type=int, default=10, metavar="N", help="windows of each text")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a forward pass; a large vocabulary wants few")
     parser.add_argument("--dtype", default="auto", help="arithmetic: auto (as stored) or float32")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="the folder of the study")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
@@ -64,9 +66,14 @@ def experiment(asked: argparse.Namespace) -> Path:
     config = {
         "run_dir": str(asked.out),
         "model": {"path": str(asked.model), "dtype": asked.dtype},
-        "client_configs": {"data": {"windows": asked.windows, "length": asked.length, "batch": 4}},
+        "client_configs": {"data": {"windows": asked.windows, "length": asked.length, "batch": asked.batch}},
         "clients": [{"client_id": name, "data": {"text": text}} for name, text in clients.items()],
-        "evaluation": {"texts": texts, "length": asked.length, "windows": asked.evaluation_windows, "batch": 4},
+        "evaluation": {
+            "texts": texts,
+            "length": asked.length,
+            "windows": asked.evaluation_windows,
+            "batch": asked.batch,
+        },
     }
     file = asked.out.with_name(f"{asked.out.name}.yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def page(plan: Plan, asked: argparse.Namespace) -> str:
     return "\n\n".join(
         [
             "# A pretrained model",
-            f"SmolLM2-135M-Instruct ([how to get it](../examples/smollm2/README.md)): {len(job.model.blocks)} blocks of "
+            f"{asked.title} ([how to get it](../examples/smollm2/README.md)): {len(job.model.blocks)} blocks of "
             f"width {job.model.hidden}, {prunable / 1e6:.0f} M prunable weights, {bytes_text(size)} on disk before and "
             f"after pruning. {len(asked.clients)} clients, {', '.join(asked.clients)}, with {whose}; "
             f"{asked.windows} windows of {asked.length} tokens a client; perplexity on the first "
