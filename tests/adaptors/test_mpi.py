@@ -117,7 +117,8 @@ def test_mpi_gives_the_bits_of_one_process(runs, name):
 
 def test_the_server_says_what_it_does_in_plain_text(runs):
     out = runs[1]
-    assert out.startswith("2 clients, 2 rounds, FedSpaLLM with sparsegpt") and "prunes 56 matrices" in out
+    assert out.startswith("fedspallm-appfl ")
+    assert "\n2 clients, 2 rounds, FedSpaLLM with sparsegpt" in out and "prunes 56 matrices" in out
     assert out.count("Placement") == len(runs[0]) and "\x1b" not in out
 
 

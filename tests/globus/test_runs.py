@@ -79,8 +79,9 @@ def write_config(folder, count=3, **changes):
     """Clients with endpoints and, for runs on this machine, with their texts; they measure nothing unless asked."""
     file = small_config(folder, count, first_pages, **{"evaluation": {"own_windows": 0}, **changes})
     config = yaml.safe_load(file.read_text())
-    for number, client in enumerate(config["clients"]):
-        client["endpoint_id"] = ENDPOINTS.get(client["client_id"]) or str(uuid.UUID(int=number))
+    endpoints = (*ENDPOINTS.values(), str(uuid.uuid4()))
+    for client, endpoint in zip(config["clients"], endpoints, strict=False):
+        client["endpoint_id"] = endpoint
     file.write_text(yaml.safe_dump(config))
     return file
 

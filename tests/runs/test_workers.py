@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,7 @@ def alive(pid):
 )
 def test_all_processes_end_with_the_run_and_the_run_with_one_of_them(tmp_path, sent, code, words):
     data = {"client_configs": {"data": {"windows": 60, "length": 256, "batch": 1}}}
-    run = start("fedspallm", "run", small_config(tmp_path, 2, workers=2, **data))
+    run = start(sys.executable, "-m", "fedspallm_appfl", "run", small_config(tmp_path, 2, workers=2, **data))
     metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and '"upload"' in metrics.read_text()):
         assert time.monotonic() < until and run.poll() is None, finish(run)
