@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -33,13 +34,11 @@ from fedspallm_appfl.runs.processes import Workers, result
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study import plots, report
-from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, opened
+from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, Key, opened
 from fedspallm_appfl.study.plan import RUNS, Method, Plan, cells_of
-from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.store import GramStore
 
-Entry = tuple[Method, Target, int]  # method, target, seed
 Choice = tuple[str, int]  # targets, seed
 OWN = (FILE, "study.md", "study.json", RUNS, *plots.FILES)
 
@@ -75,13 +74,61 @@ def _clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A cell to be measured.
+
+    Attributes:
+        method: the method.
+        config: its experiment, in one process.
+        key: of the cell.
+        companions: methods that are measured in its run.
+    """
+
+    method: Method
+    config: Config
+    key: Key
+    companions: Sequence[Method]
+
+    @property
+    def name(self) -> str:
+        """What progress calls it."""
+        return "{}  sparsity {}  seed {}".format(*self.key)
+
+    @property
+    def seed(self) -> int:
+        """Of its windows."""
+        return self.config.seed
+
+    @property
+    def shares(self) -> bool:
+        """Whether sums serve it, or it gathers them."""
+        return self.method.shares_uploads and not self.config.recovery.rounds
+
+    @property
+    def choice(self) -> Choice | None:
+        """What the targets of all matrices depend on, where they are chosen: a choice holds for all methods."""
+        sparsity = self.config.client_configs.train_configs.sparsity
+        return (str(sparsity), self.seed) if self.config.allocates else None
+
+
 def _measure(plan: Plan, file: CellFile, console: Console) -> None:
-    todo = [one for one in cells_of(plan) if (one[0].name, str(one[1]), one[2]) not in file.cells]
+    todo = [
+        _Entry(
+            method,
+            dataclasses.replace(plan.experiment(method, target, seed), workers="1"),
+            key,
+            plan.companions(method),
+        )
+        for method, target, seed in cells_of(plan)
+        if (key := (method.name, str(target), seed)) not in file.cells
+    ]
     texts = evaluation.held_out(plan.config)
     count = int(settled(plan.config, len(todo)).workers) if todo else 1
     with StudyProgress(console, len(todo)) as progress, Workers(count) as among:
         if (DENSE, "", 0) not in file.cells:
-            file.add(Cell(DENSE, "", 0, evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore)[DENSE]))
+            row = evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore, among=among)[DENSE]
+            file.add(Cell(DENSE, "", 0, row))
         _Bench(plan, file, texts, progress, among).measure(todo)
 
 
@@ -98,9 +145,9 @@ class _Bench:
         self._plan, self._file, self._texts, self._progress, self._among = plan, file, texts, progress, among
         self._chosen: dict[Choice, Sparsity] = {}
         self._gathered: dict[int, tuple[Path, Cell]] = {}  # seed -> run with its sums, and what gathering them took
-        self._running: dict[Future[tuple[list[Cell], Sparsity]], tuple[Entry, float]] = {}
+        self._running: dict[Future[tuple[list[Cell], Sparsity]], tuple[_Entry, float]] = {}
 
-    def measure(self, todo: list[Entry]) -> None:
+    def measure(self, todo: list[_Entry]) -> None:
         """Measure cells, and keep each in the file as it is done."""
         self._forget(())
         while todo or self._running:
@@ -114,69 +161,54 @@ class _Bench:
                 self._end(done)
             self._forget(todo)
 
-    def _waits(self, entry: Entry) -> bool:
+    def _waits(self, entry: _Entry) -> bool:
         """Whether a cell that is at work makes what this one needs."""
-        method, _, seed = entry
-        others = [other for other, _ in self._running.values()]
+        gathering = entry.shares and entry.seed not in self._gathered
+        choosing = entry.choice is not None and entry.choice not in self._chosen
         return any(
-            (self._shares(entry) and self._shares(other) and other[2] == seed and seed not in self._gathered)
-            or (self._choice(entry) is not None and self._choice(other) == self._choice(entry) not in self._chosen)
-            or (other[1:] == entry[1:] and method in self._plan.companions(other[0]))
-            for other in others
+            (gathering and other.shares and other.seed == entry.seed)
+            or (choosing and other.choice == entry.choice)
+            or (other.key[1:] == entry.key[1:] and entry.method in other.companions)
+            for other in self._at_work
         )
 
-    def _begin(self, entry: Entry) -> None:
-        method, target, seed = entry
+    def _begin(self, entry: _Entry) -> None:
         began = time.monotonic()
-        self._progress.begins(_name(entry))
-        if (method.name, str(target), seed) in self._file.cells:
-            self._progress.ends(_name(entry), "measured in the run of another method", began)
+        self._progress.begins(entry.name)
+        if entry.key in self._file.cells:
+            self._progress.ends(entry.name, "measured in the run of another method", began)
             return
-        config = dataclasses.replace(self._plan.experiment(method, target, seed), workers="1")
-        chosen = self._chosen.get(choice) if (choice := self._choice(entry)) is not None else None
-        sums = self._gathered.get(seed) if self._shares(entry) else None
-        companions = self._plan.companions(method)
-        future = self._among.submit(self._among.count, _cells, config, method, companions, self._texts, chosen, sums)
-        self._running[future] = entry, began
+        chosen = self._chosen.get(entry.choice) if entry.choice else None
+        sums = self._gathered.get(entry.seed) if entry.shares else None
+        given = entry.config, entry.method, entry.companions, self._texts, chosen, sums
+        self._running[self._among.submit(self._among.count, _cells, *given)] = entry, began
 
     def _end(self, future: "Future[tuple[list[Cell], Sparsity]]") -> None:
         entry, began = self._running.pop(future)
-        method, target, seed = entry
-        cells, chosen = result(future, _name(entry))
+        cells, chosen = result(future, entry.name)
         for cell in reversed(cells):  # its own last: a study that is cut off here measures it again
             if cell.key not in self._file.cells:
                 self._file.add(cell)
-        self._progress.ends(_name(entry), f"perplexity {cells[0].mean:.2f}", began)
-        if (choice := self._choice(entry)) is not None:
-            self._chosen.setdefault(choice, chosen)
-        config = self._plan.experiment(method, target, seed)
-        if self._shares(entry):
-            self._gathered.setdefault(seed, (Path(config.run_dir) / STATISTICS, cells[0]))
-        if method.name not in self._plan.keep_models:
-            _drop(config, "model", "models")
+        self._progress.ends(entry.name, f"perplexity {cells[0].mean:.2f}", began)
+        if entry.choice:
+            self._chosen.setdefault(entry.choice, chosen)
+        if entry.shares:
+            self._gathered.setdefault(entry.seed, (Path(entry.config.run_dir) / STATISTICS, cells[0]))
+        if entry.method.name not in self._plan.keep_models:
+            _drop(entry.config, "model", "models")
 
-    def _forget(self, todo: Sequence[Entry]) -> None:
+    def _forget(self, todo: Sequence[_Entry]) -> None:
         """Remove sums that no cell needs any more, those of an interrupted study too; they are its largest files."""
-        needed = {one[2] for one in (*todo, *(one for one, _ in self._running.values())) if self._shares(one)}
+        needed = {one.seed for one in (*todo, *self._at_work) if one.shares}
         self._gathered = {seed: of for seed, of in self._gathered.items() if seed in needed}
         kept = {sums for sums, _ in self._gathered.values()}
         if not self._running:
             for folder in set((self._plan.out / RUNS).glob(f"*/{STATISTICS}")) - kept:
                 shutil.rmtree(folder)
 
-    def _shares(self, entry: Entry) -> bool:
-        """Whether sums serve it, or it gathers them."""
-        return entry[0].shares_uploads and not self._plan.experiment(*entry).recovery.rounds
-
-    def _choice(self, entry: Entry) -> Choice | None:
-        """What the targets of all matrices depend on, where they are chosen: a choice holds for all methods."""
-        config = self._plan.experiment(*entry)
-        return (str(config.client_configs.train_configs.sparsity), config.seed) if config.allocates else None
-
-
-def _name(entry: Entry) -> str:
-    method, target, seed = entry
-    return f"{method.name}  sparsity {target}  seed {seed}"
+    @property
+    def _at_work(self) -> list[_Entry]:
+        return [entry for entry, _ in self._running.values()]
 
 
 def _cells(
