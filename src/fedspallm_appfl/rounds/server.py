@@ -34,8 +34,16 @@ from fedspallm_appfl.rounds.received import Received
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed, Unreached
-from fedspallm_appfl.wire.store import PackedStore, seen_in
-from fedspallm_appfl.wire.update import Check, check_expert, check_update, compress, make_update, update_nbytes
+from fedspallm_appfl.wire.store import PackedStore, seen
+from fedspallm_appfl.wire.update import (
+    Check,
+    check_expert,
+    check_update,
+    compress,
+    make_update,
+    read_matrices,
+    update_nbytes,
+)
 
 HIDDEN = "hidden"  # folder of secure sums
 BEFORE = -1  # the round that payloads name which bring a client where it stood
@@ -494,11 +502,15 @@ class GlobalModel:
         for piece in pieces:
             update = self.load_piece(piece)
             kind = kind_of(self.exchanges[update["exchange"]].down)
-            self._sent[kind] |= seen_in(update, torch.float32 if kind == SQUARES else self.context.dtype)
+            matrices = read_matrices(update, torch.float32 if kind == SQUARES else self.context.dtype)
+            self._sent[kind] |= seen(update, matrices)
 
     def _view(self) -> str:
         """Hash of what clients of secure sums were sent before the exchange that is on."""
-        return self._views.setdefault(self.round.exchange, view_of(self.round.index, self._sent))
+        now = self.round.exchange
+        if now not in self._views:
+            self._views[now] = view_of(self.round.index, self._sent)
+        return self._views[now]
 
     def final(self, client: str, limit: int) -> list[Piece]:
         """What a client lacks of the finished model, or of its own where each has one, in pieces.

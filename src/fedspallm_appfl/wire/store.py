@@ -174,20 +174,25 @@ class AgreedBlocks:
     def take(self, update: Mapping[str, Any]) -> None:
         """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
         mark = self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
-        if self._looks:
-            self.seen |= seen_in(update, self._dtype)
-        if mark.exists():
+        there = mark.exists()
+        if there and not self._looks:
             return
-        for block, linears in read_matrices(update, self._dtype).items():
-            self._store.add(block, linears)
-        mark.touch()
+        matrices = read_matrices(update, self._dtype)
+        if self._looks:
+            self.seen |= seen(update, matrices)
+        if not there:
+            for block, linears in matrices.items():
+                self._store.add(block, linears)
+            mark.touch()
 
 
-def seen_in(update: Mapping[str, Any], dtype: torch.dtype) -> dict[tuple[int, str], tuple[int, str]]:
-    """Block and linear -> round and hash of each matrix of the server's update; `dtype` is that of the values."""
+def seen(
+    update: Mapping[str, Any], matrices: Mapping[int, Mapping[str, Packed]]
+) -> dict[tuple[int, str], tuple[int, str]]:
+    """Block and linear -> round and hash of each of the matrices in the server's update."""
     return {
         (block, name): (int(update["round"]), packed.sha256())
-        for block, linears in read_matrices(update, dtype).items()
+        for block, linears in matrices.items()
         for name, packed in linears.items()
     }
 
