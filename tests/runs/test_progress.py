@@ -113,6 +113,7 @@ def test_other_events_are_not_shown(shown):
 def test_placement_is_shown_once_all_clients_have_a_place(shown):
     first, second = place(1, ["a", "b"], "cuda:0", "2,3"), place(2, ["c"])
     assert shown(first, clients=3) == ""
+    assert "process" in shown(first, second, clients=3)
     rows = [
         [cell.strip() for cell in row.strip("│ ").split("│")] for row in shown(first, second, clients=3).splitlines()
     ]
@@ -123,7 +124,7 @@ def test_placement_is_shown_once_all_clients_have_a_place(shown):
 def test_placement_in_one_process_without_a_gpu_speaks_of_neither_ranks_nor_gpus(shown):
     text = shown(place(0, ["a", "b"], bound="0"))
     assert "node0" in text
-    assert "rank" not in text and "CUDA" not in text
+    assert "rank" not in text and "process" not in text and "CUDA" not in text
     assert "CUDA_VISIBLE_DEVICES" in shown(place(0, ["a", "b"], "cuda:0"))
 
 

@@ -193,10 +193,10 @@ def duration(seconds: float) -> str:
 
 
 def _placement(places: list[Event]) -> Table:
-    """Where clients run; shows ranks if there are several, and the GPU binding if a GPU is used."""
+    """Where clients run; shows processes if there are several, and the GPU binding if a GPU is used."""
     columns = {"host": "host", "clients": "clients", "device": "device", "threads": "threads"}
     if any(place["rank"] for place in places):
-        columns = {"rank": "rank"} | columns
+        columns = {"rank": "process"} | columns
     if any(place["device"].startswith("cuda") for place in places):
         columns |= {"bound": "CUDA_VISIBLE_DEVICES"}
     table = Table(*columns.values(), title="Placement", title_justify="left")

@@ -320,7 +320,8 @@ def _participation(config: Config, results: Result, log: EventLog) -> list[Part]
         rows.append(
             [name, share, str(len(blocks[name])), f"{seconds.get(name, 0.0):.1f}", hosts.get(name, "-"), *place]
         )
-    table = Table(["client", "resource share", "blocks sent", "seconds at work", "host", *where], rows)
+    heads = ["process" if what == "rank" else what for what in where]
+    table = Table(["client", "resource share", "blocks sent", "seconds at work", "host", *heads], rows)
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = [] if config.recovery.model else sorted(every - covered)
