@@ -1,6 +1,7 @@
 """Predictions of memory: by hand on four small matrices, in the right direction on every setting, beside measurements."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -200,7 +201,7 @@ def test_statistics_are_packed_one_after_the_other():
 @pytest.mark.parametrize(
     ("pruner", "refit", "bytes_"),
     [
-        ("admm", False, 36 * 32 + 4 * 64),
+        ("admm", False, 20 * 32 + 4 * 64),
         ("wanda", False, 14 * 32),
         ("wanda", True, 9 * 32 + 5 * 4 * 32),
         ("sparsegpt", True, 9 * 32 + 5 * 4 * 32),
@@ -326,7 +327,8 @@ print(field("VmHWM") - before)
         ("serial", "consensus", "sparsegpt", 3),
     ],
 )
-def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
+def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
+    """Of what is asked for: how much of it the C library keeps afterwards differs from run to run by a third."""
     save_measured(tmp_path / "model")
     (tmp_path / "small").mkdir()
     statistics = {"gram": {"min_tokens": 1}} if algorithm == "gram" else {}
@@ -349,8 +351,9 @@ def test_memory_is_within_a_fifth_of_what_is_measured(what, algorithm, pruner, c
         else estimate_memory.client_memory(opened, config.clients[0])
     )
     command = [sys.executable, "-c", MEASURE, what, str(file), str(tmp_path / "state"), str(small)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    at_once = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc gives back all that is freed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **at_once})
     assert done.returncode == 0, done.stderr[-2000:]
-    measured = int(done.stdout.splitlines()[-1])
-    print(f"{what} {algorithm} {pruner}: predicted {predicted.resident / 1e6:.0f}, measured {measured / 1e6:.0f} MB")
-    assert predicted.resident == pytest.approx(measured, rel=0.2)
+    measured, asked = int(done.stdout.splitlines()[-1]), predicted.resident - predicted.parts["heap"]
+    print(f"{what} {algorithm} {pruner}: predicted {asked / 1e6:.0f}, measured {measured / 1e6:.0f} MB")
+    assert asked == pytest.approx(measured, rel=0.1)

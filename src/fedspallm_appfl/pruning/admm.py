@@ -145,8 +145,8 @@ def _prepare(settings: Pruning, gram: InputGram) -> Prepared:
 
 
 def _working_bytes(rows: int, features: int) -> int:
-    """Measured: the search with the step of one penalty, and what its selections leave with the allocator; or the fit."""
-    search = 36 * rows * features + 4 * features * features
+    """Measured: the search with the step of one penalty; or the fit."""
+    search = 20 * rows * features + 4 * features * features
     return max(search, least_squares.fitting_bytes(rows, features, 5))
 
 
