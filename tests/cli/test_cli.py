@@ -360,6 +360,22 @@ def python(*words):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
 
 
+def test_a_shell_completes_verbs_options_and_files(fedspallm, tmp_path):
+    script = tmp_path / "completion.sh"
+    script.write_text(fedspallm("completion", "bash")[1])
+    ask = f"source {script}; cd {ROOT}; COMP_WORDS=(fedspallm $1); COMP_CWORD=$2; _shtab_fedspallm; echo ${{COMPREPLY[@]}}"
+
+    def completed(words, place):
+        done = subprocess.run(
+            ["bash", "-ec", ask, "bash", words, place], capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stdout.split()
+
+    assert completed("rep", "1") == ["report"]
+    assert completed("run configs/demo.yaml --over", "3") == ["--overwrite"]
+    assert "configs" in completed("run con", "2")
+
+
 @pytest.mark.mpi
 def test_mpi_without_mpiexec_says_how_to_start_it():
     pytest.importorskip("mpi4py")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from fedspallm_appfl.cli import main
 from helpers.tiny import run, save_tiny, tiny_config
@@ -54,6 +55,10 @@ def test_the_perplexity_on_a_card_is_that_of_the_run(done):
     for event in events:
         if event["event"] == "evaluation":
             assert f"| {event['perplexity']['held']:.3f} |" in (done / "model" / "README.md").read_text()
+    [result] = ModelCard.load(done / "model" / "README.md").data.eval_results  # as the hub reads it
+    assert (result.dataset_name, result.metric_type) == ("held", "perplexity")
+    last = [event for event in events if event["event"] == "evaluation"][-1]
+    assert result.metric_value == pytest.approx(last["perplexity"]["held"], abs=1e-3)
 
 
 def test_a_card_names_no_client_and_no_path(done):

@@ -10,15 +10,16 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import estimate, recover, resume, run, study, validate
+from fedspallm_appfl.cli import completion, estimate, init, recover, resume, run, study, validate
 from fedspallm_appfl.cli.arguments import command
-from fedspallm_appfl.cli.finished import compare, prune, report
+from fedspallm_appfl.cli.finished import compare, prune, push, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.cli.models import check, evaluate
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
 VERBS = (
+    init,
     run,
     resume,
     validate,
@@ -33,6 +34,8 @@ VERBS = (
     check,
     report,
     compare,
+    push,
+    completion,
 )
 
 

@@ -44,7 +44,14 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     base, licence = _base(config), _licence(folder / "model" / BASE_CARD)
     hub = {"base_model": base} if base == config.model.path else {}
-    front = {**hub, **licence, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned"]}
+    front = {
+        **hub,
+        **licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "sparse"],
+    }
+    front |= _index(f"{base} {manifest['target']}", perplexity)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {base}, {manifest['target']} sparse",
@@ -59,6 +66,22 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
         _terms(licence),
     ]
     (folder / "model" / CARD).write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _index(name: str, perplexity: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Perplexities of the pruned model, the last, as the hub reads them."""
+    if not perplexity:
+        return {}
+    task = {"type": "text-generation"}
+    results = [
+        {
+            "task": task,
+            "dataset": {"name": text, "type": text},
+            "metrics": [{"type": "perplexity", "value": round(value, 3)}],
+        }
+        for text, value in list(perplexity.values())[-1].items()
+    ]
+    return {"metrics": ["perplexity"], "model-index": [{"name": name, "results": results}]}
 
 
 def _made(config: Config) -> str:

@@ -44,7 +44,8 @@ def communicator() -> Any:
     if MPI.COMM_WORLD.Get_size() < 2:
         raise ConfigError(
             "--launcher mpi needs at least 2 ranks, a server and a client, got 1; "
-            "start it as mpiexec -n 5 fedspallm run CONFIG.yaml --launcher mpi"
+            "start it as mpiexec -n 5 fedspallm run CONFIG.yaml --launcher mpi, with Open MPI on fewer cores than ranks "
+            "as mpiexec --oversubscribe -n 5 fedspallm run CONFIG.yaml --launcher mpi"
         )
     return MPI.COMM_WORLD
 

@@ -1,0 +1,215 @@
+"""`fedspallm init`: five questions, and an experiment of one's own that is ready to run."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.cli.checked import checked, console, introduce
+from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.presets import PRESETS
+
+WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as many
+FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
+OWN = 8  # windows that each client keeps to measure on
+SURE = 0.9  # of the windows of a large text, which are estimated
+PLAIN = re.compile(r"[\w./-]+")  # paths that may stand within `${here:...}`
+UNFIT = re.compile(r"[^\w.-]+", re.ASCII)  # what ids of clients do not have
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for, unless an option has answered it.
+
+    Attributes:
+        option: that answers it.
+        words: the question.
+        otherwise: the answer if nothing is typed; None if there has to be one.
+        about: help of the option.
+        several: the answer is a list of words.
+    """
+
+    option: str
+    words: str
+    otherwise: str | None
+    about: str
+    several: bool = False
+
+
+QUESTIONS = (
+    Question("model", "Model, a folder or a name on the hub", None, "a folder, or a name on the hub"),
+    Question(
+        "clients",
+        "Texts of the clients, NAME=PATH for each, or a folder with one file or folder for each",
+        None,
+        "NAME=PATH for each client, or a folder with one file or folder for each",
+        several=True,
+    ),
+    Question("sparsity", "Share of weights to prune, or a pattern such as 2:4", "0.5", "a ratio, or n:m (0.5)"),
+    Question(
+        "preset",
+        f"Preset, {', '.join(PRESETS)}: that of the paper, in seconds, the lowest perplexity",
+        "paper",
+        f"{', '.join(PRESETS)} (paper)",
+    ),
+    Question(
+        "evaluate",
+        "Held-out texts, NAME=PATH for each; empty: each client measures on its own text",
+        "",
+        "held-out texts, NAME=PATH for each; none: each client measures on its own text",
+        several=True,
+    ),
+)
+
+
+def add(verbs: Any) -> None:
+    """Declare the verb."""
+    parser = command(
+        verbs,
+        "init",
+        "Ask five questions and write the configuration of an experiment; options answer them beforehand.",
+        "fedspallm init mine.yaml",
+        "fedspallm init mine.yaml --model examples/demo/model --clients examples/demo/text --sparsity 0.6",
+    )
+    parser.add_argument("file", metavar="FILE.yaml", type=Path, help="is written; must not be there")
+    for one in QUESTIONS:
+        parser.add_argument(f"--{one.option}", nargs="+" if one.several else None, help=one.about)
+    parser.set_defaults(work=work)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Do it."""
+    if args.file.exists():
+        raise ConfigError(f"{args.file} is there already; choose another name, or remove it")
+    answers = {one.option: _answer(one, getattr(args, one.option)) for one in QUESTIONS}
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    args.file.write_text(_written(args.file, experiment(args.file, answers)), "utf-8")
+    shown = console()
+    shown.print(f"wrote {args.file}", highlight=False, markup=False)
+    introduce(checked(str(args.file), (), files=True, overwrite=True), shown)
+    shown.print(f"no problem found; run it with\n  fedspallm run {args.file}", highlight=False, markup=False)
+    return 0
+
+
+def _answer(question: Question, given: Any) -> Any:
+    """What an option says, or what is typed.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        if question.otherwise is None:
+            raise ConfigError(f"init: --{question.option} is missing, and nobody can be asked; {question.about}")
+        return question.otherwise.split() if question.several else question.otherwise
+    default = f" [{question.otherwise}]" if question.otherwise else ""
+    typed = ""
+    while not typed:
+        try:
+            typed = console().input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise or ""
+        except EOFError as error:
+            raise ConfigError(f"init: no answer for --{question.option}; nothing was written") from error
+        if question.otherwise == "":
+            break
+    return typed.split() if question.several else typed
+
+
+def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, as plain keys and values.
+
+    Args:
+        file: where it will be.
+        answers: to all questions.
+
+    Raises:
+        ConfigError: clients or texts cannot be made out.
+    """
+    told = _path_teller(file)
+    clients, texts = _clients(answers["clients"]), _named(answers["evaluate"], "evaluate")
+    calibration = _windows(answers["model"], list(clients.values()), 0 if texts else OWN)
+    measured: dict[str, Any] = {"length": calibration["length"]}
+    if texts:
+        measured["texts"] = {name: told(path) for name, path in texts.items()}
+    return {
+        "run_dir": f"runs/{file.stem}",
+        "preset": answers["preset"],
+        "model": {"path": told(answers["model"])},
+        "server_configs": {"num_clients": len(clients)},
+        "client_configs": {"train_configs": {"sparsity": answers["sparsity"]}, "data": calibration},
+        "clients": [{"client_id": name, "data": {"text": told(path)}} for name, path in clients.items()],
+        "evaluation": measured,
+    }
+
+
+def _clients(answer: list[str]) -> dict[str, str]:
+    """Client -> its text."""
+    if len(answer) != 1 or "=" in answer[0]:
+        return _named(answer, "clients")
+    folder = Path(answer[0]).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"clients: {folder} is not a folder; name each client's text as NAME=PATH, or give a folder")
+    found = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+    names = [UNFIT.sub("-", one.name.partition(".")[0] if one.is_file() else one.name) for one in found]
+    if len(set(names)) < len(found) or not found:
+        raise ConfigError(
+            f"clients: {folder} has to hold a file or folder for each client, with different names, got "
+            f"{', '.join(one.name for one in found) or 'nothing'}; name them as NAME=PATH"
+        )
+    return {name: str(one) for name, one in zip(names, found, strict=True)}
+
+
+def _named(answer: list[str], option: str) -> dict[str, str]:
+    """Name -> path."""
+    pairs = [word.partition("=") for word in answer]
+    wrong = [word for word, (name, _, path) in zip(answer, pairs, strict=True) if not (name and path)]
+    names = [name for name, _, _ in pairs]
+    if wrong or len(set(names)) < len(names):
+        raise ConfigError(f"{option}: expected NAME=PATH for each, with different names, got {' '.join(answer)}")
+    return {name: path for name, _, path in pairs}
+
+
+def _path_teller(file: Path) -> Callable[[str], str]:
+    """How a path is written: relative to the file where that is possible; names on the hub and of data sets as they are."""
+
+    def told(path: str) -> str:
+        there = Path(path).expanduser()
+        if not there.exists():
+            return path
+        relative = os.path.relpath(there, file.parent)
+        return f"${{here:{relative}}}" if PLAIN.fullmatch(relative) else str(there.resolve())
+
+    return told
+
+
+def _windows(model: str, texts: list[str], own: int) -> dict[str, int]:
+    """How many windows of how many tokens every client has."""
+    with uncollected("transformers"):
+        from fedspallm_appfl.models.lazy_model import longest_window, without_weights
+        from fedspallm_appfl.models.storage.checkpoint import resolve_model
+        from fedspallm_appfl.texts.tokenizer import load_tokenizer
+        from fedspallm_appfl.texts.windows import Cut, about_how_many
+    folder = resolve_model(model, weights=False, key="--model")
+    tokenizer, length = load_tokenizer(folder), min(LENGTH, longest_window(without_weights(folder, "auto")) or LENGTH)
+    while True:
+        least = min(about_how_many(text, Cut(length), tokenizer) for text in texts)
+        windows = min(WINDOWS, int(SURE * least) - own)
+        if windows >= FEW or length // 2 < SHORT:
+            return {"windows": max(1, windows), "length": length}
+        length //= 2
+
+
+def _written(file: Path, made: dict[str, Any]) -> str:
+    heading = (
+        f"# {len(made['clients'])} clients. All keys: docs/configuration.md\n#\n# Launch     fedspallm run {file}\n"
+    )
+    parts = [yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in made.items()]
+    return "\n".join([heading, *parts])

@@ -1,0 +1,98 @@
+"""`fedspallm init`: what it writes is ready to run, and answers come from options or from whoever sits there."""
+
+import json
+import sys
+
+import yaml
+
+from fedspallm_appfl import cli
+from fedspallm_appfl.cli.init import QUESTIONS
+from fedspallm_appfl.settings.reading import load_config
+from helpers.paths import DEMO
+
+TEXTS = {name: str(DEMO / "text" / name / "calib.txt") for name in ("austen", "bible")}
+PAIRS = [f"{name}={path}" for name, path in TEXTS.items()]
+MODEL = str(DEMO / "model")
+
+
+def begun(file, *words):
+    assert cli.main(["init", str(file), *words]) == 0
+    config, problems = load_config(file)
+    assert problems == []
+    return config
+
+
+def refused(capsys, *words):
+    assert cli.main(["init", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_is_written_prunes_the_texts_and_shows_quality(tmp_path):
+    file = tmp_path / "mine.yaml"
+    config = begun(file, "--model", MODEL, "--clients", *PAIRS, "--sparsity", "2:4")
+    assert [(one.client_id, one.data.text) for one in config.clients] == list(TEXTS.items())
+    run, data = tmp_path / "run", config.client_configs.data
+    assert data.windows > 8
+    few = ["client_configs.data.windows=4", "client_configs.data.length=32", "evaluation.length=32"]
+    assert cli.main(["run", str(file), f"run_dir={run}", *few]) == 0
+    assert json.loads((run / "manifest.json").read_text())["target"] == "2:4"
+    assert "own" in (run / "report.md").read_text()
+
+
+def test_paths_are_relative_to_the_file_and_names_stay(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a b.txt", "c.txt"):
+        (tmp_path / "texts" / name).write_text((DEMO / "text" / "austen" / "calib.txt").read_text())
+    begun(
+        tmp_path / "mine.yaml",
+        "--model",
+        MODEL,
+        "--clients",
+        str(tmp_path / "texts"),
+        "--evaluate",
+        f"x={PAIRS[0][7:]}",
+    )
+    written = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    assert {one["client_id"]: one["data"]["text"] for one in written["clients"]} == {
+        "a-b": str(tmp_path / "texts" / "a b.txt"),  # not everything may stand within an interpolation
+        "c": "${here:texts/c.txt}",
+    }
+    assert list(written["evaluation"]["texts"]) == ["x"]
+
+
+def test_windows_are_fewer_and_shorter_where_texts_are_short(tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text((DEMO / "text" / "austen" / "calib.txt").read_text()[:30_000])
+    data = begun(tmp_path / "mine.yaml", "--model", MODEL, "--clients", f"a={short}").client_configs.data
+    assert data.length == 256
+    assert 1 <= data.windows < 128
+
+
+def test_questions_are_asked_in_order_and_take_a_default(tmp_path, monkeypatch):
+    asked, typed = [], iter([MODEL, "", " ".join(PAIRS), "", "fast", ""])
+
+    def ask(self, words, **_):
+        asked.append(words)
+        return next(typed)
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.console.Console.input", ask)
+    config = begun(tmp_path / "mine.yaml")
+    words = [one.words for one in QUESTIONS]
+    assert [next(word for word in words if shown.startswith(word)) for shown in asked] == [*words[:2], *words[1:]]
+    assert str(config.client_configs.train_configs.sparsity) == "0.5"
+    assert (config.algorithm, config.client_configs.train_configs.pruner) == ("fedprllm", "wanda")
+
+
+def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    assert "--model is missing, and nobody can be asked" in refused(capsys, file)
+    model = ["--model", MODEL, "--clients"]
+    assert "is not a folder; name each client's text as NAME=PATH" in refused(capsys, file, *model, tmp_path / "no")
+    assert "for each client, with different names, got nothing" in refused(capsys, file, *model, tmp_path)
+    assert "expected NAME=PATH for each, with different names" in refused(capsys, file, *model, "a=x", "a=y")
+    assert "nosuch/model" in refused(capsys, file, "--model", "nosuch/model", "--clients", *PAIRS)
+    assert not file.exists()
+    file.write_text("mine")
+    assert "is there already" in refused(capsys, file, *model, *PAIRS)
+    assert file.read_text() == "mine"
