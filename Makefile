@@ -85,6 +85,7 @@ docs: install  ## Write the table of all keys into docs/configuration.md
 
 site: $(PUBLISH)/installed  ## The documentation as a web site in build/site
 	NO_MKDOCS_2_WARNING=1 $(PUBLISH)/bin/mkdocs build --quiet --strict
+	! grep -rE --include='*.html' '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site
 
 # The wheel is tried in an environment that takes what it depends on from the first one.
 dist: install $(PUBLISH)/installed  ## Source distribution and wheel in dist, checked as a package index does, and tried

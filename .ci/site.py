@@ -21,6 +21,7 @@ CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".j2": "yaml", ".sh": "bash", ".txt": "text", ".toml": "toml"}
 STYLE = """.md-typeset table:not([class]) { font-size: 0.68rem; }
 .md-typeset table:not([class]) td, .md-typeset table:not([class]) th { padding: 0.5em 0.8em; min-width: 0; }
+.md-typeset td code, .md-typeset th code { word-break: normal; }
 .md-typeset pre > code { line-height: 1.25; }
 """
 
@@ -96,14 +97,13 @@ def page(path: Path) -> str:
         return listing(path)
     if path.is_dir() or path.suffix == ".md":
         return (path / "README.md" if path.is_dir() else path).read_text("utf-8")
-    title = f"# {path.relative_to(ROOT)}\n\n"
     if path.suffix == ".ipynb":
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        return title + "\n\n".join(
+        return "\n\n".join(
             fenced("".join(cell["source"]), "python") if cell["cell_type"] == "code" else "".join(cell["source"])
             for cell in cells
         )
-    return title + fenced(path.read_text("utf-8"), LANGUAGES.get(path.suffix, "text"))
+    return f"# {path.relative_to(ROOT)}\n\n" + fenced(path.read_text("utf-8"), LANGUAGES.get(path.suffix, "text"))
 
 
 def fenced(text: str, language: str) -> str:

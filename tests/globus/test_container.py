@@ -1,5 +1,6 @@
 """The image of a site: what its Dockerfile copies is there, and what starts in it, with a stand-in for the endpoint."""
 
+import json
 import os
 import re
 import subprocess
@@ -26,6 +27,15 @@ def test_what_is_copied_is_in_the_build_context():
 
 def test_the_image_ends_as_a_user_without_rights():
     assert re.findall(r"^USER (.*)", DOCKERFILE, re.MULTILINE) == re.findall(r"useradd --uid (\d+)", DOCKERFILE)
+
+
+def test_the_page_names_files_and_folders_of_the_image():
+    """Its commands need Docker, so they are read and not run."""
+    page = (ROOT / "docs" / "globus.md").read_text("utf-8")
+    [commands] = [block for block in re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S) if "docker" in block]
+    assert (ROOT / re.search(r"--file (\S+)", commands)[1]).is_file()
+    kept = {*json.loads(re.search(r"^VOLUME (.*)", DOCKERFILE, re.M)[1]), "/site"}
+    assert set(re.findall(r"--volume \"?[^: ]+:([\w./]+)", commands)) == kept
 
 
 @pytest.fixture
