@@ -19,7 +19,8 @@ PACKAGE = "fedspallm_appfl"
 LINK = re.compile(r"(\]\()(?!#|[a-z]+:)([^)#\s]+)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".j2": "yaml", ".sh": "bash", ".txt": "text", ".toml": "toml"}
-STYLE = """.md-typeset table:not([class]) { font-size: 0.68rem; }
+STYLE = """.md-grid { max-width: 72rem; }
+.md-typeset table:not([class]) { font-size: 0.68rem; }
 .md-typeset table:not([class]) td, .md-typeset table:not([class]) th { padding: 0.5em 0.8em; min-width: 0; }
 .md-typeset td code, .md-typeset th code { word-break: normal; }
 .md-typeset pre > code { line-height: 1.25; }
