@@ -17,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fedspallm_appfl"
 LINK = re.compile(r"(\]\()(?!#|[a-z]+:)([^)#\s]+)")
-CODE = re.compile(r"(^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"(^````.*?^````|^```.*?^```|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".j2": "yaml", ".sh": "bash", ".txt": "text", ".toml": "toml"}
 STYLE = """.md-grid { max-width: 72rem; }
 .md-typeset table:not([class]) { font-size: 0.68rem; }
