@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PEERS := .venv-peers
+PUBLISH := .venv-publish
 # Each test has a limit of its own (pyproject.toml); these are the last resort, longer than everything on a slow machine.
 LIMIT := timeout --foreground --kill-after=60
 TRITON := triton==3.9.0
@@ -14,7 +15,7 @@ CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study real test globus fast fuzz lint check triton kills families matrix docs bench bench-gpu bench-peers clean
+.PHONY: help install demo study real test globus fast fuzz lint check triton kills families matrix docs site dist bench bench-gpu bench-peers clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -82,6 +83,28 @@ matrix:  ## A short suite on the oldest, pinned and newest versions, in environm
 docs: install  ## Write the table of all keys into docs/configuration.md
 	$(BIN)/python -m fedspallm_appfl.settings.page docs/configuration.md
 
+site: $(PUBLISH)/installed  ## The documentation as a web site in build/site
+	NO_MKDOCS_2_WARNING=1 $(PUBLISH)/bin/mkdocs build --quiet --strict
+	! grep -rE --include='*.html' '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site
+
+# The wheel is tried in an environment that takes what it depends on from the first one.
+dist: install $(PUBLISH)/installed  ## Source distribution and wheel in dist, checked as a package index does, and tried
+	rm -rf dist
+	$(PUBLISH)/bin/python -m build --outdir dist
+	$(PUBLISH)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear build/try
+	build/try/bin/pip install --quiet --no-deps dist/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/try/lib/python*/site-packages)/others.pth"
+	build/try/bin/python -c 'import fedspallm_appfl as fs; assert "build/try" in fs.__file__; print(fs.__version__)'
+	build/try/bin/fedspallm --help >/dev/null
+	build/try/bin/fedspallm validate configs/demo.yaml
+
+$(PUBLISH)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PUBLISH)
+	$(PUBLISH)/bin/pip install --quiet --upgrade pip
+	$(PUBLISH)/bin/pip install --quiet --constraint constraints.txt --group publish
+	touch $@
+
 bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks
 
@@ -96,4 +119,4 @@ $(PEERS)/installed: benchmarks/peers-requirements.txt
 	touch $@
 
 clean:  ## Remove the virtual environment, caches and runs
-	rm -rf $(VENV) $(PEERS) .venv-matrix runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(PUBLISH) .venv-matrix runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

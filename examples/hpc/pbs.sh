@@ -4,6 +4,7 @@
 #
 #   qsub -v CONFIG=configs/llama2_7b_16_clients.yaml examples/hpc/pbs.sh
 #
+# Overrides: OVERRIDES="key=value key=value" beside CONFIG, or arguments where qsub passes them on (-F).
 # Before: install on a login node with the cluster's own MPI (module load ...; MPICC=mpicc pip install -e '.[mpi]'
 # --no-binary mpi4py -c constraints.txt), and download the model there: compute nodes often have no network.
 #PBS -N fedspallm
@@ -15,6 +16,7 @@
 set -euo pipefail
 cd "$PBS_O_WORKDIR"
 : "${CONFIG:?usage: qsub -v CONFIG=CONFIG.yaml examples/hpc/pbs.sh}"
+read -ra overrides <<< "${OVERRIDES:-}"
 
 source "${VENV:-.venv}/bin/activate"
 export HF_HUB_OFFLINE=1                       # use the model that was downloaded
@@ -22,4 +24,4 @@ export OMP_NUM_THREADS=8
 
 # 17 of the 20 places; if your MPI does not support PBS, add --hostfile "$PBS_NODEFILE".
 # PBS ends a job with SIGTERM. A job that is run again, by PBS or by qrerun, has the same id, so that --resume goes on with it.
-mpiexec -n 17 fedspallm run "$CONFIG" "run_dir=runs/${PBS_JOBID%%.*}" --launcher mpi --resume
+mpiexec -n 17 fedspallm run "$CONFIG" "run_dir=runs/${PBS_JOBID%%.*}" "${overrides[@]}" "$@" --launcher mpi --resume
