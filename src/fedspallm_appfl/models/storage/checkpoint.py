@@ -146,7 +146,9 @@ class CheckpointFiles:
             try:
                 self._open[name] = self._opened(path)
             except Exception as error:  # every library that parses a damaged file has its own error type
-                raise ModelError(f"{path} cannot be opened as a checkpoint: {first_line(error)}") from error
+                raise ModelError(
+                    f"{path} cannot be opened as a checkpoint: {shortened(first_line(error), 1000)}"
+                ) from error
         return self._open[name]
 
     def _opened(self, path: Path) -> Any:
