@@ -16,6 +16,7 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage import packing
 from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.models.storage.export import write_model
+from fedspallm_appfl.models.storage.packed_file import PackedFile
 from fedspallm_appfl.wire.store import PackedStore
 from helpers.families import save_family
 
@@ -100,7 +101,7 @@ def test_what_is_packed_comes_back_bit_by_bit(family, dtype, shard, tmp_path, mo
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt-oss", "mixtral"])
-def test_it_loads_as_the_dense_one(family, tmp_path):
+def test_it_loads_as_the_dense_one(family, tmp_path, monkeypatch):
     dense, packed = save_pruned(family, tmp_path / "dense", shard="50KB"), tmp_path / "packed"
     fs.pack(dense, packed)
     expected, made = AutoModelForCausalLM.from_pretrained(dense), fs.load_packed(packed)
@@ -111,7 +112,10 @@ def test_it_loads_as_the_dense_one(family, tmp_path):
     assert made.generation_config.to_dict() == expected.generation_config.to_dict()
     assert made.config.to_dict() | {"_name_or_path": ""} == expected.config.to_dict() | {"_name_or_path": ""}
     assert fs.load_packed(packed, dtype=torch.float32).dtype == torch.float32
+    unpacked, unpack = [], PackedFile._unpacked
+    monkeypatch.setattr(PackedFile, "_unpacked", lambda file, key: unpacked.append(key) or unpack(file, key))
     assert fs.check(packed).to_dict()["matrices"] == fs.check(dense).to_dict()["matrices"]
+    assert unpacked and len(unpacked) == len(set(unpacked))  # a tensor of experts once, not once for each
 
 
 def test_a_matrix_for_which_it_does_not_pay_and_one_whose_names_are_taken_stay_dense(tmp_path):

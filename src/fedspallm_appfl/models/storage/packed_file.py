@@ -46,6 +46,7 @@ class PackedFile:
         if missing := sorted(parts - stored):
             raise ValueError(f"it lacks {quoted(missing[0])}; pack the model again")
         self._others = sorted(stored - parts)
+        self._last = "", torch.empty(0)
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -58,20 +59,21 @@ class PackedFile:
         return self._shapes[key] if packed else tuple(stored.shape), stored.dtype
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor.
+        """One tensor; the last one is kept, as experts are read from it one after the other.
 
         Raises:
             ModelError: mask, values and shape do not go with each other.
         """
         if key not in self._shapes:
             return self._file.get_tensor(key)
-        shape, bits, values = (
-            self._shapes[key],
-            self._file.get_tensor(f"{key}.mask"),
-            self._file.get_tensor(f"{key}.values"),
-        )
+        if self._last[0] != key:
+            self._last = key, self._unpacked(key)
+        return self._last[1]
+
+    def _unpacked(self, key: str) -> Tensor:
+        bits, values = (self._file.get_tensor(f"{key}.{part}") for part in ("mask", "values"))
         self._check(key, bits, values)
-        return bitmask.scatter(as_integers(values), bits, shape).view(values.dtype)
+        return bitmask.scatter(as_integers(values), bits, self._shapes[key]).view(values.dtype)
 
     def _check(self, key: str, bits: Tensor, values: Tensor) -> None:
         entries = math.prod(self._shapes[key])
