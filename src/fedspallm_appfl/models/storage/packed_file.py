@@ -46,7 +46,7 @@ class PackedFile:
         if missing := sorted(parts - stored):
             raise ValueError(f"it lacks {quoted(missing[0])}; pack the model again")
         self._others = sorted(stored - parts)
-        self._last = "", torch.empty(0)
+        self._recent: dict[str, Tensor] = {}
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -59,16 +59,18 @@ class PackedFile:
         return self._shapes[key] if packed else tuple(stored.shape), stored.dtype
 
     def get_tensor(self, key: str) -> Tensor:
-        """One tensor; the last one is kept, as experts are read from it one after the other.
+        """One tensor; the last two are kept, as the matrices of experts are read from two in turn.
 
         Raises:
             ModelError: mask, values and shape do not go with each other.
         """
         if key not in self._shapes:
             return self._file.get_tensor(key)
-        if self._last[0] != key:
-            self._last = key, self._unpacked(key)
-        return self._last[1]
+        if key not in self._recent:
+            if len(self._recent) == 2:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[key] = self._unpacked(key)
+        return self._recent[key]
 
     def _unpacked(self, key: str) -> Tensor:
         bits, values = (self._file.get_tensor(f"{key}.{part}") for part in ("mask", "values"))
