@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _WHERE = {  # name -> the module that holds it
     "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate"),
     "by_hand": ("sparsegpt", "admm", "wanda", "magnitude"),
+    "models.storage.packing": ("pack", "unpack", "load_packed"),
     "recovery.zeros": ("keep_sparsity",),
     "reports.result": ("Result",),
     "reports.sparsity": ("check",),
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         PruningError,
         UpdateError,
     )
+    from fedspallm_appfl.models.storage.packing import load_packed, pack, unpack
     from fedspallm_appfl.pruning.pruner import Prepared, Pruner
     from fedspallm_appfl.pruning.registry import pruner
     from fedspallm_appfl.pruning.statistics import InputGram, InputNorms

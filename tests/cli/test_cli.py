@@ -97,7 +97,7 @@ def test_overrides_on_both_sides_of_an_option_keep_their_order(monkeypatch):
         (["run", CONFIG, "--overwrite", "stray"], "unrecognized arguments: stray"),
         (["run", CONFIG, "--launcher", "slurm"], "invalid choice: 'slurm'"),
         (["evaluate", "m", "--text", TEXT, "--length", "8", "a=b"], "unrecognized arguments: a=b"),
-        (["evaluate", "m"], "required: --text"),
+        (["evaluate", "m"], "evaluate takes --text, --tasks or both; got neither"),
         (["evaluate", "m", "--text", TEXT, "--length", "0"], "--length: at least 1, got 0"),
         (["evaluate", "m", "--text", TEXT, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["check"], "required: model"),

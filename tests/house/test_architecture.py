@@ -20,6 +20,7 @@ MAY_IMPORT = {  # whole folders; who else imports one of these is wrong
     "transformers": {"models", "recovery", "reports", "texts", "globus/server", "runs", "study", "estimates", "api"},
     "appfl": {"adaptors", "globus/server", "globus/site"},
     "datasets": {"texts"},
+    "lm_eval": {"models"},
     "mpi4py": {"adaptors", "runs"},
     "globus_compute_sdk": {"globus/server"},
     "proxystore": {"globus/store"},

@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 
 NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 PAGES = ["docs/python.md", "README.md"]
-NEEDED = {"import Trainer": "accelerate", "from peft": "peft"}  # words of a block -> package
+NEEDED = {"import Trainer": "accelerate", "from peft": "peft", "--tasks": "lm_eval"}  # words of a block -> package
 
 
 @pytest.mark.slow
@@ -67,12 +67,12 @@ def test_what_is_fine_tuned_as_the_page_says_keeps_its_pattern(tmp_path, monkeyp
     exec("\n".join(blocks("docs/using.md", "python")).replace('"runs/', f'"{tmp_path}/'), {})
     counts = re.findall(r"^ZeroCount.*", capsys.readouterr().out, re.MULTILINE)
     assert counts and set(counts) == {"ZeroCount(entries=1449984, remembered=724992, lost=0, zeros=724992)"}
-    for name in ("model", "tuned", "trained", "merged"):
+    for name in ("model", "tuned", "trained", "merged", "smaller"):
         if (folder := tmp_path / "using" / name).exists():
             assert check(folder).to_dict()["patterns"] == ["2:4", "4:8"], name
     for line in "".join(blocks("docs/using.md", "bash")).replace("runs/", f"{tmp_path}/").splitlines():
         assert main(shlex.split(line)[1:]) == 0
-    assert capsys.readouterr().out.count("724,992 of 1,449,984 prunable weights are zero (50.0000 %)") == 3
+    assert capsys.readouterr().out.count("724,992 of 1,449,984 prunable weights are zero (50.0000 %)") == 4
 
 
 @pytest.mark.slow

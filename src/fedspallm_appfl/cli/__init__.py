@@ -14,7 +14,7 @@ from fedspallm_appfl.cli import completion, estimate, init, recover, resume, run
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.finished import compare, prune, push, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
-from fedspallm_appfl.cli.models import check, evaluate
+from fedspallm_appfl.cli.models import check, evaluate, pack, unpack
 from fedspallm_appfl.cli.signals import ending
 from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 
@@ -32,6 +32,8 @@ VERBS = (
     recover,
     evaluate,
     check,
+    pack,
+    unpack,
     report,
     compare,
     push,

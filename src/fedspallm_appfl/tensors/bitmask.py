@@ -106,7 +106,7 @@ def gather(dense: Tensor, bits: Tensor) -> Tensor:
     return dense[from_bits(bits, tuple(dense.shape))]
 
 
-def scatter(values: Tensor, bits: Tensor, shape: tuple[int, int], out: Tensor | None = None) -> Tensor:
+def scatter(values: Tensor, bits: Tensor, shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
     """The matrix of some kept entries, zero elsewhere.
 
     Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.api import validate
 from fedspallm_appfl.cli.checked import well_formed
@@ -19,6 +20,8 @@ from fedspallm_appfl.globus.server.ledger import FOLDER, read
 from fedspallm_appfl.globus.server.results import read_result
 from fedspallm_appfl.globus.site.site_file import read_site_file
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.checkpoint import PACKED_INDEX
+from fedspallm_appfl.models.storage.packing import pack, unpack
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.runs import further_models, run_dir
 from fedspallm_appfl.settings.reading import load_config, to_yaml
@@ -58,6 +61,7 @@ def attempts() -> Iterator[tuple[str, Attempt]]:
     yield "site file", _site_file
     yield "text", _text
     yield "model folder", _model_folder
+    yield "packed folder", _packed_folder
     yield "run directory, prune", _run_directory
     yield "run directory, state", _resume
     yield "run directory, configuration", _other_configuration
@@ -159,6 +163,24 @@ def _model_folder(dice: random.Random) -> None:
         for block, linears in enumerate(skeleton.layout.blocks):
             for linear in linears:
                 skeleton.dense_weight(block, linear).float().sum()
+
+
+@cache
+def _packed() -> Path:
+    """The tiny model, its small weights zero, packed."""
+    folder = _room()
+    model = Path(shutil.copytree(folder / "model", folder / "pruned"))
+    state = load_file(model / "model.safetensors")
+    save_file({key: one * (one.abs() > 0.03) for key, one in state.items()}, model / "model.safetensors")
+    pack(model, folder / "packed")
+    return folder / "packed"
+
+
+def _packed_folder(dice: random.Random) -> None:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        packed = Path(shutil.copytree(_packed(), Path(folder) / "packed"))
+        _changed_file(packed / dice.choice([PACKED_INDEX, "packed.safetensors", "packed.safetensors"]), dice)
+        unpack(packed, Path(folder) / "out")
 
 
 def _run_directory(dice: random.Random) -> None:

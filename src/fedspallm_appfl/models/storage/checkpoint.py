@@ -3,6 +3,8 @@
 Safetensors shards are mapped, never loaded whole. A pickled checkpoint (`pytorch_model*.bin`) works too; it is opened with
 `weights_only=True` and, where its format allows, mapped.
 
+A packed folder (`packing`) reads as the dense one does.
+
 Hashes tell whether two sites hold the same dense model; they read a few pages of each weight, not the whole checkpoint.
 """
 
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError, first_line, quoted, shortened
+from fedspallm_appfl.models.storage.packed_file import PackedFile
 from fedspallm_appfl.settings import custom_code, schema
 from fedspallm_appfl.settings.paths import is_folder
 from fedspallm_appfl.settings.schema import Model
@@ -25,6 +28,7 @@ BY_SITE = ("_name_or_path", "transformers_version")  # keys of config.json that 
 SAMPLE = 64  # values from the beginning of each tensor
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PACKED_INDEX = "packed.safetensors.index.json"
 OTHER_WEIGHTS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]  # on the hub, and not used
 SMALL = ["*.json", "*.model", "*.txt", "*.py"]  # configuration, tokenizer, and code of the model's own
 
@@ -90,6 +94,7 @@ class CheckpointFiles:
         folder: the model folder.
         shards: file name -> names of the tensors it holds.
         pickled: whether the weights are in a pickled checkpoint.
+        packed: whether matrices with zeros are packed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,9 +109,12 @@ class CheckpointFiles:
         self._open: dict[str, Any] = {}
         names = _weight_files(folder)
         self.pickled = names[0].endswith(".bin")
+        self.packed = not any((folder / name).is_file() for name in SAFETENSORS + PICKLED)
         for name in names:
             self.shards[name] = list(self._reader(name).keys())
             self._file_of.update(dict.fromkeys(self.shards[name], name))
+        if self.packed and self._file_of != json.loads((folder / PACKED_INDEX).read_text())["weight_map"]:
+            raise ModelError(f"{folder}: its files hold other tensors than {PACKED_INDEX} says; pack the model again")
 
     def __contains__(self, key: str) -> bool:
         return key in self._file_of
@@ -116,12 +124,14 @@ class CheckpointFiles:
         return list(self._file_of)
 
     def read(self, key: str) -> Tensor:
-        """One tensor, a view of the mapped file: copy it before changing it."""
+        """One tensor, a view of the mapped file unless it was packed: copy it before changing it."""
         reader = self._reader(self._file_of[key])
         return reader[key] if self.pickled else reader.get_tensor(key)
 
     def shape_and_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of one tensor."""
+        if self.packed:
+            return self._reader(self._file_of[key]).shape_and_dtype(key)
         tensor = self.read(key)
         return tuple(tensor.shape), tensor.dtype
 
@@ -134,10 +144,17 @@ class CheckpointFiles:
         if name not in self._open:
             path = self.folder / name
             try:
-                self._open[name] = _load_pickled(path) if name.endswith(".bin") else safe_open(path, framework="pt")
+                self._open[name] = self._opened(path)
             except Exception as error:  # every library that parses a damaged file has its own error type
-                raise ModelError(f"{path} cannot be opened as a checkpoint: {first_line(error)}") from error
+                raise ModelError(
+                    f"{path} cannot be opened as a checkpoint: {shortened(first_line(error), 1000)}"
+                ) from error
         return self._open[name]
+
+    def _opened(self, path: Path) -> Any:
+        if self.packed:
+            return PackedFile(path)
+        return _load_pickled(path) if self.pickled else safe_open(path, framework="pt")
 
 
 def _load_pickled(path: Path) -> dict[str, Tensor]:
@@ -148,7 +165,7 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    for name in SAFETENSORS + PICKLED:
+    for name in (*SAFETENSORS, *PICKLED, PACKED_INDEX):
         if not (folder / name).is_file():
             continue
         if not name.endswith(".index.json"):
@@ -168,7 +185,7 @@ def _weight_files(folder: Path) -> list[str]:
                 f"{folder / name} names {quoted(missing)}, which {folder} does not hold; fetch the model again"
             )
         return shards
-    raise ModelError(f"{folder} holds no weights; looked for {', '.join(SAFETENSORS + PICKLED)}")
+    raise ModelError(f"{folder} holds no weights; looked for {', '.join((*SAFETENSORS, *PICKLED, PACKED_INDEX))}")
 
 
 def config_hash(folder: Path) -> str:

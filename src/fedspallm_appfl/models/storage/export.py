@@ -1,18 +1,15 @@
 """Write the pruned model as a plain Hugging Face folder, and check the result.
 
 Every safetensors shard of the dense checkpoint is copied as a file, and each pruned matrix is written over its bytes in
-the copy, one after the other. The model is never built, and one matrix is in memory at a time. A pickled checkpoint is
-first converted to one safetensors file. All other files in the folder (config, tokenizer, licence, chat templates in
-subfolders) are copied unchanged; the model's card becomes README.base.md.
+the copy, one after the other. The model is never built, and one matrix is in memory at a time. A pickled or packed
+checkpoint is first converted to one safetensors file. All other files in the folder (config, tokenizer, licence, chat
+templates in subfolders) are copied unchanged; the model's card becomes README.base.md.
 
-The new folder has the size of the dense one, because zeros are stored. Only the uploads are smaller.
+The new folder has the size of the dense one, because zeros are stored; `packing` makes a smaller copy.
 """
 
 import json
-import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,27 +21,15 @@ from torch import Tensor
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
+from fedspallm_appfl.models.storage.checkpoint import SAFETENSORS, CheckpointFiles
+from fedspallm_appfl.models.storage.folder import companions, partial_file
 from fedspallm_appfl.models.storage.stored import Place
+from fedspallm_appfl.models.storage.written import DTYPE_NAMES, as_stored, bytes_of, write_tensors
 from fedspallm_appfl.tensors.sparsity import already_zero
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
 CARD, BASE_CARD = "README.md", "README.base.md"  # the card of the base model makes room for that of the pruned one
-DTYPE_NAMES = {  # as in the header of a safetensors file
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
 
 
 @dataclass(frozen=True)
@@ -94,56 +79,29 @@ def write_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> None:
         OSError: the disk is full, or the folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, file in _companions(skeleton.folder):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with _partial(folder / name) as partial:
-            shutil.copy(file, partial)
+    for name, file in companions(skeleton.folder):
+        if not _older_card(skeleton.folder, name):
+            with partial_file(folder / (BASE_CARD if name == CARD else name)) as partial:
+                shutil.copy(file, partial)
     files = skeleton.files
-    for shard in ["model.safetensors"] if files.pickled else files.shards:
-        source = skeleton.folder / (next(iter(files.shards)) if files.pickled else shard)
-        with _partial(folder / shard) as partial:
-            if files.pickled:
-                _convert(files, partial)
+    converted = files.pickled or files.packed
+    if not converted and (skeleton.folder / SAFETENSORS[1]).is_file():
+        with partial_file(folder / SAFETENSORS[1]) as partial:
+            shutil.copy(skeleton.folder / SAFETENSORS[1], partial)
+    for shard in SAFETENSORS[:1] if converted else files.shards:
+        source = skeleton.folder / (next(iter(files.shards)) if converted else shard)
+        with partial_file(folder / shard) as partial:
+            if converted:  # names that share a tensor each get a copy
+                write_tensors(partial, as_stored(files, files.keys()))
             else:
                 shutil.copyfile(source, partial)  # content only: the source may be a link or read-only
             _put_in(skeleton, pruned, partial)
             shutil.copymode(source, partial)
 
 
-def _companions(source: Path, inside: str = "") -> Iterator[tuple[str, Path]]:
-    """What lies beside the weights and in subfolders, as (name in the new folder, file); hidden files are left out.
-
-    A link to a folder is not entered, and a link to a file is followed only where it stays within the model, so that
-    nothing else of this machine lands in a folder that may be passed on.
-    """
-    cached = source.parent.name == "snapshots"  # of the hub's cache, where files are links to `blobs`
-    home = (source.parents[1] if cached else source).resolve()
-    for file in sorted((source / inside).iterdir()):
-        name = f"{inside}/{file.name}" if inside else file.name
-        about_weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
-        if file.name.startswith((".", "__pycache__")) or about_weights or _older_card(source, name):
-            continue
-        if file.is_dir() and not file.is_symlink():
-            yield from _companions(source, name)
-        elif file.is_file() and file.resolve().is_relative_to(home):
-            yield BASE_CARD if name == CARD else name, file
-
-
 def _older_card(source: Path, name: str) -> bool:
     """Whether a file is the card of a base model's base model, which gives way to that of the base model."""
     return name == BASE_CARD and (source / CARD).is_file()
-
-
-@contextmanager
-def _partial(file: Path) -> Iterator[Path]:
-    """A temporary path for a file that gets its name once it is complete."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)  # left by a killed run; it may be read-only
-    try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _put_in(skeleton: Skeleton, pruned: PackedStore, file: Path) -> None:
@@ -174,33 +132,10 @@ def _overwrite(stream: IO[bytes], data: int, entry: dict[str, Any], place: Place
         )
     if place.rows is not None:  # the other rows stay
         stream.seek(start)
-        stream.readinto(_bytes_of(slab))  # type: ignore[attr-defined]
+        stream.readinto(bytes_of(slab))  # type: ignore[attr-defined]
     inside.copy_(weight)
     stream.seek(start)
-    stream.write(_bytes_of(slab))
-
-
-def _convert(files: CheckpointFiles, file: Path) -> None:
-    """Write a pickled checkpoint as one safetensors file; names that share a tensor each get a copy."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers needs it
-    end = 0
-    for key in sorted(files.keys(), key=lambda key: -files.shape_and_dtype(key)[1].itemsize):  # all aligned
-        shape, dtype = files.shape_and_dtype(key)
-        if dtype not in DTYPE_NAMES:
-            raise ModelError(f"{files.folder}: {key} is {dtype}, which safetensors does not support; convert it first")
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    words = json.dumps(header).encode()
-    words += b" " * (-len(words) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(words).to_bytes(8, "little") + words)
-        for key in list(header)[1:]:
-            stream.write(_bytes_of(files.read(key)))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The entries of a tensor in row-major order, as in a safetensors file."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    stream.write(bytes_of(slab))
 
 
 def save_model(skeleton: Skeleton, pruned: PackedStore, folder: Path) -> list[MatrixSparsity]:
