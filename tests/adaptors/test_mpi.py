@@ -66,10 +66,11 @@ def as_one(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs in three ranks, a job for all of them, as each job takes long to start.
+    """Runs in three ranks, a job for all of them, as each job takes long to start; and in five, two of which fold.
 
     Returns:
-        Name -> words of the command line; each has its results in `mpi` beside its configuration; and what was said.
+        Name -> words of the command line; each has its results in `mpi` and `folded` beside its configuration; and what the
+        first job said.
     """
     folder, model = tmp_path_factory.mktemp("runs"), save_tiny(tmp_path_factory.mktemp("model"))
     commands = {}
@@ -80,16 +81,20 @@ def runs(tmp_path_factory):
         config, overrides = partly(folder / name, model, name)
         commands[name] = [str(config), *overrides]
     commands["four"] = [str(as_one(folder)[0])]
-    job = [
-        ["run", *words, "--launcher", "mpi", f"run_dir={Path(words[0]).with_name('mpi')}"]
-        for words in commands.values()
-    ]
-    (folder / "job.json").write_text(json.dumps(job))
+
+    def job(name, *more):
+        words = [[*words, *more, f"run_dir={Path(words[0]).with_name(name)}"] for words in commands.values()]
+        (folder / name).with_suffix(".json").write_text(
+            json.dumps([["run", *one, "--launcher", "mpi"] for one in words])
+        )
+        return sys.executable, "-m", "helpers.mpi_commands", folder / f"{name}.json"
+
     environment = ENVIRONMENT | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     }
-    commands_in_turn = (sys.executable, "-m", "helpers.mpi_commands", folder / "job.json")
-    code, out, err = finish(mpiexec(3, *commands_in_turn, env=environment))
+    code, out, err = finish(mpiexec(3, *job("mpi"), env=environment))
+    assert code == 0, err
+    code, _, err = finish(mpiexec(5, *job("folded", "server_configs.fold_ranks=2"), env=environment))
     assert code == 0, err
     return commands, out
 
@@ -107,12 +112,25 @@ def same_statistics(serial, over_mpi):
 @pytest.mark.parametrize("name", [*LAYOUTS, *ALGORITHMS])
 def test_mpi_gives_the_bits_of_one_process(runs, name):
     config, *overrides = runs[0][name]
-    serial, over_mpi = (Path(config).with_name(kind) for kind in ("run", "mpi"))
+    serial = Path(config).with_name("run")
     assert main(["run", config, *overrides]) == 0
-    assert same_files(serial, over_mpi, "model/model.safetensors", "manifest.json")
-    same_statistics(serial, over_mpi)
-    here, there = ({one["client"]: one | {"time": 0} for one in events(at, "measured")} for at in (serial, over_mpi))
-    assert here == there != {}
+    over_mpi, folded = serial.with_name("mpi"), serial.with_name("folded")
+    for other in (over_mpi, folded):
+        assert same_files(serial, other, "model/model.safetensors", "manifest.json")
+        same_statistics(serial, other)
+        assert what_happened(serial, "measured") == what_happened(other, "measured") != {}
+    assert what_happened(over_mpi, "upload") == what_happened(folded, "upload") != {}
+
+
+def what_happened(folder, kind):
+    """What clients sent or measured, without what depends on the clock or the machine."""
+    drop = {"time", "seconds", "host", "notes"}
+    return {
+        (one["client"], one.get("round"), one.get("exchange"), one.get("message")): {
+            key: value for key, value in one.items() if key not in drop
+        }
+        for one in events(folder, kind)
+    }
 
 
 def test_the_server_says_what_it_does_in_plain_text(runs):

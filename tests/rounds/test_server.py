@@ -240,10 +240,10 @@ def test_rows_that_all_clients_pruned_beyond_the_target_are_reported(tmp_path):
 
 def test_received_bytes_are_counted_and_an_empty_message_folds_nothing(tmp_path):
     model = server(tmp_path)
-    assert model.receive("ann", {}, 3) == 0
+    assert model.receive("ann", {}, 3).nbytes == 0
     assert model.open_blocks() == set()
     update = upload("ann", [1])
-    assert model.receive("ann", update, 3) == update_nbytes(update) == 3 + 2 * 12 + 2 + 2 * 8
+    assert model.receive("ann", update, 3).nbytes == update_nbytes(update) == 3 + 2 * 12 + 2 + 2 * 8
 
 
 def test_a_client_that_is_not_in_the_roster_is_refused(tmp_path):
@@ -355,7 +355,7 @@ def test_masks_alone_give_the_same_bits_as_masks_with_values(tmp_path, masks_onl
             model.begin_round(t, EVERYTHING)
             for client, blocks in EVERYTHING.items():
                 update = masks_of(client, blocks, t, values=client not in senders)
-                assert model.receive(client, update, SAMPLES[client]) == update_nbytes(update)
+                assert model.receive(client, update, SAMPLES[client]).nbytes == update_nbytes(update)
         results.append(everything(model))
     assert all(len(store) == 12 for store in results[1])
     assert results[0] == results[1]
@@ -400,7 +400,7 @@ def test_compressed_uploads_give_the_same_bits_as_plain_ones(tmp_path, dtype):
             model.begin_round(t, dict.fromkeys(SAMPLES, [0, 1]))
             for client in SAMPLES:
                 update = prepare(wide_upload(client, t, dtype))
-                received += model.receive(client, update, 1)
+                received += model.receive(client, update, 1).nbytes
                 assert prepare is not compress or all(p["zstd"] == ["mask", "values"] for *_, p in matrices(update))
         results.append((everything(model), received))
     assert results[0][0] == results[1][0]
@@ -489,7 +489,7 @@ def test_the_sums_of_a_matrix_and_the_average_are_dropped_before_its_mask_is_mad
         for name in SHAPES:
             model.receive(client, upload(client, [0], [name]), SAMPLES[client])
             opened.append([name for _, name in model._open])
-            sums.update({SHAPES[name]: references(matrix.sums) for (_, name), matrix in model._open.items()})
+            sums.update({SHAPES[name]: references(one) for (_, name), one in model._intake._sums.items()})
     assert opened == [["q"], ["q", "up"], ["q", "up"], ["q", "up"], ["up"], []]
     parts = 1 if weights == "equal" else 2
     assert dropped == [[True] * (parts + 1), [True] * (parts + 2)]
@@ -552,3 +552,43 @@ def test_no_client_can_use_up_the_range_that_others_need(tmp_path, weights):
         model.receive("ann", greedy, samples)
     for client, blocks in EVERYTHING.items():
         model.receive(client, upload(client, blocks, dtype=torch.float32), SAMPLES[client])
+
+
+class Far:
+    """Folds for another server, which is told nothing but receipts."""
+
+    def __init__(self, intake):
+        self.intake, self.said = intake, []
+
+    def stand(self, standing):
+        self.said.append((standing.round_index, standing.given_up))
+        self.intake.stand(standing)
+
+    def close(self, block, unit):
+        self.said.append((block, unit))
+        return self.intake.close(block, unit)
+
+
+def test_a_server_that_hears_receipts_alone_ends_with_the_same_bits(tmp_path):
+    near, there = server(tmp_path / "near"), server(tmp_path / "there")
+    model, far = server(tmp_path / "far"), Far(there._intake)
+    model.fold_elsewhere(far)
+    for client in ("ann", "bob"):
+        update = upload(client, [0, 1, 2])
+        receipt = far.intake.take(client, update, SAMPLES[client])
+        assert model.receive(client, receipt, SAMPLES[client]) is receipt
+        near.receive(client, update, SAMPLES[client])
+    part = upload("cy", [1])
+    receipt = far.intake.take("cy", part, SAMPLES["cy"])
+    receipt.add("refused an update from client cy: the rest of it")
+    with pytest.raises(UpdateError, match="the rest of it"):  # what was folded counts
+        model.receive("cy", receipt, SAMPLES["cy"])
+    near.receive("cy", part, SAMPLES["cy"])
+    assert far.said == [(0, frozenset()), (1, "q"), (1, "up")]
+    for one in (model, near):
+        one.give_up("cy")
+        one.end_exchange()
+    assert far.said[3] == (0, frozenset({"cy"})) and set(far.said[4:]) == {(0, "q"), (0, "up"), (2, "q"), (2, "up")}
+    with pytest.raises(UpdateError, match="goes on without it"):
+        far.intake.take("cy", upload("cy", [2]), SAMPLES["cy"])
+    assert stored(model.done) == stored(near.done)

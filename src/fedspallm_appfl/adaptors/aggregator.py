@@ -1,7 +1,6 @@
 """APPFL aggregator: hands uploads to the global model and gives out the round's assignments."""
 
 import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, to_text
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.models.inputs import shared_inputs
-from fedspallm_appfl.models.lazy_model import LazyModel, Skeleton
-from fedspallm_appfl.models.storage.checkpoint import allow_code_of
+from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
-from fedspallm_appfl.models.typical import typical_squares
 from fedspallm_appfl.rounds.beginning import begin
-from fedspallm_appfl.rounds.folds.context import Context
+from fedspallm_appfl.rounds.folds.of_model import context_of
 from fedspallm_appfl.rounds.server import GlobalModel, Piece
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
 from fedspallm_appfl.wire.metadata import read_metadata
-from fedspallm_appfl.wire.update import block_nbytes, checked_losses, update_nbytes
+from fedspallm_appfl.wire.update import checked_losses, update_nbytes
 
 
 class FedSpaLLMAggregator(BaseAggregator):
@@ -54,17 +49,8 @@ class FedSpaLLMAggregator(BaseAggregator):
         state_dir = self.settings.state_dir
         self.skeleton = Skeleton.of(self.settings)
         self._own_folder = None if state_dir else tempfile.TemporaryDirectory(prefix="fedspallm-")
-        gathers = registry.find(self.settings.algorithm).gathers
-        context = Context(
-            self.skeleton.layout,
-            self.skeleton.stored_dtype,
-            self.settings,
-            Path(self._own_folder.name if self._own_folder else state_dir or ""),
-            choose_device(self.settings.device, 0),
-            self.skeleton.dense_matrix,
-            shared_inputs(self.skeleton.folder, self.skeleton.layout) if gathers else (),
-            lambda block, name: self._typical.get((block, name)),
-        )
+        folder = Path(self._own_folder.name if self._own_folder else state_dir or "")
+        context = context_of(self.settings, self.skeleton, folder)
         self.global_model = GlobalModel(context, lambda event: self.on_event(event))
         self.round = max(self.global_model.round.index, 0)
         self._ended: set[str] = set()
@@ -78,13 +64,6 @@ class FedSpaLLMAggregator(BaseAggregator):
             self._begin()
         else:
             self._held = self.global_model.held(self.settings.max_message_bytes)
-
-    @cached_property
-    def _typical(self) -> dict[tuple[int, str], float]:
-        """How large inputs are on random tokens; the first to ask runs the dense model, block by block."""
-        model, device = self.settings.model, self.global_model.context.device
-        allow_code_of(model)
-        return typical_squares(LazyModel(model.path, model.blocks, model.dtype, device, self.settings.prune))
 
     @property
     def finished(self) -> bool:
@@ -149,7 +128,7 @@ class FedSpaLLMAggregator(BaseAggregator):
             UpdateError: the message is not what was assigned.
         """
         of = read_metadata(metadata, f"client {client}")
-        received = self.global_model.receive(client, update, of.samples, of.secure)
+        receipt = self.global_model.receive(client, update, of.samples, of.secure)
         self.skeleton.files.release()  # dense weights that masks without values were filled from
         self.on_event(
             {
@@ -162,9 +141,9 @@ class FedSpaLLMAggregator(BaseAggregator):
                 "host": of.host,
                 "message": of.number,
                 "messages": of.total,
-                "blocks": to_text(sorted(map(int, update["blocks"]))) if update else "",
-                "bytes": received,
-                "block_bytes": block_nbytes(update),
+                "blocks": to_text(sorted(receipt.blocks)),
+                "bytes": receipt.nbytes,
+                "block_bytes": receipt.block_bytes,
                 "seconds": of.seconds,
                 "notes": of.notes,
             }

@@ -11,7 +11,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -22,8 +22,11 @@ from mpi4py import MPI
 from torch import Tensor
 
 from fedspallm_appfl.adaptors.desk import Desk
+from fedspallm_appfl.adaptors.parts import Note, Parts
 from fedspallm_appfl.wire.as_bytes import Inbox, memory, take_apart
+from fedspallm_appfl.wire.messages import Unit, shares
 
+SERVER = 0  # its rank
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
 
 
@@ -38,15 +41,18 @@ class BatchedMPIServer(MPIServerCommunicator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._desk, self._inbox = Desk(self.server_agent), Inbox()
+        self._desk, self._inbox, self._parts = Desk(self.server_agent), Inbox(), Parts()
 
     def serve(self) -> None:
         """Take messages until all clients have closed their connection."""
         status = MPI.Status()
         while not self.server_agent.server_terminated():
-            _wait(self.comm, MPI.ANY_SOURCE, MPI.ANY_TAG, status)
+            wait(self.comm, MPI.ANY_SOURCE, MPI.ANY_TAG, status)
             source, tag = status.Get_source(), status.Get_tag()
-            request = byte_to_request(_receive(self.comm, status))
+            if tag == tag_of(self.comm, "note"):
+                self._hear(self.comm.recv(source=source, tag=tag))
+                continue
+            request = byte_to_request(receive(self.comm, status))
             response = self._request_handler(client_rank=source, request_tag=tag, request=request)
             if response is not None:
                 self.comm.Send(response_to_byte(response), dest=source, tag=source)
@@ -60,9 +66,25 @@ class BatchedMPIServer(MPIServerCommunicator):
     def _update_global_model(self, client_rank: int, request: MPITaskRequest) -> None:
         """Take the messages of all clients of a rank, and answer every rank all of whose clients can go on."""
         metadata = yaml.safe_load(request.meta_data)
-        updates = self._inbox.receive(request.payload, _receiver(self.comm, client_rank))
+        updates = self._inbox.receive(request.payload, receiver(self.comm, client_rank))
+        self._parts.waiting[client_rank] = metadata.pop("_parts", []), (metadata, updates)
+        self._go_on(client_rank)
+
+    def _hear(self, note: Note) -> None:
+        """Take note of what a fold rank has taken in."""
+        for event in note.events:
+            self.server_agent.aggregator.on_event(event)
+        self._parts.notes.setdefault(note.rank, []).append(note)
+        self._go_on(note.rank)
+
+    def _go_on(self, client_rank: int) -> None:
+        """Take the messages of a rank if all of them is there, and answer who can go on."""
+        whole = self._parts.whole(client_rank)
+        if whole is None:
+            return
+        (metadata, updates), receipts = whole
         for client in metadata["_client_ids"]:
-            self._desk.take(client_rank, client, updates.pop(client), metadata[client])
+            self._desk.take(client_rank, client, receipts.get(client, updates.pop(client)), metadata[client])
         for rank, payload, answers in self._desk.answers(range(self.comm.Get_size())):
             status = MPIServerStatus.DONE if self.server_agent.training_finished() else MPIServerStatus.RUN
             self._answer(rank, status, payload, answers)
@@ -71,15 +93,22 @@ class BatchedMPIServer(MPIServerCommunicator):
         description, tensors = take_apart(payload)
         response = MPITaskResponse(status.value, description, yaml.dump(metadata))
         self.comm.Send(response_to_byte(response), dest=rank, tag=rank)
-        send_tensors(self.comm, tensors, rank, _data_tag(self.comm))
+        send_tensors(self.comm, tensors, rank, data_tag(self.comm))
 
 
 class PoliteMPIClient(MPIClientCommunicator):
     """APPFL's client that does not take a core while it waits; for one rank with several clients."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, owner: Mapping[Unit, int] | None = None, **kwargs: Any) -> None:
+        """As APPFL's.
+
+        Args:
+            *args: APPFL's.
+            owner: the fold rank of each matrix, where the server does not fold itself.
+            **kwargs: APPFL's.
+        """
         super().__init__(*args, **kwargs)
-        self._inbox = Inbox()
+        self._inbox, self._owner = Inbox(), owner
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
@@ -108,48 +137,58 @@ class PoliteMPIClient(MPIClientCommunicator):
             (payload for all clients, client -> metadata with the server's `status`, RUNNING or DONE).
         """
         told = kwargs.get("kwargs", kwargs)
-        self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": list(local_model)}, local_model)
+        clients, parts = list(local_model), shares(local_model, self._owner) if self._owner else {}
+        for rank, part in parts.items():
+            self._ask(MPITask.UPDATE_GLOBAL_MODEL, told, part, rank)
+        left = {client: {} for client in clients} if self._owner else local_model
+        more = {"_parts": list(parts)} if parts else {}
+        self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": clients, **more}, left)
         status, payload, metadata = self._answer()
         for answer in metadata.values():
             answer["status"] = "DONE" if status == MPIServerStatus.DONE.value else "RUNNING"
         return payload, metadata
 
-    def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any) -> None:
+    def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any, rank: int = SERVER) -> None:
         description, tensors = take_apart(payload)
         request = MPITaskRequest(description, yaml.dump({"_client_ids": self.client_ids, **metadata}))
         tag = self.comm_rank + self.comm_size * task.value
-        self.comm.Send(request_to_byte(request), dest=self.server_rank, tag=tag)
-        send_tensors(self.comm, tensors, self.server_rank, _data_tag(self.comm))
+        self.comm.Send(request_to_byte(request), dest=rank, tag=tag)
+        send_tensors(self.comm, tensors, rank, data_tag(self.comm))
 
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()
-        payload = self._inbox.receive(response.payload, _receiver(self.comm, self.server_rank))
+        payload = self._inbox.receive(response.payload, receiver(self.comm, self.server_rank))
         return response.status, payload, yaml.safe_load(response.meta_data)
 
     def _recv_response(self) -> MPITaskResponse:
         status = MPI.Status()
-        _wait(self.comm, self.server_rank, self.comm_rank, status)
-        return byte_to_response(_receive(self.comm, status))
+        wait(self.comm, self.server_rank, self.comm_rank, status)
+        return byte_to_response(receive(self.comm, status))
 
 
-def _receiver(comm: Any, rank: int) -> Callable[[memoryview], None]:
+def receiver(comm: Any, rank: int) -> Callable[[memoryview], None]:
     """Fills memory with the next tensor of a rank."""
-    return lambda part: comm.Recv([part, MPI.BYTE], source=rank, tag=_data_tag(comm))
+    return lambda part: comm.Recv([part, MPI.BYTE], source=rank, tag=data_tag(comm))
 
 
-def _data_tag(comm: Any) -> int:
+def data_tag(comm: Any) -> int:
     """A tag that no request and no answer has."""
     return comm.Get_size() * (len(MPITask) + 1)
 
 
-def _receive(comm: Any, status: MPI.Status) -> bytearray:
+def tag_of(comm: Any, what: str) -> int:
+    """A tag between the server and fold ranks: a `note` of what came, a `command`, or what was `made`."""
+    return int(data_tag(comm)) + 1 + ("note", "command", "made").index(what)
+
+
+def receive(comm: Any, status: MPI.Status) -> bytearray:
     """The message that a probe has found."""
     buffer = bytearray(status.Get_count(MPI.BYTE))
     comm.Recv(buffer, source=status.Get_source(), tag=status.Get_tag())
     return buffer
 
 
-def _wait(comm: Any, source: int, tag: int, status: MPI.Status) -> None:
+def wait(comm: Any, source: int, tag: int, status: MPI.Status) -> None:
     """Return once a message has come: look often at first, as an answer may be near, then leave the core to others."""
     pause = FIRST_PAUSE
     while not comm.iprobe(source=source, tag=tag, status=status):

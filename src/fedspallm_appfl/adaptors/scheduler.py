@@ -18,6 +18,12 @@ from appfl.algorithm.scheduler import BaseScheduler
 
 from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
 from fedspallm_appfl.errors import FederationError, UpdateError
+from fedspallm_appfl.rounds.folds.intake import Receipt
+
+
+def _blocks_of(update: Any) -> set[int]:
+    """Blocks of which a message, or one that was folded elsewhere, has something."""
+    return update.blocks if isinstance(update, Receipt) else {int(block) for block in update.get("blocks", {})}
 
 
 class FedSpaLLMScheduler(BaseScheduler):
@@ -62,7 +68,7 @@ class FedSpaLLMScheduler(BaseScheduler):
                 if self.aggregator.receive(client, local_model, kwargs):
                     self._at_barrier[client] = future
                 else:
-                    self._held[client] = (future, {int(block) for block in local_model.get("blocks", {})})
+                    self._held[client] = (future, _blocks_of(local_model))
                 self._go_on()
             except BaseException as error:
                 if not (self.spare_others and isinstance(error, UpdateError)):

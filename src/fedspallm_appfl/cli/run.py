@@ -184,7 +184,7 @@ def _rank(args: argparse.Namespace, comm: object) -> int:
 
     if not mpi.is_server(comm):
         if config := mpi.receive_config(comm):
-            mpi.run_clients(config, comm)
+            mpi.take_part(config, comm)
         return 0
     config = _checked(args, False)
     mpi.check_ranks(comm, config)

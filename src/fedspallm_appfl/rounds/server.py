@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.aggregation.screening import outliers
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import OPENING, SQUARES, Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Fold, Stores
+from fedspallm_appfl.rounds.folds.intake import Intake, Receipt, Standing
 from fedspallm_appfl.rounds.folds.registry import folds
-from fedspallm_appfl.rounds.folds.unreached import expert_weight
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
 from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
@@ -33,12 +32,10 @@ from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_r
 from fedspallm_appfl.rounds.received import Received
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
-from fedspallm_appfl.wire.packed import Packed, Unreached
+from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore, seen
 from fedspallm_appfl.wire.update import (
-    Check,
-    check_expert,
-    check_update,
+    block_nbytes,
     compress,
     make_update,
     read_matrices,
@@ -47,21 +44,6 @@ from fedspallm_appfl.wire.update import (
 
 HIDDEN = "hidden"  # folder of secure sums
 BEFORE = -1  # the round that payloads name which bring a client where it stood
-
-
-@dataclass
-class _Open:
-    """A unit that some clients have sent and others still owe.
-
-    Attributes:
-        clients: how many will send it at most.
-        missing: clients that still owe it.
-        sums: None until the first has sent something of it.
-    """
-
-    clients: int
-    missing: set[str]
-    sums: Any = None
 
 
 @dataclass
@@ -140,14 +122,14 @@ class GlobalModel:
         self._roster = roster_of(self.settings)
         self.exchanges = exchanges_of(self.settings, context.groups)
         self._folds = folds(context, self.exchanges)
+        self._intake = Intake(context, self.exchanges, self._folds, lambda event: self.on_event(event))
         self._hidden: Sums | None = None  # of the round that is on
         self._sent: dict[str, dict[Unit, tuple[int, str]]] = {kind: {} for kind in KINDS}
         self._views: dict[int, str] = {}  # exchange of the round -> hash of what was sent before it
-        self._open: dict[Unit, _Open] = {}
+        self._open: dict[Unit, set[str]] = {}  # unit of which something came -> clients that still owe it
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
         self._received = Received()
-        self._fitted = frozenset(self.settings.fitted)
         self._facts: dict[int, dict[str, Any]] = {}
         self._held: set[Unit] = set()  # matrices of the global model that clients have as they are
         self._replaced: set[Unit] = set()  # by this exchange
@@ -156,6 +138,7 @@ class GlobalModel:
         self._journal = Journal(self.folder)
         self.resumed: set[int] | None = None
         self.resumed = self._restored()
+        self._stand()
 
     @property
     def exchange(self) -> Exchange:
@@ -290,6 +273,25 @@ class GlobalModel:
         }
         self._journal.begin(self._position)
         self.resumed = self.resumed and set()
+        self._stand()
+
+    @property
+    def _standing(self) -> Standing:
+        now, finished = self.round, frozenset(self.resumed or ())
+        return Standing(now.index, now.exchange, now.assigned, frozenset(now.given_up), finished)
+
+    def fold_elsewhere(self, intake: Any) -> None:
+        """Let others take uploads in from now on, of which nothing has come yet.
+
+        Args:
+            intake: has `stand` and `close` of `Intake`.
+        """
+        self._intake = intake
+        self._stand()
+
+    def _stand(self) -> None:
+        """Tell those who take uploads in where the run stands."""
+        self._intake.stand(self._standing)
 
     def _restored(self) -> set[int] | None:
         """Go on where an earlier start stood; the blocks that it has finished.
@@ -363,68 +365,43 @@ class GlobalModel:
         self._note_sent(pieces)
         return pieces
 
-    def receive(self, client: str, update: Any, samples: int, said: str = "") -> int:
-        """Check and fold one upload.
+    def receive(self, client: str, update: Any, samples: int, said: str = "") -> Receipt:
+        """Check and fold one upload, or take note of one that was folded elsewhere.
 
         Args:
             client: who sent it.
-            update: what arrived; `{}` for a message without matrices.
+            update: what arrived, `{}` for a message without matrices, or the receipt of it.
             samples: calibration windows of the client.
             said: what it says of keys of secure sums.
 
         Returns:
-            Bytes of the tensors received.
+            What it was.
 
         Raises:
             UpdateError: the upload is not what was assigned, and nothing of it was folded; or, with `cumulative`, the
                 sums of all rounds leave their range.
         """
-        if client not in self.round.assigned:
-            raise UpdateError(f"refused an update from {client}: it is not in the roster {sorted(self.round.assigned)}")
-        if client in self.round.given_up:
-            raise UpdateError(f"refused an update from client {client}: round {self.round.index} goes on without it")
-        if self.exchange.speaks and self._hidden is not None:
+        self._standing.require_expected(client)
+        if self._hidden is not None and self.exchange.speaks:
             self._hidden.hear(self.exchange.up, client, said)
         if isinstance(update, Mapping) and not update:
-            return len(said)
-        expected = {
-            block: {unit: self._check_of(client, block, unit) for unit in self._units(block)}
-            for block in self.round.assigned[client]
-            if self.exchange.concerns(block)
-        }
-        checked = check_update(update, f"client {client}", self.round.index, self.round.exchange, expected)
-        checked = tuple(
-            unit for unit in checked if unit[0] not in (self.resumed or ())
-        )  # they came before the run was cut off
-        for block, name, _ in checked:
-            if (client, block, name) in self._received:
-                raise UpdateError(f"refused an update from client {client}: block {block}, {name} was sent before")
-        weight = self._client_weight(client, samples)
-        for block, name, packed in checked:
-            self._guard(client, block, name, packed, weight)
-        came = checked
-        if self.settings.screening != "off":
-            checked = tuple((block, name, self._screened(client, block, name, packed)) for block, name, packed in came)
-        if self.exchange.hidden and self._hidden is not None:
-            self._hidden.require_view(client, said, self._view())
-            self._hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
-            self._received |= {(client, block, name) for block, name, _ in checked}
-            return update_nbytes(update)
-        for block, name, packed in came:
-            if not isinstance(packed, Unreached):
-                self._fold.keep(client, block, name, packed)
-        for block, name, packed in checked:
-            self._received.add((client, block, name))
-            self._add(client, block, name, packed, weight)
-        return update_nbytes(update)
+            return Receipt(nbytes=len(said))
+        if self._hidden is not None and self.exchange.hidden:
+            return self._receive_hidden(self._hidden, client, update, samples, said)
+        receipt = update if isinstance(update, Receipt) else self._intake.take(client, update, samples)
+        for (block, unit), reached in receipt.units.items():
+            self._came(client, block, unit, reached)
+        if receipt.refused:
+            raise UpdateError(receipt.refused)
+        return receipt
 
-    def _check_of(self, client: str, block: int, unit: str) -> Check:
-        """How an upload of a unit is checked."""
-        check = self._fold.check(client, block, unit)
-        expert = self.context.layout.linear(block, unit).expert
-        if not expert or self.exchange.recovers:
-            return check
-        return check_expert(check, statistics=self.exchange.up == "grams")
+    def _receive_hidden(self, hidden: Sums, client: str, update: Any, samples: int, said: str) -> Receipt:
+        """Take an upload that tells nothing by itself."""
+        _, checked, _ = self._intake.checked(client, update, samples)
+        hidden.require_view(client, said, self._view())
+        hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
+        self._received |= {(client, block, name) for block, name, _ in checked}
+        return Receipt({}, update_nbytes(update), block_nbytes(update))
 
     def give_up(self, client: str) -> None:
         """Expect nothing more from a client in this round; what it has sent counts, unit by unit.
@@ -435,10 +412,10 @@ class GlobalModel:
         sent = self._received.blocks_of(client)
         mine = [block for block in self.round.assigned.get(client, []) if block in sent]
         self.round = replace(self.round, assigned={**self.round.assigned, client: mine})
-        for (block, unit), matrix in list(self._open.items()):
-            matrix.missing.discard(client)
-            if not matrix.missing:
-                del matrix
+        self._stand()
+        for (block, unit), missing in list(self._open.items()):
+            missing.discard(client)
+            if not missing:
                 self._close(block, unit)
         for block in [block for block in self._closed if not self._can_be_finished(block)]:
             del self._closed[block], self._ready[block], self._facts[block]
@@ -572,78 +549,20 @@ class GlobalModel:
         """The packed blocks of a store: the global model, masks, or a comparison: `fedavg` or `standalone/CLIENT`."""
         return Latest(self.folder, name)
 
-    def _client_weight(self, client: str, samples: int) -> int:
-        if samples < 1:
-            raise UpdateError(
-                f"refused an update from client {client}: its sample size is {samples}, at least 1 is needed"
-            )
-        asked = self.settings.windows.get(client, samples)
-        if samples != asked:
-            raise UpdateError(
-                f"refused an update from client {client}: its sample size is {samples}, and `data.windows` asks for {asked}"
-            )
-        return samples if self.settings.weights == "sample_size" else 1
-
-    @staticmethod
-    def _weight(packed: Any, weight: int) -> int:
-        """The weight of an upload: of an expert's matrix by the tokens that reached it."""
-        tokens = packed.tokens if isinstance(packed, Packed) else None
-        return weight if tokens is None else expert_weight(tokens)
-
-    def _guard(self, client: str, block: int, name: str, packed: Any, weight: int) -> None:
-        if isinstance(packed, Unreached):
-            return
-        sums = self._open[block, name].sums if (block, name) in self._open else None
-        try:
-            self._fold.guard(sums, packed, self._weight(packed, weight))
-        except ValueError as error:
-            raise UpdateError(f"refused an update from client {client}, block {block}, {name}: {error}") from error
-
-    def _screened(self, client: str, block: int, name: str, packed: Any) -> Any:
-        """An upload as it is folded; what no honest client sends is refused, or reported only."""
-        if isinstance(packed, Unreached):
-            return packed
-        seen, refuses = self._fold.look(client, block, name, packed), self.settings.screening == "refuse"
-        found = list(map(str, outliers(seen.facts, client in self._fitted)))
-        if found and refuses:
-            raise UpdateError(
-                f"refused an update from client {client}, block {block}, {name}: {'; '.join(found)}; with "
-                "`server_configs.aggregator_kwargs.screening: report` it is folded and reported"
-            )
-        where = {"round": self.round.index, "client": client, "block": block, "unit": name}
-        for why in found:
-            self.on_event({"event": "outlier", **where, "why": why})
-        if not (seen.columns and refuses):
-            return packed
-        self.on_event({"event": "brought_back", **where, "columns": seen.columns})
-        return replace(packed, values=seen.values)
-
-    def _add(self, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
-        if (block, unit) not in self._open:
-            clients = self.round.clients_of(block) - self.round.given_up
-            self._open[block, unit] = _Open(len(clients), clients)
-        matrix = self._open[block, unit]
-        if isinstance(packed, Unreached):
-            self._fold.leave_out(client, block, unit)
+    def _came(self, client: str, block: int, unit: str, reached: bool) -> None:
+        """A client has sent a unit; close it if it was the last."""
+        self._received.add((client, block, unit))
+        if not reached:
             self._note(block, {}, {"left_out": 1})
-        else:
-            if matrix.sums is None:
-                matrix.sums = self._fold.open(block, unit, matrix.clients)
-            self._fold.add(matrix.sums, client, block, unit, packed, self._weight(packed, weight))
-        matrix.missing.discard(client)
-        if not matrix.missing:
-            del matrix  # its sums are dropped as soon as they have been used
+        missing = self._open.setdefault((block, unit), self.round.clients_of(block) - self.round.given_up)
+        missing.discard(client)
+        if not missing:
             self._close(block, unit)
 
     def _close(self, block: int, unit: str) -> None:
         """Make matrices of the sums of a unit."""
-        give_back()  # what the uploads left behind; the steps to come are the largest
-        if self._open[block, unit].sums is None:
-            del self._open[block, unit]
-            stores, facts = self._fold.unreached(block, unit), {"unreached": 1}
-        else:
-            stores, facts = self._fold.close(block, unit, self._open.pop((block, unit)).sums)
-        self._file(block, unit, stores, facts, len(self._units(block)))
+        del self._open[block, unit]
+        self._file(block, unit, *self._intake.close(block, unit), len(self._units(block)))
 
     def _file(self, block: int, unit: str, stores: Stores, facts: Mapping[str, int], units: int) -> None:
         """Keep what was made of a unit until all units of its block are there, and finish the block then."""

@@ -1,4 +1,4 @@
-"""Run under mpiexec: rank 0 is the server, and every other rank holds one or more clients.
+"""Run under mpiexec: rank 0 is the server, a few may fold for it, and every other rank holds one or more clients.
 
 APPFL's MPI communicators carry the messages, slightly changed (`adaptors.mpi_communicators`).
 
@@ -16,16 +16,19 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.adaptors import registration
+from fedspallm_appfl.algorithms.registry import find
 from fedspallm_appfl.devices import choose_device
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
-from fedspallm_appfl.rounds.participants import algorithm_of, client_settings
+from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.rounds.participants import algorithm_of, client_settings, comparisons, server_settings
 from fedspallm_appfl.runs.absence import spare, spares
 from fedspallm_appfl.runs.placement import batches, describe
 from fedspallm_appfl.runs.rank import all_rounds
 from fedspallm_appfl.runs.run_dir import CLIENTS, STATE
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Client, Config
+from fedspallm_appfl.wire.messages import Unit, owners
 
 
 def communicator() -> Any:
@@ -88,7 +91,7 @@ def check_ranks(comm: Any, config: Config) -> None:
         raise ConfigError(
             f"algorithm {algorithm.name} pools the text of all clients in one process; run it without --launcher mpi"
         )
-    batches([client.client_id for client in config.clients], comm.Get_size() - 1)
+    batches([client.client_id for client in config.clients], comm.Get_size() - _first(config), _first(config))
 
 
 def receive_config(comm: Any) -> Config | None:
@@ -109,15 +112,65 @@ def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) ->
     agents_of = registration.agents()
     from fedspallm_appfl.adaptors.mpi_communicators import BatchedMPIServer
 
-    _place_on_node(comm)
+    _place_on_node(comm, config)
     for places in comm.gather([], root=0):
         for place in places:
             on_event({"event": "place", **vars(place)})
     server = agents_of.server_agent(config, state_dir)
     server.aggregator.on_event = on_event
     spare(server, config)
+    far = _fold_elsewhere(config, server.aggregator, comm) if config.server_configs.fold_ranks else None
     BatchedMPIServer(comm, server, logger=_Silent(), optimize_memory=False).serve()
+    if far is not None:
+        far.end()
     return server.aggregator
+
+
+def _fold_elsewhere(config: Config, aggregator: Any, comm: Any) -> Any:
+    from fedspallm_appfl.adaptors.fold_ranks import FarIntake
+
+    far = FarIntake(comm, _owners(config, aggregator.skeleton))
+    aggregator.global_model.fold_elsewhere(far)
+    return far
+
+
+def _owners(config: Config, skeleton: Skeleton) -> dict[Unit, int]:
+    """The fold rank of each matrix. Models of single clients lie in one file a block, which one rank writes."""
+    apart = algorithm_of(config).apart or any(find(name).apart for name in comparisons(config))
+    return owners(skeleton.layout.pruned, config.server_configs.fold_ranks, apart)
+
+
+def take_part(config: Config, comm: Any) -> None:
+    """Do what a rank other than the server's has to do: fold, or run clients."""
+    if comm.Get_rank() < _first(config):
+        _fold(config, comm)
+    else:
+        run_clients(config, comm)
+
+
+def _first(config: Config) -> int:
+    """The first rank with clients: fold ranks come before."""
+    return 1 + config.server_configs.fold_ranks
+
+
+def _fold(config: Config, comm: Any) -> None:
+    """Fold for the server, to the end of the run.
+
+    Raises:
+        ConfigError: this rank does not see the run directory.
+    """
+    registration.register()
+    from fedspallm_appfl.adaptors.fold_ranks import FoldRank
+
+    _place_on_node(comm, config)
+    comm.gather([], root=0)
+    state = Path(config.run_dir).expanduser() / STATE
+    if not state.is_dir():
+        raise ConfigError(
+            f"fold rank {comm.Get_rank()} on {socket.gethostname()} does not see {state}; `server_configs.fold_ranks` "
+            "needs a run_dir that the server and these ranks share"
+        )
+    FoldRank(comm, server_settings(config, state)).serve()
 
 
 def run_clients(config: Config, comm: Any) -> None:
@@ -126,14 +179,16 @@ def run_clients(config: Config, comm: Any) -> None:
     from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
 
     mine, limit = _clients_of_rank(config, comm)
-    node = _place_on_node(comm)
+    node = _place_on_node(comm, config)
     placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
     comm.gather(describe(comm.Get_rank(), placed, torch.get_num_threads()), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
         kept = _state_of(config)
         told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
-        wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents))
+        folding = config.server_configs.fold_ranks
+        owner = _owners(config, Skeleton.of(told[0])) if folding else None
+        wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents), owner=owner)
         all_rounds(wire, agents, spares(config))
         wire.invoke_custom_action(action="close_connection")
 
@@ -145,16 +200,17 @@ def _state_of(config: Config) -> Path | None:
 
 
 def _clients_of_rank(config: Config, comm: Any) -> tuple[list[Client], int]:
-    dealt = batches([client.client_id for client in config.clients], comm.Get_size() - 1)
+    first = _first(config)
+    dealt = batches([client.client_id for client in config.clients], comm.Get_size() - first, first)
     limit = config.client_configs.comm_configs.max_message_bytes // max(map(len, dealt))
-    mine = dealt[comm.Get_rank() - 1]
+    mine = dealt[comm.Get_rank() - first]
     return [client for client in config.clients if client.client_id in mine], limit
 
 
-def _place_on_node(comm: Any) -> int:
-    """Index among the client ranks of this node, from 0; the server needs no GPU. All ranks call it."""
-    hosts = comm.allgather(socket.gethostname())
-    return hosts[1 : max(comm.Get_rank(), 1)].count(socket.gethostname())
+def _place_on_node(comm: Any, config: Config) -> int:
+    """Index among the client ranks of this node, from 0; others need no GPU. All ranks call it."""
+    hosts, first = comm.allgather(socket.gethostname()), _first(config)
+    return hosts[first : max(comm.Get_rank(), first)].count(socket.gethostname())
 
 
 class _Silent:

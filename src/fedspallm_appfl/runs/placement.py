@@ -47,16 +47,22 @@ def describe(rank: int, clients: Sequence[tuple[Client, str]], threads: int) -> 
     return [Place(rank, host, tuple(names), device, each, bound) for (device, each), names in together.items()]
 
 
-def batches(clients: list[str], ranks: int) -> list[list[str]]:
+def batches(clients: list[str], ranks: int, others: int = 1) -> list[list[str]]:
     """Assign consecutive clients to ranks; the numbers per rank differ by at most one.
+
+    Args:
+        clients: all of them.
+        ranks: that run clients.
+        others: ranks that run none: the server, and those that fold for it.
 
     Raises:
         ConfigError: there are more ranks than clients.
     """
     if not 0 < ranks <= len(clients):
+        folding = f", {others - 1} fold for it" if others > 1 else ""
         raise ConfigError(
             f"{len(clients)} clients can use 1 to {len(clients)} client ranks, got {ranks}; start "
-            f"mpiexec with -n 2 to -n {len(clients) + 1} (rank 0 is the server)"
+            f"mpiexec with -n {others + 1} to -n {len(clients) + others} (rank 0 is the server{folding})"
         )
     size, extra = divmod(len(clients), ranks)
     starts = [rank * size + min(rank, extra) for rank in range(ranks + 1)]

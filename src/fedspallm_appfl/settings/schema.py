@@ -330,6 +330,13 @@ class ServerConfigs:
         "with `secure_sums`: a YAML file of client -> public key; clients then sign what they tell each other "
         "([docs](secure_sums.md#identities))",
     )
+    fold_ranks: int = key(
+        0,
+        "under MPI: ranks after the server's that check uploads, add them up and close them in its place; each has its "
+        "share of the matrices ([docs](scale.md#fold-ranks))",
+        least=0,
+        most=MOST,
+    )
     device: str = key(
         "auto",
         "where sums are kept and combined: `auto` (a GPU if the server sees one), `cpu`, `cuda`, `cuda:N`",

@@ -114,6 +114,8 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: of a sum of two each knows the other's part; list at least {LEAST_CLIENTS} clients, got {number}"
     if number > MOST_CLIENTS:
         yield f"{where}: the integers of more clients do not fit; list at most {MOST_CLIENTS} clients, got {number}"
+    if config.server_configs.fold_ranks:
+        yield f"{where}: the server adds up what is hidden itself; leave server_configs.fold_ranks at 0"
     if config.recovery.rounds:
         yield f"{where}: changes of recovery are not hidden yet; leave recovery.rounds at 0, or recover in a run of its own"
     if algorithm.gathers and (gram.propagate != "dense" or gram.target != "own"):

@@ -6,6 +6,7 @@ blocks, and batched clients of one MPI rank never wait for each other across ran
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from fedspallm_appfl.errors import ConfigError
 
@@ -46,3 +47,33 @@ def plan(sizes: Mapping[int, Mapping[str, int]], blocks_per_message: int, limit:
             taken += size
         blocks_in += 1
     return messages
+
+
+def owners(shapes: Mapping[int, Mapping[str, tuple[int, int]]], ranks: int, whole: bool) -> dict[Unit, int]:
+    """Deal matrices to ranks 1, 2, ... so that all get about as many entries, also of every few blocks.
+
+    Args:
+        shapes: for each block (O, I) of each linear.
+        ranks: how many ranks there are.
+        whole: matrices of a block stay together.
+    """
+    loads, owner = [0] * ranks, dict[Unit, int]()
+    for block, linears in sorted(shapes.items()):
+        sizes = {name: rows * columns for name, (rows, columns) in linears.items()}
+        together = [list(sizes)] if whole else [[name] for name in sorted(sizes, key=lambda name: -sizes[name])]
+        for names in together:
+            least = loads.index(min(loads))
+            loads[least] += sum(sizes[name] for name in names)
+            owner |= {(block, name): 1 + least for name in names}
+    return owner
+
+
+def shares(updates: Mapping[str, Any], owner: Mapping[Unit, int]) -> dict[int, dict[str, Any]]:
+    """What each fold rank gets of the messages of some clients: rank -> client -> a part of its message."""
+    parts: dict[int, dict[str, Any]] = {}
+    for client, update in updates.items():
+        for block, units in update.get("blocks", {}).items():
+            for name, packed in units.items():
+                part = parts.setdefault(owner[int(block), name], {}).setdefault(client, {**update, "blocks": {}})
+                part["blocks"].setdefault(block, {})[name] = packed
+    return parts
