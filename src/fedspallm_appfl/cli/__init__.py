@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import estimate, recover, resume, run, study, validate
+from fedspallm_appfl.cli import estimate, recover, resume, run, study, validate, watch
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.finished import compare, prune, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
@@ -21,6 +21,7 @@ from fedspallm_appfl.errors import FedSpaLLMError, Terminated
 VERBS = (
     run,
     resume,
+    watch,
     validate,
     doctor,
     site,
