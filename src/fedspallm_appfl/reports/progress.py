@@ -76,6 +76,8 @@ class RunProgress(_Shown):
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":
             self._console.print(choice_line(event), highlight=False, markup=False)
+        elif event["event"] == "notice":
+            self._console.print(event["text"], highlight=False, markup=False)
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":

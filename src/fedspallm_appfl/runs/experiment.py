@@ -23,6 +23,7 @@ from fedspallm_appfl.reports import card, finished
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, versions
 from fedspallm_appfl.reports.result import Result
+from fedspallm_appfl.reports.tracking.observer import Trackers
 from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
 from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster, whole
@@ -104,13 +105,15 @@ def conduct(
     texts = held_out(config)
     with run_dir.claimed(config, overwrite, resume) as folder:
         goes_on = run_dir.is_cut_off(folder)
-        log = EventLog(folder / run_dir.MARK, *listeners)
+        trackers = Trackers()
+        log = EventLog(folder / run_dir.MARK, *listeners, trackers)
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds, "version": __version__})
         if goes_on:
             _require_version(log)
             log({"event": "resumed"})
         with _telling_why(log):
+            trackers.begin(config, folder, log)
             results = _worked(config, launch, folder, log, texts, DENSE if dense else {}, among)
         shutil.rmtree(folder / "state")
     return results, log

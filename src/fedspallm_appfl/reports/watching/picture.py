@@ -45,7 +45,10 @@ class Picture:
         if run.pace.total:
             parts.append(_bar(run))
         if run.clients:
-            parts += [Text(self._times()), _clients(run.clients, None if run.over else run.seconds + self.silence, room)]
+            parts += [
+                Text(self._times()),
+                _clients(run.clients, None if run.over else run.seconds + self.silence, room),
+            ]
         parts += [Text(line) for line in quality(run)]
         if remark := run.failed or self.remark:
             parts.append(Text(remark, "bold red" if run.failed else ""))

@@ -127,7 +127,7 @@ class Watched:
 
     def _on_upload(self, event: Event) -> None:
         last = event["message"] + 1 == event["messages"]
-        client = self._set("waits for others" if last else "at work", [event["client"]])
+        client = self._set("has sent all" if last else "at work", [event["client"]])
         if client.exchange != (event["round"], event["exchange"]):
             client.exchange, client.blocks = (event["round"], event["exchange"]), set()
         client.blocks |= event["block_bytes"].keys()
