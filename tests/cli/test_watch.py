@@ -12,7 +12,10 @@ from rich.console import Console
 
 from fedspallm_appfl import cli
 from fedspallm_appfl.cli import watch
+from fedspallm_appfl.errors import PruningError, Terminated
+from fedspallm_appfl.runs.experiment import conduct
 from fedspallm_appfl.runs.run_dir import locked
+from fedspallm_appfl.settings.schema import Client, Config
 
 START = {"event": "start", "clients": ["ann"], "rounds": 1, "version": "1", "time": 0.0}
 UPLOAD = {"event": "upload", "round": 0, "exchange": 0, "counted": [0, 1], "client": "ann", "message": 0, "messages": 1}
@@ -84,12 +87,12 @@ def test_a_run_that_is_begun_anew_is_followed(watched, tmp_path):
 @pytest.mark.parametrize(("event", "code"), [(UPLOAD, 0), (END, 0), (FAILED, 2)])
 def test_one_picture_is_shown_and_nothing_written(watched, tmp_path, event, code):
     write(tmp_path / "run", START, event)
-    before = os.stat(tmp_path / "run" / "metrics.jsonl")
+    before = (tmp_path / "run" / "metrics.jsonl").stat()
     found, out, _ = watched(words=["--once"])
     assert found == code
     assert "ann" in out
-    assert os.listdir(tmp_path / "run") == ["metrics.jsonl"]
-    assert os.stat(tmp_path / "run" / "metrics.jsonl").st_mtime_ns == before.st_mtime_ns
+    [file] = (tmp_path / "run").iterdir()
+    assert (file.name, file.stat().st_mtime_ns) == ("metrics.jsonl", before.st_mtime_ns)
 
 
 def test_the_title_names_model_algorithm_and_target_where_the_configuration_is_there(watched, tmp_path):
@@ -112,6 +115,26 @@ def test_a_run_that_was_killed_is_noticed_by_its_lock(watched, tmp_path, monkeyp
         assert watched(words=["--once"])[0] == 0
     code, _, err = watched([])
     assert code == 2 and "was cut off" in err and "fedspallm resume" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (PruningError("client ann, block 0: no inverse"), "client ann, block 0: no inverse"),
+        (ValueError("no number\nand advice"), "ValueError: no number"),
+        (KeyboardInterrupt(), "interrupted"),
+        (Terminated("SIGTERM"), "ended by SIGTERM"),
+    ],
+)
+def test_a_run_says_why_it_ends_before_its_time(watched, tmp_path, error, why):
+    def launch(*told):
+        raise error
+
+    config = Config(run_dir=str(tmp_path / "run"), clients=[Client(client_id="ann")])
+    with pytest.raises(type(error)):
+        conduct(config, launch, overwrite=False)
+    code, out, err = watched(words=["--once"])
+    assert code == 2 and why in out and err.endswith(f" failed: {why}\n")
 
 
 def test_ctrl_c_ends_it(watched):
