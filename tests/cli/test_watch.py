@@ -114,6 +114,7 @@ def test_a_run_that_was_killed_is_noticed_by_its_lock(watched, tmp_path, monkeyp
     with locked(tmp_path / "run", ""):
         assert watched(words=["--once"])[0] == 0
     code, _, err = watched([])
+    assert watched(words=["--once"])[1].splitlines()[1] == "cut off"
     assert code == 2 and "was cut off" in err and "fedspallm resume" in err
 
 

@@ -115,10 +115,12 @@ def test_recovery_and_keys_of_secure_sums_are_told_apart_from_pruning():
 
 
 def test_a_run_that_goes_on_is_not_over():
-    run = watched(start(), upload("ann", 0, 1.0, 0), event("failed", 2.0, why="no room"))
+    sent = [upload(client, 0, time, 0) for client, time in (("ann", 1.0), ("bob", 1.0), ("ann", 1.5))]
+    run = watched(start(), *sent, event("failed", 2.0, why="no room"))
     assert (run.over, run.failed, run.stage) == (True, "no room", "failed")
     run.take(event("resumed", 2.5))
-    assert (run.over, run.failed, run.clients["ann"].nbytes) == (False, None, 500)
+    assert (run.over, run.failed, run.clients["ann"].nbytes) == (False, None, 1000)
+    assert run.seconds_left is None  # of this start there is no pace yet
     run.take(event("end", 9.0))
     assert (run.over, run.ended, run.stage, run.clients["ann"].state) == (True, True, "finished", "done")
 

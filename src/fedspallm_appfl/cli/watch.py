@@ -79,6 +79,8 @@ class _Seen:
             self.run.take(event)
         rests = bool(self.run.clients) and not self.run.over and self.silence > PATIENCE
         self._cut_off = rests and not at_work(self._folder)
+        if self._cut_off:
+            self.run.stage = "cut off"
         return news
 
     @property
@@ -109,7 +111,7 @@ class _Seen:
         from fedspallm_appfl.reports.watching.picture import Picture
 
         if not self.run.clients:
-            return Picture(str(self._folder), self.run, remark="waiting for a run to begin")
+            return Picture(str(self._folder), self.run)
         result = f"report  {self._folder / 'report.html'}" if self.run.ended else ""
         silence = 0.0 if self._cut_off else self.silence
         return Picture(f"{self._folder}  {_described(self._config)}".rstrip(), self.run, silence, result)

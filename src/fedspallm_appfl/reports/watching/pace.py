@@ -24,7 +24,7 @@ class Pace:
     def begin(self) -> None:
         """Forget the pace: a run goes on after an interruption, and sends the messages of its exchange again."""
         self._exchange = (-1, -1)
-        self._begun = 0  # uploads of earlier exchanges and starts
+        self._begun = self.done  # uploads of earlier exchanges and starts
         self._first = self._last = 0.0
 
     def take(self, event: Event) -> None:

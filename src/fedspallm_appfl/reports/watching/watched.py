@@ -52,7 +52,7 @@ class Watched:
         """Begin with nothing; `recovery` is the number of rounds of recovery."""
         self._recovery = recovery
         self.clients: dict[str, Client] = {}
-        self.stage = "begins"
+        self.stage = "waiting for a run to begin"
         self.round, self.rounds = 0, 1
         self.closed: set[int] = set()
         self.blocks = 0
