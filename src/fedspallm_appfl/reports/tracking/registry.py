@@ -97,7 +97,7 @@ class Wandb:
             mode=mode,
             resume=None if mode == "offline" else "allow",
             reinit="create_new",
-            settings=QUIET,
+            settings=SETTINGS,
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -109,9 +109,13 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
 
-QUIET = {  # of a run goes to wandb what it is told, nothing of the machine, the code and the terminal
+SETTINGS = {  # of a run goes to wandb what it is told, nothing of the machine, the code and the terminal
     "silent": True,
     "console": "off",
+    "init_timeout": 30,  # seconds; by itself it would wait for a service that is away without end
+    "x_graphql_retry_max": 2,
+    "x_file_stream_retry_max": 3,
+    "x_file_transfer_retry_max": 3,
     "disable_code": True,
     "disable_git": True,
     "x_disable_meta": True,
