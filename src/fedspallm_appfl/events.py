@@ -90,13 +90,22 @@ def _events(opened: IO[bytes], file: Path) -> Iterator[Event]:
         if not line.endswith(b"\n"):
             opened.truncate(opened.seek(-len(line), SEEK_END))
             return
-        try:
-            event: Event = json.loads(line)
-            str(event["event"]), _frozen(event), float(event["time"])
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            why = f"line {number} of {file} is no event; begin the run anew with --overwrite"
-            raise ModelError(f"{why} ({shortened(first_line(error))})") from error
-        yield event
+        yield parsed(line, number, file)
+
+
+def parsed(line: bytes, number: int, file: Path) -> Event:
+    """The event of a line.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        event: Event = json.loads(line)
+        str(event["event"]), _frozen(event), float(event["time"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        why = f"line {number} of {file} is no event; begin the run anew with --overwrite"
+        raise ModelError(f"{why} ({shortened(first_line(error))})") from error
+    return event
 
 
 def _frozen(event: Event) -> str:

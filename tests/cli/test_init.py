@@ -6,7 +6,7 @@ import sys
 import yaml
 
 from fedspallm_appfl import cli
-from fedspallm_appfl.cli.init import QUESTIONS
+from fedspallm_appfl.cli.before.init import QUESTIONS
 from fedspallm_appfl.settings.reading import load_config
 from helpers.paths import DEMO
 

@@ -107,3 +107,9 @@ def test_the_commands_of_a_configuration_work(config, monkeypatch):
         assert problems + check(loaded) == []
         overridden += bool(args.overrides)
     assert overridden
+
+
+def test_the_commands_of_the_page_of_the_run_directory_parse(monkeypatch):
+    page = (ROOT / "docs" / "run_directory.md").read_text("utf-8")
+    found = re.findall(r"^    (?:mpiexec -n \d+ )?(fedspallm .+)$", page, re.MULTILINE)
+    assert {parse(command, monkeypatch).command for command in found} >= {"watch", "report", "compare", "resume", "run"}

@@ -215,7 +215,7 @@ def test_each_block_that_is_done_is_an_event(tmp_path):
     send_all(model)
     masks = {name: [matrix(client, 1, name)[1] for client in ("ann", "bob")] for name in SHAPES}
     unanimous = sum(int((~(one | other)).sum()) for one, other in masks.values())
-    common = {"event": "block", "round": 0, "zeros": 12 + 7, "over_target": 0}
+    common = {"event": "block", "round": 0, "of": 3, "zeros": 12 + 7, "over_target": 0}
     assert sorted(events, key=lambda event: event["block"]) == [
         common | {"block": 0, "clients": ["ann"], "zeros_before_expansion": 19},
         common

@@ -1,7 +1,6 @@
 """What is shown while a run works: plain lines in a batch log, a bar on a terminal."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -31,16 +30,14 @@ EVALUATION = {"event": "evaluation", "method": "dense", "of": [2, 7], "perplexit
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown():
     """Show events ten seconds apart to a console that is no terminal, or is one; gives what was written."""
 
     def shown(*events, terminal=False, rounds=1, clients=2):
-        now = iter(range(0, 1000, 10))
-        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
         file = io.StringIO()
         with RunProgress(Console(file=file, width=120, force_terminal=terminal), rounds, clients) as run:
-            for event in events:
-                run(event)
+            for number, event in enumerate(events):
+                run({**event, "time": 10.0 * number})
         return file.getvalue()
 
     return shown

@@ -10,7 +10,8 @@ from rich.console import Console
 from fedspallm_appfl.aggregation.layer_sampling import from_text
 from fedspallm_appfl.events import EventLog, ignore
 from fedspallm_appfl.models.storage.export import MatrixSparsity
-from fedspallm_appfl.reports.report import bytes_text, closing, traffic, write_report
+from fedspallm_appfl.reports.parts import bytes_text
+from fedspallm_appfl.reports.report import closing, traffic, write_report
 from fedspallm_appfl.reports.result import Result, sparsity_line
 from fedspallm_appfl.settings.schema import Client, Config, Evaluation, TrainConfigs
 

@@ -72,7 +72,7 @@ evaluation: {text: {}}
         "evaluation.text: unknown key; did you mean texts?",
         "1: unknown key; valid here are "
         "algorithm, allocation, checkpoint_every, client_configs, clients, evaluation, gram, model, plugins, preset, "
-        "prune, recovery, run_dir, seed, server_configs, workers",
+        "prune, recovery, run_dir, seed, server_configs, tracking, workers",
     ],
 )
 def test_every_wrong_key_is_reported_with_the_nearest_valid_one(read, problem):

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from fedspallm_appfl import __version__
-from fedspallm_appfl.cli import completion, estimate, init, recover, resume, run, study, validate
+from fedspallm_appfl.cli import completion, recover, resume, run, study, watch
 from fedspallm_appfl.cli.arguments import command
+from fedspallm_appfl.cli.before import estimate, init, validate
 from fedspallm_appfl.cli.finished import compare, prune, push, report
 from fedspallm_appfl.cli.globus import doctor, functions, site
 from fedspallm_appfl.cli.models import check, evaluate, pack, unpack
@@ -22,6 +23,7 @@ VERBS = (
     init,
     run,
     resume,
+    watch,
     validate,
     doctor,
     site,

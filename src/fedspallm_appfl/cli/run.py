@@ -95,7 +95,7 @@ def _say_needs(config: "Config", launcher: str, shown: "Console") -> None:
     """Say what this process will take at most, before it takes it."""
     from fedspallm_appfl.estimates import memory, over_globus, traffic
     from fedspallm_appfl.estimates.job import Job
-    from fedspallm_appfl.reports.report import bytes_text
+    from fedspallm_appfl.reports.parts import bytes_text
 
     job = Job.of(config)
     of = {"serial": memory.serial_memory, "mpi": memory.server_memory, "globus": over_globus.receiving_memory}

@@ -21,8 +21,8 @@ from fedspallm_appfl.estimates.memory import Memory, Parts
 from fedspallm_appfl.estimates.over_globus import INLINE_LIMIT, Worker
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
+from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.reports.progress import duration
-from fedspallm_appfl.reports.report import bytes_text
 from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out

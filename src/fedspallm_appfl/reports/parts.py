@@ -36,6 +36,15 @@ class Table:
 Part = str | Table  # words are a heading `## `, code that is indented, a list of `- `, or a paragraph
 
 
+def bytes_text(count: float) -> str:
+    """Bytes as readable text: 1234567 -> "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return Table(head, rows).markdown()

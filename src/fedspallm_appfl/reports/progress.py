@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fedspallm_appfl.events import Event
 from fedspallm_appfl.reports.targets import choice_line
+from fedspallm_appfl.reports.watching.pace import Pace
 
 _Self = TypeVar("_Self", bound="_Shown")
 
@@ -34,20 +35,14 @@ class _Shown:
 class RunProgress(_Shown):
     """A listener of events.
 
-    An exchange is `clients * messages` uploads; those of keys of secure sums are short, and not counted. Recovery comes in
-    the last round alone. The time left of pruning, and then of recovery, is estimated from the uploads of each.
+    The time left of pruning, and then of recovery, is estimated from the uploads of each.
     """
 
     def __init__(self, console: Console, rounds: int, clients: int, recovery: int = 0) -> None:
         self._console = console
-        self._recovery = recovery
         self._rounds = rounds
         self._clients = clients
-        self._first = 0.0
-        self._uploads = 0  # of the exchange that is on
-        self._exchange = (-1, -1)
-        self._begun = 0  # uploads of earlier exchanges and starts
-        self._recovers = False
+        self._pace = Pace(rounds, clients, recovery)
         self._bursts = False
         self._places: list[Event] = []
         self._bar = _bar(console, "{task.percentage:3.0f} %")
@@ -73,6 +68,7 @@ class RunProgress(_Shown):
                 f"{self._round(event)}  client {event['client']} has answered after {duration(event['seconds'])}"
             )
         elif event["event"] == "resumed":
+            self._pace.begin()
             self._waits("going on where the run was cut off")
         elif event["event"] == "pruned":
             self._waits("the pruned model is written, recovery begins")
@@ -80,6 +76,8 @@ class RunProgress(_Shown):
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":
             self._console.print(choice_line(event), highlight=False, markup=False)
+        elif event["event"] == "notice":
+            self._console.print(event["text"], highlight=False, markup=False)
         elif event["event"] == "absent":
             self._console.print(_absence(event), highlight=False, markup=False)
         elif event["event"] == "evaluation":
@@ -104,32 +102,19 @@ class RunProgress(_Shown):
             if self._console.is_terminal:
                 self._waits(f"{self._round(event)}  client {event['client']}  keys of secure sums")
             return
-        exchange, exchanges = event["counted"]
-        own, each = exchanges - self._recovery, self._clients * event["messages"]
-        recovers, now = exchange >= own, (event["round"], exchange)
-        if now != self._exchange:
-            before = exchange - own if recovers else event["round"] * own + exchange
-            if self._exchange == (-1, -1) or recovers != self._recovers:  # another phase, of another pace
-                self._begun = before * each
-            self._exchange, self._recovers, self._uploads = now, recovers, before * each
-        self._uploads += 1
-        total = (self._recovery if recovers else self._rounds * own) * each
+        self._pace.take(event)
         what = f"{self._round(event)}  client {event['client']}  "
         what += (
             f"block {event['blocks']}" if event["blocks"] else f"message {event['message'] + 1}, no block of its own"
         )
-        self._say(what, self._uploads, total, self._time_left(total), quiet=not event["blocks"])
+        self._say(what, self._pace.done, self._pace.total, self._time_left(), quiet=not event["blocks"])
 
-    def _time_left(self, total: int) -> str:
-        """Time left, from the uploads since every client could have sent one; earlier times include start-up."""
-        if self._bursts:  # all messages of an exchange arrive at once: their pace means nothing
+    def _time_left(self) -> str:
+        """In words; nothing where all messages of an exchange arrive at once, whose pace means nothing."""
+        seconds = self._pace.seconds_left
+        if self._bursts or seconds is None:
             return ""
-        done = self._uploads - self._begun - self._clients
-        if done <= 0:
-            self._first = time.monotonic()
-            return ""
-        seconds = (time.monotonic() - self._first) / done * (total - self._uploads)
-        return f"  {duration(seconds)} of {'recovery' if self._recovers else 'pruning'} left"
+        return f"  {duration(seconds)} of {'recovery' if self._pace.recovers else 'pruning'} left"
 
     def _say(self, what: str, done: int, total: int, after: str = "", quiet: bool = False) -> None:
         """Move the bar; without one, print a line if there is news."""

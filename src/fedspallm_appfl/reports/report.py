@@ -21,7 +21,7 @@ from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports import own_text, targets
-from fedspallm_appfl.reports.parts import Part, Table
+from fedspallm_appfl.reports.parts import Part, Table, bytes_text
 from fedspallm_appfl.reports.result import (
     Result,
     count,
@@ -43,15 +43,6 @@ TAKES_PART = (
     "Matrices take part that have zeros beyond those of the dense model, at least 1 % of their entries. The others stay as "
     "they are; `prune.ignore` in `config.yaml` lists them."
 )
-
-
-def bytes_text(count: float) -> str:
-    """Bytes as readable text: 1234567 -> "1.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def traffic(log: EventLog) -> tuple[dict[str, int], dict[str, int]]:

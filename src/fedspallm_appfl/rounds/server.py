@@ -604,6 +604,7 @@ class GlobalModel:
                     "event": "block",
                     "round": self.round.index,
                     "block": block,
+                    "of": len(self.context.layout.pruned),
                     "clients": sorted(self.round.clients_of(block)),
                     **self._facts[block],
                 }

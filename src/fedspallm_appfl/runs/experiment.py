@@ -2,17 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError, first_line, shortened
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError, Terminated, first_line, shortened
 from fedspallm_appfl.events import Event, EventLog, OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.models.perplexity import PrunedBlock
@@ -21,6 +23,7 @@ from fedspallm_appfl.reports import card, finished
 from fedspallm_appfl.reports.progress import RunProgress
 from fedspallm_appfl.reports.report import absence_line, closing, versions
 from fedspallm_appfl.reports.result import Result
+from fedspallm_appfl.reports.tracking.observer import Trackers
 from fedspallm_appfl.rounds.beginning import BEGINNING, manifest_of
 from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, participants, roster, whole
@@ -102,28 +105,64 @@ def conduct(
     texts = held_out(config)
     with run_dir.claimed(config, overwrite, resume) as folder:
         goes_on = run_dir.is_cut_off(folder)
-        log = EventLog(folder / run_dir.MARK, *listeners)
+        trackers = Trackers()
+        log = EventLog(folder / run_dir.MARK, *listeners, trackers)
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds, "version": __version__})
         if goes_on:
             _require_version(log)
             log({"event": "resumed"})
-        told = _allocated(config, folder / run_dir.STATE, log)
-        aggregator = _launched(told, launch, folder, log)
-        if named := replaced_attention(aggregator.skeleton.model):
-            log({"event": "notice", "text": attention_words(named)})
-        _keep_statistics(folder)
-        _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
-        log({"event": "written"})
-        methods = (dict(DENSE) if dense else {}) | _methods(config, aggregator.global_model, log)
-        known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
-        perplexity = evaluate(config, texts, methods, log, known, among) if texts else {}
-        _write_cards(config, folder, perplexity, log)
-        log({"event": "end", "versions": versions()})
-        results = finished.result_of(folder, config, log)
-        finished.write(folder, config, results, log)
+        with _telling_why(log):
+            trackers.begin(config, folder, log)
+            results = _worked(config, launch, folder, log, texts, DENSE if dense else {}, among)
         shutil.rmtree(folder / "state")
     return results, log
+
+
+def _worked(
+    config: Config,
+    launch: Launch,
+    folder: Path,
+    log: EventLog,
+    texts: Mapping[str, Tensor],
+    dense: Mapping[str, PrunedBlock],
+    among: Workers,
+) -> Result:
+    """Prune, write and measure."""
+    told = _allocated(config, folder / run_dir.STATE, log)
+    aggregator = _launched(told, launch, folder, log)
+    if named := replaced_attention(aggregator.skeleton.model):
+        log({"event": "notice", "text": attention_words(named)})
+    _keep_statistics(folder)
+    _write(told, folder, aggregator.skeleton, aggregator.global_model, log)
+    log({"event": "written"})
+    methods = dict(dense) | _methods(config, aggregator.global_model, log)
+    known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
+    perplexity = evaluate(config, texts, methods, log, known, among) if texts else {}
+    _write_cards(config, folder, perplexity, log)
+    log({"event": "end", "versions": versions()})
+    results = finished.result_of(folder, config, log)
+    finished.write(folder, config, results, log)
+    return results
+
+
+@contextmanager
+def _telling_why(log: EventLog) -> Iterator[None]:
+    """Write down why a run ends before its time, for those who watch it; a full disk keeps no word of it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        with suppress(ModelError):
+            log({"event": "failed", "why": _why(error)})
+        raise
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, FedSpaLLMError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"ended by {error}" if isinstance(error, Terminated) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _require_version(log: EventLog) -> None:

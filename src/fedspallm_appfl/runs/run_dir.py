@@ -41,6 +41,7 @@ OWN = (
     "models",
     "statistics",
     "further",
+    "tracking",
     STATE,
     SCRATCH,
     MARK,

@@ -60,7 +60,7 @@ def _rows(kind: type, path: str) -> Iterator[str]:
 
 def _value(hint: Any, rule: Rule) -> str:
     """What may stand there."""
-    if rule.choices:
+    if rule.choices and hint != list[str]:
         return "a word"
     if hint == Sparsity:
         return "number, text, or keys and values"

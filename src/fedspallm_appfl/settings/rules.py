@@ -8,12 +8,13 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.errors import quoted
 from fedspallm_appfl.settings.plugins import ADDED
-from fedspallm_appfl.settings.schema import UUID, Allocation, Client, Config, Rule, Store
+from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, Config, Rule, Store
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
@@ -62,8 +63,9 @@ def _broken(rule: Rule, value: Any, plugins: list[str]) -> str | None:
     """What is wrong with a value, or None; an empty value is one that nobody gave."""
     if value is None:
         return None
-    if rule.choices and value not in rule.choices and not (rule.extensible and (plugins or ADDED)):
-        return f"one of {', '.join(rule.choices)}; got {quoted(value)}"
+    wrong = [one for one in (value if isinstance(value, list) else [value]) if one not in rule.choices]
+    if rule.choices and wrong and not (rule.extensible and (plugins or ADDED)):
+        return f"one of {', '.join(rule.choices)}; got {quoted(wrong[0])}"
     if rule.form and not re.fullmatch(rule.form[0], str(value), re.ASCII):
         return f"{rule.form[1]}; got {quoted(value)}"
     return _out_of_range(rule, value)
@@ -96,6 +98,7 @@ def _top(config: Config) -> Iterator[str]:
             yield f"{path}: expected {own}, got {quoted(name)}; a subclass is named as path/to/file.py:ClassName"
     if config.evaluation.compare and not config.evaluation.texts:
         yield "evaluation.compare: there is nothing to compare on; name some held-out text in evaluation.texts"
+    yield from _tracking(config)
     yield from _allocation(config)
     if config.gram.target == "dense" and config.gram.propagate != "pruned":
         yield "gram.target: dense outputs are a target in a sweep; set gram.propagate to pruned, or gram.target to own"
@@ -103,6 +106,17 @@ def _top(config: Config) -> Iterator[str]:
         yield "gram.stride: one pass of the dense model has no parts; set gram.propagate to pruned, or gram.stride to 0"
     if config.gram.stride and config.gram.target == "dense":
         yield "gram.target: dense outputs are matched input by input; set gram.stride to 0, or gram.target to own"
+
+
+def _tracking(config: Config) -> Iterator[str]:
+    """Trackers whose library is not here; names that there are not are told of with the values."""
+    for name in config.tracking:
+        missing = [module for module in TRACKERS.get(name, ()) if find_spec(module) is None]
+        if missing:
+            yield (
+                f"tracking: {name} needs {' and '.join(missing)}, which is not installed: "
+                f"pip install 'fedspallm-appfl[{name}]', or leave it out"
+            )
 
 
 def _allocation(config: Config) -> Iterator[str]:

@@ -21,6 +21,11 @@ Paths = str | list[str]
 
 ALGORITHMS = ("fedspallm", "fedprllm", "fedavg", "consensus", "gram", "standalone", "centralized")
 PRUNERS = ("sparsegpt", "admm", "wanda", "magnitude")
+TRACKERS = {  # name -> modules that it needs
+    "tensorboard": ("tensorboard",),
+    "mlflow": ("mlflow", "sqlalchemy"),
+    "wandb": ("wandb",),
+}
 DTYPES = ("float32", "float16", "bfloat16")
 BOSES = ("auto", "first", "never")
 BOS = "begin-of-sequence: `auto`: each window begins as the tokenizer begins a text; `first`: the whole text does; `never`"
@@ -567,6 +572,12 @@ class Config:
     )
     plugins: list[str] = key(
         list, "Python files or modules that add pruners or algorithms: [python.md](python.md#your-own-pruner)"
+    )
+    tracking: list[str] = key(
+        list,
+        "`tensorboard`, `mlflow`, `wandb`: the server hands its measurements to these too "
+        "([docs](run_directory.md#trackers))",
+        choices=tuple(TRACKERS),
     )
     preset: str | None = key(
         None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.reports.report import bytes_text
+from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.study.report import Study, spread
 from fedspallm_appfl.tensors.target import parse_target
 

@@ -18,8 +18,7 @@ from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms.algorithm import Algorithm
-from fedspallm_appfl.reports.parts import markdown
-from fedspallm_appfl.reports.report import bytes_text
+from fedspallm_appfl.reports.parts import bytes_text, markdown
 from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell

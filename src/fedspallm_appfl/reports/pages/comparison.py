@@ -9,8 +9,8 @@ from typing import Any
 from fedspallm_appfl.reports import finished
 from fedspallm_appfl.reports.pages.page import document, figure
 from fedspallm_appfl.reports.pages.pictures import Bar, bars
-from fedspallm_appfl.reports.parts import Table, html
-from fedspallm_appfl.reports.report import bytes_text, traffic
+from fedspallm_appfl.reports.parts import Table, bytes_text, html
+from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.reports.result import Result, mean
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.settings.yaml_text import flat

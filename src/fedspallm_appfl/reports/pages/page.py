@@ -9,8 +9,8 @@ from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports.own_text import ALL
 from fedspallm_appfl.reports.pages.pictures import Bar, Cell, bars, columns, heat_map
-from fedspallm_appfl.reports.parts import Table, html, sections
-from fedspallm_appfl.reports.report import bytes_text, parts, traffic, working_seconds
+from fedspallm_appfl.reports.parts import Table, bytes_text, html, sections
+from fedspallm_appfl.reports.report import parts, traffic, working_seconds
 from fedspallm_appfl.reports.result import Result, is_apart, label, mean
 from fedspallm_appfl.rounds.participants import algorithm_of
 from fedspallm_appfl.settings.schema import Config

@@ -1,0 +1,1 @@
+"""Verbs for what comes before a run."""
