@@ -201,7 +201,7 @@ class ServerRank:
 @pytest.mark.parametrize(
     ("ranks", "overrides", "words"),
     [
-        (5, [], "2 clients can use 1 to 2 client ranks, got 4"),
+        (5, [], "2 clients can use 1 to 2 client ranks, got 5 ranks in all"),
         (
             2,
             ["algorithm=centralized"],

@@ -32,7 +32,7 @@ def test_a_message_without_parts_is_whole_at_once():
     assert parts.whole(3) == ("told", {})
 
 
-def test_what_one_rank_refuses_is_refused_and_the_rest_counts():
+def test_what_one_rank_refuses_is_noted_first_of_all():
     receipt = Receipt()
     receipt.add("refused: NaN")
     receipt.add(Receipt({(0, "q"): True}, 3, {0: 3}))

@@ -22,6 +22,13 @@ def begun(file, *words):
     return config
 
 
+def odd(folder):
+    """A text whose path looks like a reference."""
+    file = folder / "${x}.txt"
+    file.write_text("words " * 20_000)
+    return file
+
+
 def refused(capsys, *words):
     assert cli.main(["init", *map(str, words)]) == 2
     return capsys.readouterr().err
@@ -41,7 +48,7 @@ def test_what_is_written_prunes_the_texts_and_shows_quality(tmp_path):
 
 def test_paths_are_relative_to_the_file_and_names_stay(tmp_path):
     (tmp_path / "texts").mkdir()
-    for name in ("a b.txt", "c.txt"):
+    for name in ("a b.txt", "c.txt", "-dä.txt"):
         (tmp_path / "texts" / name).write_text((DEMO / "text" / "austen" / "calib.txt").read_text())
     begun(
         tmp_path / "mine.yaml",
@@ -56,6 +63,7 @@ def test_paths_are_relative_to_the_file_and_names_stay(tmp_path):
     assert {one["client_id"]: one["data"]["text"] for one in written["clients"]} == {
         "a-b": str(tmp_path / "texts" / "a b.txt"),  # not everything may stand within an interpolation
         "c": "${here:texts/c.txt}",
+        "d": str(tmp_path / "texts" / "-dä.txt"),
     }
     assert list(written["evaluation"]["texts"]) == ["x"]
 
@@ -92,7 +100,10 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, caps
     assert "for each client, with different names, got nothing" in refused(capsys, file, *model, tmp_path)
     assert "expected NAME=PATH for each, with different names" in refused(capsys, file, *model, "a=x", "a=y")
     assert "nosuch/model" in refused(capsys, file, "--model", "nosuch/model", "--clients", *PAIRS)
+    assert "sparsity" in refused(capsys, file, *model, *PAIRS, "--sparsity", "7")
+    assert "holds ${" in refused(capsys, file, *model, f"a={odd(tmp_path)}")
     assert not file.exists()
+    assert "cannot be written" in refused(capsys, TEXTS["bible"] + "/x.yaml", *model, *PAIRS)
     file.write_text("mine")
     assert "is there already" in refused(capsys, file, *model, *PAIRS)
     assert file.read_text() == "mine"

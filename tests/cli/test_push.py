@@ -86,6 +86,8 @@ def run_dir(tmp_path):
     save_tiny(tmp_path / "run" / "model")
     (tmp_path / "run" / "model" / "README.md").write_text(CARD)
     (tmp_path / "run" / "report.md").write_text("names of clients")
+    (tmp_path / "run" / "model" / ".env").write_text("KEY=1")
+    (tmp_path / "run" / "model" / "secret.txt").symlink_to(tmp_path / "run" / "report.md")
     return tmp_path / "run"
 
 
@@ -98,12 +100,21 @@ def test_the_model_folder_alone_is_sent_and_is_private(hub, run_dir, capsys):
     code, out, _ = push(capsys, run_dir, "org/small", "--base-model", "org/dense")
     assert code == 0 and "org/small, private:" in out
     assert hub.repositories["org/small"] is True
+    card = ModelCard(hub.files.pop("README.md").decode())
+    assert card.data.base_model == "org/dense" and card.data.license == "mit"
+    model = run_dir / "model"
+    assert (model / "README.md").read_text() == CARD  # what was sent says more than what lies there
     assert hub.files == {
-        str(file.relative_to(run_dir / "model")): file.read_bytes()
-        for file in (run_dir / "model").rglob("*")
-        if file.is_file()
+        name: (model / name).read_bytes()
+        for name in (
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
     }
-    assert ModelCard.load(run_dir / "model" / "README.md").data.base_model == "org/dense"
+    assert ".env" not in out and "secret" not in out
 
 
 def test_nothing_is_sent_where_everybody_would_read_it_unasked(hub, run_dir, capsys):
@@ -116,11 +127,15 @@ def test_nothing_is_sent_where_everybody_would_read_it_unasked(hub, run_dir, cap
 
 def test_what_is_wrong_is_said(hub, run_dir, capsys, monkeypatch):
     assert "holds no model; name the run_dir" in push(capsys, run_dir.parent, "org/small")[2]
-    assert "is no name for the hub" in push(capsys, run_dir, "org/sm all")[2]
+    assert "is no name for the hub" in push(capsys, run_dir, "org/sm all", "--dry-run")[2]
+    hub.repositories["org/mine"] = True
+    assert "is there already and private; leave --public out" in push(capsys, run_dir, "org/mine", "--public")[2]
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "log in with `hf auth login`" in push(capsys, run_dir, "org/small")[2]
     (run_dir / "model" / "README.md").write_text("# no front matter\n")
     assert "names no licence" in push(capsys, run_dir, "org/small", "--dry-run")[1]
+    (run_dir / "model" / "README.md").write_text("---\na: [1\n---\n")
+    assert "cannot be read" in push(capsys, run_dir, "org/small", "--dry-run")[2]
     (run_dir / "model" / "README.md").unlink()
     assert "has no card" in push(capsys, run_dir, "org/small", "--dry-run")[2]
     apart = run_dir / "models" / "a" / "model"

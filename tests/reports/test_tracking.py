@@ -88,7 +88,7 @@ def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused(monkeypatc
     monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "sqlalchemy" else name)
     config = Config(tracking=["tensorboard", "mlflow", "comet"])
     assert [problem for problem in rules.check(config) if problem.startswith("tracking")] == [
-        "tracking: mlflow needs sqlalchemy, which is not installed: pip install 'fedspallm-appfl[mlflow]', or leave it out",
+        "tracking: mlflow needs sqlalchemy: pip install 'fedspallm-appfl[mlflow]', or leave it out",
         "tracking: one of tensorboard, mlflow, wandb; got 'comet'",
     ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.algorithms import fedavg, fedspallm
-from fedspallm_appfl.errors import ConfigError, UpdateError
+from fedspallm_appfl.errors import ConfigError, FederationError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.settings.schema import HashedModel, Pruning
@@ -579,10 +579,7 @@ def test_a_server_that_hears_receipts_alone_ends_with_the_same_bits(tmp_path):
         assert model.receive(client, receipt, SAMPLES[client]) is receipt
         near.receive(client, update, SAMPLES[client])
     part = upload("cy", [1])
-    receipt = far.intake.take("cy", part, SAMPLES["cy"])
-    receipt.add("refused an update from client cy: the rest of it")
-    with pytest.raises(UpdateError, match="the rest of it"):  # what was folded counts
-        model.receive("cy", receipt, SAMPLES["cy"])
+    model.receive("cy", far.intake.take("cy", part, SAMPLES["cy"]), SAMPLES["cy"])
     near.receive("cy", part, SAMPLES["cy"])
     assert far.said == [(0, frozenset()), (1, "q"), (1, "up")]
     for one in (model, near):
@@ -592,3 +589,11 @@ def test_a_server_that_hears_receipts_alone_ends_with_the_same_bits(tmp_path):
     with pytest.raises(UpdateError, match="goes on without it"):
         far.intake.take("cy", upload("cy", [2]), SAMPLES["cy"])
     assert stored(model.done) == stored(near.done)
+
+
+def test_what_was_folded_elsewhere_in_part_cannot_be_spared(tmp_path):
+    model = server(tmp_path)
+    receipt = model._intake.take("cy", upload("cy", [1]), SAMPLES["cy"])
+    receipt.add("refused an update from client cy: the rest of it")
+    with pytest.raises(FederationError, match=r"the rest of it; other parts of it are in the sums.*fold_ranks: 0"):
+        model.receive("cy", receipt, SAMPLES["cy"])

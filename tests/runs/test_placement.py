@@ -44,7 +44,7 @@ def test_every_client_has_one_rank_and_no_rank_two_more_than_another():
 
 @pytest.mark.parametrize("ranks", [0, 4, 9])
 def test_a_number_of_ranks_that_clients_cannot_use_says_which_they_can(ranks):
-    message = f"3 clients can use 1 to 3 client ranks, got {ranks}; start mpiexec with -n 2 to -n 4"
+    message = f"3 clients can use 1 to 3 client ranks, got {ranks + 1} ranks in all; start mpiexec with -n 2 to -n 4"
     with pytest.raises(ConfigError, match=message):
         batches(["a", "b", "c"], ranks)
 

@@ -35,6 +35,12 @@ def test_a_block_stays_together_where_it_has_to():
     assert set(owner.values()) == {1, 2, 3, 4}
 
 
+def test_what_belongs_to_no_rank_goes_to_the_first():
+    """Which refuses it by name."""
+    update = {"blocks": {"0": {"foo": 1}, "x": {"q": 2}}}
+    assert shares({"a": update}, owners(SHAPES, 3, whole=False)) == {1: {"a": update}}
+
+
 def test_parts_of_messages_are_messages_and_make_up_the_whole():
     updates = {
         "a": {"format": "f", "round": 1, "exchange": 0, "blocks": {"0": {"q": 1, "k": 2}, "3": {"up": 3}}},

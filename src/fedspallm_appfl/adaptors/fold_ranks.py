@@ -33,9 +33,16 @@ from fedspallm_appfl.wire.metadata import read_metadata
 class FarIntake:
     """Stands at the server for what fold ranks take in."""
 
-    def __init__(self, comm: Any, owner: Mapping[Unit, int]) -> None:
+    def __init__(self, comm: Any, owner: Mapping[Unit, int], ranks: int) -> None:
+        """Tell nothing yet.
+
+        Args:
+            comm: MPI's world.
+            owner: the fold rank of each matrix.
+            ranks: how many there are, some of them maybe without a matrix.
+        """
         self._comm, self._owner = comm, owner
-        self._ranks = sorted(set(owner.values()))
+        self._ranks = list(range(1, 1 + ranks))
 
     def stand(self, standing: Standing) -> None:
         """Tell all of them where the run stands."""
@@ -104,6 +111,8 @@ class FoldRank:
         request = byte_to_request(receive(self._comm, status))
         told = yaml.safe_load(request.meta_data)
         updates = self._inbox.receive(request.payload, receiver(self._comm, rank))
+        while self._is_behind(told["_now"]):  # MPI keeps no order between what the server says and what clients send
+            self._obey()
         receipts = {client: self._receipt(client, update, told[client]) for client, update in updates.items()}
         note = Note(rank, receipts, list(self._events))
         self._events.clear()
@@ -112,8 +121,6 @@ class FoldRank:
 
     def _receipt(self, client: str, update: Any, metadata: Any) -> Receipt | str:
         """What was added up, or why it was refused."""
-        while self._is_ahead(update):  # MPI keeps no order between what the server says and what clients send
-            self._obey()
         try:
             return self._intake.take(client, update, read_metadata(metadata, f"client {client}").samples)
         except UpdateError as error:
@@ -121,6 +128,7 @@ class FoldRank:
         finally:
             self._skeleton.files.release()  # dense weights that masks without values were filled from
 
-    def _is_ahead(self, update: Mapping[str, Any]) -> bool:
-        now = self._intake.standing
-        return (update["round"], update["exchange"]) > (now.round_index, now.exchange)
+    def _is_behind(self, now: list[int]) -> bool:
+        """Whether the server has told clients of an exchange that this rank has not heard of yet."""
+        standing = self._intake.standing
+        return now > [standing.round_index, standing.exchange]

@@ -1,4 +1,4 @@
-"""APPFL's MPI communicators with three changes: answers to batched clients, how they wait, and how tensors travel.
+"""APPFL's MPI communicators with four changes: answers to batched clients, how they wait, how tensors travel, and where.
 
 * A rank with several clients sends one message for all of them and waits for one answer. APPFL allows that with its own
   scheduler only, and answers as soon as one of the clients can go on; here any scheduler will do, and the answer goes
@@ -8,6 +8,7 @@
 * APPFL pickles a model several times over on its way. Here a dict goes ahead as JSON, in which every tensor is replaced by
   its dtype and shape; the tensors follow one by one, each straight from and into its own memory. MPI keeps messages between
   two ranks in order, so nothing has to be numbered.
+* Where ranks fold for the server, tensors go to them (`adaptors.fold_ranks`), which the server hears from.
 """
 
 import time
@@ -109,11 +110,13 @@ class PoliteMPIClient(MPIClientCommunicator):
         """
         super().__init__(*args, **kwargs)
         self._inbox, self._owner = Inbox(), owner
+        self._now = [-1, 0]  # the round and the exchange that the server has told of
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
         self._ask(MPITask.GET_GLOBAL_MODEL, kwargs, {})
         _, payload, metadata = self._answer()
+        self._note(metadata)
         return (payload, metadata) if metadata else payload
 
     def exchange(self, messages: Iterator[tuple[str, Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
@@ -139,14 +142,19 @@ class PoliteMPIClient(MPIClientCommunicator):
         told = kwargs.get("kwargs", kwargs)
         clients, parts = list(local_model), shares(local_model, self._owner) if self._owner else {}
         for rank, part in parts.items():
-            self._ask(MPITask.UPDATE_GLOBAL_MODEL, told, part, rank)
+            self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_now": self._now}, part, rank)
         left = {client: {} for client in clients} if self._owner else local_model
         more = {"_parts": list(parts)} if parts else {}
         self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": clients, **more}, left)
         status, payload, metadata = self._answer()
         for answer in metadata.values():
+            self._note(answer)
             answer["status"] = "DONE" if status == MPIServerStatus.DONE.value else "RUNNING"
         return payload, metadata
+
+    def _note(self, told: Mapping[str, Any]) -> None:
+        if "exchange" in told:
+            self._now = [told["round"], told["exchange"]]
 
     def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any, rank: int = SERVER) -> None:
         description, tensors = take_apart(payload)

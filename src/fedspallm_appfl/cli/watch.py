@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, shortened
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError, first_line, quoted, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +76,13 @@ class _Seen:
             self._config = _configuration(self._folder)
             self.run = self._new(self.recovery)
         for event in news:
-            self.run.take(event)
+            try:
+                self.run.take(event)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ModelError(
+                    f"{self._folder / 'metrics.jsonl'} holds an event {quoted(event['event'])} that is not of this version "
+                    f"({type(error).__name__}: {shortened(first_line(error))}); watch it with the version that runs it"
+                ) from error
         rests = bool(self.run.clients) and not self.run.over and self.silence > PATIENCE
         self._cut_off = rests and not at_work(self._folder)
         if self._cut_off:
@@ -86,7 +92,9 @@ class _Seen:
     @property
     def recovery(self) -> int:
         """Rounds of recovery."""
-        return int(self._config.get("recovery", {}).get("rounds", 0))
+        found = self._config.get("recovery")
+        rounds = found.get("rounds") if isinstance(found, dict) else 0
+        return rounds if type(rounds) is int else 0
 
     @property
     def silence(self) -> float:
@@ -167,7 +175,8 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 def _described(config: dict[str, Any]) -> str:
     """Model, algorithm and target."""
-    if not config:
+    try:
+        model, train = Path(config["model"]["path"]).name, config["client_configs"]["train_configs"]
+        return f"{model}, {config['algorithm']} with {train['pruner']}, sparsity {train['sparsity']}"
+    except (KeyError, TypeError):  # of another version, or not whole
         return ""
-    model, train = config["model"]["path"].rstrip("/").rpartition("/")[2], config["client_configs"]["train_configs"]
-    return f"{model}, {config['algorithm']} with {train['pruner']}, sparsity {train['sparsity']}"

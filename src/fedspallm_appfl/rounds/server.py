@@ -19,7 +19,7 @@ import torch
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import OPENING, SQUARES, Exchange, of_round
 from fedspallm_appfl.devices import give_back
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Fold, Stores
 from fedspallm_appfl.rounds.folds.intake import Intake, Receipt, Standing
@@ -380,6 +380,7 @@ class GlobalModel:
         Raises:
             UpdateError: the upload is not what was assigned, and nothing of it was folded; or, with `cumulative`, the
                 sums of all rounds leave their range.
+            FederationError: a part of it was refused elsewhere.
         """
         self._standing.require_expected(client)
         if self._hidden is not None and self.exchange.speaks:
@@ -389,10 +390,13 @@ class GlobalModel:
         if self._hidden is not None and self.exchange.hidden:
             return self._receive_hidden(self._hidden, client, update, samples, said)
         receipt = update if isinstance(update, Receipt) else self._intake.take(client, update, samples)
+        if receipt.refused:
+            raise FederationError(
+                f"{receipt.refused}; other parts of it are in the sums of fold ranks already, and cannot be taken out: run "
+                "again with server_configs.fold_ranks: 0, or without this client"
+            )
         for (block, unit), reached in receipt.units.items():
             self._came(client, block, unit, reached)
-        if receipt.refused:
-            raise UpdateError(receipt.refused)
         return receipt
 
     def _receive_hidden(self, hidden: Sums, client: str, update: Any, samples: int, said: str) -> Receipt:

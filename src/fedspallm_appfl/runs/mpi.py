@@ -129,7 +129,7 @@ def run_server(config: Config, state_dir: Path, on_event: OnEvent, comm: Any) ->
 def _fold_elsewhere(config: Config, aggregator: Any, comm: Any) -> Any:
     from fedspallm_appfl.adaptors.fold_ranks import FarIntake
 
-    far = FarIntake(comm, _owners(config, aggregator.skeleton))
+    far = FarIntake(comm, _owners(config, aggregator.skeleton), config.server_configs.fold_ranks)
     aggregator.global_model.fold_elsewhere(far)
     return far
 

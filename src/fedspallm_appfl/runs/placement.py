@@ -61,7 +61,7 @@ def batches(clients: list[str], ranks: int, others: int = 1) -> list[list[str]]:
     if not 0 < ranks <= len(clients):
         folding = f", {others - 1} fold for it" if others > 1 else ""
         raise ConfigError(
-            f"{len(clients)} clients can use 1 to {len(clients)} client ranks, got {ranks}; start "
+            f"{len(clients)} clients can use 1 to {len(clients)} client ranks, got {ranks + others} ranks in all; start "
             f"mpiexec with -n {others + 1} to -n {len(clients) + others} (rank 0 is the server{folding})"
         )
     size, extra = divmod(len(clients), ranks)

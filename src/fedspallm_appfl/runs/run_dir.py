@@ -24,6 +24,11 @@ from fedspallm_appfl.settings.reading import to_yaml
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.wire.durable import write_text
 
+FREE = {
+    "run_dir",
+    "workers",
+    "server_configs.fold_ranks",
+}  # keys that may differ where a run goes on: no bit depends on them
 MARK = "metrics.jsonl"  # a run writes this first: never overwrite a folder without it
 LOCK = ".lock"
 STATE = "state"
@@ -110,7 +115,7 @@ def _changed(config: Config, folder: Path) -> str | None:
         why = shortened(first_line(error))
         return f"run_dir: {folder / CONFIG} is damaged: {why}; put it right, or give --overwrite to begin anew"
     now = yaml_text.flat(yaml_text.load(_resolved(config)))
-    differ = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key != "run_dir"]
+    differ = [key for key in sorted((before.keys() | now.keys()) - FREE) if before.get(key) != now.get(key)]
     if not differ:
         return None
     keys = ", ".join(f"{key} ({quoted(before.get(key))} before, now {quoted(now.get(key))})" for key in differ)

@@ -114,9 +114,10 @@ def _tracking(config: Config) -> Iterator[str]:
         missing = [module for module in TRACKERS.get(name, ()) if find_spec(module) is None]
         if missing:
             yield (
-                f"tracking: {name} needs {' and '.join(missing)}, which is not installed: "
-                f"pip install 'fedspallm-appfl[{name}]', or leave it out"
+                f"tracking: {name} needs {' and '.join(missing)}: pip install 'fedspallm-appfl[{name}]', or leave it out"
             )
+    if len(set(config.tracking)) < len(config.tracking):
+        yield f"tracking: each tracker can be named once, got {', '.join(config.tracking)}"
 
 
 def _allocation(config: Config) -> Iterator[str]:

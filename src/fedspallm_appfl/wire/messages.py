@@ -69,11 +69,17 @@ def owners(shapes: Mapping[int, Mapping[str, tuple[int, int]]], ranks: int, whol
 
 
 def shares(updates: Mapping[str, Any], owner: Mapping[Unit, int]) -> dict[int, dict[str, Any]]:
-    """What each fold rank gets of the messages of some clients: rank -> client -> a part of its message."""
+    """What each fold rank gets of the messages of some clients: rank -> client -> a part of its message.
+
+    What belongs to no rank goes to the first, which says what is wrong with it.
+    """
+    owners_of = {(str(block), name): rank for (block, name), rank in owner.items()}
     parts: dict[int, dict[str, Any]] = {}
     for client, update in updates.items():
         for block, units in update.get("blocks", {}).items():
             for name, packed in units.items():
-                part = parts.setdefault(owner[int(block), name], {}).setdefault(client, {**update, "blocks": {}})
+                part = parts.setdefault(owners_of.get((block, name), 1), {}).setdefault(
+                    client, {**update, "blocks": {}}
+                )
                 part["blocks"].setdefault(block, {})[name] = packed
     return parts

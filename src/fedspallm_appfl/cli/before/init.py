@@ -21,7 +21,7 @@ WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as man
 FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
 OWN = 8  # windows that each client keeps to measure on
 SURE = 0.9  # of the windows of a large text, which are estimated
-PLAIN = re.compile(r"[\w./-]+")  # paths that may stand within `${here:...}`
+PLAIN = re.compile(r"[\w./-]+", re.ASCII)  # paths that may stand within `${here:...}`
 UNFIT = re.compile(r"[^\w.-]+", re.ASCII)  # what ids of clients do not have
 
 
@@ -90,12 +90,19 @@ def work(args: argparse.Namespace) -> int:
     if args.file.exists():
         raise ConfigError(f"{args.file} is there already; choose another name, or remove it")
     answers = {one.option: _answer(one, getattr(args, one.option)) for one in QUESTIONS}
-    args.file.parent.mkdir(parents=True, exist_ok=True)
-    args.file.write_text(_written(args.file, experiment(args.file, answers)), "utf-8")
-    shown = console()
-    shown.print(f"wrote {args.file}", highlight=False, markup=False)
-    introduce(checked(str(args.file), (), files=True, overwrite=True), shown)
-    shown.print(f"no problem found; run it with\n  fedspallm run {args.file}", highlight=False, markup=False)
+    text, shown = _written(args.file, experiment(args.file, answers)), console()
+    try:
+        args.file.parent.mkdir(parents=True, exist_ok=True)
+        args.file.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"{args.file} cannot be written: {error}; name another file") from error
+    try:
+        config = checked(str(args.file), (), files=True, overwrite=True)
+    except BaseException:
+        args.file.unlink()
+        raise
+    introduce(config, shown)
+    shown.print(f"wrote {args.file}; run it with\n  fedspallm run {args.file}", highlight=False, markup=False)
     return 0
 
 
@@ -158,7 +165,7 @@ def _clients(answer: list[str]) -> dict[str, str]:
     if not folder.is_dir():
         raise ConfigError(f"clients: {folder} is not a folder; name each client's text as NAME=PATH, or give a folder")
     found = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
-    names = [UNFIT.sub("-", one.name.partition(".")[0] if one.is_file() else one.name) for one in found]
+    names = [UNFIT.sub("-", one.name.partition(".")[0] if one.is_file() else one.name).strip("-.") for one in found]
     if len(set(names)) < len(found) or not found:
         raise ConfigError(
             f"clients: {folder} has to hold a file or folder for each client, with different names, got "
@@ -185,6 +192,8 @@ def _path_teller(file: Path) -> Callable[[str], str]:
         if not there.exists():
             return path
         relative = os.path.relpath(there, file.parent)
+        if "${" in str(there.resolve()):
+            raise ConfigError(f"init: the path {path} holds ${{, which configurations take for a reference; rename it")
         return f"${{here:{relative}}}" if PLAIN.fullmatch(relative) else str(there.resolve())
 
     return told
@@ -208,8 +217,7 @@ def _windows(model: str, texts: list[str], own: int) -> dict[str, int]:
 
 
 def _written(file: Path, made: dict[str, Any]) -> str:
-    heading = (
-        f"# {len(made['clients'])} clients. All keys: docs/configuration.md\n#\n# Launch     fedspallm run {file}\n"
-    )
+    count = f"{len(made['clients'])} client{'s' * (len(made['clients']) > 1)}"
+    heading = f"# {count}. All keys: docs/configuration.md\n#\n# Launch     fedspallm run {file}\n"
     parts = [yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in made.items()]
     return "\n".join([heading, *parts])

@@ -10,8 +10,9 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import ConfigError, first_line, shortened
+from fedspallm_appfl.models.storage.folder import companions
 
-CARD = "README.md"
+CARD = "README.md"  # the hub's name for it
 
 
 def add(verbs: Any) -> None:
@@ -33,20 +34,36 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it. Of a run only the model folder is sent: reports and metrics name clients and their machines."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
+
+    try:
+        validate_repo_id(args.name)
+    except HFValidationError as error:
+        raise ConfigError(f"{args.name} is no name for the hub ({shortened(first_line(error))})") from error
     folder, shown = _model(args.folder), console()
-    if args.base_model and not args.dry_run:
-        _name_base(folder, args.base_model)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    card = _card(folder)
+    if args.base_model:
+        card.data.base_model = args.base_model
+    weights = CheckpointFiles(folder)
+    files = [(name, file) for name, file in companions(folder) if name != CARD]
+    indices = [one.name for one in folder.iterdir() if one.name.endswith(".index.json")]
+    files += [(name, folder / name) for name in (*weights.shards, *indices)]
     visible = "public" if args.public else "private"
     shown.print(f"{folder} to {args.name}, {visible}:", highlight=False, markup=False)
-    for file in files:
-        shown.print(f"  {file.relative_to(folder)}  {file.stat().st_size:,} bytes", highlight=False, markup=False)
-    if not _says_licence(folder):
+    for name, file in sorted(files):
+        shown.print(f"  {name}  {file.stat().st_size:,} bytes", highlight=False, markup=False)
+    shown.print(f"  {CARD}  {len(str(card).encode()):,} bytes", highlight=False, markup=False)
+    if not card.data.license:
         shown.print(f"{CARD} names no licence: look up that of the base model before you pass this on", highlight=False)
     if args.dry_run:
         shown.print("nothing was sent (--dry-run)", highlight=False)
         return 0
-    shown.print(_sent(folder, args.name, args.public), highlight=False, markup=False)
+    shown.print(
+        _sent([*sorted(files), (CARD, str(card).encode())], args.name, args.public), highlight=False, markup=False
+    )
     return 0
 
 
@@ -66,42 +83,31 @@ def _model(folder: Path) -> Path:
     raise ConfigError(f"{folder} holds no model; {which}")
 
 
-def _name_base(folder: Path, base: str) -> None:
-    """Write the name of the dense model into the card."""
-    card = _card(folder)
-    card.data.base_model = base
-    card.save(folder / CARD)
-
-
-def _says_licence(folder: Path) -> bool:
-    return bool(_card(folder).data.license)
-
-
 def _card(folder: Path) -> Any:
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     if not (folder / CARD).is_file():
         raise ConfigError(f"{folder} has no card; write {CARD}, or push the run_dir of a run, whose model has one")
     try:
         return ModelCard.load(folder / CARD)
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise ConfigError(
             f"{folder / CARD} cannot be read ({shortened(first_line(error))}); mend its front matter"
         ) from error
 
 
-def _sent(folder: Path, name: str, public: bool) -> str:
-    """Upload a folder; returns where it is."""
-    from huggingface_hub import HfApi
+def _sent(files: list[tuple[str, Path | bytes]], name: str, public: bool) -> str:
+    """Upload files in one commit; returns where they are."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = HfApi(library_name="fedspallm-appfl", library_version=__version__)
+    api, words = HfApi(library_name="fedspallm-appfl", library_version=__version__), f"fedspallm-appfl {__version__}"
     with _explained(name):
         made = api.create_repo(name, private=not public, exist_ok=True)
-        if not public and not api.model_info(made.repo_id).private:
-            raise ConfigError(f"{name} is there already and public; give --public, or another name")
-        api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, commit_message=f"Pruned with fedspallm-appfl {__version__}"
-        )
+        if api.model_info(made.repo_id).private == public:
+            there, other = ("private", "leave --public out") if public else ("public", "give --public")
+            raise ConfigError(f"{name} is there already and {there}; {other}, or name another")
+        api.create_commit(made.repo_id, [CommitOperationAdd(place, one) for place, one in files], commit_message=words)
     return str(made.url)
 
 
@@ -113,12 +119,10 @@ def _explained(name: str) -> Iterator[None]:
         ConfigError: says it.
     """
     from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
-    except HFValidationError as error:
-        raise ConfigError(f"{name} is no name for the hub ({shortened(first_line(error))})") from error
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HTTPError, OSError) as error:
         why = shortened(first_line(error))
         raise ConfigError(

@@ -105,7 +105,9 @@ def _scores(args: argparse.Namespace, models: list[str]) -> "dict[str, list[Scor
         from fedspallm_appfl.models.tasks import score
 
     names = ("limit", "batch", "dtype", "device", "trust_remote_code")
-    tasks = [task for task in args.tasks.split(",") if task]
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if not tasks:
+        raise ConfigError(f"--tasks takes names with commas between them, got {args.tasks!r}")
     return score(models, tasks, args.task_folder, **{name: getattr(args, name) for name in names})
 
 

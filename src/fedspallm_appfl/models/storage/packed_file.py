@@ -83,10 +83,11 @@ class PackedFile:
         whole = bits.dtype == torch.uint8 and bits.shape == (-(-entries // 8),) and not beyond
         if whole and values.dim() == 1 and values.is_floating_point() and bitmask.count(bits) == len(values):
             return
+        found = f", {bitmask.count(bits)} of them" if bits.dtype == torch.uint8 else ""
         raise ModelError(
             f"{self._path}: {key} {list(self._shapes[key])} takes a mask of {-(-entries // 8)} bytes and a float for each "
-            f"bit of it that is set, got {bits.dtype} {list(bits.shape)} and {values.dtype} {list(values.shape)}; the "
-            "file is damaged, pack the model again"
+            f"bit of it that is set, got {bits.dtype} {list(bits.shape)}{found}, and "
+            f"{values.dtype} {list(values.shape)}; the file is damaged, pack the model again"
         )
 
 

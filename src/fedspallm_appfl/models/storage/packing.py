@@ -4,7 +4,9 @@ No model is built to pack: every matrix of floats in the checkpoint for which it
 """
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,14 +123,15 @@ def _require_packed(source: Path, files: CheckpointFiles) -> None:
 @contextmanager
 def _new_folder(source: Path, out: Path) -> Iterator[Path]:
     """A folder with all files of a model but the weights, which gets its name once it is complete."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ModelError(f"{out} is there already; name a new folder, or remove it")
     if out.resolve().is_relative_to(source.resolve()):
         raise ModelError(f"{out} would lie inside {source}, and be copied into itself; name a folder beside it")
-    made = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(made, ignore_errors=True)  # left by a killed process
+    made = None
     try:
-        made.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        made.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else read
         for name, file in companions(source):
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, made / name)
@@ -137,7 +140,15 @@ def _new_folder(source: Path, out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out} cannot be written: {error}; make room there, or make its folder writable") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Permissions that new files do not get; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_shards(files: CheckpointFiles, folder: Path, stem: str, write: Write) -> dict[str, str]:

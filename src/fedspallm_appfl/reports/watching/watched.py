@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fedspallm_appfl.events import Event
 from fedspallm_appfl.reports.watching.pace import Pace
 
+MOST = 700.0  # nats a token; the exponential of more is no float
 OPENING, MEASURING = "clients open model and text", "measuring perplexity"
 
 
@@ -86,8 +87,8 @@ class Watched:
         tokens = sum(one[0] for one in self.own.values())
         if not tokens:
             return None
-        dense, pruned = (math.exp(math.fsum(one[part] for one in self.own.values()) / tokens) for part in (1, 2))
-        return dense, pruned
+        dense, pruned = (math.fsum(one[part] for one in self.own.values()) / tokens for part in (1, 2))
+        return math.exp(min(dense, MOST)), math.exp(min(pruned, MOST))
 
     @property
     def seconds_left(self) -> float | None:
