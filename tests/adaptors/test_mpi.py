@@ -81,6 +81,10 @@ def runs(tmp_path_factory):
         config, overrides = partly(folder / name, model, name)
         commands[name] = [str(config), *overrides]
     commands["four"] = [str(as_one(folder)[0])]
+    apart = tiny_config(
+        folder / "apart", folder / "model", "standalone", 4
+    )  # of one block: a fold rank has nothing to do
+    commands["apart"] = [str(apart)]
 
     def job(name, *more):
         words = [[*words, *more, f"run_dir={Path(words[0]).with_name(name)}"] for words in commands.values()]
@@ -120,6 +124,15 @@ def test_mpi_gives_the_bits_of_one_process(runs, name):
         same_statistics(serial, other)
         assert what_happened(serial, "measured") == what_happened(other, "measured") != {}
     assert what_happened(over_mpi, "upload") == what_happened(folded, "upload") != {}
+
+
+def test_models_of_single_clients_are_those_of_one_process(runs):
+    serial = Path(runs[0]["apart"][0]).with_name("run")
+    assert main(["run", *runs[0]["apart"]]) == 0
+    models = sorted(file.relative_to(serial) for file in (serial / "models").rglob("*.safetensors"))
+    assert len(models) == 4
+    for other in ("mpi", "folded"):
+        assert same_files(serial, serial.with_name(other), *models)
 
 
 def what_happened(folder, kind):
