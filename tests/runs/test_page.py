@@ -1,10 +1,13 @@
 """report.html, and both reports made anew from a run directory."""
 
+import errno
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +177,17 @@ def test_what_is_no_finished_run_is_refused(folders, tmp_path, capsys, what):
     words = {"absent": "holds no run", "unfinished": "has not ended", "damaged": "is no manifest"}
     assert main(["report", str(tmp_path)]) == 2
     assert words[what] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_full_disk_is_said_without_advice_that_is_of_no_use(folders, tmp_path, monkeypatch, capsys, verb):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([verb, str(folders["gram"])] + (["--out", str(tmp_path / "x.html")] if verb == "compare" else [])) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device; make room" in said and "resume" not in said
 
 
 @pytest.fixture
