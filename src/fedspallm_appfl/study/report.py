@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich import table as rich_table
 from rich.console import Group
 from rich.markup import escape
+from rich.table import Column
 from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.reports.parts import Part, Table, bytes_text
 from fedspallm_appfl.reports.result import count
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell
 from fedspallm_appfl.tensors import native
@@ -310,7 +311,7 @@ def table(study: Study) -> Group:
     last = study.targets[-1]
     at = f" at {escape(last)}" if len(study.targets) > 1 else ""
     heads = [*map(escape, study.targets), f"gap closed{at}", f"up per client{at}"]
-    shown = rich_table.Table("", *(rich_table.Column(head, justify="right") for head in heads))
+    shown = ConsoleTable("", *(Column(head, justify="right") for head in heads))
     shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
     for method in study.methods:
         means = [_mean_of(study.of(method, target)) for target in study.targets]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from fedspallm_appfl.algorithms.algorithm import SUMMED
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site import identities, record
 from fedspallm_appfl.globus.site.site_file import SENDINGS, TOKEN_COUNTS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.texts.checks import look_at
 from fedspallm_appfl.texts.files import are_tokens, text_files
@@ -42,7 +42,7 @@ class _Looked:
     problems: list[str] = field(default_factory=list)
 
 
-def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]]:
+def check(file: Path, model: Path | None, length: int) -> tuple[ConsoleTable, list[str]]:
     """Check everything that a site file names.
 
     Args:
@@ -179,11 +179,11 @@ def _leaves(shared: Site) -> tuple[str, str]:
     ), least
 
 
-def _table(counts: bool, length: int) -> Table:
+def _table(counts: bool, length: int) -> ConsoleTable:
     numbers = ("files", "bytes", f"windows of {length} tokens")
-    table = Table(title="Site", title_justify="left", show_lines=True)
+    table = ConsoleTable(title="Site", title_justify="left", show_lines=True)
     for name in ("client", "text", *numbers, "model", "may leave", "grams of at least"):
-        table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
+        table.add_column(name, justify="right" if name in numbers else "left")
     if not counts:
         table.caption = "windows are not counted without a tokenizer; name one with --model FOLDER"
     return table
