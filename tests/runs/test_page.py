@@ -129,6 +129,21 @@ def test_agreement_is_that_of_the_masks_of_two_clients(folders):
     assert rows[1 : 2 * len(expected) : 2] == expected and len(set(expected)) > 1
 
 
+def test_the_output_error_of_a_block_is_the_mean_over_clients(folders):
+    shown = Page((folders["fedspallm"] / "report.html").read_text("utf-8"))
+    said = (folders["fedspallm"] / "report.md").read_text("utf-8")
+    errors = {}
+    for event in finished.opened(folders["fedspallm"])[2].uploads:
+        for linear, notes in event["notes"].items():
+            errors.setdefault(linear.partition(".")[0], []).append(notes["output_error"])
+    assert {len(of) for of in errors.values()} == {2}
+    for block, of in errors.items():
+        mean = f"{sum(of) / 2:.3g}"
+        assert re.search(rf"^\| {block} \|.* {re.escape(mean)} \|$", said, re.MULTILINE) and mean in shown.words
+    assert "Unusual events" not in said  # which these notes are not
+    assert "output error" not in (folders["gram"] / "report.md").read_text("utf-8")  # the server prunes
+
+
 def test_names_from_outside_are_words_and_nothing_else(folders, tmp_path):
     config, results, _ = finished.opened(folders["fedspallm"])
     log = EventLog(tmp_path / "metrics.jsonl")

@@ -123,10 +123,11 @@ def _widened(low: float, high: float, least: float) -> tuple[float, float]:
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """About three to ten round numbers within two positive ones: equally far apart, or 1, 2, 5, 10 if they span much."""
+    """About three to ten round numbers within two positive ones: equally far apart, or like 1, 2, 5, 10."""
     if high > 6 * low:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [one * 10.0**power for power in powers for one in (1, 2, 5)]
+        ladder = (1, 2, 5) if high > 30 * low else (1, 1.5, 2, 3, 5, 7)
+        found = [one * 10.0**power for power in powers for one in ladder]
     else:
         unit = 10.0 ** math.floor(math.log10(high - low))
         step = next(unit * part for part in (1, 0.5, 0.2) if high - low >= 4 * unit * part)

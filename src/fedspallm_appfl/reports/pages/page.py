@@ -92,7 +92,7 @@ def _quality(results: Result) -> list[tuple[str, str, str]]:
 
 
 def _beside(name: str, own: float, other: float) -> str:
-    return f"{name} {other:.2f} ({100 * (own / other - 1):+.1f} %)"
+    return f"{name} {other:.2f} ({100 * (own / other - 1):+.1f}\N{NO-BREAK SPACE}%)"
 
 
 def _perplexity(config: Config, results: Result, log: EventLog) -> list[str]:
@@ -145,12 +145,14 @@ def _output_errors(log: EventLog) -> list[str]:
         return []
     means = {block: outputs.mean(found[block]) for block in sorted(found)}
     most = [max(found[block].values()) for block in means]
-    what = "Output error by block, less is better, mean over clients"
+    what = "Output error by block, less is better"
     drawn = columns(
         [Bar(str(b), mean, f"{mean:.3g}", "own") for b, mean in means.items()], most, max(most) or 1.0, what
     )
     return [
-        figure(drawn, f"{what}. Outlines: the largest of a client, at most {max(most):.3g}; the table says of what.")
+        figure(
+            drawn, f"{what}. Columns: mean over clients. Outlines: the largest of a client, at most {max(most):.3g}."
+        )
     ]
 
 

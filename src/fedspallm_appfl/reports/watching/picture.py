@@ -11,7 +11,6 @@ from rich.text import Text
 
 from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.reports.progress import duration
-from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.reports.watching.watched import Client, Watched
 
 BAR = 30  # characters
@@ -82,8 +81,8 @@ def _bar(run: Watched) -> Table:
 
 def _clients(clients: Mapping[str, Client], now: float | None, room: int) -> RenderableType:
     """A row each; where there is not room for all, those that were heard of least lately."""
-    table = ConsoleTable(
-        Column("client", max_width=24),
+    table = Table(
+        Column("client", no_wrap=True, overflow="ellipsis", max_width=24),
         Column("state", no_wrap=True, min_width=21),
         Column("blocks", justify="right"),
         Column("sent", justify="right", no_wrap=True),
