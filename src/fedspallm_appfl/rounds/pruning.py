@@ -184,14 +184,17 @@ def _note_error(
         return
     now = state.hidden[0] if moved else output_of(state.calls[0][block.index](block.module, state.hidden[0]))
     dense = block.dense.pop()
-    error = float((_sample(now) - dense).norm() / (dense - before).norm())
+    same = before.shape == dense.shape  # else the block gives something else than it is given
+    error = float((_sample(now) - dense).norm() / (dense - before).norm()) if same else math.nan
     if math.isfinite(error):
         made = done[last]
         assert isinstance(made, PrunedLinear)
         done[last] = replace(made, notes=made.notes | {OUTPUT_ERROR: float(f"{error:.6g}")})
 
 
-def collect(source: Source, module: nn.Module, index: int, state: Activations, dense: list[Tensor]) -> Statistics:
+def collect(
+    source: Source, module: nn.Module, index: int, state: Activations, dense: list[Tensor] | None = None
+) -> Statistics:
     """Statistics of the distinct inputs of a block's linears; those of an expert are made when they are asked for.
 
     `dense` gets some of what the block gives for the first batch, which no other batch need run for.
@@ -205,7 +208,7 @@ def collect(source: Source, module: nn.Module, index: int, state: Activations, d
         for number, hidden in enumerate(state.hidden):
             with suppress(Stop):
                 out = state.calls[number][index](module, hidden)
-                if not dense:
+                if dense is not None and number == 0:
                     dense.append(_sample(output_of(out)))
                 del out
             inputs.end_of_batch()
