@@ -9,7 +9,7 @@ from fedspallm_appfl.rounds.pruning import OUTPUT_ERROR, SAMPLE
 HEAD = "output error"
 WORDS = (
     f"`{HEAD}` is how far a client's pruning moved the outputs of a block, as a share of what the dense block adds to its "
-    f"inputs: norms over {SAMPLE:,} tokens of its text, after the blocks that it had pruned before; mean over clients."
+    f"inputs: norms over up to {SAMPLE:,} tokens of its text, after blocks that it had pruned before; mean over clients."
 )
 
 
