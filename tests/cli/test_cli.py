@@ -245,7 +245,7 @@ def test_check_counts_zeros_by_matrix_and_pattern(fedspallm, tmp_path):
     code, out, _ = fedspallm("check", folder)
     [row] = [line for line in out.splitlines() if "mlp.up_proj" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
-        *("mlp.up_proj", "3", "4,608", "16.8837 %", "0.0000 %", "50.0000 %", "2:4 in 1, 4:8 in 1")
+        *("mlp.up_proj", "3", "4,608", "16.8837", "0.0000", "50.0000", "2:4 in 1, 4:8 in 1")
     ]
     assert f"{found['zeros']:,} of {found['entries']:,} prunable weights are zero" in out
     code, out, _ = fedspallm("check", folder, "--matrices")

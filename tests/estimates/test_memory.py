@@ -38,9 +38,10 @@ def test_a_client_by_hand():
         "outer parts": 400,
         "activations": 6 * 8 * (4 * 4 + 8),
         "one block": 416,
-        # Gram matrices of three inputs of 4 and one of 8, and 16 tokens with 2 x 8 + 4 x 4 floats each
-        "forward passes": 4 * (3 * 16 + 64) + 16 * 4 * (2 * 8 + 4 * 4),
-        "heap": int(HEAP_SHARE * (400 + 1152 + 416 + 2496)),
+        # Gram matrices of three inputs of 4 and one of 8, and 16 tokens with 2 x 8 + 4 x 4 floats each, and what went into
+        # the block and came out of it
+        "forward passes": 4 * (3 * 16 + 64) + 16 * 4 * (2 * 8 + 4 * 4 + 2 * 4),
+        "heap": int(HEAP_SHARE * (400 + 1152 + 416 + 2496 + 512)),
     }
     assert memory.mapped == 104 * 2  # a block is larger than the outer parts
     assert memory.resident == memory.needed + memory.mapped == sum(memory.parts.values()) + 208
@@ -58,7 +59,9 @@ def test_pruning_by_hand():
 
 def test_pruning_is_what_counts_where_few_tokens_run():
     memory = of_client(windows=1, length=2)
-    assert parts(memory)["pruning a block"] == 256 + 512 + 3 * 64 + 15 * 32
+    assert (
+        parts(memory)["pruning a block"] == 256 + 512 + 3 * 64 + 15 * 32 + 2 * 2 * 4 * 4
+    )  # two tokens before and after
 
 
 def test_a_server_by_hand():

@@ -236,7 +236,8 @@ def test_from_the_second_batch_on_the_first_pass_stops_at_the_last_input(llama):
     for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         llama.blocks[0].get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     list(prune_blocks(llama, windows(6), {0}, WANDA, batch=2))
-    assert [ran.count(name) for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")] == [3, 3, 1]
+    assert [ran.count(name) for name in ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")] == [4, 4, 2]
+    # and after the last block one batch again, to see how far its outputs have moved
 
 
 class Branching(nn.Module):

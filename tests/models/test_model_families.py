@@ -268,4 +268,4 @@ def test_nothing_runs_after_the_last_sampled_block(tmp_path):
     for index, block in enumerate(model.blocks):
         block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
     list(prune_blocks(model, windows(2), {1}, Pruning("wanda", parse_target(0.5)), batch=2))
-    assert ran == [0, 1]
+    assert ran == [0, 1, 1]  # a batch of it again, to see how far its outputs have moved

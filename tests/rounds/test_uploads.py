@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from fedspallm_appfl.algorithms.algorithm import UPLOADS, Exchange
 from fedspallm_appfl.algorithms.registry import BUILT_IN, find
@@ -65,6 +66,41 @@ def test_weights_are_masks_and_kept_values(model, pruner):
             assert torch.equal(mask, one.mask)
             assert torch.equal(weight, one.weight)
             assert weight.dtype is torch.float16
+
+
+def outputs(model, layer):
+    """(input, output) of a layer of a whole model for the first batch."""
+    seen = []
+    hook = layer.register_forward_hook(lambda _, args, out: seen.append((args[0], pruning.output_of(out))))
+    with torch.no_grad():
+        model(TEXT[:2])
+    hook.remove()
+    return seen[0]
+
+
+def test_the_output_error_is_that_of_blocks_in_a_whole_model(model):
+    """Block 0, and block 2, the last, behind it."""
+    of = source(model)
+    whole = AutoModelForCausalLM.from_pretrained(model.skeleton.folder, dtype=torch.float32).eval()
+    for block, linears in pruning.prune_blocks(of, {0, 2}):
+        layer = whole.model.layers[block]
+        given, dense = outputs(whole, layer)
+        for name, one in linears.items():
+            layer.get_submodule(name).weight.data.copy_(one.weight)
+        _, pruned = outputs(whole, layer)
+        [note] = [one.notes for one in linears.values() if one.notes]
+        assert note == {
+            pruning.OUTPUT_ERROR: pytest.approx(float((pruned - dense).norm() / (dense - given).norm()), rel=1e-4)
+        }
+        assert 0.01 < note[pruning.OUTPUT_ERROR] < 2
+
+
+def test_no_output_error_leaves_where_the_server_is_to_learn_sums_only_or_no_inputs_are_needed(model):
+    of = source(model)
+    secret = replace(of, settings=replace(of.settings, secure_sums=True))
+    for one in (secret, source(model, "magnitude")):
+        assert [note for _, note in made(one, "weights").values() if note] == []
+    assert len([note for _, note in made(of, "weights").values() if note]) == 2
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "magnitude"])

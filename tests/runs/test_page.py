@@ -1,10 +1,13 @@
 """report.html, and both reports made anew from a run directory."""
 
+import errno
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +129,21 @@ def test_agreement_is_that_of_the_masks_of_two_clients(folders):
     assert rows[1 : 2 * len(expected) : 2] == expected and len(set(expected)) > 1
 
 
+def test_the_output_error_of_a_block_is_the_mean_over_clients(folders):
+    shown = Page((folders["fedspallm"] / "report.html").read_text("utf-8"))
+    said = (folders["fedspallm"] / "report.md").read_text("utf-8")
+    errors = {}
+    for event in finished.opened(folders["fedspallm"])[2].uploads:
+        for linear, notes in event["notes"].items():
+            errors.setdefault(linear.partition(".")[0], []).append(notes["output_error"])
+    assert {len(of) for of in errors.values()} == {2}
+    for block, of in errors.items():
+        mean = f"{sum(of) / 2:.3g}"
+        assert re.search(rf"^\| {block} \|.* {re.escape(mean)} \|$", said, re.MULTILINE) and mean in shown.words
+    assert "Unusual events" not in said  # which these notes are not
+    assert "output error" not in (folders["gram"] / "report.md").read_text("utf-8")  # the server prunes
+
+
 def test_names_from_outside_are_words_and_nothing_else(folders, tmp_path):
     config, results, _ = finished.opened(folders["fedspallm"])
     log = EventLog(tmp_path / "metrics.jsonl")
@@ -174,6 +192,17 @@ def test_what_is_no_finished_run_is_refused(folders, tmp_path, capsys, what):
     words = {"absent": "holds no run", "unfinished": "has not ended", "damaged": "is no manifest"}
     assert main(["report", str(tmp_path)]) == 2
     assert words[what] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_full_disk_is_said_without_advice_that_is_of_no_use(folders, tmp_path, monkeypatch, capsys, verb):
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main([verb, str(folders["gram"])] + (["--out", str(tmp_path / "x.html")] if verb == "compare" else [])) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device; make room" in said and "resume" not in said
 
 
 @pytest.fixture

@@ -183,7 +183,7 @@ def test_what_was_finished_is_forgotten_at_once(tmp_path, tiny_model, monkeypatc
     assert models(file.parent / "run") == models(whole.parent / "run")
 
 
-def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_afterwards(tmp_path, tiny_model, monkeypatch):
+def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_afterwards(tmp_path, tiny_model, monkeypatch, capsys):
     file = tiny_config(tmp_path, tiny_model, "fedspallm")
     write, count = Path.write_text, [0]
 
@@ -195,11 +195,11 @@ def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_afterwards(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(
-            ModelError, match=r"cannot be written: No space left on device; make room, .*fedspallm resume"
-        ):
-            go(file)
-    go(file)
+        assert main(["run", str(file), "workers=1"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written: No space left on device; make room, or make the folder writable\n" in said
+    assert f"fedspallm resume {file.parent / 'run'} goes on with it" in said
+    assert main(["resume", str(file.parent / "run")]) == 0
     assert run_dir.finished(file.parent / "run")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from fedspallm_appfl import cli
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import EventLog
+from fedspallm_appfl.reports.pages.curves import Curve, Point, curves, round_numbers
 from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.runs import evaluation, experiment
 from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.study import measure as measuring
+from fedspallm_appfl.study import page as study_page
 from fedspallm_appfl.study import plots as study_plots
 from fedspallm_appfl.study import report as study_report
 from fedspallm_appfl.study.cells import Cell, opened
@@ -225,6 +228,8 @@ def test_plots_and_tables_are_written(done):
     text = (out / "study.md").read_text()
     for words in ("## Sparsity 0.5", "## Sparsity 2:4", "| gram+admm † |", "gap closed", "50.0000 %", "--seeds 0 1"):
         assert words in text
+    shown = (out / "study.html").read_text()
+    assert all(f"<title>{method}, sparsity {target}: " in shown for method in METHODS for target in TARGETS)
 
 
 def test_a_finished_study_is_shown_again_without_a_run(config, done, monkeypatch):
@@ -370,13 +375,47 @@ def test_the_way_goes_between_the_ends_without_a_pruner_of_their_own():
     assert way_closed(made_by_hand(rows), "gram", "0.5").mean == pytest.approx(0.5)
 
 
-def test_the_page_by_hand():
-    text = page(made_by_hand({"standalone": (20, 30), "centralized": (10, 20), "fedspallm": (15, 22)}))
+def test_the_page_by_hand(tmp_path):
+    study_ = made_by_hand({"standalone": (20, 30), "centralized": (10, 20), "fedspallm": (15, 22)})
+    text = page(study_)
     assert "| dense | 5.00 | 20.00 | 10.00 | - | 0.0000 % |" in text
     assert "| fedspallm | 9.25 ± 2.47 | 37.00 ± 9.90 | 18.50 ± 4.95 | 65 ± 21 % | 50.0000 % |" in text
     assert "| fedspallm | 40 B | 1 B | 32.00 | 1.5 ± 0.0 | 0.5 ± 0.7 | 3.0 ± 0.0 | 1.0 MB |" in text
     assert "| standalone | - | - | - | 1.5 ± 0.0 | 0.5 ± 0.7 | 3.0 ± 0.0 | 1.0 MB |" in text
     assert "†" not in text
+    study_page.write(study_, tmp_path)
+    shown = (tmp_path / "study.html").read_text("utf-8")
+    for row in re.findall(r"^\| (.*) \|$", text, re.MULTILINE):
+        cells = row.split(" | ")
+        inner = "".join(f"<td>{cell}</td>" for cell in cells[1:])
+        assert cells[1] == "---:" or inner in shown or f'<th scope="col">{cells[1]}</th>' in shown
+    assert "<title>fedspallm, sparsity 0.5: 18.50 ± 4.95, 40 B</title>" in shown
+    assert "<title>standalone: 25.00</title>" in shown  # sends nothing that a federation would send: a line across
+    assert not re.search(r"https?://|\bsrc=|\bhref=|<script|<link", shown)
+
+
+def test_equal_ratios_of_perplexity_are_equally_far_apart():
+    points = [Point(x, y, f"{y}", reach=1.0) for x, y in ((0.1, 10.0), (0.2, 20.0), (0.3, 40.0))]
+    drawn = curves([Curve("a", "c0", points=points)], {"10 %": 0.1, "30 %": 0.3}, "three")
+    (x0, y0), (x1, y1), (x2, y2) = [
+        tuple(map(float, place)) for place in re.findall(r'<svg x="([\d.]+)%" y="([\d.]+)"><path', drawn)
+    ]
+    assert (y0 - y1, x1 - x0) == (pytest.approx(y1 - y2, abs=0.11), pytest.approx(x2 - x1, abs=0.011))
+    assert y0 > y1 > y2 and x0 < x1
+    assert drawn.count("bar") == 3
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((9.0, 21.0), [10, 12, 14, 16, 18, 20]),
+        ((3.0, 1200.0), [5, 10, 20, 50, 100, 200, 500, 1000]),
+        ((0.55, 3.4), [0.7, 1, 1.5, 2, 3]),
+        ((17.5, 18.9), [17.6, 17.8, 18, 18.2, 18.4, 18.6, 18.8]),
+    ],
+)
+def test_numbers_of_an_axis_are_round(ends, expected):
+    assert round_numbers(*ends) == expected
 
 
 def test_plots_stand_what_is_infinite_or_alone(tmp_path):

@@ -25,6 +25,7 @@ from fedspallm_appfl.estimates.job import Job, Outline, mask_only, pruner_of, wi
 from fedspallm_appfl.models.typical import LENGTH, WINDOWS
 from fedspallm_appfl.pruning.statistics import InputGram
 from fedspallm_appfl.rounds.folds.context import UnitBytes
+from fedspallm_appfl.rounds.pruning import SAMPLE
 from fedspallm_appfl.runs.placement import batches
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
 from fedspallm_appfl.wire.grams import packing_bytes
@@ -130,8 +131,10 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
         norms = pruner.statistic(train.refit) is not InputGram
         forward = max(forward, sum(together.values()) + tokens * statistics_bytes(model, block, norms))
     inputs = _inputs_of_experts(job, client, block) if pruner.needs is not None else {}
-    yield {"one block": _block(model, block), "forward passes": forward} | inputs
-    yield {"one block": _block(model, block), "pruning a block": pruning_bytes(model, train, block, held)} | inputs
+    around = 2 * FLOAT * min(tokens, SAMPLE) * model.hidden  # some of what goes in, and of what the dense block gave
+    yield {"one block": _block(model, block), "forward passes": forward + around} | inputs
+    solving = pruning_bytes(model, train, block, held) + around
+    yield {"one block": _block(model, block), "pruning a block": solving} | inputs
 
 
 def _inputs_of_experts(job: Job, client: Client, block: int) -> Parts:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
@@ -24,6 +24,7 @@ from fedspallm_appfl.globus.store.data_store import place
 from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.reports.progress import duration
 from fedspallm_appfl.reports.result import count
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.rounds.participants import own_windows
 from fedspallm_appfl.validation.words import headline, left_out
 
@@ -116,14 +117,14 @@ def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
     return (f"{len(kinds)} times " if repeated else "") + "; ".join(ways) + at_last
 
 
-def _traffic(job: Job) -> Table:
+def _traffic(job: Job) -> ConsoleTable:
     """Bytes a round; rounds with the same numbers share a line."""
     compressed = job.config.client_configs.comm_configs.compression == "zstd"
     most = " at most" if compressed else ""
     up = [Column(f"up, a client{most}", justify="right")]
     up += [Column("about, compressed", justify="right")] * compressed
     rest = [Column(name, justify="right") for name in ("dense float16", "up, all", f"down, a client{most}")]
-    table = Table(
+    table = ConsoleTable(
         "round", Column("blocks", justify="right"), *up, *rest, title="Bytes that travel", title_justify="left"
     )
     rows: dict[tuple[str, ...], list[int]] = {}
@@ -151,19 +152,17 @@ def _range(of_clients: Mapping[str, int]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _transports(job: Job) -> Table:
-    table = Table(
-        "transport", "carries it", Column("what to know", overflow="fold"), title="Transports", title_justify="left"
-    )
+def _transports(job: Job) -> ConsoleTable:
+    table = ConsoleTable("transport", "carries it", "what to know", title="Transports", title_justify="left")
     for transport in (*traffic.transports(job), over_globus.transport(job)):
         table.add_row(transport.name, "yes" if transport.carries else "no", escape(transport.why))
     return table
 
 
-def _globus(job: Job) -> Table:
+def _globus(job: Job) -> ConsoleTable:
     """Tasks, submissions, and where the bytes lie."""
     tasks, store = over_globus.tasks(job), job.config.client_configs.comm_configs.store
-    table = Table("", "", show_header=False, title="Over Globus Compute", title_justify="left")
+    table = ConsoleTable("", "", show_header=False, title="Over Globus Compute", title_justify="left")
     measuring = f", after them {tasks.exchange} more measure the model" if own_windows(job.config) else ""
     table.add_row("tasks", f"{_tasks(tasks)}; before them {tasks.exchange} more ask the sites{measuring}")
     table.add_row("submissions", _submissions(tasks))
@@ -199,8 +198,8 @@ def _fits(largest: int, connector: str) -> str:
     return f" of tensors, but {bytes_text(INLINE_LIMIT)} fit; set client_configs.comm_configs.store.connector"
 
 
-def _disk(job: Job) -> Table:
-    table = Table("written", Column("bytes", justify="right"), "kept", title="Disk", title_justify="left")
+def _disk(job: Job) -> ConsoleTable:
+    table = ConsoleTable("written", Column("bytes", justify="right"), "kept", title="Disk", title_justify="left")
     for one in traffic.disk(job):
         table.add_row(one.what, bytes_text(one.nbytes), "yes" if one.stays else "while it runs")
     return table
@@ -209,7 +208,7 @@ def _disk(job: Job) -> Table:
 def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableType]:
     globus = job.config.over_globus()
     columns = [Column(name, justify="right") for name in ("needs", "resident", *["on the GPU"] * globus)]
-    table = Table(
+    table = ConsoleTable(
         "process",
         *columns,
         Column("largest part"),

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fedspallm_appfl.events import Event
 from fedspallm_appfl.reports.targets import choice_line
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.reports.watching.pace import Pace
 
 _Self = TypeVar("_Self", bound="_Shown")
@@ -177,14 +177,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _placement(places: list[Event]) -> Table:
+def _placement(places: list[Event]) -> ConsoleTable:
     """Where clients run; shows processes if there are several, and the GPU binding if a GPU is used."""
     columns = {"host": "host", "clients": "clients", "device": "device", "threads": "threads"}
     if any(place["rank"] for place in places):
         columns = {"rank": "process"} | columns
     if any(place["device"].startswith("cuda") for place in places):
         columns |= {"bound": "CUDA_VISIBLE_DEVICES"}
-    table = Table(*columns.values(), title="Placement", title_justify="left")
+    table = ConsoleTable(*columns.values(), title="Placement", title_justify="left")
     for place in places:
         shown = place | {"clients": ", ".join(place["clients"]), "bound": place["bound"] or "-"}
         table.add_row(*(escape(str(shown[key])) for key in columns))

@@ -20,7 +20,7 @@ from fedspallm_appfl.errors import FedSpaLLMError
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.models.storage.export import MatrixSparsity
-from fedspallm_appfl.reports import own_text, targets
+from fedspallm_appfl.reports import outputs, own_text, targets
 from fedspallm_appfl.reports.parts import Part, Table, bytes_text
 from fedspallm_appfl.reports.result import (
     Result,
@@ -33,6 +33,7 @@ from fedspallm_appfl.reports.result import (
     zeros_line,
 )
 from fedspallm_appfl.rounds.participants import algorithm_of, own_windows, participants, roster
+from fedspallm_appfl.rounds.pruning import OUTPUT_ERROR
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
@@ -209,6 +210,11 @@ def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog)
     if not algorithm_of(config).votes or config.recovery.model:
         head, rows = [*head[:4], *head[5:]], [[*row[:4], *row[5:]] for row in rows]
         words = "`kept but zero` counts kept weights that are zero."
+    errors = outputs.errors(log)
+    if errors:
+        head = [*head, outputs.HEAD]
+        rows = [[*row, f"{outputs.mean(errors[int(row[0])]):.3g}" if int(row[0]) in errors else "-"] for row in rows]
+        words = f"{words} {outputs.WORDS}"
     note = [f"{over} entries beyond the target are zero, because every client pruned them."] if over else []
     last = f"{words} `manifest.json` lists every matrix."
     return [Table(head, rows), *note, *_experts(config, facts.values()), last]
@@ -387,10 +393,11 @@ def _notes(log: EventLog) -> list[Part]:
             event["client"],
             str(event["round"] + 1),
             linear,
-            ", ".join(f"{key} {value:g}" for key, value in notes.items()),
+            ", ".join(f"{key} {value:g}" for key, value in said.items()),
         ]
         for event in log.uploads
         for linear, notes in event["notes"].items()
+        if (said := {key: value for key, value in notes.items() if key != OUTPUT_ERROR})
     ]
     notices = [event["text"] for event in log.of("notice")]
     if not rows:

@@ -10,13 +10,14 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports.own_text import HEAD, TITLE, OwnText, rows
+from fedspallm_appfl.reports.terminal import ConsoleTable
 
 WIDTH = 120  # characters
 
@@ -133,9 +134,9 @@ def zeros_line(matrices: Sequence[MatrixSparsity]) -> str | None:
     return f"{kept}; {back:,} came back, as prune.keep_zeros is false or the pruner or algorithm is one of a plugin"
 
 
-def perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> Table:
+def perplexity_table(texts: Sequence[str], perplexity: Mapping[str, Mapping[str, float]]) -> ConsoleTable:
     """A row for each method, a column for each text, and the geometric mean."""
-    table = Table("", *(Column(escape(text), justify="right") for text in texts))
+    table = ConsoleTable("", *(Column(escape(text), justify="right") for text in texts))
     table.add_column("mean", justify="right", style="bold")
     for method, row in perplexity.items():
         table.add_row(label(method), *(f"{row[text]:.2f}" for text in texts), f"{mean(row):.2f}")
@@ -166,10 +167,10 @@ def count(number: int, what: str) -> str:
     return f"{number} {what if number == 1 else plural}"
 
 
-def own_table(found: Mapping[str, OwnText]) -> Table:
+def own_table(found: Mapping[str, OwnText]) -> ConsoleTable:
     """Perplexities on the clients' own text."""
     columns = [Column(name, justify="right" if number else "left") for number, name in enumerate(HEAD)]
-    table = Table(*columns, title=TITLE, title_justify="left")
+    table = ConsoleTable(*columns, title=TITLE, title_justify="left")
     for row in rows(found, 2):
         table.add_row(*map(escape, row))
     return table

@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.checkpoint import allow_code_of
 from fedspallm_appfl.reports.result import Shown
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Model
 from fedspallm_appfl.tensors.counting import PATTERNS, Zeros, count_zeros
 
@@ -96,13 +96,15 @@ class Check(Shown):
 
     def __rich__(self) -> RenderableType:
         """A row for each kind of matrix."""
-        table = self._table("matrix", "matrices", "weights", "zeros", "least", "most", "patterns")
+        table = self._table("matrix", "count", "weights", "zeros %", "least %", "most %", "patterns")
         rows = self.kinds() if len(self.kinds()) == 1 else {**self.kinds(), "all": self.matrices}
         for kind, alike in rows.items():
             shares = [one.found.share for one in alike]
-            shown = _percent(sum(one.found.zeros for one in alike) / sum(one.found.entries for one in alike))
-            row = (f"{len(alike):,}", f"{sum(one.found.entries for one in alike):,}", shown)
-            table.add_row(escape(kind), *row, _percent(min(shares)), _percent(max(shares)), _patterns(alike))
+            share = sum(one.found.zeros for one in alike) / sum(one.found.entries for one in alike)
+            row = (f"{len(alike):,}", f"{sum(one.found.entries for one in alike):,}")
+            table.add_row(
+                escape(kind), *row, *(f"{100 * one:.4f}" for one in (share, min(shares), max(shares))), _patterns(alike)
+            )
         return Group(table, self._line())
 
     def each(self) -> RenderableType:
@@ -113,8 +115,8 @@ class Check(Shown):
             table.add_row(str(one.block), escape(one.name), shape, zeros, _percent(one.found.share), _patterns([one]))
         return Group(table, self._line())
 
-    def _table(self, *columns: str) -> Table:
-        table = Table(title=f"Zeros of {escape(self.model)}", title_justify="left")
+    def _table(self, *columns: str) -> ConsoleTable:
+        table = ConsoleTable(title=f"Zeros of {escape(self.model)}", title_justify="left")
         for column in columns:
             table.add_column(column, justify="left" if column in ("matrix", "patterns") else "right")
         return table

@@ -2,21 +2,25 @@
 
 For an assigned block one pass collects the statistic of each distinct linear input and, from the second batch on, stops as
 soon as the last of them was seen; the linears are pruned; a second pass with the pruned weights gives the next block's
-inputs. Other blocks run once. Nothing runs after the last assigned block.
+inputs. Other blocks run once. After the last assigned block nothing runs but a batch of it.
+
+How far pruning moves what a block gives costs no pass of its own: the first batch runs to the end of the dense block
+anyway, and again through the pruned one.
 
 Legend: O out features, I in features.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import PruningError
-from fedspallm_appfl.models.blockwise import Activations, Stop, advance
+from fedspallm_appfl.models.blockwise import Activations, Stop, advance, output_of
 from fedspallm_appfl.models.inputs import SharedInputs
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.pruner import Prepared, by_target
@@ -26,6 +30,9 @@ from fedspallm_appfl.rounds.source import Agreed, Source, check_statistics
 from fedspallm_appfl.tensors.sparsity import already_zero
 from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.wire.packed import Unreached
+
+OUTPUT_ERROR = "output_error"  # in the notes of one matrix of a block: of the whole block
+SAMPLE = 1024  # tokens that it is measured on, at most
 
 Statistics = Iterator[tuple[list[str], Statistic | None]]  # (linears that share an input, what is known of it)
 
@@ -58,6 +65,7 @@ class _Block:
     module: nn.Module
     index: int
     masks: Agreed | None
+    dense: list[Tensor] = field(default_factory=list)  # (S, H): some of what it gave for the first batch before
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -91,10 +99,14 @@ def prune_blocks(source: Source, assigned: set[int], masks: Agreed | None = None
         agreed = None if index in assigned else source.agreed.get(index)
         with model.block(index, agreed) as module:
             if index in assigned:
-                done = [_prune_block(_Block(source, module, index, masks), state)]
+                block, before = _Block(source, module, index, masks), _sample(state.hidden[0])
+                done = [_prune_block(block, state)]
             give_back()
             if index < last:
                 advance(module, index, state)
+            if index in wanted:
+                _note_error(block, state, before, done[0], moved=index < last)
+                del block, before
         if index in wanted:
             yield index, done.pop()  # a client that stands still here holds no finished block
 
@@ -102,7 +114,7 @@ def prune_blocks(source: Source, assigned: set[int], masks: Agreed | None = None
 @torch.no_grad()  # not on the generator: the wrapper would keep what was yielded last
 def _prune_block(block: _Block, state: Activations) -> dict[str, PrunedLinear | Unreached]:
     done: dict[str, PrunedLinear | Unreached] = {}
-    for names, statistic in collect(block.source, block.module, block.index, state):
+    for names, statistic in collect(block.source, block.module, block.index, state, block.dense):
         done |= _prune_group(block, names, statistic)
         del statistic  # not kept while the next is made
     return {name: done[name] for name in block.linears}
@@ -145,8 +157,48 @@ def _prune_linear(block: _Block, linear: Linear, prepared: Prepared, target: Tar
     return PrunedLinear(model.put(block.module, linear, weight), mask, prepared.notes)
 
 
-def collect(source: Source, module: nn.Module, index: int, state: Activations) -> Statistics:
-    """Statistics of the distinct inputs of a block's linears; those of an expert are made when they are asked for."""
+def _sample(hidden: Tensor) -> Tensor:
+    """(S, H) float32, some rows of hidden states (B, T, H), from all over them."""
+    rows = hidden.flatten(0, -2)
+    return rows[:: -(-len(rows) // SAMPLE)].to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def _note_error(
+    block: _Block, state: Activations, before: Tensor, done: dict[str, PrunedLinear | Unreached], moved: bool
+) -> None:
+    """Note how far pruning has moved what a block gives, as a share of what the dense block adds to what it is given.
+
+    Both are norms over some tokens of the first batch. Nothing is noted where no inputs were needed, or where the server is
+    to learn sums only.
+
+    Args:
+        block: the pruned block.
+        state: activations in front of it, or behind it.
+        before: (S, H), those in front of it.
+        done: its matrices; the note is added to one of them.
+        moved: whether `state` is behind it.
+    """
+    last = next((name for name, one in reversed(done.items()) if isinstance(one, PrunedLinear)), None)
+    if last is None or not block.dense or block.source.settings.secure_sums:
+        return
+    now = state.hidden[0] if moved else output_of(state.calls[0][block.index](block.module, state.hidden[0]))
+    dense = block.dense.pop()
+    same = before.shape == dense.shape  # else the block gives something else than it is given
+    error = float((_sample(now) - dense).norm() / (dense - before).norm()) if same else math.nan
+    if math.isfinite(error):
+        made = done[last]
+        assert isinstance(made, PrunedLinear)
+        done[last] = replace(made, notes=made.notes | {OUTPUT_ERROR: float(f"{error:.6g}")})
+
+
+def collect(
+    source: Source, module: nn.Module, index: int, state: Activations, dense: list[Tensor] | None = None
+) -> Statistics:
+    """Statistics of the distinct inputs of a block's linears; those of an expert are made when they are asked for.
+
+    `dense` gets some of what the block gives for the first batch, which no other batch need run for.
+    """
     linears, settings, device = source.model.layout.blocks[index], source.settings, source.model.device
     if new_statistic(settings, 1, device) is None:
         yield [linear.name for linear in linears], None
@@ -155,7 +207,10 @@ def collect(source: Source, module: nn.Module, index: int, state: Activations) -
     with inputs.watched(module):
         for number, hidden in enumerate(state.hidden):
             with suppress(Stop):
-                state.calls[number][index](module, hidden)
+                out = state.calls[number][index](module, hidden)
+                if dense is not None and number == 0:
+                    dense.append(_sample(output_of(out)))
+                del out
             inputs.end_of_batch()
     give_back()  # what the forward pass used; the solve allocates other sizes
     found = inputs.groups()

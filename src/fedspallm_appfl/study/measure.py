@@ -33,14 +33,14 @@ from fedspallm_appfl.runs import evaluation, experiment, further_models, run_dir
 from fedspallm_appfl.runs.processes import Workers, result
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Config
-from fedspallm_appfl.study import plots, report
+from fedspallm_appfl.study import page, plots, report
 from fedspallm_appfl.study.cells import DENSE, FILE, Cell, CellFile, Key, opened
 from fedspallm_appfl.study.plan import RUNS, Method, Plan, cells_of
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.store import GramStore
 
 Choice = tuple[str, int]  # targets, seed
-OWN = (FILE, "study.md", "study.json", RUNS, *plots.FILES)
+OWN = (FILE, "study.md", "study.json", page.FILE, RUNS, *plots.FILES)
 
 
 def study(plan: Plan, console: Console, overwrite: bool = False) -> None:
@@ -361,6 +361,8 @@ def _write(plan: Plan, dense: Cell, cells: list[Cell], console: Console) -> None
         {method.name: registry.find(method.algorithm) for method in plan.methods},
     )
     plots.write(measured, plan.out)
+    page.write(measured, plan.out)
     report.write(measured, plan.out)
     console.print(report.table(measured))
-    console.print(f"study   {plan.out / 'study.md'}", highlight=False, markup=False)
+    for name in (page.FILE, "study.md"):
+        console.print(f"study   {plan.out / name}", highlight=False, markup=False)

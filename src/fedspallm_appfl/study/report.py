@@ -13,16 +13,18 @@ import torch
 import transformers
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms.algorithm import Algorithm
-from fedspallm_appfl.reports.parts import bytes_text, markdown
+from fedspallm_appfl.reports.parts import Part, Table, bytes_text
 from fedspallm_appfl.reports.result import count
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell
 from fedspallm_appfl.tensors import native
+from fedspallm_appfl.wire.durable import write_text
 
 # Between clients that are each alone and one pruner that sees all text lies what a federation can gain.
 ENDS: tuple[Callable[[Algorithm], bool], ...] = (lambda one: one.apart, lambda one: one.pools_text)
@@ -110,8 +112,12 @@ def way_closed(study: Study, method: str, target: str) -> Spread | None:
 
 
 def write(study: Study, folder: Path) -> None:
-    """Write study.md and study.json."""
-    (folder / "study.md").write_text(page(study), "utf-8")
+    """Write study.md and study.json.
+
+    Raises:
+        ModelError: there is no room.
+    """
+    write_text(folder / "study.md", page(study))
     facts = {
         "command": study.command,
         "versions": versions(),
@@ -122,17 +128,33 @@ def write(study: Study, folder: Path) -> None:
             for cell in study.cells
         ],
     }
-    (folder / "study.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    write_text(folder / "study.json", json.dumps(facts, indent=1) + "\n")
 
 
 def page(study: Study) -> str:
     """study.md."""
-    title = f"# {len(study.methods)} methods, {len(study.config.clients)} clients, sparsity {', '.join(study.targets)}"
-    parts = [title, *_plots(), *_legend(study)]
+    words, *others = (part.markdown() if isinstance(part, Table) else part for part in parts(study))
+    return "\n\n".join([f"# {title(study)}", *_plots(), words, *others]) + "\n"
+
+
+def title(study: Study) -> str:
+    """What the study is of."""
+    clients = count(len(study.config.clients), "client")
+    return f"{count(len(study.methods), 'method')}, {clients}, sparsity {', '.join(study.targets)}"
+
+
+def heading(target: str) -> str:
+    """What stands above the tables of a target."""
+    return f"Sparsity {target}"
+
+
+def parts(study: Study) -> list[Part]:
+    """All that study.md and study.html say below the title, beside pictures."""
+    found: list[Part] = [_legend(study)]
     for target in study.targets:
-        parts += [f"## Sparsity {target}", "Perplexity on each text:", _quality(study, target)]
-        parts += ["Cost, mean over seeds; memory is the maximum over seeds:", _cost(study, target)]
-    return "\n\n".join([*parts, "## What was run", _ran(study)]) + "\n"
+        found += [f"## {heading(target)}", "Perplexity on each text:", _quality(study, target)]
+        found += ["Cost, mean over seeds; memory is the maximum over seeds:", _cost(study, target)]
+    return [*found, "## What was run", *_ran(study)]
 
 
 def _plots() -> list[str]:
@@ -142,7 +164,7 @@ def _plots() -> list[str]:
     ]
 
 
-def _legend(study: Study) -> list[str]:
+def _legend(study: Study) -> str:
     seeds = len(study.seeds)
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, no spread"
     words = [f"Perplexity, lower is better, {over}. `standalone` is the geometric mean over the clients' own models."]
@@ -153,10 +175,10 @@ def _legend(study: Study) -> list[str]:
             "is what clients reach alone, 100 % what a pruner with all text reaches, with the pruner of both rows. A row "
             "with another pruner can lie outside this range."
         )
-    return [" ".join(words)]
+    return " ".join(words)
 
 
-def _quality(study: Study, target: str) -> str:
+def _quality(study: Study, target: str) -> Table:
     texts = list(study.dense.perplexity)
     dense = [f"{study.dense.perplexity[text]:.2f}" for text in texts]
     rows = [["dense", *dense, f"{study.dense.mean:.2f}", NONE, "0.0000 %"]]
@@ -164,7 +186,7 @@ def _quality(study: Study, target: str) -> str:
         cells = study.of(method, target)
         each = [spread([cell.perplexity[text] for cell in cells]).text(2) for text in texts]
         rows.append([method, *each, _mean_of(cells), _way(study, method, target), _sparsity(cells)])
-    return markdown(["", *texts, "geometric mean", "gap closed", "sparsity"], rows)
+    return Table(["", *texts, "geometric mean", "gap closed", "sparsity"], rows)
 
 
 def _mean_of(cells: Sequence[Cell]) -> str:
@@ -184,7 +206,7 @@ def _sparsity(cells: Sequence[Cell]) -> str:
     return ", ".join(dict.fromkeys(f"{100 * cell.sparsity:.4f} %" if cell.entries else NONE for cell in cells))
 
 
-def _cost(study: Study, target: str) -> str:
+def _cost(study: Study, target: str) -> Table:
     rows = []
     for method in study.methods:
         cells, sends = study.of(method, target), study.sends(method)
@@ -197,7 +219,7 @@ def _cost(study: Study, target: str) -> str:
         )
     sent_heads, cost_heads = ["up per client", "down per client", "bits up per weight"], ["CPU seconds", "memory"]
     head = ["", *sent_heads, "client seconds", "server seconds", *cost_heads]
-    return markdown(head, rows)
+    return Table(head, rows)
 
 
 def _bytes(cells: Sequence[Cell], count: Callable[[Cell], float]) -> str:
@@ -218,7 +240,7 @@ def _memory(counts: Iterable[int | None]) -> str:
     return bytes_text(max(known)) if known else NONE
 
 
-def _ran(study: Study) -> str:
+def _ran(study: Study) -> list[Part]:
     data, evaluation = study.config.client_configs.data, study.config.evaluation
     windows = sorted({client.data.windows for client in study.config.clients})
     some = "all windows" if evaluation.windows is None else f"at most {evaluation.windows} windows"
@@ -249,7 +271,7 @@ def _ran(study: Study) -> str:
             f"- ‡ made of the uploads in the run of `{'` or `'.join(runs)}`: bytes, seconds and memory are those of that "
             "run, and no model was written to count zeros in."
         )
-    return "\n".join([lines[0], "", *lines[1:]])
+    return [lines[0], "\n".join(lines[1:])]
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -289,7 +311,7 @@ def table(study: Study) -> Group:
     last = study.targets[-1]
     at = f" at {escape(last)}" if len(study.targets) > 1 else ""
     heads = [*map(escape, study.targets), f"gap closed{at}", f"up per client{at}"]
-    shown = Table("", *(Column(head, justify="right") for head in heads))
+    shown = ConsoleTable("", *(Column(head, justify="right") for head in heads))
     shown.add_row("dense", *[f"{study.dense.mean:.2f}"] * len(study.targets), NONE, NONE)
     for method in study.methods:
         means = [_mean_of(study.of(method, target)) for target in study.targets]

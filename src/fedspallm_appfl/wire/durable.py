@@ -45,8 +45,7 @@ def _in_words(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(
-            f"{file} cannot be written: {error.strerror or error}; make room, or make the folder writable, and go on with "
-            "fedspallm resume"
+            f"{file} cannot be written: {error.strerror or error}; make room, or make the folder writable"
         ) from error
 
 

@@ -12,9 +12,8 @@ from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.schema import BOSES, DTYPES
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fedspallm_appfl.models.tasks import Score
+    from fedspallm_appfl.reports.terminal import ConsoleTable
     from fedspallm_appfl.runs.evaluation import Measured
 
 
@@ -111,14 +110,14 @@ def _scores(args: argparse.Namespace, models: list[str]) -> "dict[str, list[Scor
     return score(models, tasks, args.task_folder, **{name: getattr(args, name) for name in names})
 
 
-def _of_texts(models: list[str], measured: "dict[str, Measured]") -> "Table":
+def _of_texts(models: list[str], measured: "dict[str, Measured]") -> "ConsoleTable":
     table = _table("Perplexity", models, ["text"], ["perplexity"])
     for text in measured[models[0]].perplexity:
         table.add_row(_plain(text), *(f"{measured[model].perplexity[text]:.3f}" for model in models))
     return table
 
 
-def _of_tasks(models: list[str], scores: "dict[str, list[Score]]") -> "Table":
+def _of_tasks(models: list[str], scores: "dict[str, list[Score]]") -> "ConsoleTable":
     table = _table("Tasks", models, ["task", "metric", "questions"], ["score"])
     for row in zip(*(scores[model] for model in models), strict=True):
         asked = "" if row[0].questions is None else f"{row[0].questions:,}"
@@ -126,11 +125,11 @@ def _of_tasks(models: list[str], scores: "dict[str, list[Score]]") -> "Table":
     return table
 
 
-def _table(title: str, models: list[str], left: list[str], alone: list[str]) -> "Table":
+def _table(title: str, models: list[str], left: list[str], alone: list[str]) -> "ConsoleTable":
     """A table with a column for each model; its name stands in the title if there is one model."""
-    from rich.table import Table
+    from fedspallm_appfl.reports.terminal import ConsoleTable
 
-    table = Table(title=f"{title} of {' and '.join(map(_plain, models))}", title_justify="left")
+    table = ConsoleTable(title=f"{title} of {' and '.join(map(_plain, models))}", title_justify="left")
     for name in left:
         table.add_column(name, overflow="fold", justify="right" if name == "questions" else "left")
     for name in alone if len(models) == 1 else models:

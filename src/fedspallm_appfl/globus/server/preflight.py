@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from rich.markup import escape
-from rich.table import Table
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.errors import FederationError
@@ -16,6 +15,7 @@ from fedspallm_appfl.globus.server.run import Connection
 from fedspallm_appfl.globus.server.turn import POLL
 from fedspallm_appfl.globus.site.site_file import SITE
 from fedspallm_appfl.globus.store.data_store import GREETING
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.wire.metadata import printable
 
@@ -107,11 +107,11 @@ def problems(findings: Findings) -> list[str]:
     ]
 
 
-def table(findings: Findings) -> Table:
+def table(findings: Findings) -> ConsoleTable:
     """The findings as a table, without truncation."""
-    made = Table(title="Preflight", title_justify="left", show_lines=True)
+    made = ConsoleTable(title="Preflight", title_justify="left", show_lines=True)
     for column in ("client", *COLUMNS):
-        made.add_column(column, overflow="fold")
+        made.add_column(column)
     for client, cells in findings.items():
         made.add_row(escape(client), *(_shown(cells.get(column)) for column in COLUMNS))
     return made

@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from fedspallm_appfl.algorithms.algorithm import SUMMED
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site import identities, record
 from fedspallm_appfl.globus.site.site_file import SENDINGS, TOKEN_COUNTS, Site, SiteFile, read_site_file
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name, resolve_model
+from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings import custom_code
 from fedspallm_appfl.texts.checks import look_at
 from fedspallm_appfl.texts.files import are_tokens, text_files
@@ -42,7 +44,7 @@ class _Looked:
     problems: list[str] = field(default_factory=list)
 
 
-def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]]:
+def check(file: Path, model: Path | None, length: int) -> tuple[Group, list[str]]:
     """Check everything that a site file names.
 
     Args:
@@ -51,7 +53,7 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         length: tokens in a window.
 
     Returns:
-        A row for each client, and the problems.
+        A row for each client with what holds for all of them below, and the problems.
 
     Raises:
         ConfigError: the file cannot be read, or has wrong content.
@@ -71,18 +73,17 @@ def check(file: Path, model: Path | None, length: int) -> tuple[Table, list[str]
         tokenizer = _tokenizer(shared, model)
     except FedSpaLLMError as error:
         problems.append(f"model: {error}")
-    table = _table(tokenizer is not None, length)
+    table = _table(length)
     for client in site_file.clients:
         looked = _look(site_file, client, tokenizer, length)
         problems += looked.problems
-        cells = (looked.files, looked.size, looked.windows, escape(_model(shared)), *_leaves(shared))
-        table.add_row(escape(client), looked.where, *cells)
-    says = identities.told(site_file)
+        table.add_row(escape(client), looked.where, looked.files, looked.size, looked.windows)
+    says = [f"model: {_model(shared)}", _leaves(shared), *identities.told(site_file)]
+    if tokenizer is None:
+        says.append("windows are not counted without a tokenizer; name one with --model FOLDER")
     if waits := waiting(shared):
         says += ["waiting for approval (--approve HASH):", *waits]
-    if says:
-        table.caption = escape("\n".join(says))
-    return table, problems
+    return Group(table, *map(Text, says)), problems
 
 
 def approve(file: Path, name: str) -> str:
@@ -170,20 +171,21 @@ def _model(shared: Site) -> str:
     return shared.model if _folder(shared) else f"{shared.model}, not a folder here"
 
 
-def _leaves(shared: Site) -> tuple[str, str]:
-    least = f"{shared.min_tokens:,} tokens" if shared.min_tokens else "the width of an input"
+def _leaves(shared: Site) -> str:
+    least = (
+        f"nothing of fewer than {shared.min_tokens:,} tokens"
+        if shared.min_tokens
+        else "no grams of fewer tokens than an input is wide"
+    )
     valid = (*SUMMED, TOKEN_COUNTS) if shared.only_secure_sums else SENDINGS
     sendings = ", ".join(one for one in valid if one in shared.may_send)
-    return (
-        f"parts of secure sums of {sendings}" if sendings and shared.only_secure_sums else sendings or "nothing"
-    ), least
+    parts = "parts of secure sums of " if sendings and shared.only_secure_sums else ""
+    return f"may leave: {parts}{sendings or 'nothing'}; {least}"
 
 
-def _table(counts: bool, length: int) -> Table:
+def _table(length: int) -> ConsoleTable:
     numbers = ("files", "bytes", f"windows of {length} tokens")
-    table = Table(title="Site", title_justify="left", show_lines=True)
-    for name in ("client", "text", *numbers, "model", "may leave", "grams of at least"):
-        table.add_column(name, overflow="fold", justify="right" if name in numbers else "left")
-    if not counts:
-        table.caption = "windows are not counted without a tokenizer; name one with --model FOLDER"
+    table = ConsoleTable(title="Site", title_justify="left", show_lines=True)
+    for name in ("client", "text", *numbers):
+        table.add_column(name, justify="right" if name in numbers else "left")
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
+from fedspallm_appfl.reports import outputs
 from fedspallm_appfl.reports.own_text import ALL
 from fedspallm_appfl.reports.pages.pictures import Bar, Cell, bars, columns, heat_map
 from fedspallm_appfl.reports.parts import Table, bytes_text, html, sections
@@ -91,7 +92,7 @@ def _quality(results: Result) -> list[tuple[str, str, str]]:
 
 
 def _beside(name: str, own: float, other: float) -> str:
-    return f"{name} {other:.2f} ({100 * (own / other - 1):+.1f} %)"
+    return f"{name} {other:.2f} ({100 * (own / other - 1):+.1f}\N{NO-BREAK SPACE}%)"
 
 
 def _perplexity(config: Config, results: Result, log: EventLog) -> list[str]:
@@ -132,7 +133,26 @@ def _sparsity(config: Config, results: Result, log: EventLog) -> list[str]:
     said = f" Targets: {', '.join(aims)}." if 0 < len(aims) <= 8 else ""
     return [
         figure(heat_map(rows, blocks, f"Heat map. {words}"), f"{words}. Columns are blocks.{said}", table),
+        *_output_errors(log),
         *_agreement(config, results, log),
+    ]
+
+
+def _output_errors(log: EventLog) -> list[str]:
+    """By block, how far pruning has moved what it gives; nothing where no client has noted it."""
+    found = outputs.errors(log)
+    if not found:
+        return []
+    means = {block: outputs.mean(found[block]) for block in sorted(found)}
+    most = [max(found[block].values()) for block in means]
+    what = "Output error by block, less is better"
+    drawn = columns(
+        [Bar(str(b), mean, f"{mean:.3g}", "own") for b, mean in means.items()], most, max(most) or 1.0, what
+    )
+    return [
+        figure(
+            drawn, f"{what}. Columns: mean over clients. Outlines: the largest of a client, at most {max(most):.3g}."
+        )
     ]
 
 

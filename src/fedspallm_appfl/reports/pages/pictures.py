@@ -51,7 +51,7 @@ def bars(groups: Mapping[str, Sequence[Bar]], what: str) -> str:
             pieces.append(_bar(bar, LONGEST * (bar.value / longest if isfinite(bar.value) else 1), y))
             y += LINE
         y += GAP
-    return _svg(pieces, y - GAP, what)
+    return picture(pieces, y - GAP, what)
 
 
 def _bar(bar: Bar, width: float, y: int) -> str:
@@ -85,7 +85,7 @@ def columns(inner: Sequence[Bar], outer: Sequence[float], top: float, what: str)
         title = f"<title>{escape(f'{bar.name}: {bar.shown}')}</title>"
         name = f'<text class="middle" x="{x + width / 2:.3f}%" y="{HEIGHT + 15}">{escape(bar.name)}</text>'
         pieces.append(f"<g>{title}{shapes}{'' if number % every else name}</g>")
-    return _svg(pieces, HEIGHT + LINE, what)
+    return picture(pieces, HEIGHT + LINE, what)
 
 
 def heat_map(rows: Mapping[str, Mapping[str, Cell]], names: Sequence[str], what: str) -> str:
@@ -114,9 +114,10 @@ def heat_map(rows: Mapping[str, Mapping[str, Cell]], names: Sequence[str], what:
     for x, name in enumerate(names[::every]):
         middle = LABELS + (x * every + 0.48) * width
         pieces.append(f'<text class="middle" x="{middle:.3f}%" y="{bottom + 15}">{escape(name)}</text>')
-    return _svg(pieces, bottom + LINE, what)
+    return picture(pieces, bottom + LINE, what)
 
 
-def _svg(pieces: Sequence[str], height: int, what: str) -> str:
+def picture(pieces: Sequence[str], height: int, what: str) -> str:
+    """Pieces of SVG as wide as the page, with a description."""
     shown = escape(what)
     return f'<svg role="img" aria-label="{shown}" width="100%" height="{max(1, height)}">{"".join(pieces)}</svg>'
