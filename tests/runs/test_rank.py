@@ -23,8 +23,8 @@ EACH = {"comm_configs": {"blocks_per_message": 1}}
 class InMemory:
     """One process with all clients; the server takes a message before or after the clients made the next one."""
 
-    def __init__(self, server, names, ahead, log):
-        self._server, self._names, self._ahead, self._log = server, names, ahead, log
+    def __init__(self, server, names, ahead, log, wire):
+        self._server, self._names, self._ahead, self._log, self._wire = server, names, ahead, log, wire
         self._desk = Desk(server)
 
     def get_global_model(self, **asked):
@@ -34,6 +34,7 @@ class InMemory:
     def exchange(self, messages, meanwhile):
         sent = list(messages)
         self._log.append("sent")
+        self._wire.append([(client, without(told, "seconds", "host", "notes")) for client, _, told in sent])
         if self._ahead:
             meanwhile()
         for client, update, metadata in sent:
@@ -44,7 +45,11 @@ class InMemory:
         return payload, {client: answer | status for client, answer in answers.items()}
 
 
-def run(folder, model, ahead, log):
+def without(facts, *names):
+    return {key: value for key, value in facts.items() if key not in names}
+
+
+def run(folder, model, ahead, log, wire):
     def launch(config, state_dir, on_event, *_):
         agents_of = registration.agents()
         server = agents_of.server_agent(config, state_dir)
@@ -52,7 +57,7 @@ def run(folder, model, ahead, log):
         spare(server, config)
         told = [client_settings(config, client, "cpu", 10**9, folder / "agreed") for client in participants(config)]
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
-        all_rounds(InMemory(server, list(agents), ahead, log), agents, spares(config))
+        all_rounds(InMemory(server, list(agents), ahead, log, wire), agents, spares(config))
         forget()
         return server.aggregator
 
@@ -62,8 +67,7 @@ def run(folder, model, ahead, log):
 
 
 def said(run, kind):
-    drop = {"time", "seconds", "host", "notes", "traceback"}
-    return [{key: value for key, value in event.items() if key not in drop} for event in events(run, kind)]
+    return [without(event, "time", "seconds", "host", "notes", "traceback") for event in events(run, kind)]
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +95,12 @@ def test_what_is_made_ahead_changes_nothing(tmp_path, tiny_model, monkeypatch, t
 
     monkeypatch.setattr(LocalClient, "next_message", next_message)
     monkeypatch.setattr(FedSpaLLMAggregator, "receive", refusing)
-    runs, logs = [], []
+    runs, logs, wires = [], [], ([], [])
     for ahead in (False, True):
-        runs.append(run(tmp_path / str(ahead), tiny_model, ahead, log))
+        runs.append(run(tmp_path / str(ahead), tiny_model, ahead, log, wires[ahead]))
         logs.append(log[:])
         log.clear()
+    assert wires[0] == wires[1]
     one, other = map(weights, runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
     for kind in ("upload", "block", "absent"):
@@ -104,6 +109,8 @@ def test_what_is_made_ahead_changes_nothing(tmp_path, tiny_model, monkeypatch, t
         "none": [],
         "fails": ["it failed"],
     }.get(trouble, ["it was refused"])
+    made = [entry for entry in logs[1] if not isinstance(entry, str)]
+    assert len(made) == len(set(made))  # one that failed is not asked again
     assert not on_its_way(logs[0])
     assert {number for *_, number in on_its_way(logs[1])} == {1, 2}  # none begins an exchange
 
