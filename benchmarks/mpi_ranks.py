@@ -33,6 +33,7 @@ class Sink:
     """A server agent that answers every upload at once and keeps none."""
 
     server_agent_config = OmegaConf.create({"server_configs": {"optimize_memory": False}})
+    scheduler = None  # nobody is left out
 
     def __init__(self) -> None:
         self.closed = False

@@ -108,6 +108,14 @@ def test_clients_of_one_process_share_the_outer_parts_only():
     assert three["open blocks"] == two["open blocks"] == 9 * 96
 
 
+def test_an_mpi_rank_holds_the_message_on_its_way_too():
+    alone, rank = of_client().parts, estimate_memory.rank_memory(job(experiment()), client()).parts
+    assert rank["message on its way"] == PACKED
+    assert {**rank, "message on its way": 0, "heap": 0} == {**alone, "message on its way": 0, "heap": 0}
+    whole = client(blocks_per_message=2)  # the model in one message: nothing is made meanwhile
+    assert estimate_memory.rank_memory(job(experiment()), whole).parts["message on its way"] == 0
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
     [

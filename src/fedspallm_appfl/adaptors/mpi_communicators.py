@@ -1,4 +1,4 @@
-"""APPFL's MPI communicators with four changes: answers to batched clients, how they wait, how tensors travel, and where.
+"""APPFL's MPI communicators with other manners: how they answer and wait, and how, when and where tensors travel.
 
 * A rank with several clients sends one message for all of them and waits for one answer. APPFL allows that with its own
   scheduler only, and answers as soon as one of the clients can go on; here any scheduler will do, and the answer goes
@@ -9,10 +9,13 @@
   its dtype and shape; the tensors follow one by one, each straight from and into its own memory. MPI keeps messages between
   two ranks in order, so nothing has to be numbered.
 * Where ranks fold for the server, tensors go to them (`adaptors.fold_ranks`), which the server hears from.
+* While a message of clients is on its way, and until it is answered, they make the next one. A thread sends and waits:
+  without calls MPI may move nothing of a large message. One message is on its way, never two.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import yaml
@@ -29,6 +32,7 @@ from fedspallm_appfl.wire.messages import Unit, shares
 
 SERVER = 0  # its rank
 FIRST_PAUSE, LONGEST_PAUSE = 1e-5, 1e-3  # seconds
+LONGEST_SENDING = 1e-4  # over TCP each look sends what the socket takes, and no more
 
 
 def send_tensors(comm: Any, tensors: list[Tensor], rank: int, tag: int) -> None:
@@ -111,6 +115,7 @@ class PoliteMPIClient(MPIClientCommunicator):
         super().__init__(*args, **kwargs)
         self._inbox, self._owner = Inbox(), owner
         self._now = [-1, 0]  # the round and the exchange that the server has told of
+        self._thread = ThreadPoolExecutor(1, "messages") if MPI.Query_thread() >= MPI.THREAD_MULTIPLE else None
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
@@ -119,16 +124,30 @@ class PoliteMPIClient(MPIClientCommunicator):
         self._note(metadata)
         return (payload, metadata) if metadata else payload
 
-    def exchange(self, messages: Iterator[tuple[str, Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-        """Send messages of clients of this rank together: (client, update, metadata) of each."""
+    def exchange(
+        self, messages: Iterator[tuple[str, Any, dict[str, Any]]], meanwhile: Callable[[], None]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Send messages of clients of this rank together: (client, update, metadata) of each.
+
+        Args:
+            messages: of each client.
+            meanwhile: called while they are on their way, if MPI allows threads; it must not use this communicator.
+
+        Returns:
+            As `update_global_model`.
+        """
         all_of = list(messages)
         updates = {client: update for client, update, _ in all_of}
-        answer: tuple[Any, dict[str, Any]] = self.update_global_model(
-            updates, kwargs={client: told for client, _, told in all_of}
-        )
-        return answer
+        told = {client: metadata for client, _, metadata in all_of}
+        if self._thread is None:
+            return self.update_global_model(updates, kwargs=told)
+        answer = self._thread.submit(self.update_global_model, updates, kwargs=told)
+        meanwhile()
+        return answer.result()
 
-    def update_global_model(self, local_model: Any, client_id: str | int | None = None, **kwargs: Any) -> Any:
+    def update_global_model(
+        self, local_model: Any, client_id: str | int | None = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """Send the messages of clients of this rank.
 
         Args:
@@ -160,8 +179,10 @@ class PoliteMPIClient(MPIClientCommunicator):
         description, tensors = take_apart(payload)
         request = MPITaskRequest(description, yaml.dump({"_client_ids": self.client_ids, **metadata}))
         tag = self.comm_rank + self.comm_size * task.value
-        self.comm.Send(request_to_byte(request), dest=rank, tag=tag)
-        send_tensors(self.comm, tensors, rank, data_tag(self.comm))
+        on_its_way = [self.comm.Isend(request_to_byte(request), dest=rank, tag=tag)]
+        for tensor in tensors:
+            on_its_way.append(self.comm.Isend([memory(tensor), MPI.BYTE], dest=rank, tag=data_tag(self.comm)))
+        pause(lambda: MPI.Request.Testall(on_its_way), LONGEST_SENDING)
 
     def _answer(self) -> tuple[int, Any, dict[str, Any]]:
         response = self._recv_response()
@@ -198,7 +219,12 @@ def receive(comm: Any, status: MPI.Status) -> bytearray:
 
 def wait(comm: Any, source: int, tag: int, status: MPI.Status) -> None:
     """Return once a message has come: look often at first, as an answer may be near, then leave the core to others."""
-    pause = FIRST_PAUSE
-    while not comm.iprobe(source=source, tag=tag, status=status):
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+    pause(lambda: comm.iprobe(source=source, tag=tag, status=status), LONGEST_PAUSE)
+
+
+def pause(done: Callable[[], bool], longest: float) -> None:
+    """Look again and again, after pauses of up to so many seconds, until something is done; each look moves MPI on."""
+    seconds = FIRST_PAUSE
+    while not done():
+        time.sleep(seconds)
+        seconds = min(2 * seconds, longest)

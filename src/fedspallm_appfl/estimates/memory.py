@@ -91,11 +91,25 @@ def client_memory(job: Job, client: Client) -> Memory:
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
 
 
+def rank_memory(job: Job, client: Client) -> Memory:
+    """Memory of one client that is alone on its MPI rank: a message is on its way while the next is made."""
+    comm, alone = client.comm_configs, client_memory(job, client)
+    several = len(job.model.layout.pruned) > comm.blocks_per_message and any(one.only is None for one in job.exchanges)
+    sent = min(comm.blocks_per_message * _packed_block(job, client), comm.max_message_bytes) if several else 0
+    parts = {part: size for part, size in alone.parts.items() if part != "heap"}
+    return with_heap({**parts, "message on its way": sent}, alone.mapped)
+
+
 def _earlier(job: Job, client: Client) -> int:
     """Blocks that are packed and wait for the last one of their message."""
+    others = min(client.comm_configs.blocks_per_message, len(job.model.layout.pruned)) - 1
+    return others * _packed_block(job, client)
+
+
+def _packed_block(job: Job, client: Client) -> int:
+    """The most that a client sends of one block."""
     tables = (job.up(exchange, mask_only(client)) for exchange in job.exchanges)
-    packed = (sum(units.values()) for table in tables for units in table.values())
-    return min(client.comm_configs.blocks_per_message - 1, len(job.model.layout.pruned) - 1) * max(packed)
+    return max(sum(units.values()) for table in tables for units in table.values())
 
 
 def _activations(model: Outline, windows: int, length: int, copies: int = 1) -> int:

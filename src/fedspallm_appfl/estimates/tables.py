@@ -284,7 +284,7 @@ def _processes(job: Job, windows: Mapping[str, int] | None) -> Iterator[Process]
 
 
 def _ranks(job: Job) -> Iterator[Process]:
-    of_client = {client.client_id: memory.client_memory(job, client) for client in job.config.clients}
+    of_client = {client.client_id: memory.rank_memory(job, client) for client in job.config.clients}
     for clients, needs in _alike(of_client):
         yield f"MPI, {clients or 'each client'}", needs, None
     yield "MPI, server", memory.server_memory(job), None

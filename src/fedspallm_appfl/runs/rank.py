@@ -1,6 +1,7 @@
 """What a process with some of the clients does through all rounds, whatever carries its messages to the server."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedspallm_appfl.runs.absence import made, tell
@@ -14,8 +15,24 @@ class Wire(Protocol):
     def get_global_model(self, **asked: Any) -> Any:
         """What the server has for the clients of this process: a payload, with metadata if there is some."""
 
-    def exchange(self, messages: Iterator[Message]) -> tuple[Any, dict[str, Any]]:
-        """Send one message of each client; returns (payload for all, client -> metadata with the server's `status`)."""
+    def exchange(self, messages: Iterator[Message], meanwhile: Callable[[], None]) -> tuple[Any, dict[str, Any]]:
+        """Send one message of each client; returns (payload for all, client -> metadata with the server's `status`).
+
+        `meanwhile` may be called once while they are on their way.
+        """
+
+
+@dataclass
+class _Ahead:
+    """What was made while the message before was on its way.
+
+    Attributes:
+        messages: client -> its next message and metadata.
+        failed: client -> why it could not make it.
+    """
+
+    messages: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
@@ -35,14 +52,18 @@ def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
             agent.trainer.client.take(piece)
     status = "RUNNING" if "assign" in told else "DONE"
     absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
+    ahead = _Ahead()
     while status != "DONE":
-        status = _exchange(wire, agents, absent, sparing)
+        status = _exchange(wire, agents, absent, sparing, ahead)
     _measure(wire, agents, absent)
 
 
-def _exchange(wire: Wire, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> str:
+def _exchange(
+    wire: Wire, agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool, ahead: _Ahead
+) -> str:
     """One message of each client; returns the server's status."""
-    payload, answers = wire.exchange(_messages(agents, absent, sparing))
+    messages = _messages(agents, absent, sparing, ahead)
+    payload, answers = wire.exchange(messages, lambda: _make_ahead(agents, absent, sparing, ahead))
     for name, answer in answers.items():
         tell(agents[name], payload, answer)
         if answer.get("left_out"):
@@ -57,15 +78,29 @@ def _exchange(wire: Wire, agents: dict[str, Any], absent: dict[str, dict[str, st
     return status
 
 
-def _messages(agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool) -> Iterator[Message]:
-    """The next message of each client.
+def _make_ahead(agents: dict[str, Any], absent: Mapping[str, Any], sparing: bool, ahead: _Ahead) -> None:
+    """Make the next message of each client, unless its exchange is over: what comes down then has to be taken first."""
+    for name, agent in agents.items():
+        if name not in absent and agent.trainer.client.in_exchange:
+            message = made(agent, ahead.failed, sparing)
+            if message is not None:
+                ahead.messages[name] = message
+
+
+def _messages(
+    agents: dict[str, Any], absent: dict[str, dict[str, str]], sparing: bool, ahead: _Ahead
+) -> Iterator[Message]:
+    """The next message of each client: what was made ahead, if the server has not left the client out since.
 
     A client that fails says so once, and then waits with the others for the end of each exchange, until a round begins. The
     server hears of all who wait before the message that may end the exchange, the last.
     """
     before, last, ends = set(absent), None, True
+    early, ahead.messages = ahead.messages, {}
+    absent.update({name: why for name, why in ahead.failed.items() if name not in before})
+    ahead.failed.clear()
     for name in [name for name in agents if name not in absent]:
-        message = made(agents[name], absent, sparing)
+        message = early.pop(name, None) or made(agents[name], absent, sparing)
         if message is None:
             continue
         if last is not None:

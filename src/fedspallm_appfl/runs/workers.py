@@ -7,7 +7,7 @@ The server takes a message as it is made. It answers a worker when all of its cl
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -66,8 +66,11 @@ class ToServer:
         answer = self._line.receive()
         return (answer["payload"], answer["metadata"]) if answer["metadata"] else answer["payload"]
 
-    def exchange(self, messages: Iterator[Message]) -> tuple[Any, dict[str, Any]]:
-        """Send one message of each client as it is made; returns (payload for all, client -> metadata)."""
+    def exchange(self, messages: Iterator[Message], meanwhile: Callable[[], None]) -> tuple[Any, dict[str, Any]]:
+        """Send one message of each client as it is made; returns (payload for all, client -> metadata).
+
+        Nothing is done meanwhile: the server, beside it, needs the cores, and one message at a time lies in memory.
+        """
         for client, update, metadata in messages:
             self._line.send(worker=self._number, asked={"client": client, "metadata": metadata}, update=update)
             del update  # not kept while the next is made
