@@ -2,6 +2,7 @@
 
 import functools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,49 @@ def test_an_error_reaches_every_client_that_waits(folder, tmp_path):
     with pytest.raises(UpdateError, match="client c ended round 0 without block 0"):
         scheduler.schedule("c", {}, **facts)
     assert isinstance(waiting.exception(timeout=1), UpdateError)
+
+
+class Rounds:
+    """An aggregator that counts who has ended or was given up, and nothing else."""
+
+    def __init__(self, roster):
+        self.settings = SimpleNamespace(roster=roster)
+        self.global_model = SimpleNamespace(open_blocks=set, owes=lambda client, block: False)
+        self.round, self.ended, self.absent, self.events = 0, set(), set(), []
+        self.on_event = self.events.append
+
+    def receive(self, client, update, metadata):
+        self.ended.add(client)
+        return True
+
+    def give_up(self, client):
+        self.absent.add(client)
+
+    def given_up(self):
+        return self.absent
+
+    def all_ended(self):
+        return len(self.ended) + len(self.absent) == len(self.settings.roster)
+
+    def end_exchange(self):
+        self.round, self.ended, self.absent = self.round + 1, set(), set()
+        return {}
+
+    def instructions(self, clients):
+        return {"round": self.round}
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_no_exchange_ends_before_those_who_are_left_out_wait_for_its_end(folder, order):
+    """Or the second of two clients of one process is taken for one that fails in the next round, which waits for it."""
+    from fedspallm_appfl.adaptors.scheduler import FedSpaLLMScheduler
+
+    scheduler = FedSpaLLMScheduler(OmegaConf.create({}), Rounds("abcd"), None)
+    scheduler.spare_others = scheduler.all_attend = True
+    assert scheduler.leave_out("b", {"why": ""}, waits=False).result()[1] == {"left_out": True}
+    others = [scheduler.schedule(client, {}) for client in "cd"]
+    first, second = (scheduler.leave_out(client, {"why": ""}, waits=True) for client in order)
+    futures = [*others, first, second]
+    assert [future.result(0)[1] for future in futures] == [{"round": 1}] * 4
+    absent = [(event["round"], event["client"]) for event in scheduler.aggregator.events]
+    assert absent == [(0, "b"), (0, "a")]

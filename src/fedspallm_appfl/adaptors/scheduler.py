@@ -31,6 +31,8 @@ class FedSpaLLMScheduler(BaseScheduler):
 
     Attributes:
         spare_others: an upload that is refused fails for its client alone.
+        all_attend: clients that are left out wait for the end of each exchange as well, and none ends before they do: who
+            comes late would be taken for one that fails in the next round.
         least: clients that must take part, for `leave_out`.
     """
 
@@ -43,7 +45,7 @@ class FedSpaLLMScheduler(BaseScheduler):
         self._held: dict[str, tuple[Future, set[int]]] = {}
         self._at_barrier: dict[str, Future] = {}
         self._open: set[int] = set()  # blocks, when all who are held were last looked at
-        self.spare_others = False
+        self.spare_others = self.all_attend = False
         self.least = 1
 
     def schedule(self, client_id: str | int, local_model: Any, **kwargs: Any) -> Future:
@@ -124,7 +126,8 @@ class FedSpaLLMScheduler(BaseScheduler):
 
     def _go_on(self) -> None:
         """End the exchange if everybody has, and answer who may go on."""
-        ended = self.aggregator.end_exchange() if self.aggregator.all_ended() else None
+        here = not self.all_attend or self.aggregator.given_up() <= self._at_barrier.keys()
+        ended = self.aggregator.end_exchange() if here and self.aggregator.all_ended() else None
         self._release()
         if ended is not None:
             self._answer_all(ended)

@@ -18,6 +18,7 @@ def spares(config: Config) -> bool:
 def spare(server: Any, config: Config) -> None:
     """Tell the server's agent of it."""
     server.scheduler.spare_others = spares(config)
+    server.scheduler.all_attend = True
     server.scheduler.least = config.server_configs.min_clients or len(config.clients)
 
 
