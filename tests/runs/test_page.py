@@ -16,6 +16,7 @@ from fedspallm_appfl.cli import main
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.models.storage.export import MatrixSparsity
 from fedspallm_appfl.reports import finished
+from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.pages import pictures
 from fedspallm_appfl.reports.pages.page import by_kind
 from helpers.experiments import first_pages
@@ -231,3 +232,12 @@ def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, t
     shown = Page(page.read_text("utf-8")).words
     assert "algorithm fedspallm standalone gram" in shown and "Perplexity by text" not in shown
     assert "fedspallm/run FedSpaLLM with sparsegpt 0.5000" in shown
+    assert "No text was measured by all of these runs" in shown
+    assert main(["compare", str(folders["standalone"]), str(folders["gram"]), "--out", str(page)]) == 0
+    shown = Page(page.read_text("utf-8")).words
+    found = [own_texts(finished.opened(folders[name])[2]) for name in ("standalone", "gram")]
+    assert len(found[0]) == 3
+    for client, one in found[0].items():
+        both = (value for other in (one, found[1][client]) for value in (other.dense, other.pruned))
+        assert " ".join([client, *(f"{value:.3f}" for value in both)]) in shown
+    assert "No text was measured" not in shown and "measured differently" not in shown

@@ -68,7 +68,7 @@ def test_a_text_begins_as_the_tokenizer_begins_one(tokenizer):
     if begins:
         assert words[:2] == ["every window begins with <s>", "the first window begins with <s>"]
     else:
-        assert words[:2] == ["the tokenizer begins no text with a token of its own"] * 2
+        assert words[:2] == ["no begin-of-sequence token is added"] * 2
     assert words[2] == "windows begin without a begin-of-sequence token"
 
 

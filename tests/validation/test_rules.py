@@ -259,7 +259,7 @@ def test_a_text_with_too_few_windows_says_how_many_there_are(problems, model, tm
     assert problems(short, f"clients.0.data.windows={there}") == []
     assert problems(short, f"clients.0.data.windows={there + 1}") == [
         f"client a: {there + 1} calibration windows of 16 tokens were requested, its text has {there}; "
-        "give more text, or lower data.windows or data.length"
+        "give more text, or lower client_configs.data.windows or client_configs.data.length"
     ]
 
 

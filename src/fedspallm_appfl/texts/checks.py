@@ -16,7 +16,7 @@ def too_few(client: str, count: int, length: int, found: int) -> str:
     """The error message for a private text that has fewer windows than requested."""
     return (
         f"client {client}: {count} calibration windows of {length} tokens were requested, its text has {found}; "
-        "give more text, or lower data.windows or data.length"
+        "give more text, or lower client_configs.data.windows or client_configs.data.length"
     )
 
 

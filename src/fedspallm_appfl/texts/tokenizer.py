@@ -89,5 +89,5 @@ def beginning_words(tokenizer: Any, bos: str) -> str:
     if bos == "never":
         return "windows begin without a begin-of-sequence token"
     if not words:
-        return "the tokenizer begins no text with a token of its own"
+        return "no begin-of-sequence token is added"
     return f"the first window begins with {words}" if bos == "first" else f"every window begins with {words}"

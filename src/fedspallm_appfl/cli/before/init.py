@@ -16,6 +16,7 @@ from fedspallm_appfl.cli.checked import checked, console, introduce
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.presets import PRESETS
+from fedspallm_appfl.tensors.targets import parse_sparsity
 
 WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as many
 FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
@@ -35,6 +36,7 @@ class Question:
         otherwise: the answer if nothing is typed; None if there has to be one.
         about: help of the option.
         several: the answer is a list of words.
+        check: raises a ConfigError for an answer that cannot be.
     """
 
     option: str
@@ -42,6 +44,7 @@ class Question:
     otherwise: str | None
     about: str
     several: bool = False
+    check: Callable[[Any], object] = lambda answer: None
 
 
 QUESTIONS = (
@@ -52,20 +55,29 @@ QUESTIONS = (
         None,
         "NAME=PATH for each client, or a folder with one file or folder for each",
         several=True,
+        check=lambda answer: _clients(answer),
     ),
-    Question("sparsity", "Share of weights to prune, or a pattern such as 2:4", "0.5", "a ratio, or n:m (0.5)"),
+    Question(
+        "sparsity",
+        "Share of weights to prune, or a pattern such as 2:4",
+        "0.5",
+        "a ratio, or n:m (0.5)",
+        check=lambda answer: _target(answer),
+    ),
     Question(
         "preset",
-        f"Preset, {', '.join(PRESETS)}: that of the paper, in seconds, the lowest perplexity",
+        "Preset: paper (as published), fast (in seconds), best (lowest perplexity)",
         "paper",
         f"{', '.join(PRESETS)} (paper)",
+        check=lambda answer: _preset(answer),
     ),
     Question(
         "evaluate",
         "Held-out texts, NAME=PATH for each; empty: each client measures on its own text",
         "",
-        "held-out texts, NAME=PATH for each; none: each client measures on its own text",
+        "held-out texts, NAME=PATH for each; without it each client measures on its own text",
         several=True,
+        check=lambda answer: _named(answer, "evaluate"),
     ),
 )
 
@@ -102,7 +114,19 @@ def work(args: argparse.Namespace) -> int:
         args.file.unlink()
         raise
     introduce(config, shown)
-    shown.print(f"wrote {args.file}; run it with\n  fedspallm run {args.file}", highlight=False, markup=False)
+    data = config.client_configs.data
+    if data.windows < FEW:
+        shown.print(
+            f"the shortest text has {data.windows} windows of {data.length} tokens for pruning, as all clients have: "
+            "more text gives a better model",
+            highlight=False,
+            markup=False,
+        )
+    shown.print(
+        f"wrote {args.file}; what it takes, and the run:\n  fedspallm estimate {args.file}\n  fedspallm run {args.file}",
+        highlight=False,
+        markup=False,
+    )
     return 0
 
 
@@ -125,9 +149,16 @@ def _answer(question: Question, given: Any) -> Any:
             typed = console().input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise or ""
         except EOFError as error:
             raise ConfigError(f"init: no answer for --{question.option}; nothing was written") from error
+        answer = typed.split() if question.several else typed
+        try:
+            question.check(answer)
+        except ConfigError as error:
+            console().print(f"{error}", highlight=False, markup=False)
+            typed = ""
+            continue
         if question.otherwise == "":
             break
-    return typed.split() if question.several else typed
+    return answer
 
 
 def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
@@ -155,6 +186,18 @@ def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
         "clients": [{"client_id": name, "data": {"text": told(path)}} for name, path in clients.items()],
         "evaluation": measured,
     }
+
+
+def _target(answer: str) -> None:
+    try:
+        parse_sparsity(answer)
+    except ValueError as error:
+        raise ConfigError(f"sparsity: {error}") from error
+
+
+def _preset(answer: str) -> None:
+    if answer not in PRESETS:
+        raise ConfigError(f"preset: one of {', '.join(PRESETS)}, got {answer}")
 
 
 def _clients(answer: list[str]) -> dict[str, str]:

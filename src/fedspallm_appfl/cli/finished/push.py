@@ -41,6 +41,8 @@ def work(args: argparse.Namespace) -> int:
 
     try:
         validate_repo_id(args.name)
+        if "/" not in args.name:
+            raise HFValidationError("it takes OWNER/NAME")
     except HFValidationError as error:
         raise ConfigError(f"{args.name} is no name for the hub ({shortened(first_line(error))})") from error
     folder, shown = _model(args.folder), console()

@@ -48,7 +48,13 @@ def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") ->
     if not is_folder(folder):
         folder = _from_hub(path, weights, key)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model: it holds no config.json; name a folder saved by save_pretrained")
+        inside = folder / "model"
+        what = (
+            f"that of the run is {inside}"
+            if (inside / "config.json").is_file()
+            else "name a folder saved by save_pretrained"
+        )
+        raise ModelError(f"{folder} is not a model: it holds no config.json; {what}")
     return folder
 
 

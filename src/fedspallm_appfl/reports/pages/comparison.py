@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.reports import finished
+from fedspallm_appfl.reports.own_text import TITLE, OwnText, own_texts
 from fedspallm_appfl.reports.pages.page import document, figure
 from fedspallm_appfl.reports.pages.pictures import Bar, bars
 from fedspallm_appfl.reports.parts import Table, bytes_text, html
@@ -18,7 +19,11 @@ from fedspallm_appfl.validation.words import how
 from fedspallm_appfl.wire.durable import write_text
 
 MEASURED = ("length", "windows", "bos", "field")  # settings of `evaluation` on which a perplexity depends
-WITHIN = ("run_dir", "clients.")  # keys that differ without a word being said
+DIFFERENTLY = (
+    "**These runs measured differently** (model, texts or windows, see below), so perplexities do not compare."
+)
+NOTHING = "No text was measured by all of these runs, so perplexities are not compared."
+WITHIN = ("run_dir", "clients.", "workers")  # keys that differ without a word being said
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class Run:
     Attributes:
         config: its configuration.
         results: what it has shown.
+        own: client -> what it has measured on its own text.
         up: bytes of tensors that its clients have sent.
         seconds: of work.
     """
 
     config: Config
     results: Result
+    own: Mapping[str, OwnText]
     up: int
     seconds: float
 
@@ -57,6 +64,8 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
     body = [
         html(_summary(runs, texts)),
         *(_perplexity(runs, texts) if texts else []),
+        *map(html, _own_texts(runs)),
+        *([] if texts or _own_texts(runs) else [html(NOTHING)]),
         _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
         _one_each(
             "Seconds of work, by run.", {name: (run.seconds, f"{run.seconds:.0f} s") for name, run in runs.items()}
@@ -68,7 +77,7 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
 
 def _opened(folder: Path) -> Run:
     config, results, log = finished.opened(folder)
-    return Run(config, results, sum(traffic(log)[0].values()), log.seconds)
+    return Run(config, results, own_texts(log), sum(traffic(log)[0].values()), log.seconds)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -112,7 +121,27 @@ def _measured_alike(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
         ways.add(repr([run.config.model.path, run.config.model.dtype, *how_measured]))
     if len(ways) == 1:
         return []
-    return ["**These runs measured differently** (model, texts or windows, see below), so perplexities do not compare."]
+    return [DIFFERENTLY]
+
+
+def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
+    """What clients of all runs have measured on their own text; empty if none has in all of them."""
+    clients = [client for client in next(iter(runs.values())).own if all(client in run.own for run in runs.values())]
+    if not clients:
+        return []
+    ways = {
+        repr([run.config.model.path, run.config.evaluation.length, [run.own[one].tokens for one in clients]])
+        for run in runs.values()
+    }
+    head = ["client", *(f"{name}, {which}" for name in runs for which in ("dense", "pruned"))]
+    rows = [
+        [
+            client,
+            *(f"{value:.3f}" for run in runs.values() for value in (run.own[client].dense, run.own[client].pruned)),
+        ]
+        for client in clients
+    ]
+    return [f"## {TITLE}", *([DIFFERENTLY] if len(ways) > 1 else []), Table(head, rows)]
 
 
 def _one_each(caption: str, values: Mapping[str, tuple[float, str]]) -> str:
