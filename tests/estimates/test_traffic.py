@@ -275,7 +275,7 @@ def test_settings_that_matter_are_named(capsys):
         capsys, ROOT / "configs" / "demo.yaml", *settings, "clients.0.data.windows=64", "evaluation.compare=[]"
     )
     assert "raise resource_share or num_global_epochs to reach them" in out
-    assert "uniform sampling leaves 4.69 blocks a round to nobody" in out
+    assert "on average 4.69 blocks a round are drawn by no client and stay dense" in out
     assert "about, compressed" in out
     assert "MPI, bible, csource, sqldocs" in out
 

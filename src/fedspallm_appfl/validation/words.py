@@ -54,7 +54,8 @@ def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
         )
     if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
         expected = expected_uncovered(roster(config), len(blocks))
-        yield f"on average {expected:.2f} blocks a round are drawn by no client and stay dense"
+        if expected >= 0.005:
+            yield f"on average {expected:.2f} blocks a round are drawn by no client and stay dense"
 
 
 def _notices(config: Config) -> Iterator[str]:
