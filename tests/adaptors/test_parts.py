@@ -34,7 +34,7 @@ def test_a_message_without_parts_is_whole_at_once():
 
 def test_what_one_rank_refuses_is_noted_first_of_all():
     receipt = Receipt()
-    receipt.add("refused: NaN")
+    receipt.add(Receipt(refused="refused: NaN"))
     receipt.add(Receipt({(0, "q"): True}, 3, {0: 3}))
-    receipt.add("refused: later")
+    receipt.add(Receipt(refused="refused: later"))
     assert receipt == Receipt({(0, "q"): True}, 3, {0: 3}, "refused: NaN")

@@ -11,6 +11,7 @@ from fedspallm_appfl.algorithms import fedavg, fedspallm
 from fedspallm_appfl.errors import ConfigError, FederationError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.folds.intake import Receipt
 from fedspallm_appfl.settings.schema import HashedModel, Pruning
 from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.packed import pack, pack_mask
@@ -594,6 +595,6 @@ def test_a_server_that_hears_receipts_alone_ends_with_the_same_bits(tmp_path):
 def test_what_was_folded_elsewhere_in_part_cannot_be_spared(tmp_path):
     model = server(tmp_path)
     receipt = model._intake.take("cy", upload("cy", [1]), SAMPLES["cy"])
-    receipt.add("refused an update from client cy: the rest of it")
+    receipt.add(Receipt(refused="refused an update from client cy: the rest of it"))
     with pytest.raises(FederationError, match=r"the rest of it; other parts of it are in the sums.*fold_ranks: 0"):
         model.receive("cy", receipt, SAMPLES["cy"])

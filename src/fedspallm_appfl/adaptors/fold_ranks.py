@@ -4,6 +4,7 @@ Every matrix belongs to one of them. A client sends each rank its matrices, and 
 rank checks them, adds them up and tells the server what came. When the server knows that nobody owes a matrix any more, it
 lets the rank close it and gets what was made. A matrix is added up in one place, as without these ranks; the bits do not
 change.
+
 Fold ranks read what the server has made, and write sums that stay, in the run directory: all of them have to see it.
 """
 
@@ -119,12 +120,12 @@ class FoldRank:
         self._sent = [sent for sent in self._sent if not sent.test()[0]]
         self._sent.append(self._comm.isend(note, dest=SERVER, tag=tag_of(self._comm, "note")))
 
-    def _receipt(self, client: str, update: Any, metadata: Any) -> Receipt | str:
+    def _receipt(self, client: str, update: Any, metadata: Any) -> Receipt:
         """What was added up, or why it was refused."""
         try:
             return self._intake.take(client, update, read_metadata(metadata, f"client {client}").samples)
         except UpdateError as error:
-            return str(error)
+            return Receipt(refused=str(error))
         finally:
             self._skeleton.files.release()  # dense weights that masks without values were filled from
 

@@ -119,7 +119,7 @@ class PoliteMPIClient(MPIClientCommunicator):
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
-        self._ask(MPITask.GET_GLOBAL_MODEL, kwargs, {})
+        self._ask(MPITask.GET_GLOBAL_MODEL, kwargs, {}, self.server_rank)
         _, payload, metadata = self._answer()
         self._note(metadata)
         return (payload, metadata) if metadata else payload
@@ -164,7 +164,7 @@ class PoliteMPIClient(MPIClientCommunicator):
             self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_now": self._now}, part, rank)
         left = {client: {} for client in clients} if self._owner else local_model
         more = {"_parts": list(parts)} if parts else {}
-        self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": clients, **more}, left)
+        self._ask(MPITask.UPDATE_GLOBAL_MODEL, {**told, "_client_ids": clients, **more}, left, self.server_rank)
         status, payload, metadata = self._answer()
         for answer in metadata.values():
             self._note(answer)
@@ -175,7 +175,7 @@ class PoliteMPIClient(MPIClientCommunicator):
         if "exchange" in told:
             self._now = [told["round"], told["exchange"]]
 
-    def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any, rank: int = SERVER) -> None:
+    def _ask(self, task: MPITask, metadata: dict[str, Any], payload: Any, rank: int) -> None:
         description, tensors = take_apart(payload)
         request = MPITaskRequest(description, yaml.dump({"_client_ids": self.client_ids, **metadata}))
         tag = self.comm_rank + self.comm_size * task.value

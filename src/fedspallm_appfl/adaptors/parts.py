@@ -12,12 +12,12 @@ class Note:
 
     Attributes:
         rank: whose message it was.
-        receipts: client -> what was added up, or why it was refused.
+        receipts: client -> what was added up.
         events: what was seen meanwhile.
     """
 
     rank: int
-    receipts: dict[str, Receipt | str]
+    receipts: dict[str, Receipt]
     events: list[dict[str, Any]]
 
 

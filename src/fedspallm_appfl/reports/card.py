@@ -12,7 +12,7 @@ import yaml
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.models.storage.checkpoint import is_hub_name
-from fedspallm_appfl.models.storage.export import BASE_CARD, CARD
+from fedspallm_appfl.models.storage.folder import BASE_CARD, CARD
 from fedspallm_appfl.reports.parts import markdown
 from fedspallm_appfl.reports.result import label, mean
 from fedspallm_appfl.settings.schema import Config

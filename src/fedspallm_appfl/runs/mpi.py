@@ -176,7 +176,7 @@ def _fold(config: Config, comm: Any) -> None:
 def run_clients(config: Config, comm: Any) -> None:
     """Run the clients of this rank through all rounds."""
     agents_of = registration.agents()
-    from fedspallm_appfl.adaptors.mpi_communicators import PoliteMPIClient
+    from fedspallm_appfl.adaptors.mpi_communicators import SERVER, PoliteMPIClient
 
     mine, limit = _clients_of_rank(config, comm)
     node = _place_on_node(comm, config)
@@ -188,7 +188,7 @@ def run_clients(config: Config, comm: Any) -> None:
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
         folding = config.server_configs.fold_ranks
         owner = _owners(config, Skeleton.of(told[0])) if folding else None
-        wire = PoliteMPIClient(comm, server_rank=0, client_ids=list(agents), owner=owner)
+        wire = PoliteMPIClient(comm, server_rank=SERVER, client_ids=list(agents), owner=owner)
         all_rounds(wire, agents, spares(config))
         wire.invoke_custom_action(action="close_connection")
 

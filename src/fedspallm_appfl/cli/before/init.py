@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,41 +46,6 @@ class Question:
     about: str
     several: bool = False
     check: Callable[[Any], object] = lambda answer: None
-
-
-QUESTIONS = (
-    Question("model", "Model, a folder or a name on the hub", None, "a folder, or a name on the hub"),
-    Question(
-        "clients",
-        "Texts of the clients, NAME=PATH for each, or a folder with one file or folder for each",
-        None,
-        "NAME=PATH for each client, or a folder with one file or folder for each",
-        several=True,
-        check=lambda answer: _clients(answer),
-    ),
-    Question(
-        "sparsity",
-        "Share of weights to prune, or a pattern such as 2:4",
-        "0.5",
-        "a ratio, or n:m (0.5)",
-        check=lambda answer: _target(answer),
-    ),
-    Question(
-        "preset",
-        "Preset: paper (as published), fast (in seconds), best (lowest perplexity)",
-        "paper",
-        f"{', '.join(PRESETS)} (paper)",
-        check=lambda answer: _preset(answer),
-    ),
-    Question(
-        "evaluate",
-        "Held-out texts, NAME=PATH for each; empty: each client measures on its own text",
-        "",
-        "held-out texts, NAME=PATH for each; without it each client measures on its own text",
-        several=True,
-        check=lambda answer: _named(answer, "evaluate"),
-    ),
-)
 
 
 def add(verbs: Any) -> None:
@@ -143,22 +109,20 @@ def _answer(question: Question, given: Any) -> Any:
             raise ConfigError(f"init: --{question.option} is missing, and nobody can be asked; {question.about}")
         return question.otherwise.split() if question.several else question.otherwise
     default = f" [{question.otherwise}]" if question.otherwise else ""
-    typed = ""
-    while not typed:
+    while True:
         try:
-            typed = console().input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise or ""
+            typed = console().input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise
         except EOFError as error:
             raise ConfigError(f"init: no answer for --{question.option}; nothing was written") from error
+        if typed is None:
+            continue
         answer = typed.split() if question.several else typed
         try:
             question.check(answer)
         except ConfigError as error:
             console().print(f"{error}", highlight=False, markup=False)
-            typed = ""
-            continue
-        if question.otherwise == "":
-            break
-    return answer
+        else:
+            return answer
 
 
 def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
@@ -264,3 +228,38 @@ def _written(file: Path, made: dict[str, Any]) -> str:
     heading = f"# {count}. All keys: docs/configuration.md\n#\n# Launch     fedspallm run {file}\n"
     parts = [yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True) for key, value in made.items()]
     return "\n".join([heading, *parts])
+
+
+QUESTIONS = (
+    Question("model", "Model, a folder or a name on the hub", None, "a folder, or a name on the hub"),
+    Question(
+        "clients",
+        "Texts of the clients, NAME=PATH for each, or a folder with one file or folder for each",
+        None,
+        "NAME=PATH for each client, or a folder with one file or folder for each",
+        several=True,
+        check=_clients,
+    ),
+    Question(
+        "sparsity",
+        "Share of weights to prune, or a pattern such as 2:4",
+        "0.5",
+        "a ratio, or n:m (0.5)",
+        check=_target,
+    ),
+    Question(
+        "preset",
+        "Preset: paper (as published), fast (in seconds), best (lowest perplexity)",
+        "paper",
+        f"{', '.join(PRESETS)} (paper)",
+        check=_preset,
+    ),
+    Question(
+        "evaluate",
+        "Held-out texts, NAME=PATH for each; empty: each client measures on its own text",
+        "",
+        "held-out texts, NAME=PATH for each; without it each client measures on its own text",
+        several=True,
+        check=partial(_named, option="evaluate"),
+    ),
+)

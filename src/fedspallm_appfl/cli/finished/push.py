@@ -10,9 +10,7 @@ from fedspallm_appfl import __version__
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import ConfigError, first_line, shortened
-from fedspallm_appfl.models.storage.folder import companions
-
-CARD = "README.md"  # the hub's name for it
+from fedspallm_appfl.models.storage.folder import CARD, INDEX_ENDINGS, companions
 
 
 def add(verbs: Any) -> None:
@@ -34,39 +32,47 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it. Of a run only the model folder is sent: reports and metrics name clients and their machines."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
-
-    try:
-        validate_repo_id(args.name)
-        if "/" not in args.name:
-            raise HFValidationError("it takes OWNER/NAME")
-    except HFValidationError as error:
-        raise ConfigError(f"{args.name} is no name for the hub ({shortened(first_line(error))})") from error
-    folder, shown = _model(args.folder), console()
+    _require_name(args.name)
+    folder = _model(args.folder)
     card = _card(folder)
     if args.base_model:
         card.data.base_model = args.base_model
-    weights = CheckpointFiles(folder)
-    files = [(name, file) for name, file in companions(folder) if name != CARD]
-    indices = [one.name for one in folder.iterdir() if one.name.endswith(".index.json")]
-    files += [(name, folder / name) for name in (*weights.shards, *indices)]
-    visible = "public" if args.public else "private"
-    shown.print(f"{folder} to {args.name}, {visible}:", highlight=False, markup=False)
-    for name, file in sorted(files):
-        shown.print(f"  {name}  {file.stat().st_size:,} bytes", highlight=False, markup=False)
-    shown.print(f"  {CARD}  {len(str(card).encode()):,} bytes", highlight=False, markup=False)
+    files: list[tuple[str, Path | bytes]] = [*_files(folder), (CARD, str(card).encode())]
+    lines = [f"{folder} to {args.name}, {'public' if args.public else 'private'}:"]
+    lines += [f"  {name}  {len(one) if isinstance(one, bytes) else one.stat().st_size:,} bytes" for name, one in files]
     if not card.data.license:
-        shown.print(f"{CARD} names no licence: look up that of the base model before you pass this on", highlight=False)
-    if args.dry_run:
-        shown.print("nothing was sent (--dry-run)", highlight=False)
-        return 0
-    shown.print(
-        _sent([*sorted(files), (CARD, str(card).encode())], args.name, args.public), highlight=False, markup=False
-    )
+        lines.append(f"{CARD} names no licence: look up that of the base model before you pass this on")
+    console().print("\n".join(lines), highlight=False, markup=False)
+    done = "nothing was sent (--dry-run)" if args.dry_run else _sent(files, args.name, args.public)
+    console().print(done, highlight=False, markup=False)
     return 0
+
+
+def _require_name(name: str) -> None:
+    """See that a repository can be called so.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+        why = "" if "/" in name else "it takes OWNER/NAME"
+    except HFValidationError as error:
+        why = shortened(first_line(error))
+    if why:
+        raise ConfigError(f"{name} is no name for the hub ({why})")
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """Name -> file of all that belongs to a model, without its card."""
+    from fedspallm_appfl.models.storage.checkpoint import CheckpointFiles
+
+    indices = (one.name for one in folder.iterdir() if one.name.endswith(INDEX_ENDINGS))
+    files = {name: folder / name for name in (*CheckpointFiles(folder).shards, *indices)} | dict(companions(folder))
+    return sorted((name, file) for name, file in files.items() if name != CARD)
 
 
 def _model(folder: Path) -> Path:

@@ -22,14 +22,12 @@ from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.checkpoint import SAFETENSORS, CheckpointFiles
-from fedspallm_appfl.models.storage.folder import companions, partial_file
+from fedspallm_appfl.models.storage.folder import BASE_CARD, CARD, companions, partial_file
 from fedspallm_appfl.models.storage.stored import Place
 from fedspallm_appfl.models.storage.written import DTYPE_NAMES, as_stored, bytes_of, write_tensors
 from fedspallm_appfl.tensors.sparsity import already_zero
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
-
-CARD, BASE_CARD = "README.md", "README.base.md"  # the card of the base model makes room for that of the pruned one
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pth", ".pt")
+CARD, BASE_CARD = "README.md", "README.base.md"  # the card of the base model makes room for that of the pruned one
 INDEX_ENDINGS = (".bin.index.json", ".safetensors.index.json")
 
 

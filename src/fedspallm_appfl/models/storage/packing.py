@@ -4,9 +4,8 @@ No model is built to pack: every matrix of floats in the checkpoint for which it
 """
 
 import json
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,11 +126,9 @@ def _new_folder(source: Path, out: Path) -> Iterator[Path]:
         raise ModelError(f"{out} is there already; name a new folder, or remove it")
     if out.resolve().is_relative_to(source.resolve()):
         raise ModelError(f"{out} would lie inside {source}, and be copied into itself; name a folder beside it")
-    made = None
+    made = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        made.chmod(0o777 & ~_umask())  # mkdtemp lets nobody else read
+        made.mkdir(parents=True)
         for name, file in companions(source):
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, made / name)
@@ -140,15 +137,7 @@ def _new_folder(source: Path, out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{out} cannot be written: {error}; make room there, or make its folder writable") from error
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def _umask() -> int:
-    """Permissions that new files do not get; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _write_shards(files: CheckpointFiles, folder: Path, stem: str, write: Write) -> dict[str, str]:

@@ -61,11 +61,11 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
     texts = [
         text for text in next(iter(runs.values())).perplexity if all(text in run.perplexity for run in runs.values())
     ]
+    own = _own_texts(runs)
     body = [
         html(_summary(runs, texts)),
         *(_perplexity(runs, texts) if texts else []),
-        *map(html, _own_texts(runs)),
-        *([] if texts or _own_texts(runs) else [html(NOTHING)]),
+        *map(html, own if texts or own else [NOTHING]),
         _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
         _one_each(
             "Seconds of work, by run.", {name: (run.seconds, f"{run.seconds:.0f} s") for name, run in runs.items()}

@@ -71,11 +71,9 @@ class Receipt:
     block_bytes: dict[int, int] = field(default_factory=dict)
     refused: str = ""
 
-    def add(self, part: "Receipt | str") -> None:
-        """Add the receipt of another part of the upload, or why that was refused."""
-        if isinstance(part, str):
-            self.refused = self.refused or part
-            return
+    def add(self, part: "Receipt") -> None:
+        """Add the receipt of another part of the upload."""
+        self.refused = self.refused or part.refused
         self.units |= part.units
         self.nbytes += part.nbytes
         for block, nbytes in part.block_bytes.items():
