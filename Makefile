@@ -13,6 +13,10 @@ TRITON := triton==3.9.0
 TEXTS ?= examples/demo/text
 CLIENTS ?= austen bible csource sqldocs
 REAL := runs/smollm2/model
+# A torch for the CPU does not go with the torchvision that one of APPFL's dependencies pulls in (built for CUDA), and a
+# broken torchvision breaks transformers; nothing here needs it, so after each install it goes if
+# it cannot be imported.
+WITHOUT_TORCHVISION = $(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo study real test globus fast fuzz lint check triton kills families matrix docs site dist bench bench-gpu bench-peers clean
@@ -22,14 +26,12 @@ help:  ## List the targets
 
 install: $(INSTALLED)  ## Make the virtual environment and install the pinned versions
 
-# A torch for the CPU does not go with the torchvision that one of APPFL's dependencies pulls in (built for CUDA), and a
-# broken torchvision breaks transformers; nothing here needs it, so it goes if it cannot be imported.
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_appfl/tensors/native/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
+	$(WITHOUT_TORCHVISION)
 	touch $@
 
 demo: install  ## Prune the bundled model with four clients; about a minute
@@ -43,6 +45,7 @@ real: $(REAL)/config.json  ## Measure all methods on a pretrained model and writ
 
 $(REAL)/config.json: | install
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	$(WITHOUT_TORCHVISION)
 	$(BIN)/python examples/smollm2/get_model.py $(REAL)
 
 test: install  ## All tests except those that need a GPU or services of Globus Compute
