@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.models.blockwise import Activations, embed
-from fedspallm_appfl.models.inputs import SharedInputs, check_statistic
+from fedspallm_appfl.models.inputs import SharedInputs, check_statistic, collected
 from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning import sparsegpt
@@ -77,9 +77,7 @@ def look(model: LazyModel, windows: Tensor, levels: Sequence[Fraction], settings
         made.before.append([hidden.cpu() for hidden in state.hidden])
         inputs = SharedInputs(linears, lambda linear: InputGram(linear.shape[1], model.device))
         with model.block(index) as block:
-            with inputs.watched(block):
-                _advance(block, index, state, inputs)
-            for names, gram in inputs.groups():
+            for names, gram in collected(inputs, block, index, state, state.take_output, stop=False).groups():
                 made.lost.update(_lost(model, index, names, gram, levels, settings, windows.numel()))
                 del gram  # not kept while the next is used
     return Pass(made.lost, state, made.before)
@@ -95,13 +93,6 @@ def unseen_experts(layout: Layout) -> str | None:
                     "experts are not seen; take uniform, or leave experts dense with prune.ignore"
                 )
     return None
-
-
-@torch.no_grad()
-def _advance(block: nn.Module, index: int, state: Activations, inputs: SharedInputs) -> None:
-    for number, hidden in enumerate(state.hidden):
-        state.take_output(number, state.calls[number][index](block, hidden))
-        inputs.end_of_batch(stop=False)
 
 
 @torch.no_grad()

@@ -72,8 +72,9 @@ class Activations:
         return Activations(self.hidden.copy(), self.calls)
 
     def take_output(self, number: int, out: Any) -> None:
-        """Put what a block gave for a batch in the place of its input."""
-        self.hidden[number] = output_of(out)
+        """Put what a block gave for a batch in the place of its input, which stays where the pass was ended early."""
+        if out is not None:
+            self.hidden[number] = output_of(out)
 
 
 def output_of(out: Any) -> Tensor:
@@ -184,10 +185,26 @@ def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]
 
 
 @torch.no_grad()
+def each_batch(block: nn.Module, index: int, state: Activations, take: Callable[[int, Any], None]) -> None:
+    """Run one block over all batches.
+
+    Args:
+        block: with its weights.
+        index: which one it is.
+        state: what goes into it.
+        take: is told the number of a batch, and what the block gives for it; None where a hook ended the pass.
+    """
+    for number in range(len(state.hidden)):
+        out = None
+        with suppress(Stop):
+            out = state.calls[number][index](block, state.hidden[number])
+        take(number, out)
+        del out  # not kept while the next is made
+
+
 def advance(block: nn.Module, index: int, state: Activations) -> None:
     """Run one block over all batches; its outputs take the place of its inputs."""
-    for number, hidden in enumerate(state.hidden):
-        state.take_output(number, state.calls[number][index](block, hidden))
+    each_batch(block, index, state, state.take_output)
 
 
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

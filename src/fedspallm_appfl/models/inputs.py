@@ -18,7 +18,7 @@ from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.activations import HiddenStates
-from fedspallm_appfl.models.blockwise import Activations, Stop, embed
+from fedspallm_appfl.models.blockwise import Activations, Stop, each_batch, embed
 from fedspallm_appfl.models.experts import Routed
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
@@ -142,6 +142,34 @@ class SharedInputs:
                     statistics[first].add(inputs if first else experts.inner(module, expert, inputs))
             for first, linears in groups.items():
                 yield [linear.name for linear in linears], statistics.pop(first)  # not kept once it was used
+
+
+def collected(
+    inputs: SharedInputs,
+    block: nn.Module,
+    index: int,
+    state: Activations,
+    take: Callable[[int, Any], None] = lambda number, out: None,
+    stop: bool = True,
+) -> SharedInputs:
+    """Inputs with what goes into the linears of a block in one pass over all batches.
+
+    Args:
+        inputs: those of which nothing is seen yet.
+        block: with its weights.
+        index: which one it is.
+        state: what goes into it.
+        take: is told the number of a batch, and what the block gives for it; None where the pass ended before.
+        stop: whether a pass may end as soon as the last input was seen; that of the first batch never does.
+    """
+
+    def end(number: int, out: Any) -> None:
+        take(number, out)
+        inputs.end_of_batch(stop)
+
+    with inputs.watched(block):
+        each_batch(block, index, state, end)
+    return inputs
 
 
 def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], dict[bool, list[Linear]]]:

@@ -3,13 +3,11 @@
 Legend: I in features.
 """
 
-from contextlib import suppress
-
 import torch
 
 from fedspallm_appfl.models.activations import hidden_states
-from fedspallm_appfl.models.blockwise import Stop, embed
-from fedspallm_appfl.models.inputs import SharedInputs
+from fedspallm_appfl.models.blockwise import embed
+from fedspallm_appfl.models.inputs import SharedInputs, collected
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.statistics import InputNorms
 
@@ -30,11 +28,7 @@ def typical_squares(model: LazyModel) -> dict[tuple[int, str], float]:
             lambda: hidden_states("memory", WINDOWS * LENGTH, "local"),
         )
         with model.block(index) as block:
-            with inputs.watched(block):
-                for number, hidden in enumerate(state.hidden):
-                    with suppress(Stop):
-                        state.take_output(number, state.calls[number][index](block, hidden))
-                    inputs.end_of_batch(stop=False)
+            collected(inputs, block, index, state, state.take_output, stop=False)
             experts = inputs.of_experts(block) if any(linear.part for linear in linears) else ()
             for names, norms in [*inputs.groups(), *experts]:
                 square = float(norms.squares.mean()) / max(1, norms.tokens)

@@ -13,7 +13,6 @@ Legend: T tokens, I in features.
 
 import copy
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +20,8 @@ from torch import nn
 
 from fedspallm_appfl.algorithms.algorithm import Inputs, parts_of_sweep
 from fedspallm_appfl.devices import give_back
-from fedspallm_appfl.models.blockwise import Activations, Stop, advance, embed
-from fedspallm_appfl.models.inputs import PROBE, SharedInputs, inputs_of
+from fedspallm_appfl.models.blockwise import Activations, advance, embed
+from fedspallm_appfl.models.inputs import PROBE, SharedInputs, collected, inputs_of
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.statistics import InputGram
@@ -142,7 +141,6 @@ def _taken(source: Source, linear: Linear, gram: InputGram) -> Sums | Unreached:
     return Sums(gram.upper, gram.tokens)
 
 
-@torch.no_grad()
 def _watched_and_advanced(
     source: Source, block: nn.Module, index: int, state: Activations, go_on: bool
 ) -> SharedInputs:
@@ -151,15 +149,9 @@ def _watched_and_advanced(
     inputs = SharedInputs(
         model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device), source.kept
     )
-    with inputs.watched(block):
-        for number, hidden in enumerate(state.hidden):
-            with suppress(Stop):
-                out = state.calls[number][index](block, hidden)
-                if go_on:
-                    state.take_output(number, out)
-                del out  # not kept while the next is made
-            inputs.end_of_batch(stop=not go_on)
-    return inputs
+    if go_on:
+        return collected(inputs, block, index, state, state.take_output, stop=False)
+    return collected(inputs, block, index, state)
 
 
 def _swept(source: Source, assigned: set[int], start: Inputs | None) -> Gathered:

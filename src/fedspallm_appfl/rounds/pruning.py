@@ -12,16 +12,16 @@ Legend: O out features, I in features.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import PruningError
-from fedspallm_appfl.models.blockwise import Activations, Stop, advance, output_of
-from fedspallm_appfl.models.inputs import SharedInputs
+from fedspallm_appfl.models.blockwise import Activations, advance, output_of
+from fedspallm_appfl.models.inputs import SharedInputs, collected
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.pruner import Prepared, by_target
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
@@ -204,14 +204,12 @@ def collect(
         yield [linear.name for linear in linears], None
         return
     inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], device), source.kept)
-    with inputs.watched(module):
-        for number, hidden in enumerate(state.hidden):
-            with suppress(Stop):
-                out = state.calls[number][index](module, hidden)
-                if dense is not None and number == 0:
-                    dense.append(_sample(output_of(out)))
-                del out
-            inputs.end_of_batch()
+
+    def take(number: int, out: Any) -> None:
+        if dense is not None and number == 0 and out is not None:
+            dense.append(_sample(output_of(out)))
+
+    collected(inputs, module, index, state, take)
     give_back()  # what the forward pass used; the solve allocates other sizes
     found = inputs.groups()
     check_statistics(source, index, found)
