@@ -1,4 +1,4 @@
-"""Choose a device and threads, and give freed memory back to the system.
+"""Choose devices and threads, share work among devices, and give freed memory back to the system.
 
 A GPU is chosen by the rank's place among the client ranks of its node, never by its global rank, and only among the GPUs
 that the process can see: what a scheduler bound with CUDA_VISIBLE_DEVICES stays bound. Where a process sees one GPU, it
@@ -8,13 +8,17 @@ uses that. More ranks than GPUs share them in turn.
 import ctypes
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.schema import DEVICE
+from fedspallm_appfl.settings.schema import DEVICE, TrainConfigs
 
 _LIBC = ctypes.CDLL(None)
 
@@ -45,6 +49,64 @@ def choose_device(asked: str, local_rank: int) -> str:
             )
         return "cpu"
     return f"cuda:{local_rank % seen}"
+
+
+def choose_devices(train: TrainConfigs, local_rank: int) -> list[str]:
+    """All devices of a client; what it keeps lies on the first.
+
+    Args:
+        train: its settings.
+        local_rank: place of this process among the client processes of its node, from 0.
+
+    Raises:
+        ConfigError: as `choose_device` says.
+    """
+    return [choose_device(one, local_rank) for one in train.devices or [train.device]]
+
+
+def deal(pieces: int, devices: Sequence[torch.device], work: Callable[[int, int], None]) -> None:
+    """Do pieces of work side by side: number n on device n mod N, on each in their order, without gradients.
+
+    On one device it is a plain loop. After an error no device begins another piece.
+
+    Args:
+        pieces: how many there are.
+        devices: N of them.
+        work: does one, told its number and the place of its device.
+    """
+    if len(devices) == 1:
+        for number in range(pieces):
+            work(number, 0)
+        return
+    each, ended = torch.get_num_threads(), threading.Event()
+
+    def on(place: int) -> None:
+        torch.set_num_threads(each)  # this, gradients and the current GPU are a thread's own
+        with torch.no_grad(), torch.cuda.device(at) if (at := devices[place]).type == "cuda" else nullcontext():
+            for number in range(place, pieces, len(devices)):
+                if ended.is_set():
+                    return
+                work(number, place)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        done = [pool.submit(on, place) for place in range(len(devices))]
+        try:
+            wait(done, return_when=FIRST_EXCEPTION)
+        finally:
+            ended.set()
+    for one in done:
+        one.result()
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Arguments of a call with the tensors in them on a device; those that are there already are not copied."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: moved(one, device) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(one, device) for one in value)
+    return value
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_device, choose_devices
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.runs.placement import batches, describe
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
@@ -86,6 +86,16 @@ def test_a_client_on_the_cpu_does_not_wake_the_gpus(monkeypatch):
     assert choose_device("cpu", 0) == "cpu"
 
 
+def test_several_devices_are_those_that_were_named_if_they_can_be_seen(gpus):
+    gpus(2)
+    asked = TrainConfigs(devices=["cuda:1", "cuda:0"])
+    assert choose_devices(asked, 3) == ["cuda:1", "cuda:0"]
+    assert choose_devices(TrainConfigs(), 3) == ["cuda:1"]
+    gpus(1)
+    with pytest.raises(ConfigError, match=r"device cuda:1 was asked for on .*, where 1 GPUs can be seen"):
+        choose_devices(asked, 0)
+
+
 def client(name, threads=None):
     return Client(client_id=name, train_configs=TrainConfigs(threads=threads))
 
@@ -93,11 +103,12 @@ def client(name, threads=None):
 def test_clients_with_one_device_and_one_number_of_threads_share_a_line(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr("socket.gethostname", lambda: "node7")
-    placed = [(client("a", 2), "cuda:0"), (client("b", 2), "cuda:1"), (client("c", 2), "cuda:0"), (client("d"), "cpu")]
+    one, both = ["cuda:0"], ["cuda:0", "cuda:1"]
+    placed = [(client("a", 2), one), (client("b", 2), both), (client("c", 2), one), (client("d"), ["cpu"])]
     lines = describe(5, placed, 7)
     assert [(line.clients, line.device, line.threads) for line in lines] == [
         (("a", "c"), "cuda:0", 2),
-        (("b",), "cuda:1", 2),
+        (("b",), "cuda:0, cuda:1", 2),
         (("d",), "cpu", 7),
     ]
     assert {(line.rank, line.host, line.bound) for line in lines} == {(5, "node7", "2,3")}
@@ -108,7 +119,7 @@ def test_what_a_scheduler_bound_stays_bound(gpus, monkeypatch):
     gpus(1)
     before = dict(os.environ)
     assert choose_device("auto", 3) == "cuda:0"
-    describe(0, [(client("a"), "cuda:0")], 1)
+    describe(0, [(client("a"), ["cuda:0"])], 1)
     assert dict(os.environ) == before
 
 

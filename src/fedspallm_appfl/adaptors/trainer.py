@@ -13,7 +13,7 @@ from appfl.algorithm.trainer import BaseTrainer
 from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.rounds.client import LocalClient, Message
 from fedspallm_appfl.settings.reading import build
@@ -46,7 +46,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         if not name:
             raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
         self.settings: ClientSettings = build(ClientSettings, {**raw, "client_id": str(name)})
-        self.settings.device = choose_device(self.settings.device, 0)
+        self.settings.device, *_ = choose_devices(self.settings, 0)
         self.client_id: str = str(name)
         self.round: int = 0
         self._client: LocalClient | None = None

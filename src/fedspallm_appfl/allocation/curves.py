@@ -11,6 +11,7 @@ Legend: O out features, I in features, B windows in a batch, T tokens in a windo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,9 +76,9 @@ def look(model: LazyModel, windows: Tensor, levels: Sequence[Fraction], settings
     state, made = embed(model, windows, batch), Pass({}, Activations([]), [])
     for index, linears in enumerate(model.layout.blocks):
         made.before.append([hidden.cpu() for hidden in state.hidden])
-        inputs = SharedInputs(linears, lambda linear: InputGram(linear.shape[1], model.device))
+        new = partial(SharedInputs, linears, InputGram)
         with model.block(index) as block:
-            for names, gram in collected(inputs, block, index, state, state.take_output, stop=False).groups():
+            for names, gram in collected(block, index, state, new, state.take_output, stop=False).groups():
                 made.lost.update(_lost(model, index, names, gram, levels, settings, windows.numel()))
                 del gram  # not kept while the next is used
     return Pass(made.lost, state, made.before)

@@ -138,17 +138,25 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
     model, train, tokens = job.model, client.train_configs, _tokens(job, client)
     # A mask; and the rounded weight, but where it is the block's own (see `LazyModel.put`).
     held = 1 if model.arithmetic == model.stored else 1 + model.stored.itemsize
-    forward = model.entries(block) * held + tokens * forward_bytes(model, block)
+    running = looking = tokens * forward_bytes(model, block)
     pruner = pruner_of(train)
     if pruner.needs is not None:
         together, _ = _statistic_bytes(model, train, block)
         norms = pruner.statistic(train.refit) is not InputGram
-        forward = max(forward, sum(together.values()) + tokens * statistics_bytes(model, block, norms))
+        looking = sum(together.values()) + tokens * statistics_bytes(model, block, norms)
+    forward = max(model.entries(block) * held + running, looking)
     inputs = _inputs_of_experts(job, client, block) if pruner.needs is not None else {}
     around = 2 * FLOAT * min(tokens, SAMPLE) * model.hidden  # some of what goes in, and of what the dense block gave
-    yield {"one block": _block(model, block), "forward passes": forward + around} | inputs
+    copies = _copies(client, _block(model, block) + max(running, looking))
+    yield {"one block": _block(model, block), "forward passes": forward + around} | inputs | copies
     solving = pruning_bytes(model, train, block, held) + around
     yield {"one block": _block(model, block), "pruning a block": solving} | inputs
+
+
+def _copies(client: Client, each: int) -> Parts:
+    """What a pass over a block takes on the devices beside the first."""
+    others = len(client.train_configs.devices) - 1
+    return {"further devices": others * each} if others > 0 else {}
 
 
 def _inputs_of_experts(job: Job, client: Client, block: int) -> Parts:
@@ -222,7 +230,8 @@ def _by_block(job: Job, client: Client, block: int) -> Iterator[Parts]:
     random = features[:1] if block == 0 and job.config.gram.first_input == "public" else []  # made before
     grams = {"Gram matrices": sum(map(InputGram.nbytes, (*features, *random)))}
     forward = _tokens(job, client) * statistics_bytes(model, block, norms=False)
-    yield {"one block": _block(model, block)} | grams | {"forward passes": forward} | inputs
+    copies = _copies(client, _block(model, block) + sum(map(InputGram.nbytes, features)) + forward)
+    yield {"one block": _block(model, block)} | grams | {"forward passes": forward} | inputs | copies
     packed = sum(job.up(exchange)[block].values())
     yield grams | {"packed statistics": packed + packing_bytes(max(features, default=0))} | inputs
     if alone:
@@ -247,7 +256,10 @@ def _by_input(job: Job, client: Client, block: int) -> Iterator[Parts]:
         grams = {"Gram matrices": copies * InputGram.nbytes(features)}
         yield {"one block": copies * _block(model, block)} | grams | {"forward passes": tokens * inputs}
         yield grams | {"packed statistics": job.up(exchange)[block][name] + packing_bytes(features)}
-    yield {"one block": _block(model, block), "forward passes": tokens * forward_bytes(model, block)}
+    forward = tokens * forward_bytes(model, block)
+    yield {"one block": _block(model, block), "forward passes": forward} | _copies(
+        client, _block(model, block) + forward
+    )
 
 
 def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:

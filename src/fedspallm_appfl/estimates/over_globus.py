@@ -26,7 +26,10 @@ BASE64 = 4 / 3  # bytes of text a byte that travels inside a task or a result
 SENDING = 2  # copies of a message while it is placed: as it was made and compressed, or that and as bytes
 READING = 3  # copies of a message while it is read: bytes, tensors, and what they inflate to
 RESULT = 3  # copies of a whole result: its messages as text, the text that is measured, and the one that is sent
-ON_GPU = ("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices")
+ON_GPU = (
+    *("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices"),
+    "further devices",
+)
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
 Payload = dict[tuple[str | None, int, str], float]  # (what goes down, block, linear) -> bytes
@@ -204,7 +207,7 @@ class Worker:
     Attributes:
         on_cpu: where `device` is a CPU.
         on_gpu: main memory where it is a GPU.
-        gpu: bytes on that GPU.
+        gpu: bytes on that GPU, and on further ones.
     """
 
     on_cpu: Memory

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates.job import Job, windows_of
 from fedspallm_appfl.estimates.memory import client_memory, server_memory
@@ -44,8 +44,9 @@ def settled(config: Config, runs: int = 0) -> Config:
 
 def _useful(job: Job, runs: int) -> int:
     """As many as there are cores or GPUs, as memory allows, and as are worth their start."""
-    place = choose_device(job.clients[0].train_configs.device, 0)
-    at_once = cores() if place == "cpu" else torch.cuda.device_count()
+    place, *_ = choose_devices(job.clients[0].train_configs, 0)
+    several = any(len(client.train_configs.devices) > 1 for client in job.clients)
+    at_once = 1 if several else cores() if place == "cpu" else torch.cuda.device_count()
     models = 1 + len(job.clients) if job.algorithm.apart else 2 + len(comparisons(job.config))
     tasks = runs or max(len(job.clients), models * len(job.config.evaluation.texts))
     return max(1, min(at_once, tasks, int(max(1, runs) * _operations(job, models) / WORTH), _room(job)))

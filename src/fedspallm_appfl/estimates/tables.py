@@ -240,6 +240,7 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "outer parts": NO_SETTING,
     "activations": "data.activations: file",
     "one block": NO_SETTING,
+    "further devices": "train_configs.devices",
     "forward passes": "data.batch",
     "pruned model": "recovery.scope: blockwise",
     "kept weights": "recovery.scope: blockwise",
@@ -293,8 +294,9 @@ def _ranks(job: Job) -> Iterator[Process]:
 def _workers(job: Job) -> Iterator[Process]:
     """The worker at each site, with and without a GPU where the configuration leaves it open."""
     workers = {
-        client.client_id: (client.train_configs.device, over_globus.worker_memory(job, client))
+        client.client_id: (next(iter(train.devices), train.device), over_globus.worker_memory(job, client))
         for client in job.config.clients
+        for train in [client.train_configs]
     }
     for clients, (device, worker) in _alike(workers):
         yield from _worker(f"worker of {clients}" if clients else "each worker", device, worker)

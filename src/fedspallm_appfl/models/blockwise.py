@@ -8,14 +8,16 @@ attention masks or rotary embeddings, so a new release of transformers has littl
 Legend: B windows in a batch, T tokens in a window, H hidden size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedspallm_appfl.devices import deal, moved
 from fedspallm_appfl.errors import FedSpaLLMError, ModelError, first_line
 from fedspallm_appfl.models.activations import HiddenStates, hidden_states
 from fedspallm_appfl.models.lazy_model import HollowModel, LazyModel
@@ -49,6 +51,10 @@ class Call:
                 f"block {self.index} ({type(block).__name__}) fails: {type(error).__name__}: {first_line(error)}"
             ) from error
 
+    def on(self, device: torch.device) -> "Call":
+        """The same with its tensors on a device."""
+        return replace(self, args=moved(self.args, device), kwargs=moved(self.kwargs, device))
+
     def _call(self, block: nn.Module, hidden: Tensor) -> Any:
         if "hidden_states" in self.kwargs:
             return block(*self.args, **{**self.kwargs, "hidden_states": hidden})
@@ -62,19 +68,23 @@ class Activations:
     Attributes:
         hidden: per batch (B, T, H), in the dtype of the model; one copy, whose batches are replaced one by one.
         calls: per batch, per block, the recorded arguments.
+        devices: among which the batches of a pass are dealt; all that is kept lies on the first.
+        client: whom to name in errors.
     """
 
     hidden: HiddenStates
     calls: list[list[Call]] = field(default_factory=list)
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
+    client: str = "local"
 
     def copy(self) -> "Activations":
         """The same, to be moved on apart from these; batches in memory are shared until one of them is replaced."""
-        return Activations(self.hidden.copy(), self.calls)
+        return replace(self, hidden=self.hidden.copy())
 
     def take_output(self, number: int, out: Any) -> None:
         """Put what a block gave for a batch in the place of its input, which stays where the pass was ended early."""
         if out is not None:
-            self.hidden[number] = output_of(out)
+            self.hidden[number] = output_of(out).to(self.devices[0])
 
 
 def output_of(out: Any) -> Tensor:
@@ -98,7 +108,7 @@ def embed(
     Returns:
         Activations in front of the first block.
     """
-    state = Activations(hidden_states(activations, len(windows), client))
+    state = Activations(hidden_states(activations, len(windows), client), devices=model.devices, client=client)
     for ids in windows.split(batch):
         calls: list[Call] = []
         recorder = _recorder(calls, _returns(model))
@@ -185,21 +195,56 @@ def _forwards_replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]
 
 
 @torch.no_grad()
-def each_batch(block: nn.Module, index: int, state: Activations, take: Callable[[int, Any], None]) -> None:
-    """Run one block over all batches.
+def each_batch(
+    block: nn.Module,
+    index: int,
+    state: Activations,
+    take: Callable[[int, Any], None],
+    watched: Sequence[Callable[[nn.Module], AbstractContextManager[None]]] = (),
+) -> None:
+    """Run one block over all batches, which are dealt among the devices in turn.
 
     Args:
         block: with its weights.
         index: which one it is.
         state: what goes into it.
-        take: is told the number of a batch, and what the block gives for it; None where a hook ended the pass.
+        take: is told the number of a batch, and what the block gives for it, on the batch's device and in its thread; None
+            where a hook ended the pass.
+        watched: for each device, what is around the pass of the block there.
+
+    Raises:
+        ModelError: the block's code fails, or a device has no room for a copy of it; names the block.
     """
-    for number in range(len(state.hidden)):
-        out = None
+    devices = state.devices[: max(1, len(state.hidden))]
+    blocks = [block, *(_copy_on(device, block, index, state.client) for device in devices[1:])]
+
+    def run(number: int, place: int) -> None:
+        call, hidden, out = state.calls[number][index], state.hidden[number], None
+        if place:
+            call, hidden = call.on(devices[place]), hidden.to(devices[place])
         with suppress(Stop):
-            out = state.calls[number][index](block, state.hidden[number])
+            out = call(blocks[place], hidden)
         take(number, out)
-        del out  # not kept while the next is made
+
+    with ExitStack() as around:
+        for watch, each in zip(watched, blocks, strict=False):
+            around.enter_context(watch(each))
+        deal(len(state.hidden), devices, run)
+
+
+def _copy_on(device: torch.device, block: nn.Module, index: int, client: str) -> nn.Module:
+    """A copy of a block on another device, and nothing of it on the way there."""
+    try:
+        tensors: dict[int, Any] = {id(one): one.to(device, copy=True) for one in block.buffers()}
+        for one in block.parameters():
+            tensors[id(one)] = nn.Parameter(one.detach().to(device, copy=True), requires_grad=False)
+        return copy.deepcopy(block, tensors)
+    except torch.OutOfMemoryError as error:
+        size = sum(one.nbytes for one in (*block.parameters(), *block.buffers()))
+        raise ModelError(
+            f"client {client}: {device} has no room for a copy of block {index}, {size:,} bytes; leave it out of "
+            "train_configs.devices"
+        ) from error
 
 
 def advance(block: nn.Module, index: int, state: Activations) -> None:

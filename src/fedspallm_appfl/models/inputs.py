@@ -24,6 +24,7 @@ from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
 from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
 
+New = Callable[[int, torch.device], Any]  # (features, device) -> an empty statistic
 PROBE = 8  # tokens of the pass that finds out which linears share an input
 
 
@@ -35,18 +36,24 @@ class SharedInputs:
     """
 
     def __init__(
-        self, linears: tuple[Linear, ...], new: Callable[[Linear], Any], kept: Callable[[], HiddenStates] = list
+        self,
+        linears: tuple[Linear, ...],
+        new: New,
+        device: torch.device,
+        kept: Callable[[], HiddenStates] = list,
     ) -> None:
         """Nothing seen yet.
 
         Args:
             linears: the block's.
-            new: an empty statistic for the input of a linear.
+            new: an empty statistic for an input of so many features, on a device.
+            device: which one.
             kept: where what goes into experts is kept.
         """
         self._linears = tuple(linear for linear in linears if linear.part is None)
         self._experts = tuple(linear for linear in linears if linear.part is not None)
-        self._new = new
+        self._new: Callable[[Linear], Any] = lambda linear: new(linear.shape[1], device)
+        self._device = device
         self._routed: dict[str, tuple[HiddenStates, list[Tensor]]] = {  # module -> hidden states, experts of each token
             linear.part.module: (kept(), []) for linear in self._experts if linear.part is not None
         }
@@ -109,6 +116,19 @@ class SharedInputs:
         self._called.clear()
         self._seen.clear()
 
+    def merge(self, other: "SharedInputs") -> None:
+        """Take over what was seen on another device; it is let go of there, one statistic after the other."""
+        for name, leader in other._leader.items():
+            if self._leader.setdefault(name, leader) != name or leader != name:
+                continue
+            if name not in self._statistics:
+                self._statistics[name] = self._new(next(one for one in self._linears if one.name == name))
+            self._statistics[name].merge(other._statistics.pop(name))
+        for path, (hidden, chosen) in other._routed.items():
+            for states in hidden:
+                self._routed[path][0].append(states.to(self._device))
+            self._routed[path][1].extend(one.to(self._device) for one in chosen)
+
     def groups(self) -> list[tuple[list[str], Any]]:
         """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
 
@@ -145,31 +165,35 @@ class SharedInputs:
 
 
 def collected(
-    inputs: SharedInputs,
     block: nn.Module,
     index: int,
     state: Activations,
+    new: Callable[[torch.device], SharedInputs],
     take: Callable[[int, Any], None] = lambda number, out: None,
     stop: bool = True,
 ) -> SharedInputs:
-    """Inputs with what goes into the linears of a block in one pass over all batches.
+    """What goes into the linears of a block in one pass over all batches.
+
+    Each device has statistics of its own, which are added to those of the first in the order of the devices.
 
     Args:
-        inputs: those of which nothing is seen yet.
         block: with its weights.
         index: which one it is.
         state: what goes into it.
+        new: inputs of which nothing is seen yet, on a device.
         take: is told the number of a batch, and what the block gives for it; None where the pass ended before.
-        stop: whether a pass may end as soon as the last input was seen; that of the first batch never does.
+        stop: whether a pass may end as soon as the last input was seen; that of a device's first batch never does.
     """
+    seen = [new(device) for device in state.devices]
 
     def end(number: int, out: Any) -> None:
         take(number, out)
-        inputs.end_of_batch(stop)
+        seen[number % len(seen)].end_of_batch(stop)
 
-    with inputs.watched(block):
-        each_batch(block, index, state, end)
-    return inputs
+    each_batch(block, index, state, end, [inputs.watched for inputs in seen])
+    while len(seen) > 1:
+        seen[0].merge(seen.pop(1))
+    return seen[0]
 
 
 def _by_expert(linears: tuple[Linear, ...]) -> dict[tuple[str, int], dict[bool, list[Linear]]]:
@@ -207,7 +231,7 @@ def shared_inputs(folder: Path, layout: Layout) -> Groups:
     for index, linears in enumerate(layout.blocks):
         kind = type(model.blocks[index]), linears
         if kind not in kinds:
-            inputs, block = SharedInputs(linears, lambda linear: InputNorms(linear.shape[1])), model.blocks[index]
+            inputs, block = SharedInputs(linears, InputNorms, model.device), model.blocks[index]
             with inputs.watched(block), suppress(Stop):
                 state.calls[0][index](block, state.hidden[0])
             kinds[kind] = (*(tuple(names) for names, _ in inputs.groups()), *_groups_of_experts(linears))

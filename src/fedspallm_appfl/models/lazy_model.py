@@ -5,7 +5,7 @@ read from the checkpoint. `block(i)` reads the weights of one block, replaces th
 are any, and drops them afterwards. A block can thus be pruned in place without a copy of the dense one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -169,6 +169,7 @@ class LazyModel:
         model: the model; its outer parts have weights, its blocks do not.
         dtype: dtype of arithmetic and activations.
         device: where it runs.
+        devices: this one, and further ones to which batches of a block are dealt.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class LazyModel:
         dtype: str = "auto",
         device: str = "cpu",
         prune: Prune | None = None,
+        further: Sequence[str] = (),
     ) -> None:
         """Build the model and read its outer parts.
 
@@ -187,6 +189,7 @@ class LazyModel:
             dtype: `auto` (as stored) or a name in `DTYPES`.
             device: where it runs.
             prune: which linears are pruned; None for all.
+            further: devices to which batches of a block are dealt besides.
 
         Raises:
             ModelError: as `Skeleton` does.
@@ -195,7 +198,7 @@ class LazyModel:
         self.model = self.skeleton.model
         self.layout: Layout = self.skeleton.layout
         self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
-        self.device = torch.device(device)
+        self.device, *_ = self.devices = tuple(map(torch.device, (device, *further)))
         self.model.eval()
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")
         self.model.tie_weights()
@@ -280,6 +283,7 @@ class HollowModel:
         model: the model; its parameters are views of single zeros.
         layout: its blocks and their prunable linears.
         device: the CPU.
+        devices: the CPU alone.
     """
 
     def __init__(self, folder: Path, layout: Layout, dtype: str = "float32") -> None:
@@ -294,6 +298,7 @@ class HollowModel:
             ModelError: `config.json` is not one of a model that this transformers knows.
         """
         self.model, self.layout, self.device = without_weights(folder, dtype), layout, torch.device("cpu")
+        self.devices = (self.device,)
         self.model.eval()
         if any(map(is_fused, self.model.modules())):
             self.model.set_experts_implementation("eager")  # others refuse weights without memory

@@ -3,9 +3,10 @@
 Legend: I in features.
 """
 
+from functools import partial
+
 import torch
 
-from fedspallm_appfl.models.activations import hidden_states
 from fedspallm_appfl.models.blockwise import embed
 from fedspallm_appfl.models.inputs import SharedInputs, collected
 from fedspallm_appfl.models.lazy_model import LazyModel
@@ -22,13 +23,9 @@ def typical_squares(model: LazyModel) -> dict[tuple[int, str], float]:
     found: dict[tuple[int, str], float] = {}
     for index in range(len(model.blocks)):
         linears = model.layout.blocks[index]
-        inputs = SharedInputs(
-            linears,
-            lambda linear: InputNorms(linear.shape[1], model.device),
-            lambda: hidden_states("memory", WINDOWS * LENGTH, "local"),
-        )
+        new = partial(SharedInputs, linears, InputNorms)
         with model.block(index) as block:
-            collected(inputs, block, index, state, state.take_output, stop=False)
+            inputs = collected(block, index, state, new, state.take_output, stop=False)
             experts = inputs.of_experts(block) if any(linear.part for linear in linears) else ()
             for names, norms in [*inputs.groups(), *experts]:
                 square = float(norms.squares.mean()) / max(1, norms.tokens)

@@ -43,6 +43,11 @@ class InputNorms:
         self.squares += rows.square().sum(0)
         self.tokens += len(rows)
 
+    def merge(self, other: "InputNorms") -> None:
+        """Fold what was folded elsewhere, maybe on another device."""
+        self.squares += other.squares.to(self.squares.device)
+        self.tokens += other.tokens
+
     def diagonal(self) -> Tensor:
         """(I,) float32, the diagonal of the Gram matrix."""
         return self.squares
@@ -95,6 +100,11 @@ class InputGram:
             else:
                 sums += torch.mm(left, right, out_dtype=torch.float32)
         self.tokens += len(rows)
+
+    def merge(self, other: "InputGram") -> None:
+        """Fold what was folded elsewhere, maybe on another device."""
+        self.upper += other.upper.to(self.upper.device)
+        self.tokens += other.tokens
 
     def diagonal(self) -> Tensor:
         """(I,) float32, `sum x_j^2`."""

@@ -147,7 +147,8 @@ class LocalClient:
         """The dense model in an arithmetic; clients of a process share it."""
         settings, model = self.settings, self.settings.model
         chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
-        return _dense_model(model.path, model.blocks, dtype, settings.device, model.hash, chosen)
+        devices = settings.device, *settings.devices[1:]
+        return _dense_model(model.path, model.blocks, dtype, devices, model.hash, chosen)
 
     def exchanges_in(self, index: int) -> int:
         """How many exchanges a round has."""
@@ -328,7 +329,12 @@ def forget() -> None:
 
 @lru_cache(maxsize=4)
 def _dense_model(
-    path: str, blocks: str | None, dtype: str, device: str, model_hash: str, chosen: tuple[tuple[str, ...], ...]
+    path: str,
+    blocks: str | None,
+    dtype: str,
+    devices: tuple[str, ...],
+    model_hash: str,
+    chosen: tuple[tuple[str, ...], ...],
 ) -> LazyModel:
     include, ignore = map(list, chosen)
-    return LazyModel(path, blocks, dtype, device, Prune(include, ignore))
+    return LazyModel(path, blocks, dtype, devices[0], Prune(include, ignore), devices[1:])

@@ -14,6 +14,7 @@ Legend: T tokens, I in features.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -145,13 +146,10 @@ def _watched_and_advanced(
     source: Source, block: nn.Module, index: int, state: Activations, go_on: bool
 ) -> SharedInputs:
     """What went into the linears; if it goes on, the block's outputs take the place of its inputs."""
-    model = source.model
-    inputs = SharedInputs(
-        model.layout.blocks[index], lambda linear: InputGram(linear.shape[1], model.device), source.kept
-    )
+    new = partial(SharedInputs, source.model.layout.blocks[index], InputGram, kept=source.kept)
     if go_on:
-        return collected(inputs, block, index, state, state.take_output, stop=False)
-    return collected(inputs, block, index, state)
+        return collected(block, index, state, new, state.take_output, stop=False)
+    return collected(block, index, state, new)
 
 
 def _swept(source: Source, assigned: set[int], start: Inputs | None) -> Gathered:

@@ -13,6 +13,7 @@ Legend: O out features, I in features.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,17 +200,17 @@ def collect(
 
     `dense` gets some of what the block gives for the first batch, which no other batch need run for.
     """
-    linears, settings, device = source.model.layout.blocks[index], source.settings, source.model.device
-    if new_statistic(settings, 1, device) is None:
+    linears, settings = source.model.layout.blocks[index], source.settings
+    if new_statistic(settings, 1, source.model.device) is None:
         yield [linear.name for linear in linears], None
         return
-    inputs = SharedInputs(linears, lambda linear: new_statistic(settings, linear.shape[1], device), source.kept)
+    new = partial(SharedInputs, linears, partial(new_statistic, settings), kept=source.kept)
 
     def take(number: int, out: Any) -> None:
         if dense is not None and number == 0 and out is not None:
             dense.append(_sample(output_of(out)))
 
-    collected(inputs, module, index, state, take)
+    inputs = collected(module, index, state, new, take)
     give_back()  # what the forward pass used; the solve allocates other sizes
     found = inputs.groups()
     check_statistics(source, index, found)

@@ -17,7 +17,7 @@ import torch
 
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.algorithms.registry import find
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -180,11 +180,11 @@ def run_clients(config: Config, comm: Any) -> None:
 
     mine, limit = _clients_of_rank(config, comm)
     node = _place_on_node(comm, config)
-    placed = [(client, choose_device(client.train_configs.device, node)) for client in mine]
+    placed = [(client, choose_devices(client.train_configs, node)) for client in mine]
     comm.gather(describe(comm.Get_rank(), placed, torch.get_num_threads()), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
         kept = _state_of(config)
-        told = [client_settings(config, client, device, limit, Path(agreed), kept) for client, device in placed]
+        told = [client_settings(config, client, devices[0], limit, Path(agreed), kept) for client, devices in placed]
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
         folding = config.server_configs.fold_ranks
         owner = _owners(config, Skeleton.of(told[0])) if folding else None

@@ -17,7 +17,7 @@ class Place:
         rank: MPI rank or worker process, 0 where there is only one process.
         host: name of the node.
         clients: ids of the clients on it.
-        device: e.g. `cpu` or `cuda:1`.
+        device: e.g. `cpu` or `cuda:1`, or all those of a client that uses several.
         threads: CPU threads per client.
         bound: the value of CUDA_VISIBLE_DEVICES, or an empty string.
     """
@@ -30,18 +30,18 @@ class Place:
     bound: str
 
 
-def describe(rank: int, clients: Sequence[tuple[Client, str]], threads: int) -> list[Place]:
+def describe(rank: int, clients: Sequence[tuple[Client, Sequence[str]]], threads: int) -> list[Place]:
     """Lines of the placement table, one for each device and number of threads.
 
     Args:
         rank: MPI rank or worker process, 0 where there is only one process.
-        clients: each client with its device.
+        clients: each client with its devices.
         threads: CPU threads of clients for which the configuration says nothing.
     """
     bound = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     together: dict[tuple[str, int], list[str]] = {}
-    for client, device in clients:
-        key = device, client.train_configs.threads or threads
+    for client, devices in clients:
+        key = ", ".join(devices), client.train_configs.threads or threads
         together.setdefault(key, []).append(client.client_id)
     host = socket.gethostname()
     return [Place(rank, host, tuple(names), device, each, bound) for (device, each), names in together.items()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.adaptors import registration
-from fedspallm_appfl.devices import choose_device, threads
+from fedspallm_appfl.devices import choose_devices, threads
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
@@ -52,12 +52,12 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     server.aggregator.on_event = on_event
     spare(server, config)
     limit = config.client_configs.comm_configs.max_message_bytes
-    placed = [(client, choose_device(client.train_configs.device, 0)) for client in participants(config)]
+    placed = [(client, choose_devices(client.train_configs, 0)) for client in participants(config)]
     for place in describe(0, placed, torch.get_num_threads()):
         on_event({"event": "place", **vars(place)})
     agreed, kept = state_dir / AGREED, state_dir / CLIENTS
     shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
-    told = [client_settings(config, client, device, limit, agreed, kept) for client, device in placed]
+    told = [client_settings(config, client, devices[0], limit, agreed, kept) for client, devices in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
         first = server.get_parameters(serial_run=True, client_id=name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedspallm_appfl.adaptors import registration
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
@@ -119,11 +119,11 @@ def _placed(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers
     by_id, groups = {client.client_id: client for client in clients}, []
     together = batches(list(by_id), min(workers.count, len(by_id)))
     for number, names in enumerate(together):
-        placed = [(by_id[name], choose_device(by_id[name].train_configs.device, number)) for name in names]
+        placed = [(by_id[name], choose_devices(by_id[name].train_configs, number)) for name in names]
         for place in describe(number + 1, placed, workers.threads(len(together))):
             on_event({"event": "place", **vars(place)})
         agreed, kept = state_dir / AGREED / str(number), state_dir / CLIENTS
-        groups.append([client_settings(config, client, device, limit, agreed, kept) for client, device in placed])
+        groups.append([client_settings(config, client, devices[0], limit, agreed, kept) for client, devices in placed])
     return groups
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedspallm_appfl.errors import quoted
 from fedspallm_appfl.settings.plugins import ADDED
-from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, Config, Rule, Store
+from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, Config, Rule, Store, TrainConfigs
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
@@ -63,11 +63,15 @@ def _broken(rule: Rule, value: Any, plugins: list[str]) -> str | None:
     """What is wrong with a value, or None; an empty value is one that nobody gave."""
     if value is None:
         return None
-    wrong = [one for one in (value if isinstance(value, list) else [value]) if one not in rule.choices]
+    each = value if isinstance(value, list) else [value]
+    wrong = [one for one in each if one not in rule.choices]
     if rule.choices and wrong and not (rule.extensible and (plugins or ADDED)):
         return f"one of {', '.join(rule.choices)}; got {quoted(wrong[0])}"
-    if rule.form and not re.fullmatch(rule.form[0], str(value), re.ASCII):
-        return f"{rule.form[1]}; got {quoted(value)}"
+    if rule.form:
+        form, says = rule.form
+        wrong = [one for one in each if not re.fullmatch(form, str(one), re.ASCII)]
+        if wrong:
+            return f"{says}; got {quoted(wrong[0])}"
     return _out_of_range(rule, value)
 
 
@@ -144,6 +148,18 @@ def _clients(config: Config) -> Iterator[str]:
             yield f"clients: client_id {quoted(client_id)} is used {times} times; ids must differ"
     for index, client in enumerate(config.clients):
         yield from _must_be_shared(f"clients.{index}", client, config)
+        yield from _devices(f"clients.{index}.train_configs.devices", client.train_configs, config)
+
+
+def _devices(where: str, train: TrainConfigs, config: Config) -> Iterator[str]:
+    """What several devices of one client do not go with."""
+    asked, kinds = train.devices, set(train.devices)
+    if kinds != {"cpu"} and ("cpu" in kinds or len(kinds) < len(asked)):  # several times the CPU is for tests
+        yield f"{where}: each GPU once, and no CPU beside them; got {', '.join(asked)}"
+    if asked and train.device != "auto":
+        yield f"{where}: these take the place of train_configs.device, got {train.device} there; leave one of both out"
+    if len(asked) > 1 and config.workers not in ("auto", "1"):
+        yield f"{where}: a client with several has them to itself, got workers: {config.workers}; set workers to 1"
 
 
 def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:

@@ -420,6 +420,12 @@ class TrainConfigs(Pruning):
         range="a share in (0, 1], got {value}",
     )
     device: str = key("auto", "`auto` (a GPU of the node if there is one), `cpu`, `cuda`, `cuda:N`", form=DEVICE)
+    devices: list[str] = key(
+        list,
+        "in the place of `device`: several GPUs for one client, such as `[cuda:0, cuda:1]`, which share the batches of its "
+        "text ([docs](hpc.md#several-gpus-for-one-client))",
+        form=(r"cpu|cuda:[0-9]{1,4}", "cuda:N with the number of each GPU"),
+    )
     threads: int | None = key(
         None,
         "CPU threads of a client; equal numbers give equal bits; empty leaves it to torch",

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.globus.site.record import Record, require_approval
 from fedspallm_appfl.globus.site.site_file import Site, load_site
@@ -45,7 +45,7 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _look_at_gpu(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
-    choose_device(settings.device, 0)
+    choose_devices(settings, 0)
     if not torch.cuda.is_available():
         return "none, CPU"
     free, total = torch.cuda.mem_get_info()

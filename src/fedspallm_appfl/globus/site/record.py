@@ -22,6 +22,7 @@ HERE = {  # decided at the site, or of no importance
     "checkpoints",
     "checkpoint_every",
     "device",
+    "devices",
     "identity",
     "secrets",
     "trainer",

@@ -27,7 +27,7 @@ from typing import Any
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry as algorithms
-from fedspallm_appfl.devices import choose_device
+from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError
 from fedspallm_appfl.globus.site.identities import public_keys, require_roster
 from fedspallm_appfl.globus.site.record import Record, require_approval
@@ -239,7 +239,7 @@ def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
     settings.model.trust_remote_code = False  # the site file says what may run here
     settings.model.path = str(same_model(settings.model, site, client))
-    settings.device = choose_device(settings.device, 0)
+    settings.device, *_ = choose_devices(settings, 0)
     return settings
 
 

@@ -16,7 +16,7 @@ from fedspallm_appfl.pruning import registry as pruners
 from fedspallm_appfl.settings.schema import ClientSettings, TrainConfigs, plain
 
 OWN = {  # of one client, or of the place where it runs
-    *("client_id", "data", "device", "threads", "trainer", "comm", "identity", "agreed", "secrets"),
+    *("client_id", "data", "device", "devices", "threads", "trainer", "comm", "identity", "agreed", "secrets"),
     *("checkpoints", "checkpoint_every", "resource_share", "layer_sampling"),
 }
 OWN_OF_MODEL = {"path", "trust_remote_code"}
