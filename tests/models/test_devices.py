@@ -77,6 +77,27 @@ def test_batches_are_dealt_in_turn_to_a_block_for_each_device(monkeypatch):
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(block.parameters(), copy.parameters(), strict=True))
 
 
+def test_block_and_arguments_are_moved_as_wholes():
+    """To a device that every torch has; what lies there has no values."""
+    block, meta = Block(), torch.device("meta")
+    copy, one = blockwise._copy_on(meta, block, 3, "ann"), torch.ones(1)
+    assert {tensor.device for tensor in (*copy.parameters(), *copy.buffers())} == {meta}
+    assert {tensor.device for tensor in (*block.parameters(), *block.buffers())} == {CPU}
+    call = Call((None, (one, [one])), {"masks": {"full": one}, "use_cache": False}, 4).on(meta)
+    (none, (first, [second])), masks = call.args, call.kwargs["masks"]
+    assert (none, call.kwargs["use_cache"], call.index) == (None, False, 4)
+    assert first.device == second.device == masks["full"].device == meta
+
+
+def test_linears_that_share_an_input_on_one_device_only_are_refused():
+    class Sometimes(Block):
+        def forward(self, hidden, scale):
+            return self.first(hidden) + self.second(hidden if hidden.flatten()[0] % 2 else hidden + 0)
+
+    with pytest.raises(ModelError, match="second shares an input with first in some batches, with second in others"):
+        collected(Sometimes(), 0, state(2, (0, 1)), lambda on: SharedInputs(LINEARS[:2], InputGram, on))
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize("activations", ["memory", "file"])
 def test_a_sweep_prunes_the_same_but_for_rounding_and_twice_the_same(family, activations, tmp_path):

@@ -117,9 +117,18 @@ class SharedInputs:
         self._seen.clear()
 
     def merge(self, other: "SharedInputs") -> None:
-        """Take over what was seen on another device; it is let go of there, one statistic after the other."""
+        """Take over what was seen on another device; it is let go of there, one statistic after the other.
+
+        Raises:
+            ModelError: the same linears share an input there and have different ones here.
+        """
         for name, leader in other._leader.items():
-            if self._leader.setdefault(name, leader) != name or leader != name:
+            if self._leader.setdefault(name, leader) != leader:
+                raise ModelError(
+                    f"{name} shares an input with {leader} in some batches, with {self._leader[name]} in others; use one "
+                    "device for this model, without train_configs.devices"
+                )
+            if name != leader:
                 continue
             if name not in self._statistics:
                 self._statistics[name] = self._new(next(one for one in self._linears if one.name == name))

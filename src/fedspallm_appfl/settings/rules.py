@@ -28,7 +28,7 @@ SHARED = {  # what must be the same for every client
 
 def check(config: Config) -> list[str]:
     """Every problem that the values show by themselves and together."""
-    return [*_top(config), *_values(config), *_clients(config), *_globus(config)]
+    return [*_top(config), *_values(config), *_clients(config), *_devices(config), *_globus(config)]
 
 
 def _values(config: Config) -> Iterator[str]:
@@ -148,18 +148,27 @@ def _clients(config: Config) -> Iterator[str]:
             yield f"clients: client_id {quoted(client_id)} is used {times} times; ids must differ"
     for index, client in enumerate(config.clients):
         yield from _must_be_shared(f"clients.{index}", client, config)
-        yield from _devices(f"clients.{index}.train_configs.devices", client.train_configs, config)
 
 
-def _devices(where: str, train: TrainConfigs, config: Config) -> Iterator[str]:
-    """What several devices of one client do not go with."""
+def _devices(config: Config) -> Iterator[str]:
+    """What several devices of one client do not go with; what is wrong with those of all clients is said once."""
+    said: set[str] = set()
+    groups = {"client_configs": config.client_configs}
+    for path, one in (groups | {f"clients.{index}": client for index, client in enumerate(config.clients)}).items():
+        for problem in _wrong_devices(one.train_configs, config.workers):
+            if problem not in said:
+                yield f"{path}.train_configs.devices: {problem}"
+            said.add(problem)
+
+
+def _wrong_devices(train: TrainConfigs, workers: str) -> Iterator[str]:
     asked, kinds = train.devices, set(train.devices)
     if kinds != {"cpu"} and ("cpu" in kinds or len(kinds) < len(asked)):  # several times the CPU is for tests
-        yield f"{where}: each GPU once, and no CPU beside them; got {', '.join(asked)}"
+        yield f"each GPU once, and no CPU beside them; got {', '.join(asked)}"
     if asked and train.device != "auto":
-        yield f"{where}: these take the place of train_configs.device, got {train.device} there; leave one of both out"
-    if len(asked) > 1 and config.workers not in ("auto", "1"):
-        yield f"{where}: a client with several has them to itself, got workers: {config.workers}; set workers to 1"
+        yield f"these take the place of train_configs.device, got {train.device} there; leave one of both out"
+    if len(asked) > 1 and workers not in ("auto", "1"):
+        yield f"a client with several has them to itself, got workers: {workers}; set workers to 1"
 
 
 def _must_be_shared(path: str, client: Client, config: Config) -> Iterator[str]:

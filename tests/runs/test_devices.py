@@ -1,0 +1,67 @@
+"""`train_configs.devices`: whole runs whose clients deal their batches among two devices, and what is refused."""
+
+import pytest
+import torch
+
+import fedspallm_appfl as fs
+from fedspallm_appfl.estimates.job import Job
+from fedspallm_appfl.estimates.memory import client_memory
+from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.rules import check
+from helpers.experiments import DOMAINS, first_pages
+from helpers.tiny import save_tiny, tiny_config
+
+HOW = {"windows": 6, "length": 24, "batch": 2, "threads": 1, "overwrite": True, "sparsity": "2:4"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), torch.float32)
+
+
+def config_with(folder, model, devices, **train):
+    shared = {"train_configs": {"device": "auto", "devices": devices, **train}}
+    return load_config(tiny_config(folder, model, "fedspallm", client_configs=shared))[0]
+
+
+@pytest.mark.parametrize("algorithm", ["fedspallm", "gram"])
+def test_a_run_with_two_devices_prunes_exactly_and_twice_the_same(algorithm, model, tmp_path):
+    texts = {name: first_pages(name) for name in DOMAINS[:2]}
+    settings = HOW | {"algorithm": algorithm, "devices": ["cpu", "cpu"], "workers": 1}
+    if algorithm == "gram":
+        settings |= {"gram": {"first_input": "private"}}
+    first, second = (fs.prune(model, texts, tmp_path / name, **settings) for name in "ab")
+    assert (first.model / "model.safetensors").read_bytes() == (second.model / "model.safetensors").read_bytes()
+    assert {one.sparsity for one in first.matrices} == {0.5}
+    assert "cpu, cpu" in (tmp_path / "a" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("devices", "train", "says"),
+    [
+        (["cuda:0", "cuda:0"], {}, "each GPU once, and no CPU beside them; got cuda:0, cuda:0"),
+        (["cuda:0", "cpu"], {}, "each GPU once, and no CPU beside them; got cuda:0, cpu"),
+        (["cuda:0", "auto"], {}, "cuda:N with the number of each GPU; got 'auto'"),
+        (["cuda:0", "cuda:1"], {"device": "cuda:0"}, "take the place of train_configs.device, got cuda:0 there"),
+    ],
+)
+def test_devices_that_do_not_go_together_are_refused(devices, train, says, model, tmp_path):
+    assert any(says in problem for problem in check(config_with(tmp_path, model, devices, **train)))
+
+
+def test_several_processes_do_not_share_the_devices_of_a_client(model, tmp_path):
+    config = tiny_config(tmp_path, model, "fedspallm", workers="2")
+    both = ["client_configs.train_configs.device=auto", "client_configs.train_configs.devices=[cpu, cpu]"]
+    problems = check(load_config(config, both)[0])
+    assert any("has them to itself, got workers: 2; set workers to 1" in problem for problem in problems)
+
+
+def test_an_estimate_counts_a_block_its_statistics_and_a_pass_on_each_further_device(model, tmp_path):
+    def needed(devices):
+        job = Job.of(config_with(tmp_path / str(devices), model, ["cpu"] * devices))
+        return client_memory(job, job.clients[0]).parts
+
+    assert "further devices" not in needed(1)
+    two, four = needed(2), needed(4)
+    assert two["further devices"] > two["one block"]
+    assert four["further devices"] == 3 * two["further devices"]
