@@ -49,7 +49,7 @@ $(REAL)/config.json: | install
 	$(BIN)/python examples/smollm2/get_model.py $(REAL)
 
 test: install  ## All tests except those that need a GPU or services of Globus Compute
-	$(LIMIT) 25m $(BIN)/pytest -m 'not gpu and not globus'
+	$(LIMIT) 40m $(BIN)/pytest -m 'not gpu and not globus'
 
 globus: install  ## Tests with real endpoints; need rabbitmq-server, redis-server, port 5000 and a package index
 	$(LIMIT) 25m $(BIN)/pytest -m globus
