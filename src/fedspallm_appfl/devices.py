@@ -82,7 +82,8 @@ def deal(pieces: int, devices: Sequence[torch.device], work: Callable[[int, int]
 
     def on(place: int) -> None:
         torch.set_num_threads(each)  # this, gradients and the current GPU are a thread's own
-        with torch.no_grad(), torch.cuda.device(at) if (at := devices[place]).type == "cuda" else nullcontext():
+        device = devices[place]
+        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for number in range(place, pieces, len(devices)):
                 if ended.is_set():
                     return
@@ -99,14 +100,21 @@ def deal(pieces: int, devices: Sequence[torch.device], work: Callable[[int, int]
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Arguments of a call with the tensors in them on a device; those that are there already are not copied."""
+    """Arguments of a call with the tensors in them on a device; those that are there already are not copied.
+
+    Raises:
+        TypeError: a value of a kind that may hide tensors.
+    """
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {name: moved(one, device) for name, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(moved(one, device) for one in value)
-    return value
+    if isinstance(value, list | tuple):
+        each = [moved(one, device) for one in value]
+        return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be moved to {device}")
 
 
 @contextmanager

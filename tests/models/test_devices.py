@@ -1,11 +1,13 @@
 """Batches of a client dealt among devices: the statistics of one, the same bits each time, and errors that surface."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 
 from fedspallm_appfl.errors import ModelError
-from fedspallm_appfl.models import blockwise
+from fedspallm_appfl.models import activations, blockwise
 from fedspallm_appfl.models.blockwise import Activations, Call, advance
 from fedspallm_appfl.models.inputs import SharedInputs, collected
 from fedspallm_appfl.models.layout import Linear
@@ -18,6 +20,11 @@ from helpers.rounds import prune_blocks
 
 CPU = torch.device("cpu")
 LINEARS = tuple(Linear(name, (4, 4), False, expert=name == "odd") for name in ("first", "second", "odd"))
+
+
+class Rotary(NamedTuple):
+    cosine: torch.Tensor
+    sine: torch.Tensor
 
 
 class Block(nn.Module):
@@ -70,7 +77,7 @@ def test_batches_are_dealt_in_turn_to_a_block_for_each_device(monkeypatch):
     block, came, ran = Block(), state(2), []
     call = Call.__call__
     monkeypatch.setattr(Call, "__call__", lambda self, one, hidden: (ran.append(one), call(self, one, hidden))[1])
-    blockwise.each_batch(block, 0, came, lambda number, out: None)
+    blockwise.each_batch(block, 0, came, lambda number, place, out: None)
     assert len(set(map(id, ran))) == 2
     assert sum(one is block for one in ran) == 3
     copy = next(one for one in ran if one is not block)
@@ -80,13 +87,22 @@ def test_batches_are_dealt_in_turn_to_a_block_for_each_device(monkeypatch):
 def test_block_and_arguments_are_moved_as_wholes():
     """To a device that every torch has; what lies there has no values."""
     block, meta = Block(), torch.device("meta")
+    block.plain = torch.ones(3)  # neither a parameter nor a buffer
     copy, one = blockwise._copy_on(meta, block, 3, "ann"), torch.ones(1)
-    assert {tensor.device for tensor in (*copy.parameters(), *copy.buffers())} == {meta}
-    assert {tensor.device for tensor in (*block.parameters(), *block.buffers())} == {CPU}
-    call = Call((None, (one, [one])), {"masks": {"full": one}, "use_cache": False}, 4).on(meta)
-    (none, (first, [second])), masks = call.args, call.kwargs["masks"]
+    assert {tensor.device for tensor in (*copy.parameters(), *copy.buffers(), copy.plain)} == {meta}
+    assert {tensor.device for tensor in (*block.parameters(), *block.buffers(), block.plain)} == {CPU}
+    call = Call((None, (one, [one]), Rotary(one, one)), {"masks": {"full": one}, "use_cache": False}, 4).on(meta)
+    (none, (first, [second]), rotary), masks = call.args, call.kwargs["masks"]
     assert (none, call.kwargs["use_cache"], call.index) == (None, False, 4)
-    assert first.device == second.device == masks["full"].device == meta
+    assert first.device == second.device == masks["full"].device == rotary.sine.device == meta
+    with pytest.raises(ModelError, match="block 4: an argument of it, object cannot be moved to meta; use one device"):
+        Call((None,), {"cache": object()}, 4).on(meta)
+
+
+def test_arguments_that_batches_share_are_moved_once():
+    call, there = Call((None, torch.ones(1)), {}, 0), blockwise._Moved(torch.device("meta"))
+    assert there.of(call) is there.of(call)
+    assert there.of(Call((None, torch.ones(2)), {}, 0)).args[1].shape == (2,)
 
 
 def test_linears_that_share_an_input_on_one_device_only_are_refused():
@@ -133,6 +149,33 @@ def test_a_block_that_a_device_has_no_room_for_is_named(monkeypatch):
         ModelError, match="client ann: cpu has no room for a copy of block 3, 208 bytes; leave it out of"
     ):
         advance(Block(), 3, came)
+
+
+def test_a_batch_that_a_device_has_no_room_for_is_named():
+    class Full(Block):
+        def forward(self, hidden, scale):
+            raise torch.OutOfMemoryError("full")
+
+    came = state(2, (0,))
+    came.client = "ann"
+    with pytest.raises(ModelError, match=r"client ann: cpu has no room for 2 windows in block 0; lower data.batch$"):
+        advance(Full(), 0, came)
+
+
+def test_what_went_into_experts_takes_a_file_of_its_share_on_each_device(tmp_path, monkeypatch):
+    """Files for all batches on each device would take the disk once for each."""
+    sizes, made = [], activations._mapped_file
+    monkeypatch.setattr(activations, "_mapped_file", lambda size, client: (sizes.append(size), made(size, client))[1])
+    folder, settings = str(save_family("mixtral", tmp_path)), Pruning("wanda", parse_target(0.5), min_tokens=1)
+    kept = {}
+    for devices in (1, 2, 4):
+        sizes.clear()
+        model = LazyModel(folder, dtype="float32", further=("cpu",) * (devices - 1))
+        list(prune_blocks(model, windows(8, 16), {0}, settings, batch=2, activations="file"))
+        states, *routed = sizes
+        kept[devices] = len(routed), sum(routed)
+        assert sum(routed) == states
+    assert [files for files, _ in kept.values()] == [1, 2, 4]
 
 
 @pytest.mark.gpu

@@ -1,11 +1,16 @@
 """`train_configs.devices`: whole runs whose clients deal their batches among two devices, and what is refused."""
 
+from io import StringIO
+
 import pytest
 import torch
+from rich.console import Console
 
 import fedspallm_appfl as fs
 from fedspallm_appfl.estimates.job import Job
-from fedspallm_appfl.estimates.memory import client_memory
+from fedspallm_appfl.estimates.memory import client_memory, further_device
+from fedspallm_appfl.estimates.tables import tables
+from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.rules import check
 from helpers.experiments import DOMAINS, first_pages
@@ -41,12 +46,23 @@ def test_a_run_with_two_devices_prunes_exactly_and_twice_the_same(algorithm, mod
     [
         (["cuda:0", "cuda:0"], {}, "each GPU once, and no CPU beside them; got cuda:0, cuda:0"),
         (["cuda:0", "cpu"], {}, "each GPU once, and no CPU beside them; got cuda:0, cpu"),
-        (["cuda:0", "auto"], {}, "cuda:N with the number of each GPU; got 'auto'"),
+        (["cuda:0", "auto"], {}, "cuda:N with the number of each GPU, or cpu; got 'auto'"),
+        (["cuda:0", "cuda:00"], {}, "cuda:N with the number of each GPU, or cpu; got 'cuda:00'"),
         (["cuda:0", "cuda:1"], {"device": "cuda:0"}, "take the place of train_configs.device, got cuda:0 there"),
     ],
 )
 def test_devices_that_do_not_go_together_are_refused(devices, train, says, model, tmp_path):
     assert any(says in problem for problem in check(config_with(tmp_path, model, devices, **train)))
+
+
+def test_each_device_needs_a_batch(model, tmp_path):
+    """Six windows in batches of four are two batches, seven to nine are two or three."""
+    problems = check(config_with(tmp_path, model, ["cuda:0", "cuda:1", "cuda:2"]))
+    assert problems[0].startswith(
+        "clients.0.train_configs.devices: each needs a batch, got 3 and 6 windows in batches of 4;"
+    )
+    assert all("each needs a batch" in problem for problem in problems) and len(problems) == 3
+    assert not check(config_with(tmp_path, model, ["cuda:0", "cuda:1"]))
 
 
 def test_several_processes_do_not_share_the_devices_of_a_client(model, tmp_path):
@@ -65,3 +81,13 @@ def test_an_estimate_counts_a_block_its_statistics_and_a_pass_on_each_further_de
     two, four = needed(2), needed(4)
     assert two["further devices"] > two["one block"]
     assert four["further devices"] == 3 * two["further devices"]
+
+
+def test_an_estimate_tells_first_and_further_gpus_apart(model, tmp_path):
+    job = Job.of(config_with(tmp_path, model, ["cuda:0", "cuda:1"]))
+    parts, further = client_memory(job, job.clients[0]).parts, further_device(job, job.clients[0])
+    assert "further devices" not in parts
+    assert further["one block"] == parts["one block"]
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(tables(job))
+    assert f"each further GPU: {bytes_text(sum(further.values()))} more" in console.export_text()

@@ -77,7 +77,7 @@ def worst(moments: Iterable[Parts]) -> Parts:
 
 
 def client_memory(job: Job, client: Client) -> Memory:
-    """Memory of one client that is alone in its process."""
+    """Memory of one client that is alone in its process, without what lies on further GPUs."""
     model, (windows, length) = job.model, windows_of(job, client)
     states, on_disk = _activations(model, windows, length, job.hidden_copies), client.data.activations == "file"
     parts = {
@@ -88,7 +88,15 @@ def client_memory(job: Job, client: Client) -> Memory:
     pruned = () if job.config.recovery.model else model.layout.pruned
     work = [moment for block in pruned for moment in _at_work(job, client, block)]
     work += _recovering(job, client, 0 if on_disk else states) if job.config.recovery.rounds else []
+    devices = client.train_configs.devices
+    if len(devices) > 1 and set(devices) == {"cpu"}:
+        parts["further devices"] = (len(devices) - 1) * sum(further_device(job, client).values())
     return with_heap(parts | worst(work), _mapped(model) + on_disk * states)
+
+
+def further_device(job: Job, client: Client) -> Parts:
+    """What lies on each device of a client beside its first, at the worst moment of a pass over a block."""
+    return worst(_pass(job, client, block) for block in job.model.layout.pruned)
 
 
 def rank_memory(job: Job, client: Client) -> Memory:
@@ -138,32 +146,52 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
     model, train, tokens = job.model, client.train_configs, _tokens(job, client)
     # A mask; and the rounded weight, but where it is the block's own (see `LazyModel.put`).
     held = 1 if model.arithmetic == model.stored else 1 + model.stored.itemsize
-    running = looking = tokens * forward_bytes(model, block)
-    pruner = pruner_of(train)
-    if pruner.needs is not None:
-        together, _ = _statistic_bytes(model, train, block)
-        norms = pruner.statistic(train.refit) is not InputGram
-        looking = sum(together.values()) + tokens * statistics_bytes(model, block, norms)
-    forward = max(model.entries(block) * held + running, looking)
-    inputs = _inputs_of_experts(job, client, block) if pruner.needs is not None else {}
+    looks = _pass(job, client, block)
     around = 2 * FLOAT * min(tokens, SAMPLE) * model.hidden  # some of what goes in, and of what the dense block gave
-    copies = _copies(client, _block(model, block) + max(running, looking))
-    yield {"one block": _block(model, block), "forward passes": forward + around} | inputs | copies
-    solving = pruning_bytes(model, train, block, held) + around
-    yield {"one block": _block(model, block), "pruning a block": solving} | inputs
+    forward = max(model.entries(block) * held + tokens * forward_bytes(model, block), looks.pop("forward passes"))
+    yield looks | {"forward passes": forward + around}
+    yield looks | {"pruning a block": pruning_bytes(model, train, block, held) + around}
 
 
-def _copies(client: Client, each: int) -> Parts:
-    """What a pass over a block takes on the devices beside the first."""
-    others = len(client.train_configs.devices) - 1
-    return {"further devices": others * each} if others > 0 else {}
+def _pass(job: Job, client: Client, block: int) -> Parts:
+    """A pass over a block on one of the client's devices: the block, what is made on the way, and sums."""
+    model, train, tokens = job.model, client.train_configs, _tokens(job, client)
+    alone, running = {"one block": _block(model, block)}, {"forward passes": tokens * forward_bytes(model, block)}
+    if job.algorithm.gathers and job.config.gram.by_input:
+        return alone | running
+    if job.algorithm.gathers:
+        grams = list(map(InputGram.nbytes, _features_together(model, block)))
+        forward = max(tokens * statistics_bytes(model, block, norms=False), _merging(train, grams))
+        inputs = _inputs_of_experts(job, client, block)
+        return alone | {"Gram matrices": sum(grams), "forward passes": forward} | inputs
+    pruner = pruner_of(train)
+    if pruner.needs is None:
+        return alone | running
+    together = list(_statistic_bytes(model, train, block)[0].values())
+    norms = pruner.statistic(train.refit) is not InputGram
+    looking = max(tokens * statistics_bytes(model, block, norms), _merging(train, together))
+    forward = max(running["forward passes"], sum(together) + looking)
+    return alone | {"forward passes": forward} | _inputs_of_experts(job, client, block)
+
+
+def _merging(train: TrainConfigs, statistics: Sequence[int]) -> int:
+    """What adding up sums of several devices takes beside them: one statistic on its way."""
+    return max(statistics, default=0) if len(train.devices) > 1 else 0
+
+
+def _features_together(model: Outline, block: int) -> list[int]:
+    """The features of those inputs whose statistics are collected in one pass."""
+    together = (names for names in model.groups[block] if not _of_an_expert(model, block, names))
+    return [model.shapes[block][names[0]][1] for names in together]
 
 
 def _inputs_of_experts(job: Job, client: Client, block: int) -> Parts:
-    """What went into the experts of a block: the hidden states of all tokens, and the experts of each."""
+    """What went into the experts of a block on one device: the hidden states of its tokens, and the experts of each."""
     model, (windows, length) = job.model, windows_of(job, client)
     fused = {linear.part.module for linear in model.layout.blocks[block] if linear.part is not None}
-    each = windows * length * (model.hidden * model.arithmetic.itemsize + CHOSEN)
+    batch = min(client.data.batch, windows)
+    dealt = -(-windows // (batch * max(1, len(client.train_configs.devices)))) * batch
+    each = min(dealt, windows) * length * (model.hidden * model.arithmetic.itemsize + CHOSEN)
     return {"inputs of experts": len(fused) * each} if fused and client.data.activations == "memory" else {}
 
 
@@ -222,16 +250,11 @@ def pruning_bytes(model: Outline, train: TrainConfigs, block: int, held: int) ->
 def _by_block(job: Job, client: Client, block: int) -> Iterator[Parts]:
     """The statistics of a block's inputs are collected together, and then packed one after the other."""
     model, exchange = job.model, next(one for one in job.exchanges if one.up == "grams" and one.concerns(block))
-    features = [
-        model.shapes[block][names[0]][1] for names in model.groups[block] if not _of_an_expert(model, block, names)
-    ]
+    features, inputs = _features_together(model, block), _inputs_of_experts(job, client, block)
     alone = [model.shapes[block][names[0]][1] for names in model.groups[block] if _of_an_expert(model, block, names)]
-    inputs = _inputs_of_experts(job, client, block)
     random = features[:1] if block == 0 and job.config.gram.first_input == "public" else []  # made before
     grams = {"Gram matrices": sum(map(InputGram.nbytes, (*features, *random)))}
-    forward = _tokens(job, client) * statistics_bytes(model, block, norms=False)
-    copies = _copies(client, _block(model, block) + sum(map(InputGram.nbytes, features)) + forward)
-    yield {"one block": _block(model, block)} | grams | {"forward passes": forward} | inputs | copies
+    yield _pass(job, client, block) | grams
     packed = sum(job.up(exchange)[block].values())
     yield grams | {"packed statistics": packed + packing_bytes(max(features, default=0))} | inputs
     if alone:
@@ -256,10 +279,7 @@ def _by_input(job: Job, client: Client, block: int) -> Iterator[Parts]:
         grams = {"Gram matrices": copies * InputGram.nbytes(features)}
         yield {"one block": copies * _block(model, block)} | grams | {"forward passes": tokens * inputs}
         yield grams | {"packed statistics": job.up(exchange)[block][name] + packing_bytes(features)}
-    forward = tokens * forward_bytes(model, block)
-    yield {"one block": _block(model, block), "forward passes": forward} | _copies(
-        client, _block(model, block) + forward
-    )
+    yield _pass(job, client, block)
 
 
 def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:

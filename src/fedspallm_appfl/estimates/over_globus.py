@@ -28,7 +28,7 @@ READING = 3  # copies of a message while it is read: bytes, tensors, and what th
 RESULT = 3  # copies of a whole result: its messages as text, the text that is measured, and the one that is sent
 ON_GPU = (
     *("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices"),
-    "further devices",
+    "inputs of experts",
 )
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
@@ -207,7 +207,7 @@ class Worker:
     Attributes:
         on_cpu: where `device` is a CPU.
         on_gpu: main memory where it is a GPU.
-        gpu: bytes on that GPU, and on further ones.
+        gpu: bytes on that GPU; of several, on the first.
     """
 
     on_cpu: Memory

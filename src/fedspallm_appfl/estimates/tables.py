@@ -26,6 +26,7 @@ from fedspallm_appfl.reports.progress import duration
 from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.rounds.participants import own_windows
+from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {
@@ -233,6 +234,11 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
         yield Text("on a GPU: computed from what was measured on CPUs; CUDA's own memory comes on top")
     elif any(client.train_configs.device != "cpu" for client in job.config.clients):
         yield Text("on a GPU, what a client needs lies there; measured on CPUs only")
+    further = {
+        one.client_id: sum(memory.further_device(job, one).values()) for one in job.config.clients if _gpus(one) > 1
+    }
+    for clients, needs in _alike(further):
+        yield Text(f"each further GPU{f' of {clients}' if clients else ''}: {bytes_text(needs)} more")
 
 
 NO_SETTING = "no setting"
@@ -240,6 +246,7 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "outer parts": NO_SETTING,
     "activations": "data.activations: file",
     "one block": NO_SETTING,
+    "inputs of experts": "data.activations: file",
     "further devices": "train_configs.devices",
     "forward passes": "data.batch",
     "pruned model": "recovery.scope: blockwise",
@@ -307,6 +314,10 @@ def _worker(name: str, device: str, worker: Worker) -> Iterator[Process]:
         yield f"{name}, CPU", worker.on_cpu, None
     if device != "cpu":
         yield f"{name}, GPU", worker.on_gpu, worker.gpu
+
+
+def _gpus(client: Client) -> int:
+    return sum(device != "cpu" for device in client.train_configs.devices)
 
 
 def _alike(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -72,7 +72,11 @@ class HiddenStatesFile:
 
     def __getitem__(self, number: int) -> Tensor:
         """One batch, (B, T, H), on its original device; on a CPU a view of the file."""
-        return self._batches[number].to(self._device)
+        return self.on(self._device, number)
+
+    def on(self, device: torch.device, number: int) -> Tensor:
+        """One batch, (B, T, H), on any device, and not on another one on the way."""
+        return self._batches[number].to(device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         """Replace a batch by the output of a block.

@@ -52,8 +52,18 @@ class Call:
             ) from error
 
     def on(self, device: torch.device) -> "Call":
-        """The same with its tensors on a device."""
-        return replace(self, args=moved(self.args, device), kwargs=moved(self.kwargs, device))
+        """The same with its tensors on a device.
+
+        Raises:
+            ModelError: an argument may hide tensors; names the block.
+        """
+        try:
+            return replace(self, args=moved(self.args, device), kwargs=moved(self.kwargs, device))
+        except TypeError as error:
+            raise ModelError(
+                f"block {self.index}: an argument of it, {error}; use one device for this model, without "
+                "train_configs.devices"
+            ) from error
 
     def _call(self, block: nn.Module, hidden: Tensor) -> Any:
         if "hidden_states" in self.kwargs:
@@ -68,7 +78,7 @@ class Activations:
     Attributes:
         hidden: per batch (B, T, H), in the dtype of the model; one copy, whose batches are replaced one by one.
         calls: per batch, per block, the recorded arguments.
-        devices: among which the batches of a pass are dealt; all that is kept lies on the first.
+        devices: those of the client; hidden states in memory lie on the first.
         client: whom to name in errors.
     """
 
@@ -77,6 +87,15 @@ class Activations:
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
     client: str = "local"
 
+    @property
+    def at_work(self) -> tuple[torch.device, ...]:
+        """The devices among which the batches of a pass are dealt: not more than there are batches."""
+        return self.devices[: max(1, len(self.hidden))]
+
+    def input_on(self, device: torch.device, number: int) -> Tensor:
+        """What goes into the next block for a batch, (B, T, H), on a device."""
+        return self.hidden[number].to(device) if isinstance(self.hidden, list) else self.hidden.on(device, number)
+
     def copy(self) -> "Activations":
         """The same, to be moved on apart from these; batches in memory are shared until one of them is replaced."""
         return replace(self, hidden=self.hidden.copy())
@@ -84,7 +103,8 @@ class Activations:
     def take_output(self, number: int, out: Any) -> None:
         """Put what a block gave for a batch in the place of its input, which stays where the pass was ended early."""
         if out is not None:
-            self.hidden[number] = output_of(out).to(self.devices[0])
+            hidden = output_of(out)
+            self.hidden[number] = hidden.to(self.devices[0]) if isinstance(self.hidden, list) else hidden
 
 
 def output_of(out: Any) -> Tensor:
@@ -199,7 +219,7 @@ def each_batch(
     block: nn.Module,
     index: int,
     state: Activations,
-    take: Callable[[int, Any], None],
+    take: Callable[[int, int, Any], None],
     watched: Sequence[Callable[[nn.Module], AbstractContextManager[None]]] = (),
 ) -> None:
     """Run one block over all batches, which are dealt among the devices in turn.
@@ -208,48 +228,68 @@ def each_batch(
         block: with its weights.
         index: which one it is.
         state: what goes into it.
-        take: is told the number of a batch, and what the block gives for it, on the batch's device and in its thread; None
-            where a hook ended the pass.
-        watched: for each device, what is around the pass of the block there.
+        take: is told the number of a batch, the place of its device in `state.at_work`, and what the block gives, on that
+            device and in its thread; None where a hook ended the pass.
+        watched: for each of these devices, what is around the pass of the block there; none for nothing.
 
     Raises:
-        ModelError: the block's code fails, or a device has no room for a copy of it; names the block.
+        ModelError: the block's code fails, or a device has no room for it; names the block.
     """
-    devices = state.devices[: max(1, len(state.hidden))]
+    devices = state.at_work
     blocks = [block, *(_copy_on(device, block, index, state.client) for device in devices[1:])]
+    calls = [_Moved(device) for device in devices]
 
     def run(number: int, place: int) -> None:
-        call, hidden, out = state.calls[number][index], state.hidden[number], None
+        call, hidden, out = state.calls[number][index], state.input_on(devices[place], number), None
         if place:
-            call, hidden = call.on(devices[place]), hidden.to(devices[place])
-        with suppress(Stop):
+            call = calls[place].of(call)
+        advice = "lower data.batch" + ", or leave it out of train_configs.devices" * (place > 0)
+        with _room(state.client, devices[place], f"{len(hidden)} windows in block {index}", advice), suppress(Stop):
             out = call(blocks[place], hidden)
-        take(number, out)
+        take(number, place, out)
 
     with ExitStack() as around:
-        for watch, each in zip(watched, blocks, strict=False):
+        for watch, each in zip(watched, blocks, strict=True) if watched else ():
             around.enter_context(watch(each))
         deal(len(state.hidden), devices, run)
 
 
+class _Moved:
+    """Calls on a device; of those that share their arguments, as most do, they are moved there once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: tuple[Call, Call] | None = None  # as it was, and there
+
+    def of(self, call: Call) -> Call:
+        if self._last is None or self._last[0] is not call:
+            self._last = call, call.on(self._device)
+        return self._last[1]
+
+
 def _copy_on(device: torch.device, block: nn.Module, index: int, client: str) -> nn.Module:
     """A copy of a block on another device, and nothing of it on the way there."""
-    try:
-        tensors: dict[int, Any] = {id(one): one.to(device, copy=True) for one in block.buffers()}
+    plain = [one for module in block.modules() for one in vars(module).values() if isinstance(one, Tensor)]
+    size = sum(one.nbytes for one in (*block.parameters(), *block.buffers(), *plain))
+    advice = "leave it out of train_configs.devices"
+    with _room(client, device, f"a copy of block {index}, {size:,} bytes", advice):
+        tensors: dict[int, Any] = {id(one): one.to(device, copy=True) for one in (*block.buffers(), *plain)}
         for one in block.parameters():
             tensors[id(one)] = nn.Parameter(one.detach().to(device, copy=True), requires_grad=False)
         return copy.deepcopy(block, tensors)
+
+
+@contextmanager
+def _room(client: str, device: torch.device, what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
-        size = sum(one.nbytes for one in (*block.parameters(), *block.buffers()))
-        raise ModelError(
-            f"client {client}: {device} has no room for a copy of block {index}, {size:,} bytes; leave it out of "
-            "train_configs.devices"
-        ) from error
+        raise ModelError(f"client {client}: {device} has no room for {what}; {advice}") from error
 
 
 def advance(block: nn.Module, index: int, state: Activations) -> None:
     """Run one block over all batches; its outputs take the place of its inputs."""
-    each_batch(block, index, state, state.take_output)
+    each_batch(block, index, state, lambda number, place, out: state.take_output(number, out))
 
 
 def finish(model: LazyModel, windows: Tensor, state: Activations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

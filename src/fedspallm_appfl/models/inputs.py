@@ -25,6 +25,7 @@ from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
 from fedspallm_appfl.pruning.statistics import InputNorms, Statistic
 
 New = Callable[[int, torch.device], Any]  # (features, device) -> an empty statistic
+_Kept = tuple[HiddenStates, list[Tensor]]  # of each batch hidden states, and the experts of each token
 PROBE = 8  # tokens of the pass that finds out which linears share an input
 
 
@@ -54,8 +55,8 @@ class SharedInputs:
         self._experts = tuple(linear for linear in linears if linear.part is not None)
         self._new: Callable[[Linear], Any] = lambda linear: new(linear.shape[1], device)
         self._device = device
-        self._routed: dict[str, tuple[HiddenStates, list[Tensor]]] = {  # module -> hidden states, experts of each token
-            linear.part.module: (kept(), []) for linear in self._experts if linear.part is not None
+        self._routed: dict[str, list[_Kept]] = {  # module -> what went into it, by device
+            linear.part.module: [(kept(), [])] for linear in self._experts if linear.part is not None
         }
         self._leader: dict[str, str] = {}  # linear -> the first linear that was called with the same tensor
         self._statistics: dict[str, Any] = {}
@@ -99,7 +100,7 @@ class SharedInputs:
         """A forward pre-hook that keeps what goes into the experts of a module."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            came, (hidden, chosen) = experts.routed(args, kwargs), self._routed[path]
+            came, [(hidden, chosen)] = experts.routed(args, kwargs), self._routed[path]
             hidden.append(came.hidden)
             chosen.append(came.chosen)
             self._called.add(path)
@@ -117,7 +118,9 @@ class SharedInputs:
         self._seen.clear()
 
     def merge(self, other: "SharedInputs") -> None:
-        """Take over what was seen on another device; it is let go of there, one statistic after the other.
+        """Take over what was seen on another device; statistics are let go of there, one after the other.
+
+        What went into experts stays there, and is moved when statistics are made of it.
 
         Raises:
             ModelError: the same linears share an input there and have different ones here.
@@ -133,10 +136,8 @@ class SharedInputs:
             if name not in self._statistics:
                 self._statistics[name] = self._new(next(one for one in self._linears if one.name == name))
             self._statistics[name].merge(other._statistics.pop(name))
-        for path, (hidden, chosen) in other._routed.items():
-            for states in hidden:
-                self._routed[path][0].append(states.to(self._device))
-            self._routed[path][1].extend(one.to(self._device) for one in chosen)
+        for path, kept in other._routed.items():
+            self._routed[path] += kept
 
     def groups(self) -> list[tuple[list[str], Any]]:
         """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
@@ -158,15 +159,15 @@ class SharedInputs:
             block: with the weights of the pass. Matrices may be pruned in place once all inputs of their expert were given.
         """
         for (path, expert), groups in _by_expert(self._experts).items():
-            module, (hidden, chosen) = block.get_submodule(path), self._routed[path]
-            if not chosen:
+            module, kept = block.get_submodule(path), self._routed[path]
+            if not any(chosen for _, chosen in kept):
                 raise ModelError(
                     f"{type(module).__name__} `{path}` holds experts, but the block does not call it: this model is "
                     "not supported"
                 )
             statistics = {first: self._new(linears[0]) for first, linears in groups.items()}
-            for states, indices in zip(hidden, chosen, strict=True):
-                inputs = Routed(states, indices).of(expert)
+            for states, indices in (pair for hidden, chosen in kept for pair in zip(hidden, chosen, strict=True)):
+                inputs = Routed(states, indices).of(expert).to(self._device)
                 for first in groups:
                     statistics[first].add(inputs if first else experts.inner(module, expert, inputs))
             for first, linears in groups.items():
@@ -193,11 +194,11 @@ def collected(
         take: is told the number of a batch, and what the block gives for it; None where the pass ended before.
         stop: whether a pass may end as soon as the last input was seen; that of a device's first batch never does.
     """
-    seen = [new(device) for device in state.devices]
+    seen = [new(device) for device in state.at_work]
 
-    def end(number: int, out: Any) -> None:
+    def end(number: int, place: int, out: Any) -> None:
         take(number, out)
-        seen[number % len(seen)].end_of_batch(stop)
+        seen[place].end_of_batch(stop)
 
     each_batch(block, index, state, end, [inputs.watched for inputs in seen])
     while len(seen) > 1:

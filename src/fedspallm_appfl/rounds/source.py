@@ -85,8 +85,9 @@ class Source:
             self.checkpoint.keep(block, state)
 
     def kept(self) -> HiddenStates:
-        """Room for what goes into experts."""
-        return hidden_states(self.settings.data.activations, self.windows.numel(), self.settings.client_id)
+        """Room for what goes into experts on one device."""
+        share = -(-self.windows.numel() // len(self.model.devices))
+        return hidden_states(self.settings.data.activations, share, self.settings.client_id)
 
     def where(self, block: int, linear: str) -> str:
         """What errors name."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedspallm_appfl.errors import quoted
 from fedspallm_appfl.settings.plugins import ADDED
-from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, Config, Rule, Store, TrainConfigs
+from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, ClientConfigs, Config, Rule, Store
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.-]{1,61}[a-zA-Z0-9]")
@@ -155,18 +155,29 @@ def _devices(config: Config) -> Iterator[str]:
     said: set[str] = set()
     groups = {"client_configs": config.client_configs}
     for path, one in (groups | {f"clients.{index}": client for index, client in enumerate(config.clients)}).items():
-        for problem in _wrong_devices(one.train_configs, config.workers):
+        for problem in _wrong_devices(one, config.workers):
             if problem not in said:
                 yield f"{path}.train_configs.devices: {problem}"
             said.add(problem)
+    for index, client in enumerate(config.clients):
+        asked, data = len(client.train_configs.devices), client.data
+        if asked > -(-data.windows // data.batch):
+            yield (
+                f"clients.{index}.train_configs.devices: each needs a batch, got {asked} and {data.windows} windows in "
+                f"batches of {data.batch}; lower data.batch, or name fewer"
+            )
 
 
-def _wrong_devices(train: TrainConfigs, workers: str) -> Iterator[str]:
+def _wrong_devices(client: ClientConfigs, workers: str) -> Iterator[str]:
+    train = client.train_configs
     asked, kinds = train.devices, set(train.devices)
     if kinds != {"cpu"} and ("cpu" in kinds or len(kinds) < len(asked)):  # several times the CPU is for tests
         yield f"each GPU once, and no CPU beside them; got {', '.join(asked)}"
     if asked and train.device != "auto":
-        yield f"these take the place of train_configs.device, got {train.device} there; leave one of both out"
+        yield (
+            f"these take the place of train_configs.device, got {train.device} there; leave one of both out, and where "
+            "one client differs from the others, set devices to [] for it"
+        )
     if len(asked) > 1 and workers not in ("auto", "1"):
         yield f"a client with several has them to itself, got workers: {workers}; set workers to 1"
 

@@ -33,7 +33,8 @@ MOST = 10**9  # nobody means more, and what is not a machine integer fails far f
 MPI_LIMIT = 2**31 - 1  # bytes of one MPI message
 MESSAGE_LIMIT = MPI_LIMIT - 2**24  # bytes of its tensors: names, shapes and metadata take far less than 16 MiB
 REDIS_LIMIT = 2**29 - 2**20  # bytes of a value, a little below where Redis ends
-DEVICE = (r"auto|cpu|cuda|cuda:[0-9]+", "auto, cpu, cuda or cuda:N")
+GPU = "cuda:(0|[1-9][0-9]{0,3})"
+DEVICE = (rf"auto|cpu|cuda|{GPU}", "auto, cpu, cuda or cuda:N")
 UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 NAME = (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", "one or more letters, digits, '-', '_', '.'")  # it names a folder too
 
@@ -424,7 +425,7 @@ class TrainConfigs(Pruning):
         list,
         "in the place of `device`: several GPUs for one client, such as `[cuda:0, cuda:1]`, which share the batches of its "
         "text ([docs](hpc.md#several-gpus-for-one-client))",
-        form=(r"cpu|cuda:[0-9]{1,4}", "cuda:N with the number of each GPU"),
+        form=(rf"cpu|{GPU}", "cuda:N with the number of each GPU, or cpu"),
     )
     threads: int | None = key(
         None,

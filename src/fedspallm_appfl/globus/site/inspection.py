@@ -45,11 +45,13 @@ def inspect_site(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _look_at_gpu(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
-    choose_devices(settings, 0)
-    if not torch.cuda.is_available():
-        return "none, CPU"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    used = [device for device in choose_devices(settings, 0) if device != "cpu"]
+    return "; ".join(map(_memory_of, used)) or "none, CPU"
+
+
+def _memory_of(device: str) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
 def _look_at_model(request: dict[str, Any], settings: ClientSettings, site: Site) -> str:
