@@ -9,6 +9,7 @@ import ctypes
 import re
 import socket
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -107,8 +108,8 @@ def moved(value: Any, device: torch.device) -> Any:
     """
     if isinstance(value, Tensor):
         return value.to(device)
-    if type(value) is dict:
-        return {name: moved(one, device) for name, one in value.items()}
+    if type(value) in (dict, UserDict):  # Gemma 4 passes the latter
+        return type(value)({name: moved(one, device) for name, one in value.items()})
     if isinstance(value, list | tuple):
         each = [moved(one, device) for one in value]
         return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
