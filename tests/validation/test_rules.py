@@ -3,15 +3,18 @@
 import shutil
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedspallm_appfl.devices import slowdown
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.texts.tokenizer import load_tokenizer
 from fedspallm_appfl.texts.windows import Cut, windows_of
+from fedspallm_appfl.validation import words
 from fedspallm_appfl.validation.files import check_with_files
 from fedspallm_appfl.validation.rules import check
 from helpers.paths import DEMO, ROOT
@@ -320,3 +323,18 @@ def test_a_run_directory_is_no_file(tmp_path, overwrite):
     (tmp_path / "run").touch()
     config = demo(f"run_dir={tmp_path / 'run'}")
     assert run_dir.problem(config, overwrite) == f"run_dir: {tmp_path / 'run'} is a file; name a folder"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times", "said"), [("bfloat16", 8.2, True), ("bfloat16", 1.4, False), ("float32", 8.2, False)]
+)
+def test_arithmetic_that_is_slow_on_this_cpu_is_said_before_a_run(dtype, times, said, model, monkeypatch):
+    monkeypatch.setattr(words, "slowdown", lambda dtype: times)
+    monkeypatch.setattr(words.torch.cuda, "is_available", lambda: False)
+    lines = words.forecast(demo(f"model.path={model}", f"model.dtype={dtype}"))
+    line = "a product in bfloat16 takes this CPU 8 times as long as in float32: model.dtype=float32 is faster"
+    assert (line in lines) == said
+
+
+def test_how_much_longer_a_product_takes_is_tried():
+    assert 0 < slowdown(torch.bfloat16, 64) < 1000

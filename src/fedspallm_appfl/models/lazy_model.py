@@ -54,6 +54,7 @@ class Skeleton:
         layout: the same with the linears that are pruned.
         files: the checkpoint.
         stored_dtype: dtype of the prunable weights in the checkpoint.
+        dtype: dtype of arithmetic.
     """
 
     def __init__(self, path: str, blocks: str | None = None, dtype: str = "auto", prune: Prune | None = None) -> None:
@@ -77,6 +78,7 @@ class Skeleton:
         self._stored = Stored(self.model, self.files)
         self._pieces = self._match()
         self.stored_dtype = self._one_dtype()
+        self.dtype = self.stored_dtype if dtype == "auto" else DTYPES[dtype]
 
     @classmethod
     def of(cls, settings: Chosen) -> "Skeleton":
@@ -197,7 +199,7 @@ class LazyModel:
         self.skeleton = Skeleton(path, blocks, dtype, prune)
         self.model = self.skeleton.model
         self.layout: Layout = self.skeleton.layout
-        self.dtype = self.skeleton.stored_dtype if dtype == "auto" else DTYPES[dtype]
+        self.dtype = self.skeleton.dtype
         self.device, *_ = self.devices = tuple(map(torch.device, (device, *further)))
         self.model.eval()
         self._fill(self.model, lambda name: not name.startswith(f"{self.layout.path}."), prefix="")

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.algorithms import registry
+from fedspallm_appfl.devices import slowdown
 from fedspallm_appfl.models.choice import by_kind, in_words, left_dense, together
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.beginning import manifest_of
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidden, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.texts.files import text_files
+
+SLOW = 2.5  # times as long as in float32, from where on it is said
 
 
 def forecast(config: Config) -> list[str]:
@@ -26,6 +31,7 @@ def forecast(config: Config) -> list[str]:
     ]
     if named := replaced_attention(skeleton.model):
         lines.append(attention_words(named))
+    lines += _slow_words(config, skeleton.dtype)
     dense = left_dense(skeleton.model, skeleton.found, skeleton.layout)
     if any(dense):
         lines += ["leaves dense inside the blocks:", *_listed([in_words(of) for of in dense])]
@@ -42,6 +48,14 @@ def _listed(blocks: list[tuple[str, ...]]) -> Iterator[str]:
 def attention_words(named: str) -> str:
     """That another attention runs than the model's configuration names."""
     return f"config.json names {named}, which cannot run here: sdpa takes its place, which computes the same"
+
+
+def _slow_words(config: Config, dtype: torch.dtype) -> Iterator[str]:
+    """That the arithmetic of the model is not that of this CPU, where clients work on it."""
+    here = not config.over_globus() and not torch.cuda.is_available()
+    if here and dtype != torch.float32 and (times := slowdown(dtype)) > SLOW:
+        name = str(dtype).removeprefix("torch.")
+        yield f"a product in {name} takes this CPU {times:.0f} times as long as in float32: model.dtype=float32 is faster"
 
 
 def left_out(config: Config, blocks: Sequence[int]) -> Iterator[str]:
