@@ -6,18 +6,19 @@ uses that. More ranks than GPUs share them in turn.
 """
 
 import ctypes
+import os
 import re
 import socket
 import threading
 import time
-from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.schema import DEVICE, TrainConfigs
@@ -61,15 +62,25 @@ def choose_devices(train: TrainConfigs, local_rank: int) -> list[str]:
         local_rank: place of this process among the client processes of its node, from 0.
 
     Raises:
-        ConfigError: as `choose_device` says.
+        ConfigError: as `choose_device` says; or a GPU would be used twice.
     """
-    return [choose_device(one, local_rank) for one in train.devices or [train.device]]
+    chosen = [choose_device(one, local_rank) for one in train.places]
+    gpus = [device for device in chosen if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise ConfigError(f"train_configs.devices: each GPU once, got {', '.join(train.places)}")
+    if len(gpus) > 1 and local_rank and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        raise ConfigError(
+            f"train_configs.devices: another client rank of {socket.gethostname()} uses {', '.join(gpus)} too; give each "
+            "rank its own GPUs with CUDA_VISIBLE_DEVICES, or start one rank on the node"
+        )
+    return chosen
 
 
 def deal(pieces: int, devices: Sequence[torch.device], work: Callable[[int, int], None]) -> None:
-    """Do pieces of work side by side: number n on device n mod N, on each in their order, without gradients.
+    """Do pieces of work side by side: number n on device n mod N, on each in their order.
 
-    On one device it is a plain loop. After an error no device begins another piece.
+    On one device it is a plain loop; on several, threads do it without gradients. After an error no device begins another
+    piece.
 
     Args:
         pieces: how many there are.
@@ -109,35 +120,37 @@ def moved(value: Any, device: torch.device) -> Any:
     """
     if isinstance(value, Tensor):
         return value.to(device)
-    if type(value) in (dict, UserDict):  # Gemma 4 passes the latter
-        return type(value)({name: moved(one, device) for name, one in value.items()})
+    if type(value) is dict:
+        return {name: moved(one, device) for name, one in value.items()}
     if isinstance(value, list | tuple):
         each = [moved(one, device) for one in value]
         return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
+    if isinstance(value, Sized) and not len(value):  # it holds nothing, and may be shared by all blocks
+        return value
     raise TypeError(f"{type(value).__name__} cannot be moved to {device}")
 
 
-def slowdown(dtype: torch.dtype, side: int = 256) -> float:
-    """How many times as long as in float32 a product of matrices takes on this CPU, from a few milliseconds of trying.
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 a linear of a model takes on one core of this CPU; tried in a tenth of a second.
 
-    CPUs without instructions for half precision take eight times as long and more.
+    Six to eight times where the CPU has no instructions for half precision.
 
     Args:
-        dtype: of the product.
-        side: of its matrices.
+        dtype: of the linear.
     """
 
     def seconds(of: torch.dtype) -> float:
-        matrix, tries = torch.ones(side, side, dtype=of), []
-        for _ in range(4):
-            begin = time.perf_counter()
-            torch.mm(matrix, matrix)
-            tries.append(time.perf_counter() - begin)
+        inputs, weight, tries = torch.ones(256, 512, dtype=of), torch.ones(512, 512, dtype=of), []
+        for _ in range(3):
+            begin = time.thread_time()  # others may be using this core
+            functional.linear(inputs, weight)
+            tries.append(time.thread_time() - begin)
         return min(tries)
 
-    return seconds(dtype) / seconds(torch.float32)
+    with threads(1):
+        return seconds(dtype) / seconds(torch.float32)
 
 
 @contextmanager

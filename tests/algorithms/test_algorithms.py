@@ -238,15 +238,19 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
     aggregation = server_settings(pruning, "gram", gram=gram)
     apart, together = (serve(tmp_path / str(len(of)), of, aggregation, folder) for of in (four, one))
     assert apart.keys() == together.keys()
+    apart_by = {True: (0.05, 0.3), False: (0.0, 0.01)}[
+        gram.propagate == "pruned"
+    ]  # share of the mask, and of the weights
     for (block, name), (weight, mask) in together.items():
         got, same = apart[block, name]
         if (
             block and find(pruner).fits
-        ):  # a fit makes more of rounding: where inputs hardly differ many weights fit as well
-            assert (same == mask).float().mean() > 0.95, (block, name)
+        ):  # many weights fit inputs that hardly differ; rounding decides which
+            assert (same != mask).float().mean() <= apart_by[0], (block, name)
+            assert (got - weight).norm() <= apart_by[1] * weight.norm(), (block, name)
         else:
             assert torch.equal(same, mask), (block, name)
-            assert torch.allclose(got, weight, rtol=1e-4, atol=1e-5), (block, name)
+            assert torch.allclose(got, weight, rtol=1e-4, atol=2e-3 if find(pruner).fits else 1e-5), (block, name)
 
 
 BY_BLOCK = {"precision": "fp32", "first_input": "private", "propagate": "pruned", "stride": 1}

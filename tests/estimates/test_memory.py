@@ -305,7 +305,7 @@ def field(name):
     return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 def run_client(config):
-    client = trainer.LocalClient(participants.client_settings(config, config.clients[0], "cpu", 2**29))
+    client = trainer.LocalClient(participants.client_settings(config, config.clients[0], ["cpu"], 2**29))
     client.start_exchange(0, 0, list(range(len(client.model.blocks))))
     while client.in_exchange:
         client.next_message()
@@ -350,7 +350,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, c
         "model": {"path": str(tmp_path / "model")},
         "client_configs": {
             "train_configs": {"pruner": pruner, "iterations": 3},
-            "data": {"windows": 8, "length": 256, "batch": 4},
+            "data": {"windows": 8, "length": 64, "batch": 4},
         },
     }
     file = small_config(tmp_path, count, **changes)

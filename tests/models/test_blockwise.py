@@ -176,7 +176,7 @@ def test_the_setting_reaches_the_client(tmp_path):
     changes = {"client_configs": {"data": {"activations": "file"}}}
     config, problems = load_config(small_config(tmp_path, **changes))
     assert problems == []
-    made = client_agent_config(client_settings(config, config.clients[0], "cpu", 2**20))
+    made = client_agent_config(client_settings(config, config.clients[0], ["cpu"], 2**20))
     assert FedSpaLLMTrainer(made.train_configs).settings.data.activations == "file"
 
 

@@ -1,5 +1,6 @@
 """Batches of a client dealt among devices: the statistics of one, the same bits each time, and errors that surface."""
 
+import time
 from typing import NamedTuple
 
 import pytest
@@ -74,23 +75,24 @@ def test_exact_sums_are_those_of_one_device(kind, devices):
 
 
 def test_batches_are_dealt_in_turn_to_a_block_for_each_device(monkeypatch):
-    block, came, ran = Block(), state(2), []
+    block, came, ran, dealt = Block(), state(2), [], {}
     call = Call.__call__
     monkeypatch.setattr(Call, "__call__", lambda self, one, hidden: (ran.append(one), call(self, one, hidden))[1])
-    blockwise.each_batch(block, 0, came, lambda number, place, out: None)
-    assert len(set(map(id, ran))) == 2
+    blockwise.each_batch(block, 0, came, lambda number, place, out: dealt.__setitem__(number, place))
+    assert dealt == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
     assert sum(one is block for one in ran) == 3
-    copy = next(one for one in ran if one is not block)
+    [copy] = {one for one in ran if one is not block}
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(block.parameters(), copy.parameters(), strict=True))
 
 
 def test_block_and_arguments_are_moved_as_wholes():
     """To a device that every torch has; what lies there has no values."""
     block, meta = Block(), torch.device("meta")
-    block.plain = torch.ones(3)  # neither a parameter nor a buffer
+    block.plain, block.among = torch.ones(3), {"others": [torch.ones(3)]}  # neither parameters nor buffers
     copy, one = blockwise._copy_on(meta, block, 3, "ann"), torch.ones(1)
-    assert {tensor.device for tensor in (*copy.parameters(), *copy.buffers(), copy.plain)} == {meta}
-    assert {tensor.device for tensor in (*block.parameters(), *block.buffers(), block.plain)} == {CPU}
+    for one, device in ((copy, meta), (block, CPU)):
+        held = *one.parameters(), *one.buffers(), one.plain, *one.among["others"]
+        assert {tensor.device for tensor in held} == {device}
     call = Call((None, (one, [one]), Rotary(one, one)), {"masks": {"full": one}, "use_cache": False}, 4).on(meta)
     (none, (first, [second]), rotary), masks = call.args, call.kwargs["masks"]
     assert (none, call.kwargs["use_cache"], call.index) == (None, False, 4)
@@ -133,8 +135,18 @@ def test_a_sweep_prunes_the_same_but_for_rounding_and_twice_the_same(family, act
 
 
 def test_an_error_on_a_further_device_ends_the_pass_and_names_the_block():
-    with pytest.raises(ModelError, match=r"block 7 \(Block\) fails: AssertionError"):
-        advance(Block(), 0, state(2, (0, 13, 2)))
+    begun = []
+
+    class Waits(Block):
+        def forward(self, hidden, scale):
+            begun.append(float(hidden.flatten()[0]))
+            if begun[-1] == 0.0:
+                time.sleep(0.5)
+            return super().forward(hidden, scale)
+
+    with pytest.raises(ModelError, match=r"block 7 \(Waits\) fails: AssertionError"):
+        advance(Waits(), 0, state(2, (0, 13, *[2] * 50)))
+    assert len(begun) < 5
 
 
 def test_a_block_that_a_device_has_no_room_for_is_named(monkeypatch):
@@ -158,7 +170,8 @@ def test_a_batch_that_a_device_has_no_room_for_is_named():
 
     came = state(2, (0,))
     came.client = "ann"
-    with pytest.raises(ModelError, match=r"client ann: cpu has no room for 2 windows in block 0; lower data.batch$"):
+    says = r"client ann: cpu has no room for block 0 with its statistics and a batch; lower data.batch$"
+    with pytest.raises(ModelError, match=says):
         advance(Full(), 0, came)
 
 

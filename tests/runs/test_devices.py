@@ -8,7 +8,7 @@ from rich.console import Console
 
 import fedspallm_appfl as fs
 from fedspallm_appfl.estimates.job import Job
-from fedspallm_appfl.estimates.memory import client_memory, further_device
+from fedspallm_appfl.estimates.memory import ON_GPU, client_memory, further_device
 from fedspallm_appfl.estimates.tables import tables
 from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.settings.reading import load_config
@@ -56,7 +56,7 @@ def test_devices_that_do_not_go_together_are_refused(devices, train, says, model
 
 
 def test_each_device_needs_a_batch(model, tmp_path):
-    """Six windows in batches of four are two batches, seven to nine are two or three."""
+    """Six windows in batches of four are two batches, seven and eight too, nine are three."""
     problems = check(config_with(tmp_path, model, ["cuda:0", "cuda:1", "cuda:2"]))
     assert problems[0].startswith(
         "clients.0.train_configs.devices: each needs a batch, got 3 and 6 windows in batches of 4;"
@@ -90,4 +90,6 @@ def test_an_estimate_tells_first_and_further_gpus_apart(model, tmp_path):
     assert further["one block"] == parts["one block"]
     console = Console(width=200, record=True, file=StringIO())
     console.print(tables(job))
-    assert f"each further GPU: {bytes_text(sum(further.values()))} more" in console.export_text()
+    first = sum(size for part, size in parts.items() if part in ON_GPU)
+    says = f"first GPU: {bytes_text(first)}; each further one: {bytes_text(sum(further.values()))}"
+    assert says in console.export_text()

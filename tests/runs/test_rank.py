@@ -55,7 +55,7 @@ def run(folder, model, ahead, log, wire):
         server = agents_of.server_agent(config, state_dir)
         server.aggregator.on_event = on_event
         spare(server, config)
-        told = [client_settings(config, client, "cpu", 10**9, folder / "agreed") for client in participants(config)]
+        told = [client_settings(config, client, ["cpu"], 10**9, folder / "agreed") for client in participants(config)]
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
         all_rounds(InMemory(server, list(agents), ahead, log, wire), agents, spares(config))
         forget()

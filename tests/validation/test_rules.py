@@ -3,12 +3,10 @@
 import shutil
 
 import pytest
-import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedspallm_appfl.devices import slowdown
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.settings.reading import load_config
@@ -330,11 +328,6 @@ def test_a_run_directory_is_no_file(tmp_path, overwrite):
 )
 def test_arithmetic_that_is_slow_on_this_cpu_is_said_before_a_run(dtype, times, said, model, monkeypatch):
     monkeypatch.setattr(words, "slowdown", lambda dtype: times)
-    monkeypatch.setattr(words.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(words.torch.cuda, "device_count", lambda: 0)
     lines = words.forecast(demo(f"model.path={model}", f"model.dtype={dtype}"))
-    line = "a product in bfloat16 takes this CPU 8 times as long as in float32: model.dtype=float32 is faster"
-    assert (line in lines) == said
-
-
-def test_how_much_longer_a_product_takes_is_tried():
-    assert 0 < slowdown(torch.bfloat16, 64) < 1000
+    assert any(line.startswith("this CPU has no fast arithmetic in bfloat16: ") for line in lines) == said

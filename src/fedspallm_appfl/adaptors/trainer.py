@@ -46,7 +46,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         if not name:
             raise ConfigError("FedSpaLLMTrainer: the client has no id; set client_id in the client's configuration")
         self.settings: ClientSettings = build(ClientSettings, {**raw, "client_id": str(name)})
-        self.settings.device, *_ = choose_devices(self.settings, 0)
+        self.settings.devices = choose_devices(self.settings, 0)
         self.client_id: str = str(name)
         self.round: int = 0
         self._client: LocalClient | None = None

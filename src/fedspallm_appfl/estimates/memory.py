@@ -62,6 +62,10 @@ class Memory:
 VECTORS = 5  # of kept weights: values, gradient, two of the optimizer, and one on the way
 TAPE = 3  # times what a forward pass of a block takes, that its backward pass does
 GRAPH = 3  # tensors as wide as inputs and outputs of a block's linears that its backward pass keeps, about
+ON_GPU = (  # parts of a client's memory
+    *("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices"),
+    "inputs of experts",
+)
 CHOSEN = 64  # bytes a token: indices of eight experts
 Parts = dict[str, int]
 
@@ -96,7 +100,19 @@ def client_memory(job: Job, client: Client) -> Memory:
 
 def further_device(job: Job, client: Client) -> Parts:
     """What lies on each device of a client beside its first, at the worst moment of a pass over a block."""
-    return worst(_pass(job, client, block) for block in job.model.layout.pruned)
+    model, recovery = job.model, job.config.recovery
+    pruned = () if recovery.model else model.layout.pruned
+    wider = FLOAT // model.arithmetic.itemsize if recovery.rounds and model.arithmetic == torch.float16 else 1
+    moments = [_pass(job, client, block) for block in pruned]
+    for block in range(len(model.blocks)):
+        forward = _tokens(job, client) * forward_bytes(model, block)
+        moments.append({"one block": wider * _block(model, block), "forward passes": wider * forward})
+    return worst(moments)
+
+
+def on_first_gpu(client: Memory) -> Parts:
+    """What of a client's memory lies on its GPU where it has one."""
+    return {part: size for part, size in client.parts.items() if part in ON_GPU}
 
 
 def rank_memory(job: Job, client: Client) -> Memory:
@@ -148,8 +164,8 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
     held = 1 if model.arithmetic == model.stored else 1 + model.stored.itemsize
     looks = _pass(job, client, block)
     around = 2 * FLOAT * min(tokens, SAMPLE) * model.hidden  # some of what goes in, and of what the dense block gave
-    forward = max(model.entries(block) * held + tokens * forward_bytes(model, block), looks.pop("forward passes"))
-    yield looks | {"forward passes": forward + around}
+    looking, again = looks.pop("forward passes"), model.entries(block) * held + tokens * forward_bytes(model, block)
+    yield looks | {"forward passes": max(looking, again) + around}
     yield looks | {"pruning a block": pruning_bytes(model, train, block, held) + around}
 
 
@@ -175,7 +191,7 @@ def _pass(job: Job, client: Client, block: int) -> Parts:
 
 
 def _merging(train: TrainConfigs, statistics: Sequence[int]) -> int:
-    """What adding up sums of several devices takes beside them: one statistic on its way."""
+    """What adding up sums of several devices takes on the first beside them, after the pass: one statistic on its way."""
     return max(statistics, default=0) if len(train.devices) > 1 else 0
 
 

@@ -14,7 +14,16 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError
 from fedspallm_appfl.estimates import traffic as messages
 from fedspallm_appfl.estimates.job import Job, mask_only
-from fedspallm_appfl.estimates.memory import Memory, Parts, client_memory, server_memory, with_heap, worst
+from fedspallm_appfl.estimates.memory import (
+    ON_GPU,
+    Memory,
+    Parts,
+    client_memory,
+    on_first_gpu,
+    server_memory,
+    with_heap,
+    worst,
+)
 from fedspallm_appfl.estimates.traffic import RoundTraffic, Transport, exchange_share, zstd_share
 from fedspallm_appfl.settings.schema import Client, Config
 from fedspallm_appfl.wire.messages import plan
@@ -26,10 +35,6 @@ BASE64 = 4 / 3  # bytes of text a byte that travels inside a task or a result
 SENDING = 2  # copies of a message while it is placed: as it was made and compressed, or that and as bytes
 READING = 3  # copies of a message while it is read: bytes, tensors, and what they inflate to
 RESULT = 3  # copies of a whole result: its messages as text, the text that is measured, and the one that is sent
-ON_GPU = (
-    *("outer parts", "activations", "one block", "forward passes", "pruning a block", "Gram matrices"),
-    "inputs of experts",
-)
 
 Share = Callable[[Exchange, bool], float]  # (exchange, whether masks alone go up) -> what its bytes shrink to
 Payload = dict[tuple[str | None, int, str], float]  # (what goes down, block, linear) -> bytes
@@ -229,7 +234,7 @@ def worker_memory(job: Job, client: Client) -> Worker:
     sending = {"message on its way": SENDING * largest, "earlier blocks of a message": 0} | collected
     loading = {"what came down": READING * down}
     ending = {"result of a task": round(RESULT * BASE64 * up)}
-    device = {part: size for part, size in alone.parts.items() if part in ON_GPU}
+    device = on_first_gpu(alone)
     resting = {part: size for part, size in device.items() if part in ("outer parts", "activations")}
     working = {part: size for part, size in alone.parts.items() if part != "heap"}
     outer = {"outer parts": device["outer parts"]} | kept

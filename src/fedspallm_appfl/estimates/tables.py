@@ -26,7 +26,6 @@ from fedspallm_appfl.reports.progress import duration
 from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.rounds.participants import own_windows
-from fedspallm_appfl.settings.schema import Client
 from fedspallm_appfl.validation.words import headline, left_out
 
 WORDS = {
@@ -230,15 +229,20 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
     yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
     if job.config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")
-    if globus and any(client.train_configs.device != "cpu" for client in job.config.clients):
+    gpus = any(place != "cpu" for client in job.config.clients for place in client.train_configs.places)
+    if globus and gpus:
         yield Text("on a GPU: computed from what was measured on CPUs; CUDA's own memory comes on top")
-    elif any(client.train_configs.device != "cpu" for client in job.config.clients):
+    elif gpus:
         yield Text("on a GPU, what a client needs lies there; measured on CPUs only")
-    further = {
-        one.client_id: sum(memory.further_device(job, one).values()) for one in job.config.clients if _gpus(one) > 1
+    several = {
+        one.client_id: (sum(memory.on_first_gpu(memory.client_memory(job, one)).values()), sum(further.values()))
+        for one in job.config.clients
+        if len(set(one.train_configs.devices)) > 1
+        for further in [memory.further_device(job, one)]
     }
-    for clients, needs in _alike(further):
-        yield Text(f"each further GPU{f' of {clients}' if clients else ''}: {bytes_text(needs)} more")
+    for clients, (first, further) in _alike(several):
+        of = f" of {clients}" if clients else ""
+        yield Text(f"first GPU{of}: {bytes_text(first)}; each further one: {bytes_text(further)}")
 
 
 NO_SETTING = "no setting"
@@ -301,7 +305,7 @@ def _ranks(job: Job) -> Iterator[Process]:
 def _workers(job: Job) -> Iterator[Process]:
     """The worker at each site, with and without a GPU where the configuration leaves it open."""
     workers = {
-        client.client_id: (next(iter(train.devices), train.device), over_globus.worker_memory(job, client))
+        client.client_id: (train.places[0], over_globus.worker_memory(job, client))
         for client in job.config.clients
         for train in [client.train_configs]
     }
@@ -314,10 +318,6 @@ def _worker(name: str, device: str, worker: Worker) -> Iterator[Process]:
         yield f"{name}, CPU", worker.on_cpu, None
     if device != "cpu":
         yield f"{name}, GPU", worker.on_gpu, worker.gpu
-
-
-def _gpus(client: Client) -> int:
-    return sum(device != "cpu" for device in client.train_configs.devices)
 
 
 def _alike(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -240,13 +240,13 @@ def each_batch(
     calls = [_Moved(device) for device in devices]
 
     def run(number: int, place: int) -> None:
-        call, hidden, out = state.calls[number][index], state.input_on(devices[place], number), None
-        if place:
-            call = calls[place].of(call)
-        advice = "lower data.batch" + ", or leave it out of train_configs.devices" * (place > 0)
-        with _room(state.client, devices[place], f"{len(hidden)} windows in block {index}", advice), suppress(Stop):
-            out = call(blocks[place], hidden)
-        take(number, place, out)
+        with room(state.client, devices[place], f"block {index} with its statistics and a batch", "lower data.batch"):
+            call, hidden, out = state.calls[number][index], state.input_on(devices[place], number), None
+            if place:
+                call = calls[place].of(call)
+            with suppress(Stop):
+                out = call(blocks[place], hidden)
+            take(number, place, out)
 
     with ExitStack() as around:
         for watch, each in zip(watched, blocks, strict=True) if watched else ():
@@ -268,19 +268,35 @@ class _Moved:
 
 
 def _copy_on(device: torch.device, block: nn.Module, index: int, client: str) -> nn.Module:
-    """A copy of a block on another device, and nothing of it on the way there."""
-    plain = [one for module in block.modules() for one in vars(module).values() if isinstance(one, Tensor)]
-    size = sum(one.nbytes for one in (*block.parameters(), *block.buffers(), *plain))
+    """A copy of a block on another device, made tensor by tensor; what other objects hold stays where it is."""
+    plain = [one for module in block.modules() for one in _tensors(list(vars(module).values()))]
+    size = sum(one.nbytes for one in (*block.parameters(), *plain))
     advice = "leave it out of train_configs.devices"
-    with _room(client, device, f"a copy of block {index}, {size:,} bytes", advice):
-        tensors: dict[int, Any] = {id(one): one.to(device, copy=True) for one in (*block.buffers(), *plain)}
+    with room(client, device, f"a copy of block {index}, {size:,} bytes", advice):
+        tensors: dict[int, Any] = {id(one): one.to(device, copy=True) for one in plain}
         for one in block.parameters():
             tensors[id(one)] = nn.Parameter(one.detach().to(device, copy=True), requires_grad=False)
         return copy.deepcopy(block, tensors)
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in attributes of a module that are no parameters, and in lists, tuples and dicts of such."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        yield value
+    elif type(value) in (list, tuple):
+        for one in value:
+            yield from _tensors(one)
+    elif type(value) is dict:
+        yield from _tensors(list(value.values()))
+
+
 @contextmanager
-def _room(client: str, device: torch.device, what: str, advice: str) -> Iterator[None]:
+def room(client: str, device: torch.device, what: str, advice: str) -> Iterator[None]:
+    """Say who has no room for what on a device.
+
+    Raises:
+        ModelError: the device's memory is used up; names client and device.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -18,7 +18,7 @@ from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import ModelError, PruningError
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.activations import HiddenStates
-from fedspallm_appfl.models.blockwise import Activations, Stop, each_batch, embed
+from fedspallm_appfl.models.blockwise import Activations, Stop, each_batch, embed, room
 from fedspallm_appfl.models.experts import Routed
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import HollowModel, Skeleton
@@ -142,8 +142,9 @@ class SharedInputs:
     def groups(self) -> list[tuple[list[str], Any]]:
         """(linears that share an input, statistic), and an empty statistic for a linear that was never called.
 
-        In the order of the forward pass; linears that were never called come last. Without experts in one tensor. The
-        statistics are handed over: they may be larger than the weights, and whoever uses them drops them one by one.
+        In the order of the forward pass of the first device; linears that were never called come last. Without experts in
+        one tensor. The statistics are handed over: they may be larger than the weights, and whoever uses them drops them
+        one by one.
         """
         statistics, self._statistics = self._statistics, {}
         members: dict[str, list[str]] = {leader: [] for leader in statistics}
@@ -201,8 +202,9 @@ def collected(
         seen[place].end_of_batch(stop)
 
     each_batch(block, index, state, end, [inputs.watched for inputs in seen])
-    while len(seen) > 1:
-        seen[0].merge(seen.pop(1))
+    with room(state.client, state.devices[0], f"sums of block {index} from two devices", "name fewer devices"):
+        while len(seen) > 1:
+            seen[0].merge(seen.pop(1))
     return seen[0]
 
 

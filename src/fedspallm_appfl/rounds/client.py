@@ -147,8 +147,7 @@ class LocalClient:
         """The dense model in an arithmetic; clients of a process share it."""
         settings, model = self.settings, self.settings.model
         chosen = tuple(settings.prune.include), tuple(settings.prune.ignore)
-        devices = settings.device, *settings.devices[1:]
-        return _dense_model(model.path, model.blocks, dtype, devices, model.hash, chosen)
+        return _dense_model(model.path, model.blocks, dtype, tuple(settings.places), model.hash, chosen)
 
     def exchanges_in(self, index: int) -> int:
         """How many exchanges a round has."""

@@ -162,7 +162,7 @@ def server_settings(config: Config, state_dir: Path) -> ServerSettings:
 def client_settings(
     config: Config,
     client: Client,
-    device: str,
+    devices: Sequence[str],
     message_bytes: int,
     agreed: Path | None = None,
     kept: Path | None = None,
@@ -172,14 +172,14 @@ def client_settings(
     Args:
         config: the experiment.
         client: the client, with the shared part merged in.
-        device: where it runs; `auto` was decided by `choose_device`.
+        devices: where it runs, as `choose_devices` decided; none where its site decides.
         message_bytes: bytes that one of its messages may have.
         agreed: folder for the pruned blocks that come down, shared by the clients of this process; None: one each.
         kept: folder for the hidden states of clients; None: nothing is kept for a later start.
     """
     own = {
         "client_id": client.client_id,
-        "device": device,
+        "devices": list(devices),
         "model": config.model,
         "prune": config.prune,
         "data": {**plain(client.data), "pool": plain(pool(config))},

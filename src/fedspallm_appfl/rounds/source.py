@@ -86,7 +86,7 @@ class Source:
 
     def kept(self) -> HiddenStates:
         """Room for what goes into experts on one device."""
-        share = -(-self.windows.numel() // len(self.model.devices))
+        share = -(-self.windows.numel() // len(self.model.devices))  # batches are dealt in turn; files hold whole ones
         return hidden_states(self.settings.data.activations, share, self.settings.client_id)
 
     def where(self, block: int, linear: str) -> str:

@@ -184,7 +184,7 @@ def run_clients(config: Config, comm: Any) -> None:
     comm.gather(describe(comm.Get_rank(), placed, torch.get_num_threads()), root=0)
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as agreed:
         kept = _state_of(config)
-        told = [client_settings(config, client, devices[0], limit, Path(agreed), kept) for client, devices in placed]
+        told = [client_settings(config, client, devices, limit, Path(agreed), kept) for client, devices in placed]
         agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
         folding = config.server_configs.fold_ranks
         owner = _owners(config, Skeleton.of(told[0])) if folding else None

@@ -57,7 +57,7 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
         on_event({"event": "place", **vars(place)})
     agreed, kept = state_dir / AGREED, state_dir / CLIENTS
     shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
-    told = [client_settings(config, client, devices[0], limit, agreed, kept) for client, devices in placed]
+    told = [client_settings(config, client, devices, limit, agreed, kept) for client, devices in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
         first = server.get_parameters(serial_run=True, client_id=name)

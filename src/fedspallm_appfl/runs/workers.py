@@ -123,7 +123,7 @@ def _placed(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers
         for place in describe(number + 1, placed, workers.threads(len(together))):
             on_event({"event": "place", **vars(place)})
         agreed, kept = state_dir / AGREED / str(number), state_dir / CLIENTS
-        groups.append([client_settings(config, client, devices[0], limit, agreed, kept) for client, devices in placed])
+        groups.append([client_settings(config, client, devices, limit, agreed, kept) for client, devices in placed])
     return groups
 
 

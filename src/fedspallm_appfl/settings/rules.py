@@ -151,7 +151,7 @@ def _clients(config: Config) -> Iterator[str]:
 
 
 def _devices(config: Config) -> Iterator[str]:
-    """What several devices of one client do not go with; what is wrong with those of all clients is said once."""
+    """What several devices of one client do not go with; each problem is said once, of the first that has it."""
     said: set[str] = set()
     groups = {"client_configs": config.client_configs}
     for path, one in (groups | {f"clients.{index}": client for index, client in enumerate(config.clients)}).items():
@@ -159,13 +159,6 @@ def _devices(config: Config) -> Iterator[str]:
             if problem not in said:
                 yield f"{path}.train_configs.devices: {problem}"
             said.add(problem)
-    for index, client in enumerate(config.clients):
-        asked, data = len(client.train_configs.devices), client.data
-        if asked > -(-data.windows // data.batch):
-            yield (
-                f"clients.{index}.train_configs.devices: each needs a batch, got {asked} and {data.windows} windows in "
-                f"batches of {data.batch}; lower data.batch, or name fewer"
-            )
 
 
 def _wrong_devices(client: ClientConfigs, workers: str) -> Iterator[str]:
@@ -177,6 +170,11 @@ def _wrong_devices(client: ClientConfigs, workers: str) -> Iterator[str]:
         yield (
             f"these take the place of train_configs.device, got {train.device} there; leave one of both out, and where "
             "one client differs from the others, set devices to [] for it"
+        )
+    if isinstance(client, Client) and client.data.text and len(asked) > -(-client.data.windows // client.data.batch):
+        yield (
+            f"each needs a batch, got {len(asked)} and {client.data.windows} windows in batches of {client.data.batch}; "
+            "lower data.batch, or name fewer"
         )
     if len(asked) > 1 and workers not in ("auto", "1"):
         yield f"a client with several has them to itself, got workers: {workers}; set workers to 1"

@@ -434,6 +434,11 @@ class TrainConfigs(Pruning):
         range="at least 1, or null to leave it to torch; got {value}",
     )
 
+    @property
+    def places(self) -> list[str]:
+        """All devices that are asked for."""
+        return self.devices or [self.device]
+
 
 @dataclass
 class Data:

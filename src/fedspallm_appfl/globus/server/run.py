@@ -72,7 +72,7 @@ class Connection:
         from fedspallm_appfl.adaptors.agents import client_agent_config
 
         limit = self.config.client_configs.comm_configs.max_message_bytes
-        settings = client_settings(self.config, client, client.train_configs.device, limit)
+        settings = client_settings(self.config, client, client.train_configs.devices, limit)
         settings.model.hash = self._dense
         agent: Any = OmegaConf.to_container(client_agent_config(settings), resolve=True)
         del agent["train_configs"]["comm"]["store"]  # the worker opens it

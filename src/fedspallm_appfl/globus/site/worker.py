@@ -239,7 +239,7 @@ def _with_own(settings: ClientSettings, site: Site) -> ClientSettings:
     settings.gram = replace(settings.gram, min_tokens=settings.gram.min_tokens or site.min_tokens)
     settings.model.trust_remote_code = False  # the site file says what may run here
     settings.model.path = str(same_model(settings.model, site, client))
-    settings.device, *_ = choose_devices(settings, 0)
+    settings.devices = choose_devices(settings, 0)
     return settings
 
 
