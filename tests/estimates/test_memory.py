@@ -328,17 +328,17 @@ print(field("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "algorithm", "pruner", "count"),
+    ("what", "algorithm", "pruner", "count", "length"),
     [
-        ("client", "fedspallm", "sparsegpt", 1),
-        ("client", "fedspallm", "wanda", 1),
-        ("client", "fedspallm", "admm", 1),
-        ("client", "gram", "sparsegpt", 1),
-        ("serial", "fedspallm", "sparsegpt", 3),
-        ("serial", "consensus", "sparsegpt", 3),
+        ("client", "fedspallm", "sparsegpt", 1, 128),
+        ("client", "fedspallm", "wanda", 1, 128),
+        ("client", "fedspallm", "admm", 1, 128),
+        ("client", "gram", "sparsegpt", 1, 256),
+        ("serial", "fedspallm", "sparsegpt", 3, 128),
+        ("serial", "consensus", "sparsegpt", 3, 64),
     ],
 )
-def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, count, tmp_path):
+def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, count, length, tmp_path):
     """Of what is asked for: how much of it the C library keeps afterwards differs from run to run by a third."""
     save_measured(tmp_path / "model")
     (tmp_path / "small").mkdir()
@@ -350,7 +350,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, c
         "model": {"path": str(tmp_path / "model")},
         "client_configs": {
             "train_configs": {"pruner": pruner, "iterations": 3},
-            "data": {"windows": 8, "length": 64, "batch": 4},
+            "data": {"windows": 8, "length": length, "batch": 4},
         },
     }
     file = small_config(tmp_path, count, **changes)

@@ -20,7 +20,7 @@ from fedspallm_appfl.runs.processes import ALONE, Workers, result
 from fedspallm_appfl.settings import plugins
 from helpers.experiments import UNEVEN, small_config
 from helpers.paths import ROOT
-from helpers.processes import finish, start
+from helpers.processes import LIMIT, finish, start
 from helpers.tiny import events, save_tiny, tiny_config
 
 RIA = {
@@ -119,9 +119,9 @@ def alive(pid):
     [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "goes on with it"), (None, 2, "ended from outside")],
 )
 def test_all_processes_end_with_the_run_and_the_run_with_one_of_them(tmp_path, sent, code, words):
-    data = {"client_configs": {"data": {"windows": 60, "length": 256, "batch": 1}}}
-    run = start(sys.executable, "-m", "fedspallm_appfl", "run", small_config(tmp_path, 2, workers=2, **data))
-    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    lasts = {"client_configs": {"data": {"windows": 60, "length": 256}}, "server_configs": {"num_global_epochs": 20}}
+    run = start(sys.executable, "-m", "fedspallm_appfl", "run", small_config(tmp_path, 2, workers=2, **lasts))
+    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and '"upload"' in metrics.read_text()):
         assert time.monotonic() < until and run.poll() is None, finish(run)
         time.sleep(0.1)
