@@ -11,7 +11,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -127,7 +128,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
-    if isinstance(value, Sized) and not len(value):  # it holds nothing, and may be shared by all blocks
+    if isinstance(value, UserDict):  # of Gemma 4: a batch has one, which its blocks fill on the device where they run
         return value
     raise TypeError(f"{type(value).__name__} cannot be moved to {device}")
 

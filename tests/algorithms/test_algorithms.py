@@ -243,9 +243,7 @@ def test_four_clients_are_as_good_as_one_with_all_the_text(tmp_path, gram, prune
     ]  # share of the mask, and of the weights
     for (block, name), (weight, mask) in together.items():
         got, same = apart[block, name]
-        if (
-            block and find(pruner).fits
-        ):  # many weights fit inputs that hardly differ; rounding decides which
+        if block and find(pruner).fits:  # many weights fit inputs that hardly differ; rounding decides which
             assert (same != mask).float().mean() <= apart_by[0], (block, name)
             assert (got - weight).norm() <= apart_by[1] * weight.norm(), (block, name)
         else:

@@ -90,8 +90,8 @@ def test_block_and_arguments_are_moved_as_wholes():
     block, meta = Block(), torch.device("meta")
     block.plain, block.among = torch.ones(3), {"others": [torch.ones(3)]}  # neither parameters nor buffers
     copy, one = blockwise._copy_on(meta, block, 3, "ann"), torch.ones(1)
-    for one, device in ((copy, meta), (block, CPU)):
-        held = *one.parameters(), *one.buffers(), one.plain, *one.among["others"]
+    for made, device in ((copy, meta), (block, CPU)):
+        held = *made.parameters(), *made.buffers(), made.plain, *made.among["others"]
         assert {tensor.device for tensor in held} == {device}
     call = Call((None, (one, [one]), Rotary(one, one)), {"masks": {"full": one}, "use_cache": False}, 4).on(meta)
     (none, (first, [second]), rotary), masks = call.args, call.kwargs["masks"]

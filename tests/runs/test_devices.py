@@ -91,5 +91,6 @@ def test_an_estimate_tells_first_and_further_gpus_apart(model, tmp_path):
     console = Console(width=200, record=True, file=StringIO())
     console.print(tables(job))
     first = sum(size for part, size in parts.items() if part in ON_GPU)
-    says = f"first GPU: {bytes_text(first)}; each further one: {bytes_text(sum(further.values()))}"
+    name, more = job.clients[0].client_id, bytes_text(sum(further.values()))
+    says = f"first GPU of {name}: {bytes_text(first)}; each further one: {more}"
     assert says in console.export_text()

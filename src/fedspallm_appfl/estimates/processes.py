@@ -44,9 +44,10 @@ def settled(config: Config, runs: int = 0) -> Config:
 
 def _useful(job: Job, runs: int) -> int:
     """As many as there are cores or GPUs, as memory allows, and as are worth their start."""
+    if any(len(client.train_configs.devices) > 1 for client in job.clients):
+        return 1  # each has its devices to itself
     place, *_ = choose_devices(job.clients[0].train_configs, 0)
-    several = any(len(client.train_configs.devices) > 1 for client in job.clients)
-    at_once = 1 if several else cores() if place == "cpu" else torch.cuda.device_count()
+    at_once = cores() if place == "cpu" else torch.cuda.device_count()
     models = 1 + len(job.clients) if job.algorithm.apart else 2 + len(comparisons(job.config))
     tasks = runs or max(len(job.clients), models * len(job.config.evaluation.texts))
     return max(1, min(at_once, tasks, int(max(1, runs) * _operations(job, models) / WORTH), _room(job)))

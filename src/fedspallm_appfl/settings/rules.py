@@ -171,7 +171,8 @@ def _wrong_devices(client: ClientConfigs, workers: str) -> Iterator[str]:
             f"these take the place of train_configs.device, got {train.device} there; leave one of both out, and where "
             "one client differs from the others, set devices to [] for it"
         )
-    if isinstance(client, Client) and client.data.text and len(asked) > -(-client.data.windows // client.data.batch):
+    takes_text = isinstance(client, Client) and client.data.text and client.data.batch > 0
+    if len(asked) > 1 and takes_text and len(asked) > -(-client.data.windows // client.data.batch):
         yield (
             f"each needs a batch, got {len(asked)} and {client.data.windows} windows in batches of {client.data.batch}; "
             "lower data.batch, or name fewer"
