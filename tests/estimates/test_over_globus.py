@@ -324,7 +324,7 @@ def test_memory_of_a_worker_is_within_a_quarter_of_what_is_measured(connector, t
     save_measured(tmp_path / "model")
     monkeypatch.setenv("FEDSPALLM_SITE", str(tmp_path / "site.yaml"))
     requests = []
-    for model, data in ((DEMO / "model", {}), (tmp_path / "model", {"windows": 8, "length": 256, "batch": 4})):
+    for model, data in ((DEMO / "model", {}), (tmp_path / "model", {"windows": 8, "length": 128, "batch": 4})):
         folder = tmp_path / f"{len(requests)}"
         folder.mkdir()
         config = federation(folder, model, "fedspallm")
