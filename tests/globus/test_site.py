@@ -191,7 +191,9 @@ def test_a_site_can_look_at_its_file_alone(checked, tmp_path):
     code, [a, b], err = checked(file, "--length", "64")
     assert (code, err) == (0, "")
     assert a[2:4] == ["2", "2,003"] and int(a[4]) >= 400 // 64
-    assert "may leave: masks; nothing of fewer than 8,192 tokens" in checked.said
+    assert "may leave: masks; sums of losses on its own text; no upload of fewer than 8,192 tokens" in checked.said
+    assert checked(f"{file}\nevaluation: false", "--length", "64")[0] == 0
+    assert "may leave: masks; no upload of fewer than 8,192 tokens" in checked.said
     assert b[1].startswith("none") and b[2:5] == ["-"] * 3
     assert checked("clients: {a: {text: notes}}", "--length", "64")[1][0][4] == "-"
     assert checked("clients: {a: {text: notes}}", "--length", "64", "--model", str(DEMO / "model"))[1][0][4] == a[4]
@@ -283,7 +285,7 @@ def test_the_roster_is_looked_at_where_it_lies(agreed, checked, tmp_path, capsys
     told = agreed()
     file = "clients: {a: {identity: a.key}}\nroster: roster.yaml"
     assert checked(file)[0] == 0
-    code, _, _ = checked(f"{file}\nsecure_sums: required\nmay_send: [weights, grams]")
+    code, _, _ = checked(f"{file}\nsecure_sums: required\nmay_send: [weights, grams]\nevaluation: false")
     assert code == 0 and "may leave: parts of secure sums of grams; no grams of fewer tokens than" in checked.said
     assert cli.main(["site", str(tmp_path / "site.yaml")]) == 0
     out = " ".join(capsys.readouterr().out.split())

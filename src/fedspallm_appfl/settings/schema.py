@@ -328,8 +328,9 @@ class ServerConfigs:
     functions: Functions = group(Functions)
     secure_sums: bool = key(
         False,
-        "with `gram`, `consensus` and `fedprllm`: the server sees the sum of all clients, and no client's upload "
-        "([docs](secure_sums.md))",
+        "with `gram`, `consensus` and `fedprllm`, without recovery: the server sees the sum of all clients, and no "
+        "client's upload ([docs](secure_sums.md)). In the place of the default `fedspallm` or of `preset: best` take "
+        "`algorithm: gram` with `recovery.rounds: 0`",
     )
     roster: str | None = key(
         None,
@@ -383,7 +384,7 @@ class Pruning:
     refit: bool = key(False, "least squares on the kept weights after SparseGPT or Wanda")
     min_tokens: int = key(
         32,
-        "mixtures of experts: a client leaves an expert to others that fewer of its tokens reach",
+        "mixtures of experts: a client does not prune an expert that fewer of its tokens reach",
         least=1,
         most=MOST,
     )
@@ -572,8 +573,8 @@ class Config:
     )
     checkpoint_every: float = key(
         60.0,
-        "seconds at least between two writings of a client's hidden states, from which `--resume` goes on; more where "
-        "writing would take a twentieth of the time ([docs](run_directory.md#going-on-after-an-interruption))",
+        "least number of seconds between two times that a client writes its hidden states, from which `--resume` goes on; "
+        "more where writing would take a twentieth of the time ([docs](run_directory.md#going-on-after-an-interruption))",
         least=0.0,
     )
     workers: str = key(

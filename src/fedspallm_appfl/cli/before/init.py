@@ -55,7 +55,8 @@ def add(verbs: Any) -> None:
         "init",
         "Ask five questions and write the configuration of an experiment; options answer them beforehand.",
         "fedspallm init mine.yaml",
-        "fedspallm init mine.yaml --model examples/demo/model --clients examples/demo/text --sparsity 0.6",
+        "fedspallm init mine.yaml --model examples/demo/model --sparsity 0.6 "
+        "--clients austen=examples/demo/text/austen/calib.txt bible=examples/demo/text/bible/calib.txt",
     )
     parser.add_argument("file", metavar="FILE.yaml", type=Path, help="is written; must not be there")
     for one in QUESTIONS:

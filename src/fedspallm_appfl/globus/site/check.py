@@ -173,14 +173,16 @@ def _model(shared: Site) -> str:
 
 def _leaves(shared: Site) -> str:
     least = (
-        f"nothing of fewer than {shared.min_tokens:,} tokens"
+        f"no upload of fewer than {shared.min_tokens:,} tokens"
         if shared.min_tokens
         else "no grams of fewer tokens than an input is wide"
     )
     valid = (*SUMMED, TOKEN_COUNTS) if shared.only_secure_sums else SENDINGS
     sendings = ", ".join(one for one in valid if one in shared.may_send)
     parts = "parts of secure sums of " if sendings and shared.only_secure_sums else ""
-    return f"may leave: {parts}{sendings or 'nothing'}; {least}"
+    losses = "sums of losses on its own text" if shared.evaluation else ""
+    leaving = "; ".join(filter(None, (parts + sendings, losses)))
+    return f"may leave: {leaving or 'nothing'}; {least}"
 
 
 def _table(length: int) -> ConsoleTable:

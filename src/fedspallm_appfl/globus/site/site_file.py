@@ -9,13 +9,13 @@ named by the environment variable FEDSPALLM_SITE (set in `worker_init` of the en
     store: {folder: /mnt/exchange}     # if this site reaches the data store another way
     may_send: [weights, masks, values] # uploads that may leave this site; recovery only if it is named
     evaluation: false                  # the pruned model is not measured on text of this site; true if left out
-    min_tokens: 8192                   # nothing leaves that was made of fewer tokens
+    min_tokens: 8192                   # no upload is made of fewer tokens; losses are not covered: evaluation: false
     trust_remote_code: true            # run Python code that the model folder brings along; the server cannot ask for it
     plugins: [ria.py]                  # pruners and algorithms of this site's own; the server names no code
     audit: audit.jsonl                 # a line for each task: what was asked for, what left
     approved: approved.txt             # only configurations in it are served (fedspallm site --approve)
     roster: roster.yaml                # client -> public key, as the sites have agreed on them (fedspallm site --keys)
-    secure_sums: required              # nothing leaves but parts of secure sums
+    secure_sums: required              # no upload but parts of secure sums; losses still leave: evaluation: false
 
 Relative paths start from the folder of the file.
 """
@@ -72,7 +72,8 @@ class Site:
         text: private text: a file, a folder or a list of these; None if the pruner needs none.
         store: keys of the data store that differ here.
         may_send: which of `SENDINGS` may leave; the last two of them only where the site file names them.
-        min_tokens: nothing leaves that was made of fewer tokens; None: only statistics have a limit, the width of an input.
+        min_tokens: no upload is made of fewer tokens; None: only statistics have a limit, the width of an input. Losses
+            (`evaluation`) have none.
         plugins: files or modules that add pruners or algorithms here.
         trust_remote_code: code of the model folder may run here.
         field: column of records that holds the text; None for the server's `data.field`.
@@ -81,7 +82,7 @@ class Site:
         approved: file of the configurations that are served; None for any.
         roster: file of public keys, with whose clients alone it takes part in secure sums; None for any clients.
         identity: file of the client's secret key.
-        only_secure_sums: nothing leaves but parts of secure sums.
+        only_secure_sums: no upload but parts of secure sums; losses are for `evaluation`.
     """
 
     model: str | None = None
