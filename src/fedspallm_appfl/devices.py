@@ -63,7 +63,7 @@ def choose_devices(train: TrainConfigs, local_rank: int) -> list[str]:
         local_rank: place of this process among the client processes of its node, from 0.
 
     Raises:
-        ConfigError: as `choose_device` says; or a GPU would be used twice.
+        ConfigError: as `choose_device` says; or a GPU may be used twice.
     """
     chosen = [choose_device(one, local_rank) for one in train.places]
     gpus = [device for device in chosen if device != "cpu"]
@@ -71,8 +71,8 @@ def choose_devices(train: TrainConfigs, local_rank: int) -> list[str]:
         raise ConfigError(f"train_configs.devices: each GPU once, got {', '.join(train.places)}")
     if len(gpus) > 1 and local_rank and "CUDA_VISIBLE_DEVICES" not in os.environ:
         raise ConfigError(
-            f"train_configs.devices: another client rank of {socket.gethostname()} uses {', '.join(gpus)} too; give each "
-            "rank its own GPUs with CUDA_VISIBLE_DEVICES, or start one rank on the node"
+            f"train_configs.devices: another client rank of {socket.gethostname()} may use {', '.join(gpus)} too; give "
+            "each rank its own GPUs with CUDA_VISIBLE_DEVICES, or start one rank on the node"
         )
     return chosen
 

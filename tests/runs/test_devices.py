@@ -7,12 +7,16 @@ import torch
 from rich.console import Console
 
 import fedspallm_appfl as fs
+from fedspallm_appfl.estimates import processes
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import ON_GPU, client_memory, further_device
 from fedspallm_appfl.estimates.tables import tables
+from fedspallm_appfl.globus.site import inspection
+from fedspallm_appfl.globus.site.site_file import Site
 from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.rules import check
+from fedspallm_appfl.settings.schema import ClientSettings
 from helpers.experiments import DOMAINS, first_pages
 from helpers.tiny import save_tiny, tiny_config
 
@@ -94,3 +98,18 @@ def test_an_estimate_tells_first_and_further_gpus_apart(model, tmp_path):
     name, more = job.clients[0].client_id, bytes_text(sum(further.values()))
     says = f"first GPU of {name}: {bytes_text(first)}; each further one: {more}"
     assert says in console.export_text()
+
+
+def test_a_site_shows_the_memory_of_each_gpu_of_a_client(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {"cuda:0": (1e9, 8e9), "cuda:1": (2e9, 8e9)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device[-1]}")
+    settings = ClientSettings(client_id="a", devices=["cuda:0", "cuda:1"])
+    assert inspection._look_at_gpu({}, settings, Site()) == "card 0, 1.0 of 8.0 GB free; card 1, 2.0 of 8.0 GB free"
+
+
+def test_a_client_with_several_devices_has_the_run_to_itself(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "WORTH", 1.0)
+    monkeypatch.setattr(processes, "cores", lambda: 64)
+    assert processes.settled(config_with(tmp_path, model, [])).workers != "1"
+    assert processes.settled(config_with(tmp_path, model, ["cpu", "cpu"])).workers == "1"

@@ -89,11 +89,25 @@ def test_a_client_on_the_cpu_does_not_wake_the_gpus(monkeypatch):
 def test_several_devices_are_those_that_were_named_if_they_can_be_seen(gpus):
     gpus(2)
     asked = TrainConfigs(devices=["cuda:1", "cuda:0"])
-    assert choose_devices(asked, 3) == ["cuda:1", "cuda:0"]
+    assert choose_devices(asked, 0) == ["cuda:1", "cuda:0"]
     assert choose_devices(TrainConfigs(), 3) == ["cuda:1"]
+    with pytest.raises(ConfigError, match="each GPU once, got auto, auto"):
+        choose_devices(TrainConfigs(devices=["auto", "auto"]), 0)
     gpus(1)
     with pytest.raises(ConfigError, match=r"device cuda:1 was asked for on .*, where 1 GPUs can be seen"):
         choose_devices(asked, 0)
+
+
+def test_ranks_of_a_node_do_not_name_the_same_gpus(gpus, monkeypatch):
+    gpus(2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    both = TrainConfigs(devices=["cuda:0", "cuda:1"])
+    with pytest.raises(
+        ConfigError, match="another client rank of .* may use cuda:0, cuda:1 too; give each rank its own"
+    ):
+        choose_devices(both, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert choose_devices(both, 1) == ["cuda:0", "cuda:1"]
 
 
 def client(name, threads=None):
