@@ -23,12 +23,17 @@ from helpers.tiny import events, linears, save_tiny, tiny_config, weights
 pytestmark = [pytest.mark.mpi, without_mpiexec]
 WHOLE_GRAMS = {"precision": "fp32", "propagate": "pruned", "target": "dense"}
 RECOVERY = {"rounds": 2, "steps": 2}
+TWO = {"device": "auto", "devices": ["cpu", "cpu"]}
 SPLIT = {"client_configs": {"comm_configs": {"compression": "zstd", "max_message_bytes": 9000}}}
 CHOSEN = {"allocation": {"method": "fisher", "windows": 4, "length": 32, "width": "0.2"}}
 ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take part in some blocks of two rounds
     "gram": ("gram", {"gram": {"precision": "int8"}, "recovery": RECOVERY}, "cumulative"),
     "gram sweep": ("gram", {"gram": WHOLE_GRAMS}, "latest"),
-    "gram blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}, "recovery": RECOVERY}, "latest"),
+    "gram blocks": (
+        "gram",
+        {"gram": {"propagate": "pruned", "stride": 2}, "recovery": RECOVERY, "client_configs": {"train_configs": TWO}},
+        "latest",
+    ),
     "consensus": ("consensus", {**SPLIT, **CHOSEN, "recovery": {**RECOVERY, "scope": "blockwise"}}, "latest"),
     "own pruner": (
         "fedspallm",

@@ -46,6 +46,7 @@ from helpers.tiny import events, run, save_tiny
 
 ENDPOINTS = {name: f"00000000-0000-4000-8000-00000000000{number}" for number, name in enumerate("abc", 1)}
 CHOSEN = {"method": "fisher", "windows": 4, "length": 64, "width": "0.2"}  # targets of matrices
+TWO = {"device": "auto", "devices": ["cpu", "cpu"]}  # of each client
 JSON_ONLY = ["globus_compute_sdk.serialize.JSONData", "globus_compute_sdk.serialize.PureSourceTextInspect"]
 
 
@@ -108,8 +109,8 @@ def s3():
 
 
 def write_uneven(folder, **comm):
-    comm = {"max_message_bytes": 140_000, **comm}
-    return write_config(folder, **uneven(first_pages), client_configs={"comm_configs": comm}, evaluation={})
+    shared = {"comm_configs": {"max_message_bytes": 140_000, **comm}, "train_configs": TWO}
+    return write_config(folder, **uneven(first_pages), client_configs=shared, evaluation={})
 
 
 @pytest.fixture(scope="module")
