@@ -105,8 +105,7 @@ def further_device(job: Job, client: Client) -> Parts:
     wider = FLOAT // model.arithmetic.itemsize if recovery.rounds and model.arithmetic == torch.float16 else 1
     moments = [_pass(job, client, block) for block in pruned]
     for block in range(len(model.blocks)):
-        forward = _tokens(job, client) * forward_bytes(model, block)
-        moments.append({"one block": wider * _block(model, block), "forward passes": wider * forward})
+        moments.append({part: wider * size for part, size in _advancing(job, client, block).items()})
     return worst(moments)
 
 
@@ -169,25 +168,31 @@ def _pruning(job: Job, client: Client, block: int) -> Iterator[Parts]:
     yield looks | {"pruning a block": pruning_bytes(model, train, block, held) + around}
 
 
+def _advancing(job: Job, client: Client, block: int) -> Parts:
+    """A pass that only runs a block, on one of the client's devices."""
+    tokens = _tokens(job, client)
+    return {"one block": _block(job.model, block), "forward passes": tokens * forward_bytes(job.model, block)}
+
+
 def _pass(job: Job, client: Client, block: int) -> Parts:
     """A pass over a block on one of the client's devices: the block, what is made on the way, and sums."""
     model, train, tokens = job.model, client.train_configs, _tokens(job, client)
-    alone, running = {"one block": _block(model, block)}, {"forward passes": tokens * forward_bytes(model, block)}
+    running = _advancing(job, client, block)
     if job.algorithm.gathers and job.config.gram.by_input:
-        return alone | running
+        return running
     if job.algorithm.gathers:
         grams = list(map(InputGram.nbytes, _features_together(model, block)))
         forward = max(tokens * statistics_bytes(model, block, norms=False), _merging(train, grams))
         inputs = _inputs_of_experts(job, client, block)
-        return alone | {"Gram matrices": sum(grams), "forward passes": forward} | inputs
+        return running | {"Gram matrices": sum(grams), "forward passes": forward} | inputs
     pruner = pruner_of(train)
     if pruner.needs is None:
-        return alone | running
+        return running
     together = list(_statistic_bytes(model, train, block)[0].values())
     norms = pruner.statistic(train.refit) is not InputGram
     looking = max(tokens * statistics_bytes(model, block, norms), _merging(train, together))
     forward = max(running["forward passes"], sum(together) + looking)
-    return alone | {"forward passes": forward} | _inputs_of_experts(job, client, block)
+    return running | {"forward passes": forward} | _inputs_of_experts(job, client, block)
 
 
 def _merging(train: TrainConfigs, statistics: Sequence[int]) -> int:
