@@ -144,14 +144,14 @@ def test_more_models_of_the_same_sums_get_targets_of_their_own(tiny, tmp_path):
     assert {one["target"] for one in manifest["matrices"]} == {"2:4"}
 
 
-def test_with_n_m_there_is_nothing_to_choose_and_the_run_says_so(tiny, tmp_path):
+def test_with_n_m_there_is_nothing_to_choose_and_validate_and_the_report_say_so(tiny, tmp_path, capsys):
+    words = "allocation: 2:4 is the target of each group of entries, so there is nothing to choose"
     shared = {"train_configs": {"sparsity": "2:4"}}
     file = tiny_config(tmp_path, tiny, "fedspallm", client_configs=shared, allocation=CHOSEN)
-    config, events = fs.load_config(file), []
-    assert (fs.validate(file), allocated(config, events.append)) == ([], config)
-    assert [event["text"] for event in events] == [
-        "allocation: 2:4 is the target of each group of entries, so there is nothing to choose"
-    ]
+    assert fs.cli.main(["validate", str(file)]) == 0
+    assert words in capsys.readouterr().out.splitlines()
+    assert not events(folder := run(file), "allocation")
+    assert f"{words}." in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

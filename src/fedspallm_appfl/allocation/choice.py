@@ -26,7 +26,7 @@ from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import ClientSettings, Config, OwnData
 from fedspallm_appfl.tensors.patterns import full_name
-from fedspallm_appfl.tensors.target import NM, Target, share_of
+from fedspallm_appfl.tensors.target import Target, share_of
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
 from fedspallm_appfl.wire.packed import Unreached, pack
 from fedspallm_appfl.wire.store import PackedStore
@@ -69,9 +69,6 @@ def allocated(config: Config, on_event: OnEvent = ignore) -> Config:
         PruningError: a matrix cannot be pruned.
     """
     sparsity = config.client_configs.train_configs.sparsity
-    if config.allocation.asked and isinstance(sparsity, NM):
-        text = f"allocation: {sparsity} is the target of each group of entries, so there is nothing to choose"
-        on_event({"event": "notice", "text": text})
     if not config.allocates or isinstance(sparsity, Targets):
         return config
     chosen = allocate(config, on_event)

@@ -37,7 +37,7 @@ from fedspallm_appfl.rounds.pruning import OUTPUT_ERROR
 from fedspallm_appfl.settings.schema import Config, Paths
 from fedspallm_appfl.tensors import native
 from fedspallm_appfl.texts.tokenizer import beginning_words, tokenizer_for
-from fedspallm_appfl.validation.words import headline, how, seen_words
+from fedspallm_appfl.validation.words import headline, how, seen_words, unallocated_words
 from fedspallm_appfl.wire.durable import write_text
 
 TAKES_PART = (
@@ -119,7 +119,7 @@ def parts(config: Config, results: Result, log: EventLog) -> list[Part]:
         *_own_text(config, results, log),
         "## Sparsity",
         *_sparsity(config, results.matrices, log),
-        *_targets(log),
+        *_targets(config, log),
         "## Bytes",
         *_bytes(config, results, log),
         "## Who took part",
@@ -237,11 +237,11 @@ def _experts(config: Config, blocks: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _targets(log: EventLog) -> list[Part]:
-    """Targets that were chosen; nothing where every matrix has that of the run."""
+def _targets(config: Config, log: EventLog) -> list[Part]:
+    """Targets that were chosen; nothing where nobody asked for a choice."""
     chosen = log.of("allocation")
     if not chosen:
-        return []
+        return [f"{line}." for line in unallocated_words(config)]
     line, found = targets.choice_line(chosen[-1]), chosen[-1]["targets"]
     table: list[Part] = [targets.WORDS, Table(*targets.table(found))] if found else []
     return ["## Targets", f"{line[0].upper()}{line[1:]}.", *table]

@@ -12,6 +12,7 @@ from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.beginning import manifest_of
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidden, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
+from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.texts.files import text_files
 
 SLOW = 2.5  # times as long as in float32, from where on it is said
@@ -84,6 +85,7 @@ def _notices(config: Config) -> Iterator[str]:
         if left := text_files(text).left_out_words():
             yield f"{where}: not text, left out: {left}"
     yield from seen_words(config)
+    yield from unallocated_words(config)
     if config.evaluation.compare and not comparisons(config):
         yield (
             f"evaluation.compare is left out: {', '.join(config.evaluation.compare)} cannot be made of the uploads of "
@@ -102,6 +104,13 @@ def seen_words(config: Config) -> Iterator[str]:
     if hidden(config):
         trust = "clients sign their keys" if config.server_configs.roster else "the server is trusted to relay keys"
         yield f"secure sums: the server sees sums over the clients, and no client's upload; {trust}"
+
+
+def unallocated_words(config: Config) -> Iterator[str]:
+    """That allocation was asked for, and the target leaves nothing to choose."""
+    sparsity = config.client_configs.train_configs.sparsity
+    if config.allocation.asked and isinstance(sparsity, NM):
+        yield f"allocation: {sparsity} is the target of each group of entries, so there is nothing to choose"
 
 
 def headline(config: Config) -> str:
