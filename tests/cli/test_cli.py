@@ -227,10 +227,10 @@ def half_pruned(folder, family="llama"):
 
 
 def test_check_counts_zeros_by_matrix_and_pattern(fedspallm, tmp_path):
-    folder = half_pruned(tmp_path)
-    code, out, _ = fedspallm("check", folder, "--json")
+    folder = half_pruned(tmp_path / "model")
+    code, out, _ = fedspallm("check", str(tmp_path), "--json")  # the run_dir
     found = json.loads(out)
-    on_disk = load_file(tmp_path / "model.safetensors")
+    on_disk = load_file(tmp_path / "model" / "model.safetensors")
     weights = {name: tensor for name, tensor in on_disk.items() if "_proj" in name}
     assert code == 0
     assert {one["stored"]: one["zeros"] for one in found["matrices"]} == {
@@ -267,7 +267,7 @@ def test_check_counts_all_experts_as_one_kind(fedspallm, tmp_path):
     ("words", "message"),
     [
         (["./none"], "model path './none' is no folder here and no hub name"),
-        ([str(DEMO)], "is not a model: it holds no config.json"),
+        ([str(DEMO / "text")], "holds no model: there is no config.json in it"),
         ([str(DEMO / "model"), "--blocks", "model.norm"], "`model.blocks` is 'model.norm'"),
     ],
 )

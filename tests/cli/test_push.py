@@ -126,7 +126,7 @@ def test_nothing_is_sent_where_everybody_would_read_it_unasked(hub, run_dir, cap
 
 
 def test_what_is_wrong_is_said(hub, run_dir, capsys, monkeypatch):
-    assert "holds no model; name the run_dir" in push(capsys, run_dir.parent, "org/small")[2]
+    assert "or the run_dir of a finished run, in RUN_DIR_OR_MODEL" in push(capsys, run_dir.parent, "org/small")[2]
     assert "is no name for the hub" in push(capsys, run_dir, "org/sm all", "--dry-run")[2]
     hub.repositories["org/mine"] = True
     assert "is there already and private; leave --public out" in push(capsys, run_dir, "org/mine", "--public")[2]
@@ -141,5 +141,5 @@ def test_what_is_wrong_is_said(hub, run_dir, capsys, monkeypatch):
     apart = run_dir / "models" / "a" / "model"
     save_tiny(apart)
     (run_dir / "model").rename(run_dir / "gone")
-    assert f"one for each client: name one, such as {apart}" in push(capsys, run_dir, "org/small")[2]
+    assert f"one for each client: name one of them, such as {apart}" in push(capsys, run_dir, "org/small")[2]
     assert not hub.files

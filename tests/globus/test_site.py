@@ -219,8 +219,8 @@ def test_what_is_wrong_at_a_site_stands_below_with_its_real_path(checked, tmp_pa
     [
         ("clients:", [], "it lists no client"),
         ("model: ./gone\nclients: {a: }", [], "`model` is {folder}/gone, which is not a folder"),
-        ("model: empty\nclients: {a: }", [], "model: {folder}/empty is not a model: it holds no config.json"),
-        ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty is not a model"),
+        ("model: empty\nclients: {a: }", [], "model: {folder}/empty holds no model: there is no config.json in it"),
+        ("model: empty\nclients: {a: }", ["--model", str(DEMO / "model")], "model: {folder}/empty holds no model"),
         ("clients: {a: }", ["--model", "owner/name"], "--model owner/name is not a folder here"),
         (
             "clients:\n\ta:",

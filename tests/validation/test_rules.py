@@ -223,7 +223,7 @@ def test_an_nm_pattern_must_divide_every_matrix(problems):
         ),
         (
             "model.path=${here:empty}",
-            ["model: ", "holds no config.json; name a folder saved by save_pretrained"],
+            ["model: ", "holds no model: there is no config.json in it; name a folder saved by save_pretrained"],
         ),
         ("model.blocks=layers.of.nothing", ["model: ", "layers.of.nothing"]),
         ("clients.1.data.text=${here:none.txt}", ["client b: the text ", "none.txt cannot be read: No such file"]),

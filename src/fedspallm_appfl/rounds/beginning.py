@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.errors import ConfigError, ModelError, first_line, quoted, shortened
+from fedspallm_appfl.errors import ModelError, first_line, shortened
 from fedspallm_appfl.models.lazy_model import Skeleton
+from fedspallm_appfl.models.storage.checkpoint import resolve_model
 from fedspallm_appfl.rounds.folds.context import GLOBAL
-from fedspallm_appfl.settings.paths import is_file, is_folder
+from fedspallm_appfl.settings.paths import is_file
 from fedspallm_appfl.settings.schema import Allocation, Config, ServerSettings
 from fedspallm_appfl.tensors.patterns import full_name
 from fedspallm_appfl.tensors.target import Target, parse_target, share_of
@@ -27,23 +28,6 @@ from fedspallm_appfl.wire.store import PackedStore
 
 BEGINNING = "beginning"  # folder of the server's state: the model as it was
 LEAST = Fraction(1, 100)  # share of a matrix that is zero beyond the dense model's zeros
-
-
-def folder_of(path: str) -> Path:
-    """The model folder that a path means: itself, or that of a run directory.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    folder = Path(path).expanduser()
-    inside = folder if is_file(folder / "config.json") else folder / "model"
-    if not is_file(inside / "config.json"):
-        own = sorted(one.name for one in folder.glob("models/*") if one.is_dir()) if is_folder(folder) else []
-        hint = f"; it has a model for each client: name one of models/{', models/'.join(own)}" if own else ""
-        raise ConfigError(
-            f"recovery.model: {quoted(path)} is neither a model folder nor a run_dir with one in model/{hint}"
-        )
-    return inside
 
 
 def manifest_of(path: str | None) -> dict[str, Any]:
@@ -70,8 +54,7 @@ def to_recover(config: Config, path: str) -> Config:
     """The configuration of an experiment as one that recovers a model: its targets are those of the model.
 
     Raises:
-        ConfigError: the path is neither a model folder nor a run directory.
-        ModelError: the model is not the dense one pruned.
+        ModelError: there is no model, or it is not the dense one pruned.
     """
     made = copy.deepcopy(config)
     made.recovery.model, made.recovery.rounds = path, config.recovery.rounds or 1
@@ -151,10 +134,9 @@ def opened(settings: Config | ServerSettings, dense: Skeleton) -> Skeleton:
     """The pruned model, without weights.
 
     Raises:
-        ConfigError: there is none.
-        ModelError: its matrices are not those of the dense model.
+        ModelError: there is none, or its matrices are not those of the dense model.
     """
-    where = folder_of(settings.recovery.model or "")
+    where = resolve_model(settings.recovery.model or "", key="`recovery.model`")
     pruned = Skeleton.of(replace(settings, model=replace(settings.model, path=str(where))))
     if pruned.layout != dense.layout or pruned.stored_dtype != dense.stored_dtype:
         raise ModelError(

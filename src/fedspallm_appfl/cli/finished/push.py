@@ -33,7 +33,9 @@ def add(verbs: Any) -> None:
 def work(args: argparse.Namespace) -> int:
     """Do it. Of a run only the model folder is sent: reports and metrics name clients and their machines."""
     _require_name(args.name)
-    folder = _model(args.folder)
+    from fedspallm_appfl.models.storage.checkpoint import model_in
+
+    folder = model_in(args.folder, "RUN_DIR_OR_MODEL")
     card = _card(folder)
     if args.base_model:
         card.data.base_model = args.base_model
@@ -73,22 +75,6 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     indices = (one.name for one in folder.iterdir() if one.name.endswith(INDEX_ENDINGS))
     files = {name: folder / name for name in (*CheckpointFiles(folder).shards, *indices)} | dict(companions(folder))
     return sorted((name, file) for name, file in files.items() if name != CARD)
-
-
-def _model(folder: Path) -> Path:
-    """The model folder of a run, or the folder itself.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for place in (folder / "model", folder):
-        if (place / "config.json").is_file():
-            return place
-    apart = sorted((folder / "models").glob("*/model")) if (folder / "models").is_dir() else []
-    which = (
-        f"it has one for each client: name one, such as {apart[0]}" if apart else "name the run_dir of a finished run"
-    )
-    raise ConfigError(f"{folder} holds no model; {which}")
 
 
 def _card(folder: Path) -> Any:

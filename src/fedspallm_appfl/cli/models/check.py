@@ -16,10 +16,10 @@ def add(verbs: Any) -> None:
         verbs,
         "check",
         "Count the zeros of a model folder, by matrix and pattern (2:4, 4:8).",
-        "fedspallm check runs/demo/model",
-        "fedspallm check runs/demo/model --matrices",
+        "fedspallm check runs/demo",
+        "fedspallm check runs/demo --matrices",
     )
-    parser.add_argument("model", help="model folder, or hub name")
+    parser.add_argument("model", help="model folder, run_dir of a finished run, or hub name")
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--matrices", action="store_true", help="a row for each matrix (default: for each kind)")
     shown.add_argument("--json", action="store_true", help="everything, as JSON")

@@ -26,7 +26,7 @@ def add(verbs: Any) -> None:
         "fedspallm evaluate runs/demo/model --text examples/demo/text/austen/test.txt --length 256",
         "fedspallm evaluate runs/demo/model --against examples/demo/model --tasks hellaswag,piqa --limit 200",
     )
-    parser.add_argument("model", help="model folder, dense or packed, or hub name")
+    parser.add_argument("model", help="model folder, dense or packed, run_dir of a finished run, or hub name")
     parser.add_argument("--against", metavar="MODEL", help="another model, shown first: the dense one")
     parser.add_argument(
         "--text",

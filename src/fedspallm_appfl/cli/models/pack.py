@@ -16,7 +16,7 @@ def add(verbs: Any) -> None:
         "Write a model folder with masks and kept values in the place of zeros.",
         "fedspallm pack runs/demo/model runs/demo/packed",
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder, or hub name")
+    parser.add_argument("model", metavar="MODEL", help="model folder, run_dir of a finished run, or hub name")
     parser.add_argument("out", metavar="OUT", help="the new folder")
     parser.set_defaults(work=work)
 

@@ -131,7 +131,8 @@ def _tokenizer(shared: Site, model: Path | None) -> Any:
     """The tokenizer; None if no folder is named. A hub name is not resolved: nothing must leave this machine."""
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder here; name one")
-    folders = [resolve_model(str(folder)) for folder in (model, _folder(shared)) if folder]
+    named = {"--model": model, "`model` in the site file": _folder(shared)}
+    folders = [resolve_model(str(folder), key=key) for key, folder in named.items() if folder]
     if folders and shared.trust_remote_code:
         custom_code.allow(folders[0])
     return load_tokenizer(folders[0]) if folders else None

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedspallm_appfl.errors import ModelError, first_line, quoted, shortened
 from fedspallm_appfl.models.storage.packed_file import PackedFile
 from fedspallm_appfl.settings import custom_code, schema
-from fedspallm_appfl.settings.paths import is_folder
+from fedspallm_appfl.settings.paths import is_file, is_folder
 from fedspallm_appfl.settings.schema import Model
 
 DTYPES = {name: getattr(torch, name) for name in schema.DTYPES}
@@ -34,28 +34,36 @@ SMALL = ["*.json", "*.model", "*.txt", "*.py"]  # configuration, tokenizer, and 
 
 
 def resolve_model(path: str, weights: bool = True, key: str = "`model.path`") -> Path:
-    """The folder of a model: a local folder, or a name on the hub that is downloaded or found in the cache.
+    """The folder of a model: a local folder, a run directory, or a name on the hub, downloaded or found in the cache.
 
     Args:
-        path: folder or hub name.
+        path: folder, run directory or hub name.
         weights: whether they are needed; without them only the small files of a model on the hub are fetched.
         key: where the path was named.
 
     Raises:
-        ModelError: the path is neither, or the folder holds no `config.json`.
+        ModelError: the path is none of them, or there is no `config.json` in it.
     """
     folder = Path(path).expanduser()
-    if not is_folder(folder):
-        folder = _from_hub(path, weights, key)
-    if not (folder / "config.json").is_file():
-        inside = folder / "model"
-        what = (
-            f"that of the run is {inside}"
-            if (inside / "config.json").is_file()
-            else "name a folder saved by save_pretrained"
-        )
-        raise ModelError(f"{folder} is not a model: it holds no config.json; {what}")
-    return folder
+    return model_in(folder if is_folder(folder) else _from_hub(path, weights, key), key)
+
+
+def model_in(folder: Path, key: str) -> Path:
+    """The model that a folder is, or that of a run directory.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for place in (folder, folder / "model"):
+        if is_file(place / "config.json"):
+            return place
+    apart = sorted(folder.glob("models/*/model/config.json"))
+    fix = (
+        f"it has one for each client: name one of them, such as {apart[0].parent}"
+        if apart
+        else "name a folder saved by save_pretrained, or the run_dir of a finished run"
+    )
+    raise ModelError(f"{folder} holds no model: there is no config.json in it; {fix}, in {key}")
 
 
 def allow_code_of(model: Model) -> None:
