@@ -669,18 +669,19 @@ def test_a_server_that_comes_back_finds_its_tasks_and_ends_with_the_same_bits(
     store.mkdir()
     changes = {
         "algorithm": algorithm,
+        "model": {"path": str(save_tiny(tmp_path / "model"))},
         "server_configs": {"num_global_epochs": 2, "scheduler_kwargs": {"max_open_blocks": 1}},
         "client_configs": {"comm_configs": {"store": {"connector": "file", "folder": str(store)}}},
     }
-    file, quick = write_config(tmp_path, **changes), "client_configs.train_configs.pruner=wanda"
+    file = write_config(tmp_path, **changes)
     knife, draw = Knife(monkeypatch.setattr), random.Random(algorithm)
     expected = []
-    knife.cut(None, lambda: expected.append(stored(over_wire(LastingWire(), file, quick)[1])))
+    knife.cut(None, lambda: expected.append(stored(over_wire(LastingWire(), file)[1])))
     moments, asked = knife.count, []
     for _ in range(4):
         wire = LastingWire()
-        assert knife.cut(draw.randrange(1, moments), partial(over_wire, wire, file, quick, state=state))
-        assert stored(over_wire(wire.restarted(), file, quick, state=state)[1]) == expected[0]
+        assert knife.cut(draw.randrange(1, moments), partial(over_wire, wire, file, state=state))
+        assert stored(over_wire(wire.restarted(), file, state=state)[1]) == expected[0]
         assert uploads_in(store) == []
         asked.append(len(wire.asked))
         shutil.rmtree(state)
