@@ -27,8 +27,8 @@ from torch import Tensor
 import fedspallm_appfl as fs
 from benchmarks.tables import Table
 from fedspallm_appfl.aggregation import screening
-from fedspallm_appfl.rounds import server
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.folds import intake
 from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import read_config
 from fedspallm_appfl.tensors.bitmask import from_bits, gather, scatter, to_bits
@@ -195,6 +195,7 @@ ATTACKS = (
     Attack("gram: rank one x20", partial(_rank_one, 20.0), "gram"),
     Attack("gram: correlations x10", _correlated, "gram"),
     Attack("gram: x-1e9, of 1e9 times the tokens", _too_many_tokens, "gram"),
+    Attack("recovery: changes x10", _changes(10), recovers=True),
     Attack("recovery: changes x-10", _changes(-10), recovers=True),
     Attack("recovery: changes x-100", _changes(-100), recovers=True),
 )
@@ -268,7 +269,7 @@ def honest_facts(raw: Mapping[str, Any], found: dict[str, list[float]]) -> int:
 
     config, problems = read_config(dict(raw))
     assert not problems, problems
-    with tempfile.TemporaryDirectory() as state, mock.patch.object(server, "outliers", note):
+    with tempfile.TemporaryDirectory() as state, mock.patch.object(intake, "outliers", note):
         serial.run(config, Path(state), lambda event: None)
     return refused
 

@@ -79,7 +79,9 @@ def test_what_is_fine_tuned_as_the_page_says_keeps_its_pattern(tmp_path, monkeyp
 def test_the_example_of_secure_sums_runs_and_gives_one_model_twice(tmp_path):
     """With fewer windows and blocks, and results elsewhere."""
     code = "\n".join(blocks("docs/secure_sums.md", "bash")).replace("runs/", f"{tmp_path}/")
-    code = code.replace("run_dir=", "client_configs.data.windows=4 evaluation.windows=1 prune.include=[blocks.0-1] run_dir=")
+    code = code.replace(
+        "run_dir=", "client_configs.data.windows=4 evaluation.windows=1 prune.include=[blocks.0-1] run_dir="
+    )
     paths = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-ec", code], cwd=ROOT, env=paths, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from benchmarks.hostile import honest_facts
 from safetensors.torch import load_file
 
 from fedspallm_appfl.aggregation.screening import (
@@ -225,3 +226,11 @@ def test_a_lie_about_samples_is_refused(tmp_path, tiny_model, monkeypatch):
     file = tiny_config(tmp_path, tiny_model, "fedspallm", 3)
     with pytest.raises(UpdateError, match="client bible: its sample size is 7000, and `data.windows` asks for 7"):
         serial.run(load_config(file)[0], tmp_path / "state", lambda event: None)
+
+
+def test_the_benchmark_sees_the_facts_of_honest_clients(tmp_path, tiny_model):
+    raw = yaml.safe_load(tiny_config(tmp_path, tiny_model, "fedspallm", recovery={"rounds": 1}).read_text())
+    found = {}
+    assert honest_facts(raw, found) == 0
+    assert {"far", "moved", "shrunk", "grown", "pruned", "learnt"} == found.keys()
+    assert len(found["learnt"]) == 3 * 3 * 7  # clients, blocks, matrices
