@@ -281,7 +281,10 @@ def test_the_last_of_several_overrides_wins(value):
     [
         ("run_dir", "an override is key=value, got 'run_dir'; e.g. client_configs.train_configs.sparsity=0.7"),
         ("=3", "an override is key=value, got '=3'"),
-        ("clients.7.data.text=x", "the override 'clients.7.data.text=x' cannot be applied: .*index out of range"),
+        (
+            "clients.7.data.text=x",
+            "the override 'clients.7.data.text=x' cannot be applied: there is no such entry in the list",
+        ),
         ("clients.b.data.text=x", "the override 'clients.b.data.text=x' cannot be applied: .*'b'"),
         ("run_dir=[", r"the override 'run_dir=\[' cannot be applied"),
         ("run_dir=${", r"the override 'run_dir=\$\{' cannot be applied"),
@@ -373,6 +376,18 @@ def test_targets_and_patterns_are_read_from_overrides_and_written_again(tmp_path
     again, problems = read_config(plain(config))
     assert not problems
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("sparsity=0.7", "client_configs.train_configs.sparsity"),
+        ("client_configs.windows=8", "data.windows"),
+        ("own_windows=0", "evaluation.own_windows"),
+    ],
+)
+def test_a_key_that_is_one_of_a_group_within_is_found_there(read, override, meant):
+    assert read(TWO, override)[1] == [f"{override.partition('=')[0]}: unknown key; did you mean {meant}?"]
 
 
 @pytest.mark.parametrize(

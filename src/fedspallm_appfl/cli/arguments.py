@@ -29,7 +29,7 @@ def command(verbs: Any, name: str, what: str, *examples: str) -> argparse.Argume
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG.yaml and overrides."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDES)
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _read(file: Path) -> DictConfig:
             f"the configuration {shortened(file)} cannot be read: {error.strerror}; name a YAML file"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+        raise ConfigError(f"{file} is not valid YAML: {str(error).replace('<unicode string>', file.name)}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold keys and values, such as `run_dir: runs/first`")
     try:
@@ -97,7 +97,11 @@ def _merge(loaded: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
             if override in named:
                 loaded.merge_with(presets.of(parsed))
             OmegaConf.update(loaded, key, parsed, merge=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError) as error:
+        except IndexError as error:
+            raise ConfigError(
+                f"the override {quoted(override)} cannot be applied: there is no such entry in the list; the first is 0"
+            ) from error
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"the override {quoted(override)} cannot be applied: {first_line(error)}") from error
     try:
         return OmegaConf.to_container(loaded, resolve=True)  # type: ignore[return-value]
@@ -152,7 +156,7 @@ def build(kind: Any, raw: Any, path: str = "", problems: list[str] | None = None
             made[key] = _value(hints[key], _as_word(kind, key, value), where, problems, found)
         elif problems is not None:
             meant = f"; did you mean {MEANT[key]}, with the value {quoted(value)}?" if key in MEANT else None
-            found.append(f"{where}: unknown key{meant or _nearest(str(key), list(hints))}")
+            found.append(f"{where}: unknown key{meant or _nearest(str(key), list(hints), kind)}")
     if problems is None and found:
         raise ConfigError("; ".join(found))
     return kind(**{key: value for key, value in made.items() if value is not _WRONG})
@@ -165,7 +169,18 @@ def _as_word(kind: Any, key: str, value: Any) -> Any:
 
 
 _WRONG: Any = object()  # a value that does not fit; the default stands in its place
-_hints = lru_cache(maxsize=None)(typing.get_type_hints)
+_hints = cache(typing.get_type_hints)
+
+
+@cache
+def _paths(kind: Any, path: str = "") -> tuple[str, ...]:
+    """Dotted names of all keys of a class and of the classes within."""
+    inner = [(f"{path}{key}", hint) for key, hint in _hints(kind).items() if key in kind.__dataclass_fields__]
+    return tuple(
+        name
+        for where, hint in inner
+        for name in (_paths(typing.cast(type, hint), f"{where}.") if dataclasses.is_dataclass(hint) else (where,))
+    )
 
 
 def _value(hint: Any, value: Any, where: str, outer: list[str] | None, problems: list[str]) -> Any:
@@ -214,6 +229,8 @@ def _target(value: Any, where: str, problems: list[str]) -> Any:
         return _WRONG
 
 
-def _nearest(key: str, valid: list[str]) -> str:
+def _nearest(key: str, valid: list[str], kind: Any) -> str:
+    if inside := [path for path in _paths(kind) if path.endswith(f".{key}")]:
+        return f"; did you mean {' or '.join(inside)}?"
     near = difflib.get_close_matches(key, valid, n=1)
     return f"; did you mean {near[0]}?" if near else f"; valid here are {', '.join(sorted(valid))}"
