@@ -9,7 +9,7 @@ README = (Path(__file__).parent / "README.md").read_text("utf-8")
 
 setup(
     # A package index has no files beside the page, so that relative links become their text, which names the file.
-    long_description=re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", README),
+    long_description=re.sub(r"!?\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", README),
     long_description_content_type="text/markdown",
     ext_modules=[
         Extension(

@@ -27,7 +27,7 @@ from helpers.loops import use
 from helpers.paths import TESTS
 
 FUNCTIONS = ["count_bits", "sparsegpt_block", "gather_2", "gather_4", "scatter_2", "scatter_4"]
-FUNCTIONS += ["fold_2_1", "fold_2_2", "fold_8_1", "fold_8_2"]
+FUNCTIONS += ["fold_2_1", "fold_2_2", "fold_8_1", "fold_8_2", "mean_1", "mean_2", "mean_4"]
 
 
 @pytest.fixture
@@ -53,7 +53,8 @@ def fingerprint():
             statistic.add(normal(400, shape[1], seed=client))
             pruned.append(prepare(settings, statistic).prune(normal(*shape, seed=7)))
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            sums = L0Sums.empty(shape, weighted=dtype is torch.float16)
+            counted = 300 if dtype is torch.float32 else 2  # votes of two bytes or one
+            sums = L0Sums.empty(shape, dtype is torch.float16, counted)
             for client, (weight, mask) in enumerate(pruned):
                 bits = bitmask.to_bits(mask)
                 values = bitmask.gather(weight.to(dtype), bits)
@@ -219,6 +220,27 @@ def test_what_lies_around_sums_and_votes_stays_as_it_was(compiled, entries, clie
     assert sums.kept.tolist() == (mask.long() * 3).tolist()
     for _, around in parts:
         assert_untouched(around, 77)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("clients", [2, 300])
+def test_compiled_means_are_those_of_torch_and_what_lies_around_stays(compiled, monkeypatch, weighted, clients):
+    random = torch.Generator().manual_seed(clients)
+    totals = torch.randint(-(2**62), 2**62, (8, 5), generator=random) >> torch.arange(40).view(8, 5)
+    votes = torch.randint(0, 3, (8, 5), generator=random)
+    sums = L0Sums.empty((8, 5), weighted, clients)
+    sums.total.copy_(totals), sums.votes.copy_(votes)
+    sums.clients = 2
+    if weighted:
+        sums.kept.copy_(5 * (2 - votes))
+    mean = l0_mean(sums)
+    result, around = surrounded(torch.zeros(40), 9.0)
+    by = sums.votes if sums.kept is None else sums.kept
+    native.call(f"mean_{by.element_size()}", sums.total, by, 40, 40, 2, result)
+    assert torch.equal(result.view(8, 5), mean)
+    assert_untouched(around, 9.0)
+    use("torch", monkeypatch)
+    assert torch.equal(l0_mean(sums), mean)
 
 
 @pytest.mark.parametrize(("text", "width"), [("0.5", 1), ("0.5", 19), ("2:4", 20), ("8:16", 32), ("0.5", 256)])

@@ -201,11 +201,13 @@ class L0Sums:
 
 def l0_mean(sums: L0Sums) -> Tensor:
     """Mean over the clients that kept each entry, 0 where none did. (O, I) float32."""
-    votes = sums.votes.view(-1)
+    by = sums.votes if sums.kept is None else sums.kept
+    if native.serves(sums.total, by):
+        return _divided_compiled(sums.total, by, sums.clients)
+    flat = by.view(-1)
     if sums.kept is None:
-        return _divided(sums.total, lambda tile: (sums.clients - votes[tile].int()).clamp_(min=1))
-    kept = sums.kept.view(-1)
-    return _divided(sums.total, lambda tile: kept[tile].clamp(min=1))
+        return _divided(sums.total, lambda tile: (sums.clients - flat[tile].int()).clamp_(min=1))
+    return _divided(sums.total, lambda tile: flat[tile].clamp(min=1))
 
 
 def plain_mean(sums: L0Sums) -> Tensor:
@@ -227,6 +229,18 @@ def _divided(total: Tensor, by: Callable[[slice], Tensor | int]) -> Tensor:
     sums, means = total.view(-1), mean.view(-1)
     for tile in _tiles(sums):
         means[tile] = sums[tile].double().mul_(2.0**-FRACTION_BITS).div_(by(tile)).float()
+    return mean
+
+
+def _divided_compiled(total: Tensor, by: Tensor, clients: int) -> Tensor:
+    """As `_divided`, by the clients that did not prune an entry, or if `by` is int32 by what it says."""
+    mean = torch.empty(total.shape, dtype=torch.float32)
+    sums, counts, means = total.view(-1), by.view(-1), mean.view(-1)
+    parts = native.ranges(len(sums), TILE)
+    native.call_in_parts(
+        f"mean_{by.element_size()}",
+        [(sums[part], counts[part], len(sums[part]), FRACTION_BITS, clients, means[part]) for part in parts],
+    )
     return mean
 
 

@@ -11,6 +11,7 @@ is the group of m.
 Legend: O out features, I in features, N clients that pruned the matrix.
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import vote_dtype
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.tensors.sparsity import first_in_groups, kth_smallest, row_counts
+from fedspallm_appfl.tensors.sparsity import compared, first_in_groups, kth_smallest, row_counts
 from fedspallm_appfl.tensors.target import NM, Target
 
 
@@ -87,16 +88,17 @@ def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> T
     """
     border, above = _border(votes, clients, count)
     if border == clients:
-        return votes == clients
-    inside = votes == border
+        return compared(operator.eq, votes, clients)
+    inside = compared(operator.eq, votes, border)
     candidates = bitmask.gather(aggregate, bitmask.to_bits(inside)).abs_()
     threshold = kth_smallest(candidates, count - above)
-    missing = count - above - int((candidates < threshold).count_nonzero())
+    missing = count - above - int(compared(operator.lt, candidates, threshold).count_nonzero())
     del candidates
-    smaller = (aggregate < threshold).logical_and_(aggregate > -threshold)  # in magnitude, without a copy of it
-    ties = (aggregate == threshold).logical_or_(aggregate == -threshold).logical_and_(inside)
-    pruned = smaller.logical_and_(inside).logical_or_(votes > border)
-    pruned[ties.nonzero().flatten()[:missing]] = True
+    smaller = compared(operator.lt, aggregate, threshold)  # in magnitude, without a copy of it
+    smaller.logical_and_(compared(operator.gt, aggregate, -threshold))
+    pruned = smaller.logical_and_(inside).logical_or_(compared(operator.gt, votes, border))
+    ties = compared(operator.eq, aggregate, threshold).logical_or_(compared(operator.eq, aggregate, -threshold))
+    pruned[ties.logical_and_(inside).nonzero().flatten()[:missing]] = True
     return pruned
 
 

@@ -122,6 +122,21 @@ FOLD(fold_2_2, uint16_t, int16_t, table[value])
 FOLD(fold_8_1, int64_t, uint8_t, value)
 FOLD(fold_8_2, int64_t, int16_t, value)
 
+/* mean = total / 2^bits / divisor, where the divisor is at least 1. */
+#define MEAN(NAME, BY, DIVISOR)                                                                                        \
+    FAST void NAME(const int64_t *restrict total, const BY *restrict by, int64_t entries, int64_t bits,                \
+                   int64_t clients, float *restrict mean)                                                              \
+    {                                                                                                                  \
+        double unit = 1.0 / (double)((int64_t)1 << bits);                                                              \
+        for (int64_t i = 0; i < entries; i++) {                                                                        \
+            int32_t divisor = DIVISOR;                                                                                 \
+            mean[i] = (float)((double)total[i] * unit / (double)(divisor < 1 ? 1 : divisor));                          \
+        }                                                                                                              \
+    }
+MEAN(mean_1, uint8_t, (int32_t)clients - by[i])
+MEAN(mean_2, int16_t, (int32_t)clients - by[i])
+MEAN(mean_4, int32_t, by[i])
+
 /* One column block of SparseGPT, transposed: `columns` is (width, rows), `upper` the block's factor (width, width). Rows do
  * not depend on each other, so a tile of them is finished in the fastest cache, and a call takes those from `from` to `to`.
  * The errors of a few columns are applied to the columns on their right at once, in the order of the columns: the same sums
