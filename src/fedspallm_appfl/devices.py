@@ -24,6 +24,7 @@ from torch.nn import functional
 from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.schema import DEVICE, TrainConfigs
 
+SLOW = 2.5  # times as long as in float32
 _LIBC = ctypes.CDLL(None)
 
 
@@ -152,6 +153,11 @@ def slowdown(dtype: torch.dtype) -> float:
 
     with threads(1):
         return seconds(dtype) / seconds(torch.float32)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU is far slower in an arithmetic than in float32."""
+    return dtype != torch.float32 and slowdown(dtype) > SLOW
 
 
 @contextmanager

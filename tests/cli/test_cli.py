@@ -89,7 +89,8 @@ def test_overrides_on_both_sides_of_an_option_keep_their_order(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "required: VERB"),
+        ([], "example:\n"),
+        (["run", CONFIG, "--overwrite", "--resume"], "--resume: not allowed with argument --overwrite"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["run"], "required: CONFIG.yaml"),
         (["run", CONFIG, "--overwite"], "unrecognized arguments: --overwite"),
@@ -289,6 +290,9 @@ def test_a_run_directory_is_not_overwritten_unless_asked(fedspallm, tmp_path, mo
         in err
     )
     assert ran == []
+    assert (
+        f"note: run_dir: {tmp_path} exists and is not empty" in fedspallm("validate", CONFIG, f"run_dir={tmp_path}")[1]
+    )
     assert fedspallm("run", CONFIG, "--overwrite", f"run_dir={tmp_path}")[0] == 0
     assert len(ran) == 1
     assert (tmp_path / "report.md").read_text() == "precious"

@@ -3,9 +3,10 @@
 import json
 import sys
 
+import torch
 import yaml
 
-from fedspallm_appfl import cli
+from fedspallm_appfl import cli, devices
 from fedspallm_appfl.cli.before.init import QUESTIONS
 from fedspallm_appfl.settings.reading import load_config
 from helpers.paths import DEMO
@@ -107,3 +108,12 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, caps
     file.write_text("mine")
     assert "is there already" in refused(capsys, file, *model, *PAIRS)
     assert file.read_text() == "mine"
+
+
+def test_arithmetic_that_is_slow_here_is_not_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for times, dtype in ((8.0, "float32"), (1.0, "auto")):
+        monkeypatch.setattr(devices, "slowdown", lambda dtype, times=times: times)
+        config = begun(tmp_path / f"{dtype}.yaml", "--model", MODEL, "--clients", *PAIRS)
+        assert config.model.dtype == dtype
+    assert "sparsity: 0.5\n" in (tmp_path / "auto.yaml").read_text()

@@ -12,7 +12,7 @@ from fedspallm_appfl.aggregation.l0_mean import L0Sums
 from fedspallm_appfl.estimates import memory as estimate_memory
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import HEAP_SHARE
-from fedspallm_appfl.estimates.tables import LOWER
+from fedspallm_appfl.estimates.tables import LOWER, NO_SETTING, lower
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.pruning.registry import find
 from fedspallm_appfl.settings.reading import load_config
@@ -285,6 +285,13 @@ def test_every_part_has_its_line_in_the_table(algorithm, settings):
     for memory in [*memories, estimate_memory.serial_memory(job(config))]:
         assert memory.parts.keys() <= LOWER.keys()
     assert all(LOWER.values())
+
+
+def test_no_setting_is_advised_that_all_clients_have():
+    sparse, wanda = (job(experiment(pruner=pruner)) for pruner in ("sparsegpt", "wanda"))
+    assert lower(sparse, "pruning a block") == "train_configs.pruner: wanda"
+    assert lower(wanda, "pruning a block") == lower(wanda, "one block") == NO_SETTING
+    assert lower(wanda, "forward passes") == "data.batch"
 
 
 MEASURE = """

@@ -93,11 +93,23 @@ def test_what_is_packed_comes_back_bit_by_bit(family, dtype, shard, tmp_path, mo
     assert {str(one.relative_to(again)) for one in again.rglob("*")} == {
         str(one.relative_to(dense)) for one in dense.rglob("*")
     }
-    assert (packed / "README.md").read_text() == "a card" and (packed / "templates/chat.jinja").read_text() == "x"
+    assert (packed / "README.md").read_text() == f"{packing.NOTE}a card" and (
+        packed / "templates/chat.jinja"
+    ).read_text() == "x"
     data = [sum(one.nbytes for one in tensors_of(folder).values()) for folder in (dense, packed)]
     assert data[1] < 0.6 * data[0] and size.packed - data[1] < 300 * len(expected)
+    assert (again / "README.md").read_text() == "a card"
     assert model_hash(packed) == model_hash(dense) and not [*tmp_path.rglob("*.partial")]
     assert all(safe_open(file, "pt").metadata() == {"format": "pt"} for file in again.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("front", ["", "---\ntags: [sparse]\n---\n\n"])
+def test_the_note_of_a_packed_card_stands_below_what_a_hub_reads(front):
+    card = f"{front}# a model\n\n---\n"
+    assert (
+        packing.FRONT.sub(lambda found: found[0] + packing.NOTE, card, count=1)
+        == f"{front}{packing.NOTE}# a model\n\n---\n"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt-oss", "mixtral"])

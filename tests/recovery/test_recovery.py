@@ -457,14 +457,16 @@ def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path):
     assert "pruned before, then recovered with" in card and str(tmp_path) not in card
 
 
-def test_who_pruned_a_model_stays_known(tmp_path):
-    """Targets of its matrices too, whatever the configuration says."""
+def test_who_pruned_a_model_stays_known(tmp_path, capsys):
+    """Targets of its matrices too, whatever the configuration says, and then that is said."""
     model = save_tiny(tmp_path / "model")
     file = tiny_config(tmp_path, model, "fedspallm", count=2)
     targets = "client_configs.train_configs.sparsity={default: 0.6, down_proj: '2:4'}"
     folder = run(file, "client_configs.train_configs.pruner=wanda", targets)
     healed = ["recover", str(folder), str(file), f"run_dir={tmp_path / 'healed'}", "algorithm=gram"]
     assert main([*healed, "recovery.steps=1", "recovery.batch=4"]) == 0
+    assert f"the zeros of {folder} stay: sparsity 0.6, " in (out := capsys.readouterr().out)
+    assert "; 0.5, of the configuration, is not used" in out
     made, again = (json.loads((f / "manifest.json").read_text("utf-8")) for f in (folder, tmp_path / "healed"))
     for key in ("algorithm", "pruner", "target", "allocation"):
         assert again[key] == made[key]

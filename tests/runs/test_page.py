@@ -208,10 +208,11 @@ def test_a_full_disk_is_said_without_advice_that_is_of_no_use(folders, tmp_path,
 
 @pytest.fixture
 def longer(folders, tmp_path):
-    """The first run as if it had been measured on longer windows, and with a worse model."""
+    """The first run as if it had been measured on longer windows, where the dense model has another perplexity."""
     for name in ("config.yaml", "manifest.json", "metrics.jsonl"):
         text = (folders["fedspallm"] / name).read_text()
-        (tmp_path / name).write_text(text.replace("  length: 24\n  windows: 2\n", "  length: 48\n  windows: 2\n"))
+        text = text.replace("  length: 24\n  windows: 2\n", "  length: 48\n  windows: 2\n")
+        (tmp_path / name).write_text(re.sub(r'("method": "dense".*"one & <two>": )[0-9.]+', r"\g<1>7.125", text))
     return tmp_path
 
 
@@ -222,7 +223,8 @@ def test_runs_stand_side_by_side(folders, longer, tmp_path, capsys):
     shown, results = Page(text).words, finished.opened(longer)[1]
     assert shown.startswith("2 runs side by side")
     assert shown.count(f"{results.perplexity['fedspallm']['one & <two>']:.3f}") == 2 * 2  # of one text also the mean
-    assert "These runs measured differently" in shown and "evaluation.length 24 48" in shown
+    assert "These runs measured differently (evaluation.length), so" in shown and "evaluation.length 24 48" in shown
+    assert shown.count("7.12 dense, ") == 1 and shown.count(" dense, ") == 2 * 2  # with its title
     assert not re.search(r"https?://|<script|<link", text) and str(page) in "".join(capsys.readouterr().out.split())
 
 

@@ -138,6 +138,7 @@ def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model
     ]
     assert (folder / "state").is_dir() and not (folder / ".lock").exists()
     assert main(["resume", str(folder)]) == 0
+    assert "The run was cut off and went on, 1 time." in (folder / "report.md").read_text()
     assert "going on where the run was cut off" in capsys.readouterr().out
     assert main(["resume", str(folder)]) == 0
     assert f"{folder} is finished" in capsys.readouterr().out.replace("\n", "")

@@ -58,7 +58,7 @@ def test_a_target_prints_as_it_is_written(text):
     [
         ("1", r"a share in \[0, 1\), got 1;"),
         (-0.1, r"a share in \[0, 1\), got -0.1;"),
-        (50, r"got 50; 50 % is written 0.5"),
+        (70, r"got 70; 70 % is written 0.7"),
         ("half", "0.5 or a pattern such as 2:4, got 'half'"),
         ("1/0", "got '1/0'"),
         ("nan", "got 'nan'"),

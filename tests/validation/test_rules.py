@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedspallm_appfl import devices
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.runs import run_dir
 from fedspallm_appfl.settings.reading import load_config
@@ -327,7 +328,7 @@ def test_a_run_directory_is_no_file(tmp_path, overwrite):
     ("dtype", "times", "said"), [("bfloat16", 8.2, True), ("bfloat16", 1.4, False), ("float32", 8.2, False)]
 )
 def test_arithmetic_that_is_slow_on_this_cpu_is_said_before_a_run(dtype, times, said, model, monkeypatch):
-    monkeypatch.setattr(words, "slowdown", lambda dtype: times)
+    monkeypatch.setattr(devices, "slowdown", lambda dtype: times)
     monkeypatch.setattr(words.torch.cuda, "device_count", lambda: 0)
     lines = words.forecast(demo(f"model.path={model}", f"model.dtype={dtype}"))
     assert any(line.startswith("this CPU has no fast arithmetic in bfloat16: ") for line in lines) == said

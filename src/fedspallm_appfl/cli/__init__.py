@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 a mistake that the message explains, 130 and 143 ended from outside.
     """
     parser = parser_of_all()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return 2
     args, rest = parser.parse_known_args(arguments)
     takes_overrides = "overrides" in args
     late = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]

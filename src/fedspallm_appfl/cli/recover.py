@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli import run
 from fedspallm_appfl.cli.arguments import add_config, command
+from fedspallm_appfl.cli.checked import console
 
 if TYPE_CHECKING:
     from fedspallm_appfl.settings.schema import Config
@@ -31,7 +32,12 @@ def work(args: argparse.Namespace) -> int:
     def change(config: "Config") -> "Config":
         from fedspallm_appfl.rounds.beginning import to_recover
 
-        return to_recover(config, args.pruned)
+        made = to_recover(config, args.pruned)
+        asked, found = (str(one.client_configs.train_configs.sparsity) for one in (config, made))
+        if asked != found:
+            words = f"the zeros of {args.pruned} stay: sparsity {found}; {asked}, of the configuration, is not used"
+            console().print(words, highlight=False, markup=False)
+        return made
 
     args.change = change
     return run.work(args)

@@ -40,8 +40,9 @@ def add(verbs: Any) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How and where it runs."""
     add_launcher(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
-    parser.add_argument(
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in run_dir")
+    earlier.add_argument(
         "--resume", action="store_true", help="go on with a run that was cut off, if there is one in run_dir"
     )
     parser.set_defaults(change=None)
@@ -118,6 +119,8 @@ def _telling_how_to_go_on(config: "Config", launcher: str) -> Iterator[None]:
 
     try:
         yield
+    except ConfigError:  # it has not begun
+        raise
     except (FedSpaLLMError, KeyboardInterrupt, Terminated):
         folder = Path(config.run_dir).expanduser()
         if run_dir.is_cut_off(folder):

@@ -104,9 +104,12 @@ class _Seen:
     @property
     def why_over(self) -> str:
         """Why the run has ended without a result; empty where it has not."""
-        if self.run.failed is not None:
-            return f"the run in {self._folder} failed: {self.run.failed}"
+        from fedspallm_appfl.runs.run_dir import is_cut_off
+
         again = f"fedspallm resume {self._folder} goes on with it"
+        if self.run.failed is not None:
+            how = f"; {again}" if is_cut_off(self._folder) else ""
+            return f"the run in {self._folder} ended before its time: {self.run.failed}{how}"
         return f"the run in {self._folder} was cut off, nobody is at work there; {again}" if self._cut_off else ""
 
     @property

@@ -4,6 +4,7 @@ For a configuration that is meant for Globus Compute it speaks of tasks, data st
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -220,7 +221,7 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
         part, size = max((gpu or needs.parts).items(), key=lambda item: item[1])
         numbers = bytes_text(needs.needed), bytes_text(needs.resident)
         on_gpu = [bytes_text(sum(gpu.values())) if gpu else "-"] * globus
-        table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", LOWER[part])
+        table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", lower(job, part))
     yield table
     here = memory.resident_now()
     if here:
@@ -276,6 +277,15 @@ LOWER = {  # largest part of a process -> the setting that makes it smaller
     "a block, or logits": "evaluation.batch",
     "heap": NO_SETTING,
 }
+
+
+def lower(job: Job, part: str) -> str:
+    """The setting that makes a part smaller, unless it is set already, by all clients if it is theirs."""
+    key, _, value = LOWER[part].partition(": ")
+    group = key.partition(".")[0]
+    owners = [one for one in (job.config, *job.config.clients) if hasattr(one, group)]
+    return NO_SETTING if value and all(str(attrgetter(key)(one)) == value for one in owners) else LOWER[part]
+
 
 Process = tuple[str, Memory, Parts | None]  # name, main memory, what lies on its GPU
 

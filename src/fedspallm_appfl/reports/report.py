@@ -322,7 +322,7 @@ def _participation(config: Config, results: Result, log: EventLog) -> list[Part]
     covered = {event["block"] for event in log.of("block")}
     every = {matrix.block for matrix in results.matrices}
     missed = [] if config.recovery.model else sorted(every - covered)
-    notes: list[Part] = [table, *_absences(config, log)]
+    notes: list[Part] = [table, *_resumptions(log), *_absences(config, log)]
     if missed:
         notes.append(f"No client sent these blocks, and they stay dense: {to_text(missed)}.")
     if config.client_configs.train_configs.layer_sampling == "uniform" and not config.recovery.model:
@@ -367,6 +367,14 @@ def _absences(config: Config, log: EventLog) -> list[Part]:
         Table(["round", "took part"], took_part),
         Table(["round", "left out", "host", "blocks", "why"], rows),
     ]
+
+
+def _resumptions(log: EventLog) -> list[Part]:
+    """That the run was cut off, and what that means for the bytes; nothing where it was not."""
+    times = len(log.of("resumed"))
+    if not times:
+        return []
+    return [f"The run was cut off and went on, {count(times, 'time')}. What was sent again then counts again."]
 
 
 def _outliers(log: EventLog) -> list[Part]:

@@ -138,7 +138,8 @@ class Measured:
     def how(self) -> str:
         """How it was measured, in words."""
         begin = f"; {self.begin}" if self.begin else ""
-        return f"windows of {self.length} tokens, {self.windows} in all, {self.dtype} arithmetic{begin}"
+        texts = f" of {len(self.perplexity)} texts together" if len(self.perplexity) > 1 else ""
+        return f"{self.windows} windows{texts}, of {self.length} tokens, {self.dtype} arithmetic{begin}"
 
 
 def evaluate_folder(

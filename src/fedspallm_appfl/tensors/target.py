@@ -111,7 +111,10 @@ def parse_target(text: str | float | int) -> Target:
             f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {quoted(words)}"
         ) from None
     if not 0 <= share < 1:
-        raise ValueError(f"sparsity is a share in [0, 1), got {words}; 50 % is written 0.5")
+        percent = share if 1 < share < 100 else Fraction(50)
+        raise ValueError(
+            f"sparsity is a share in [0, 1), got {words}; {float(percent):g} % is written {float(percent / 100):g}"
+        )
     return Ratio(share)
 
 

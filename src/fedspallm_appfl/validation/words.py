@@ -6,7 +6,7 @@ import torch
 
 from fedspallm_appfl.aggregation.layer_sampling import expected_uncovered, to_text
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.devices import slowdown
+from fedspallm_appfl.devices import is_slow
 from fedspallm_appfl.models.choice import by_kind, in_words, left_dense, together
 from fedspallm_appfl.models.lazy_model import Skeleton, replaced_attention
 from fedspallm_appfl.rounds.beginning import manifest_of
@@ -14,8 +14,6 @@ from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidde
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.texts.files import text_files
-
-SLOW = 2.5  # times as long as in float32, from where on it is said
 
 
 def forecast(config: Config) -> list[str]:
@@ -55,7 +53,7 @@ def _slow_words(config: Config, dtype: torch.dtype) -> Iterator[str]:
     """That this CPU is slow in the arithmetic of the model, where clients may work on it."""
     asked = {place for client in config.clients for place in client.train_configs.places}
     maybe = not config.over_globus() and ("cpu" in asked or ("auto" in asked and not torch.cuda.device_count()))
-    if maybe and dtype != torch.float32 and slowdown(dtype) > SLOW:
+    if maybe and is_slow(dtype):
         name = str(dtype).removeprefix("torch.")
         yield (
             f"this CPU has no fast arithmetic in {name}: where clients run on such CPUs, passes of the model take several "

@@ -15,6 +15,7 @@ import yaml
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import checked, console, introduce
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.tensors.targets import parse_sparsity
@@ -107,7 +108,7 @@ def _answer(question: Question, given: Any) -> Any:
         return given
     if not sys.stdin.isatty():
         if question.otherwise is None:
-            raise ConfigError(f"init: --{question.option} is missing, and nobody can be asked; {question.about}")
+            raise ConfigError(f"init: --{question.option} is missing, and nobody can be asked; give {question.about}")
         return question.otherwise.split() if question.several else question.otherwise
     default = f" [{question.otherwise}]" if question.otherwise else ""
     while True:
@@ -138,16 +139,15 @@ def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
     """
     told = _path_teller(file)
     clients, texts = _clients(answers["clients"]), _named(answers["evaluate"], "evaluate")
-    calibration = _windows(answers["model"], list(clients.values()), 0 if texts else OWN)
+    calibration, dtype = _windows(answers["model"], list(clients.values()), 0 if texts else OWN)
     measured: dict[str, Any] = {"length": calibration["length"]}
     if texts:
         measured["texts"] = {name: told(path) for name, path in texts.items()}
     return {
         "run_dir": f"runs/{file.stem}",
         "preset": answers["preset"],
-        "model": {"path": told(answers["model"])},
-        "server_configs": {"num_clients": len(clients)},
-        "client_configs": {"train_configs": {"sparsity": answers["sparsity"]}, "data": calibration},
+        "model": {"path": told(answers["model"])} | dtype,
+        "client_configs": {"train_configs": {"sparsity": yaml_text.load(answers["sparsity"])}, "data": calibration},
         "clients": [{"client_id": name, "data": {"text": told(path)}} for name, path in clients.items()],
         "evaluation": measured,
     }
@@ -207,20 +207,25 @@ def _path_teller(file: Path) -> Callable[[str], str]:
     return told
 
 
-def _windows(model: str, texts: list[str], own: int) -> dict[str, int]:
-    """How many windows of how many tokens every client has."""
+def _windows(model: str, texts: list[str], own: int) -> tuple[dict[str, int], dict[str, str]]:
+    """How many windows of how many tokens every client has, and the arithmetic if that of the model is slow here."""
     with uncollected("transformers"):
+        import torch
+
+        from fedspallm_appfl.devices import is_slow
         from fedspallm_appfl.models.lazy_model import longest_window, without_weights
         from fedspallm_appfl.models.storage.checkpoint import resolve_model
         from fedspallm_appfl.texts.tokenizer import load_tokenizer
         from fedspallm_appfl.texts.windows import Cut, about_how_many
     folder = resolve_model(model, weights=False, key="--model")
-    tokenizer, length = load_tokenizer(folder), min(LENGTH, longest_window(without_weights(folder, "auto")) or LENGTH)
+    skeleton = without_weights(folder, "auto")
+    tokenizer, length = load_tokenizer(folder), min(LENGTH, longest_window(skeleton) or LENGTH)
+    dtype = {"dtype": "float32"} if not torch.cuda.device_count() and is_slow(skeleton.dtype) else {}
     while True:
         least = min(about_how_many(text, Cut(length), tokenizer) for text in texts)
         windows = min(WINDOWS, int(SURE * least) - own)
         if windows >= FEW or length // 2 < SHORT:
-            return {"windows": max(1, windows), "length": length}
+            return {"windows": max(1, windows), "length": length}, dtype
         length //= 2
 
 

@@ -4,6 +4,7 @@ No model is built to pack: every matrix of floats in the checkpoint for which it
 """
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models.lazy_model import without_weights
 from fedspallm_appfl.models.storage.checkpoint import PACKED_INDEX, CheckpointFiles, resolve_model
-from fedspallm_appfl.models.storage.folder import companions
+from fedspallm_appfl.models.storage.folder import CARD, companions
 from fedspallm_appfl.models.storage.packed_file import VERSION, as_integers
 from fedspallm_appfl.models.storage.written import Entry, as_stored, write_tensors
 from fedspallm_appfl.settings import custom_code
@@ -29,6 +30,12 @@ from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.wire.packed import packed_size
 
 PART = 2**24  # entries that are in memory at a time; a multiple of 8, so that masks of parts are a part of the mask
+
+FRONT = re.compile(r"\A(---\n.*?\n---\n+)?", re.DOTALL)  # of a card: what a hub reads
+NOTE = (
+    "> **Packed.** Zeros take no room here. Load this folder with `fedspallm_appfl.load_packed(FOLDER)`, or write\n"
+    "> the dense one with `fedspallm unpack FOLDER OUT`. What is said below of files and loading is of that one.\n\n"
+)  # in the card of a packed folder
 
 Write = Callable[[CheckpointFiles, list[str], Path], None]
 
@@ -63,6 +70,7 @@ def pack(model: str | Path, out: str | Path) -> Size:
     with _new_folder(source, Path(out)) as folder:
         placed = _write_shards(files, folder, "packed", _write_packed)
         _write_index(folder / PACKED_INDEX, placed)
+        _change_card(folder, lambda card: FRONT.sub(lambda front: front[0] + NOTE, card, count=1))
     return Size(_bytes(source, files.shards), _bytes(Path(out), set(placed.values())))
 
 
@@ -82,6 +90,7 @@ def unpack(packed: str | Path, out: str | Path) -> None:
         placed = _write_shards(files, folder, "model", _write_dense)
         if len(files.shards) > 1:
             _write_index(folder / "model.safetensors.index.json", placed)
+        _change_card(folder, lambda card: card.replace(NOTE, "", 1))
 
 
 def load_packed(packed: str | Path, trust_remote_code: bool = False, **keywords: Any) -> PreTrainedModel:
@@ -107,6 +116,14 @@ def load_packed(packed: str | Path, trust_remote_code: bool = False, **keywords:
     if model.can_generate() and (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
+
+
+def _change_card(folder: Path, change: Callable[[str], str]) -> None:
+    card = folder / CARD
+    if card.is_file():
+        card.write_bytes(
+            change(card.read_bytes().decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        )
 
 
 def _opened(model: str | Path) -> tuple[Path, CheckpointFiles]:

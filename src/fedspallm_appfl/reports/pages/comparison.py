@@ -19,9 +19,6 @@ from fedspallm_appfl.validation.words import how
 from fedspallm_appfl.wire.durable import write_text
 
 MEASURED = ("length", "windows", "bos", "field")  # settings of `evaluation` on which a perplexity depends
-DIFFERENTLY = (
-    "**These runs measured differently** (model, texts or windows, see below), so perplexities do not compare."
-)
 NOTHING = "No text was measured by all of these runs, so perplexities are not compared."
 WITHIN = ("run_dir", "clients.", "workers")  # keys that differ without a word being said
 
@@ -105,23 +102,32 @@ def _perplexity(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
         text: [Bar(name, run.perplexity[text], f"{run.perplexity[text]:.2f}", "own") for name, run in runs.items()]
         for text in texts
     }
-    dense = [run.results.perplexity.get("dense", {}) for run in runs.values()]
     for text in texts:
-        found = {row[text] for row in dense if text in row}
-        groups[text] = [Bar("dense", value, f"{value:.2f}", "dense") for value in sorted(found)] + groups[text]
+        rows = {name: run.results.perplexity.get("dense", {}) for name, run in runs.items()}
+        found = {f"dense, {name}": row[text] for name, row in rows.items() if text in row}
+        if len(set(found.values())) == 1:
+            found = {"dense": next(iter(found.values()))}
+        groups[text] = [Bar(name, value, f"{value:.2f}", "dense") for name, value in found.items()] + groups[text]
     caption = "Perplexity by text, less is better. Each text has a scale of its own, from 0."
     return [html("## Perplexity"), *map(html, _measured_alike(runs, texts)), figure(bars(groups, caption), caption)]
 
 
 def _measured_alike(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
-    ways = set()
+    ways = []
     for run in runs.values():
-        settings = run.config.evaluation
-        how_measured = [getattr(settings, key) for key in MEASURED] + [settings.texts.get(text) for text in texts]
-        ways.add(repr([run.config.model.path, run.config.model.dtype, *how_measured]))
-    if len(ways) == 1:
+        settings, model = run.config.evaluation, run.config.model
+        way = {f"evaluation.{key}": getattr(settings, key) for key in MEASURED}
+        way |= {f"evaluation.texts.{text}": settings.texts.get(text) for text in texts}
+        ways.append({"model.path": model.path, "model.dtype": model.dtype} | way)
+    return _differently(ways)
+
+
+def _differently(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That runs have measured in different ways, and in what these differ; nothing where they are alike."""
+    unlike = [key for key in ways[0] if len({repr(way[key]) for way in ways}) > 1]
+    if not unlike:
         return []
-    return [DIFFERENTLY]
+    return [f"**These runs measured differently** ({', '.join(unlike)}), so perplexities do not compare."]
 
 
 def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
@@ -129,10 +135,14 @@ def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
     clients = [client for client in next(iter(runs.values())).own if all(client in run.own for run in runs.values())]
     if not clients:
         return []
-    ways = {
-        repr([run.config.model.path, run.config.evaluation.length, [run.own[one].tokens for one in clients]])
+    ways = [
+        {
+            "model.path": run.config.model.path,
+            "evaluation.length": run.config.evaluation.length,
+            "tokens of clients": [run.own[one].tokens for one in clients],
+        }
         for run in runs.values()
-    }
+    ]
     head = ["client", *(f"{name}, {which}" for name in runs for which in ("dense", "pruned"))]
     rows = [
         [
@@ -141,7 +151,7 @@ def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
         ]
         for client in clients
     ]
-    return [f"## {TITLE}", *([DIFFERENTLY] if len(ways) > 1 else []), Table(head, rows)]
+    return [f"## {TITLE}", *_differently(ways), Table(head, rows)]
 
 
 def _one_each(caption: str, values: Mapping[str, tuple[float, str]]) -> str:
