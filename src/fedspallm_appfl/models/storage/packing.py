@@ -119,6 +119,7 @@ def load_packed(packed: str | Path, trust_remote_code: bool = False, **keywords:
 
 
 def _change_card(folder: Path, change: Callable[[str], str]) -> None:
+    """Change the card, if there is one; other bytes of it stay as they are."""
     card = folder / CARD
     if card.is_file():
         card.write_bytes(
