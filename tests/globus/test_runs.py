@@ -175,6 +175,17 @@ def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, cap
     assert same_bits(tmp_path / "run", tmp_path / "globus")
 
 
+def test_a_model_that_was_pruned_before_is_recovered_with_the_bits_of_one_process(tmp_path, site, capsys):
+    """Sites have the dense model; the pruned one comes from the server."""
+    write_site(site, DOMAINS[:3], may_send=["recovery"])
+    config = write_config(tmp_path, model={"path": str(save_tiny(tmp_path / "dense"))})
+    pruned = run(config)
+    command = ["recover", str(pruned), str(config), "recovery.steps=2", "recovery.batch=3"]
+    assert main([*command, f"run_dir={tmp_path / 'here'}"]) == 0
+    assert main([*command, f"run_dir={tmp_path / 'globus'}", "--launcher", "globus"]) == 0, capsys.readouterr().err
+    assert same_bits(tmp_path / "here", tmp_path / "globus") and not same_bits(pruned, tmp_path / "here")
+
+
 @pytest.mark.parametrize(
     ("algorithm", "forgets", "signed"),
     [("consensus", False, False), ("gram", False, True), ("consensus", True, True), ("gram", True, False)],
