@@ -18,7 +18,7 @@ import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import guard_torchvision, uncollected
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
@@ -107,10 +107,11 @@ def guard_piq() -> None:
     """APPFL imports piq for metrics of images only; without a working torchvision an empty module stands in for it."""
     if "piq" in sys.modules:
         return
+    guard_torchvision()
     try:
         importlib.import_module("piq")
-    except (ImportError, RuntimeError):  # RuntimeError: torchvision for CUDA beside a torch for the CPU
-        for name in [name for name in sys.modules if name.split(".")[0] in ("piq", "torchvision")]:
+    except ImportError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "piq"]:
             del sys.modules[name]
         sys.modules["piq"] = types.ModuleType("piq")
 

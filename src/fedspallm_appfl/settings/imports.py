@@ -1,6 +1,10 @@
-"""Heavy packages are imported without garbage collections, which take a third of the time and find next to nothing."""
+"""Heavy packages are imported without garbage collections, which take a third of the time and find next to nothing.
+
+And without a torchvision that does not go with the installed torch: transformers would import it and fail.
+"""
 
 import gc
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +29,20 @@ def uncollected(package: str) -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def guard_torchvision() -> None:
+    """Hide a torchvision that cannot be imported: nothing here needs it.
+
+    One of APPFL's dependencies asks for it, and beside a torch for the CPU pip takes one that was built for CUDA.
+    """
+    if "torchvision" in sys.modules:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        return
+    except (ImportError, RuntimeError):  # RuntimeError: its operators are not there
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]  # as if it were not installed
