@@ -18,7 +18,16 @@ from fedspallm_appfl.runs.run_dir import locked
 from fedspallm_appfl.settings.schema import Client, Config
 
 START = {"event": "start", "clients": ["ann"], "rounds": 1, "version": "1", "time": 0.0}
-UPLOAD = {"event": "upload", "round": 0, "exchange": 0, "counted": [0, 1], "client": "ann", "message": 0, "messages": 1}
+UPLOAD = {
+    "event": "upload",
+    "round": 0,
+    "exchange": 0,
+    "exchanges": 1,
+    "counted": [0, 1],
+    "client": "ann",
+    "message": 0,
+    "messages": 1,
+}
 UPLOAD |= {"blocks": "0", "block_bytes": {"0": 7}, "bytes": 7, "time": 1.0}
 END = {"event": "end", "versions": "", "time": 2.0}
 FAILED = {"event": "failed", "why": "client ann, block 0: no room", "time": 2.0}
@@ -66,7 +75,9 @@ def test_it_waits_for_a_run_and_ends_with_it(watched, terminal):
 def test_a_run_that_fails_ends_it_with_its_message(watched, terminal):
     code, _, err = watched([START], [UPLOAD, FAILED], terminal=terminal)
     assert code == 2
-    assert err.startswith("error: the run in ") and err.endswith(" failed: client ann, block 0: no room\n")
+    assert err.startswith("error: the run in ") and err.endswith(
+        " ended before its time: client ann, block 0: no room\n"
+    )
 
 
 def test_a_run_that_is_begun_anew_is_followed(watched, tmp_path):
@@ -135,7 +146,7 @@ def test_a_run_says_why_it_ends_before_its_time(watched, tmp_path, error, why):
     with pytest.raises(type(error)):
         conduct(config, launch, overwrite=False)
     code, out, err = watched(words=["--once"])
-    assert code == 2 and why in out and err.endswith(f" failed: {why}\n")
+    assert code == 2 and why in out and f" ended before its time: {why}; fedspallm resume " in err
 
 
 def test_ctrl_c_ends_it(watched):

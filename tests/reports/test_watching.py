@@ -16,8 +16,8 @@ def event(kind, time, **fields):
     return {"event": kind, **fields, "time": time}
 
 
-def upload(client, message, time, block, messages=2, round_index=0, counted=(0, 1)):
-    where = {"round": round_index, "exchange": 0, "counted": counted and [*counted]}
+def upload(client, message, time, block, messages=2, round_index=0, counted=(0, 1), exchanges=1):
+    where = {"round": round_index, "exchange": 0, "exchanges": exchanges, "counted": counted and [*counted]}
     sent = {"message": message, "messages": messages, "block_bytes": {str(block): 500}, "bytes": 500}
     return event("upload", time, client=client, blocks=str(block), **where, **sent)
 
@@ -95,6 +95,11 @@ def test_what_clients_have_sent_and_the_time_left():
     assert (run.closed, run.blocks, run.over) == ({0}, 2, False)
     run.take(upload("bob", 1, 41.0, 1))
     assert run.seconds_left is None
+
+
+def test_who_has_a_further_exchange_has_not_sent_all():
+    run = watched(start(), upload("ann", 0, 1.0, 0, messages=1, exchanges=2), upload("bob", 0, 2.0, 0, messages=1))
+    assert [one.state for one in run.clients.values()] == ["at work", "has sent all"]
 
 
 def test_blocks_are_counted_in_each_round():

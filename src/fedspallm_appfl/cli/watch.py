@@ -180,6 +180,8 @@ def _described(config: dict[str, Any]) -> str:
     """Model, algorithm and target."""
     try:
         model, train = Path(config["model"]["path"]).name, config["client_configs"]["train_configs"]
-        return f"{model}, {config['algorithm']} with {train['pruner']}, sparsity {train['sparsity']}"
+        pruned = f"{config['algorithm']} with {train['pruner']}"
+        made = "recovery of a pruned model" if (config.get("recovery") or {}).get("model") else pruned
+        return f"{model}, {made}, sparsity {train['sparsity']}"
     except (KeyError, TypeError):  # of another version, or not whole
         return ""

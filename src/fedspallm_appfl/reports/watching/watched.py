@@ -127,7 +127,7 @@ class Watched:
         self._set("has answered", [event["client"]]).heard = self.seconds
 
     def _on_upload(self, event: Event) -> None:
-        last = event["message"] + 1 == event["messages"]
+        last = event["message"] + 1 == event["messages"] and event["exchange"] + 1 == event["exchanges"]
         client = self._set("has sent all" if last else "at work", [event["client"]])
         if client.exchange != (event["round"], event["exchange"]):
             client.exchange, client.blocks = (event["round"], event["exchange"]), set()
