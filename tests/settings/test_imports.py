@@ -13,6 +13,7 @@ from fedspallm_appfl.settings.imports import guard_torchvision
     [
         ("raise RuntimeError('operator torchvision::nms does not exist')", True),
         ("from torch import nothing_of_this_name", True),
+        ("import nothing_of_this_name", True),
         ("", False),
     ],
 )

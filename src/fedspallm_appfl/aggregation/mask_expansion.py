@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import vote_dtype
 from fedspallm_appfl.tensors import bitmask
-from fedspallm_appfl.tensors.sparsity import compared, first_in_groups, kth_smallest, row_counts
+from fedspallm_appfl.tensors.sparsity import compared, first_in_groups, row_counts, smallest
 from fedspallm_appfl.tensors.target import NM, Target
 
 
@@ -84,22 +84,14 @@ def expand(votes: Tensor, clients: int, aggregate: Tensor, target: Target, group
 def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> Tensor:
     """Choose `count` entries by votes (most first), magnitude (smallest first), index; all of the unanimous ones stay.
 
-    No list of indices is made of more than the entries that are equal in both, and no copy of more than the border class.
+    No copy is made of more than the border class.
     """
     border, above = _border(votes, clients, count)
     if border == clients:
         return compared(operator.eq, votes, clients)
     inside = compared(operator.eq, votes, border)
     candidates = bitmask.gather(aggregate, bitmask.to_bits(inside)).abs_()
-    threshold = kth_smallest(candidates, count - above)
-    missing = count - above - int(compared(operator.lt, candidates, threshold).count_nonzero())
-    del candidates
-    smaller = compared(operator.lt, aggregate, threshold)  # in magnitude, without a copy of it
-    smaller.logical_and_(compared(operator.gt, aggregate, -threshold))
-    pruned = smaller.logical_and_(inside).logical_or_(compared(operator.gt, votes, border))
-    ties = compared(operator.eq, aggregate, threshold).logical_or_(compared(operator.eq, aggregate, -threshold))
-    pruned[ties.logical_and_(inside).nonzero().flatten()[:missing]] = True
-    return pruned
+    return compared(operator.gt, votes, border).masked_scatter_(inside, smallest(candidates, count - above))
 
 
 def _border(votes: Tensor, clients: int, count: int) -> tuple[int, int]:

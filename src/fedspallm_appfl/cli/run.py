@@ -119,11 +119,9 @@ def _telling_how_to_go_on(config: "Config", launcher: str) -> Iterator[None]:
 
     try:
         yield
-    except ConfigError:  # it has not begun
-        raise
     except (FedSpaLLMError, KeyboardInterrupt, Terminated):
         folder = Path(config.run_dir).expanduser()
-        if run_dir.is_cut_off(folder):
+        if run_dir.is_cut_off(folder) and not run_dir.at_work(folder):  # by another run, which goes on
             how = "" if launcher == "serial" else f" --launcher {launcher}"
             sys.stderr.write(f"what was done stays in {folder}: fedspallm resume {folder}{how} goes on with it\n")
         raise

@@ -4,7 +4,7 @@ And without a torchvision that does not go with the installed torch: transformer
 """
 
 import gc
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,12 +36,10 @@ def guard_torchvision() -> None:
 
     One of APPFL's dependencies asks for it, and beside a torch for the CPU pip takes one that was built for CUDA.
     """
-    if "torchvision" in sys.modules:
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
     try:
         importlib.import_module("torchvision")
-    except ModuleNotFoundError:
-        return
     except (ImportError, RuntimeError):  # RuntimeError: its operators are not there
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

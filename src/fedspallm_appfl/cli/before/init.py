@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +19,9 @@ from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.tensors.targets import parse_sparsity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as many
 FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
@@ -139,14 +142,15 @@ def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
     """
     told = _path_teller(file)
     clients, texts = _clients(answers["clients"]), _named(answers["evaluate"], "evaluate")
-    calibration, dtype = _windows(answers["model"], list(clients.values()), 0 if texts else OWN)
+    skeleton, tokenizer = _opened(answers["model"])
+    calibration = _windows(skeleton, tokenizer, list(clients.values()), 0 if texts else OWN)
     measured: dict[str, Any] = {"length": calibration["length"]}
     if texts:
         measured["texts"] = {name: told(path) for name, path in texts.items()}
     return {
         "run_dir": f"runs/{file.stem}",
         "preset": answers["preset"],
-        "model": {"path": told(answers["model"])} | dtype,
+        "model": {"path": told(answers["model"])} | _arithmetic(skeleton),
         "client_configs": {"train_configs": {"sparsity": yaml_text.load(answers["sparsity"])}, "data": calibration},
         "clients": [{"client_id": name, "data": {"text": told(path)}} for name, path in clients.items()],
         "evaluation": measured,
@@ -207,25 +211,36 @@ def _path_teller(file: Path) -> Callable[[str], str]:
     return told
 
 
-def _windows(model: str, texts: list[str], own: int) -> tuple[dict[str, int], dict[str, str]]:
-    """How many windows of how many tokens every client has, and the arithmetic if that of the model is slow here."""
+def _opened(model: str) -> "tuple[PreTrainedModel, Any]":
+    """The model without its weights, and its tokenizer."""
     with uncollected("transformers"):
-        import torch
-
-        from fedspallm_appfl.devices import is_slow
-        from fedspallm_appfl.models.lazy_model import longest_window, without_weights
+        from fedspallm_appfl.models.lazy_model import without_weights
         from fedspallm_appfl.models.storage.checkpoint import resolve_model
         from fedspallm_appfl.texts.tokenizer import load_tokenizer
-        from fedspallm_appfl.texts.windows import Cut, about_how_many
     folder = resolve_model(model, weights=False, key="--model")
-    skeleton = without_weights(folder, "auto")
-    tokenizer, length = load_tokenizer(folder), min(LENGTH, longest_window(skeleton) or LENGTH)
-    dtype = {"dtype": "float32"} if not torch.cuda.device_count() and is_slow(skeleton.dtype) else {}
+    return without_weights(folder, "auto"), load_tokenizer(folder)
+
+
+def _arithmetic(skeleton: "PreTrainedModel") -> dict[str, str]:
+    """The key `dtype` where this machine has no GPU and is slow in the model's own arithmetic."""
+    import torch
+
+    from fedspallm_appfl.devices import is_slow
+
+    return {"dtype": "float32"} if not torch.cuda.device_count() and is_slow(skeleton.dtype) else {}
+
+
+def _windows(skeleton: "PreTrainedModel", tokenizer: Any, texts: list[str], own: int) -> dict[str, int]:
+    """How many windows of how many tokens every client has."""
+    from fedspallm_appfl.models.lazy_model import longest_window
+    from fedspallm_appfl.texts.windows import Cut, about_how_many
+
+    length = min(LENGTH, longest_window(skeleton) or LENGTH)
     while True:
         least = min(about_how_many(text, Cut(length), tokenizer) for text in texts)
         windows = min(WINDOWS, int(SURE * least) - own)
         if windows >= FEW or length // 2 < SHORT:
-            return {"windows": max(1, windows), "length": length}, dtype
+            return {"windows": max(1, windows), "length": length}
         length //= 2
 
 

@@ -23,11 +23,11 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    from fedspallm_appfl.runs.run_dir import problem
-
     config, shown = checked(args.config, args.overrides, files=not args.no_files, overwrite=True), console()
     shown.print(f"{args.config}: no problem found", highlight=False, markup=False)
     if not args.no_files:
+        from fedspallm_appfl.runs.run_dir import problem
+
         introduce(config, shown)
         if occupied := problem(config, overwrite=False):
             shown.print(f"note: {occupied}", highlight=False, markup=False)
