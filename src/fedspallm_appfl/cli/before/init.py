@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -19,9 +19,6 @@ from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.tensors.targets import parse_sparsity
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as many
 FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
@@ -211,7 +208,7 @@ def _path_teller(file: Path) -> Callable[[str], str]:
     return told
 
 
-def _opened(model: str) -> "tuple[PreTrainedModel, Any]":
+def _opened(model: str) -> tuple[Any, Any]:
     """The model without its weights, and its tokenizer."""
     with uncollected("transformers"):
         from fedspallm_appfl.models.lazy_model import without_weights
@@ -221,7 +218,7 @@ def _opened(model: str) -> "tuple[PreTrainedModel, Any]":
     return without_weights(folder, "auto"), load_tokenizer(folder)
 
 
-def _arithmetic(skeleton: "PreTrainedModel") -> dict[str, str]:
+def _arithmetic(skeleton: Any) -> dict[str, str]:
     """The key `dtype` where this machine has no GPU and is slow in the model's own arithmetic."""
     import torch
 
@@ -230,7 +227,7 @@ def _arithmetic(skeleton: "PreTrainedModel") -> dict[str, str]:
     return {"dtype": "float32"} if not torch.cuda.device_count() and is_slow(skeleton.dtype) else {}
 
 
-def _windows(skeleton: "PreTrainedModel", tokenizer: Any, texts: list[str], own: int) -> dict[str, int]:
+def _windows(skeleton: Any, tokenizer: Any, texts: list[str], own: int) -> dict[str, int]:
     """How many windows of how many tokens every client has."""
     from fedspallm_appfl.models.lazy_model import longest_window
     from fedspallm_appfl.texts.windows import Cut, about_how_many
