@@ -1,10 +1,11 @@
 """Make FedSpaLLM's classes known to APPFL by plain name, and take the edge off importing APPFL.
 
 APPFL has no plug-in registry: names in YAML are looked up as attributes of `appfl.algorithm.trainer`, `.aggregator` and
-`.scheduler`, so the classes are put there. Importing APPFL also empties the root logger's handlers, imports `piq`, which
-needs a torchvision that fits the installed torch, and leaves half a million objects for every `gc.collect()` that APPFL
-calls several times per client and round; the first is undone, the second guarded, the third frozen out of the way. Its
-communicator for Globus Compute imports a module that the SDK has dropped in 4.9.
+`.scheduler`, so the classes are put there. Importing APPFL also empties the root logger's handlers, imports packages for
+images, plots and tracking that no run uses, of which `piq` needs a torchvision that fits the installed torch, and leaves
+half a million objects for every `gc.collect()` that APPFL calls several times per client and round; the first is undone,
+the second put off, the third frozen out of the way. Its communicator for Globus Compute imports a module that the SDK has
+dropped in 4.9.
 
 A subclass that a configuration names by its file is put there too, under the value of the key (`mine.py:MyTrainer`), so
 that it never stands in the place of another class.
@@ -18,15 +19,16 @@ import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.imports import guard_torchvision, uncollected
+from fedspallm_appfl.settings.imports import put_off, uncollected
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
+UNUSED = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
 
 
 def register() -> None:
     """Import APPFL and register the trainer, the aggregator and the scheduler. Safe to call again."""
-    guard_piq()
+    put_off(*UNUSED)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -101,19 +103,6 @@ def freeze() -> None:
     """Keep all that is imported by now out of later garbage collections; call it after the last import."""
     gc.collect()
     gc.freeze()
-
-
-def guard_piq() -> None:
-    """APPFL imports piq for metrics of images only; without a working torchvision an empty module stands in for it."""
-    if "piq" in sys.modules:
-        return
-    guard_torchvision()
-    try:
-        importlib.import_module("piq")
-    except ImportError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "piq"]:
-            del sys.modules[name]
-        sys.modules["piq"] = types.ModuleType("piq")
 
 
 def guard_login_manager() -> None:

@@ -26,8 +26,9 @@ from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.errors import ConfigError, FederationError, first_line
 from fedspallm_appfl.globus.server.outcome import Outcome, Task
 from fedspallm_appfl.globus.site import tasks as globus_tasks
+from fedspallm_appfl.settings.imports import put_off
 
-registration.guard_piq()
+put_off(*registration.UNUSED)
 registration.guard_login_manager()
 try:
     from appfl.comm.globus_compute import GlobusComputeServerCommunicator
