@@ -28,6 +28,7 @@ from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.update import check_delta, compress, make_update
+from helpers.experiments import DOMAINS
 from helpers.families import save_family
 from helpers.rounds import client_settings, global_model, server_settings
 from helpers.tiny import events, linears, run, save_tiny, tiny_config, weights
@@ -307,6 +308,8 @@ def test_masks_are_those_of_pruning_and_all_clients_recover_all_blocks(tmp_path)
     for name, tensor in plain.items():
         assert torch.equal(tensor != 0, after[name] != 0)
         assert not torch.equal(tensor, after[name]) or bool((tensor != 0).all())  # dense where nobody pruned
+    began = [(event["turn"], event["clients"]) for event in events(folder, "training")]
+    assert began == [(turn, list(DOMAINS[:3])) for turn in (0, 1)]
     uploads = events(folder, "upload")
     for number, one in enumerate(traffic.traffic(job)):
         sent = {c: sum(e["bytes"] for e in uploads if (e["round"], e["client"]) == (number, c)) for c in one.up}

@@ -33,9 +33,9 @@ EVALUATION = {"event": "evaluation", "method": "dense", "of": [2, 7], "perplexit
 def shown():
     """Show events ten seconds apart to a console that is no terminal, or is one; gives what was written."""
 
-    def shown(*events, terminal=False, rounds=1, clients=2):
+    def shown(*events, terminal=False, rounds=1, clients=2, recovery=0):
         file = io.StringIO()
-        with RunProgress(Console(file=file, width=120, force_terminal=terminal), rounds, clients) as run:
+        with RunProgress(Console(file=file, width=120, force_terminal=terminal), rounds, clients, recovery) as run:
             for number, event in enumerate(events):
                 run({**event, "time": 10.0 * number})
         return file.getvalue()
@@ -97,6 +97,11 @@ def test_exchanges_of_keys_are_not_counted(shown):
     lines = shown(keys, keys, *work, keys).splitlines()
     assert [line.split("  ")[3] for line in lines] == ["5/8", "6/8", "7/8", "8/8"]
     assert "client a  keys of secure sums" in shown(keys, terminal=True)
+
+
+def test_a_round_of_recovery_says_who_trains_before_anything_is_sent(shown):
+    text = shown({"event": "training", "turn": 1, "clients": ["a", "b"]}, recovery=2)
+    assert text == "round 2/2 of recovery  training by a, b, each of which sends its changes afterwards\n"
 
 
 def test_an_evaluation_is_a_line(shown):

@@ -42,6 +42,7 @@ class RunProgress(_Shown):
         self._console = console
         self._rounds = rounds
         self._clients = clients
+        self._recovery = recovery
         self._pace = Pace(rounds, clients, recovery)
         self._bursts = False
         self._places: list[Event] = []
@@ -71,7 +72,12 @@ class RunProgress(_Shown):
             self._pace.begin()
             self._waits("going on where the run was cut off")
         elif event["event"] == "pruned":
-            self._waits("the pruned model is written, recovery begins")
+            self._waits("the pruned model is written")
+        elif event["event"] == "training":
+            self._waits(
+                f"round {event['turn'] + 1}/{self._recovery} of recovery  training by {', '.join(event['clients'])}, "
+                "each of which sends its changes afterwards"
+            )
         elif event["event"] == "allocating":
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":
