@@ -19,7 +19,7 @@ from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import TrainConfigs
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.experiments import small_config
-from helpers.measured import save_measured
+from helpers.measured import FREED_AT_ONCE, save_measured
 from helpers.outlines import LINEARS, MODEL, PACKED, client, experiment, job, outline
 
 
@@ -369,8 +369,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, c
         else estimate_memory.client_memory(opened, config.clients[0])
     )
     command = [sys.executable, "-c", MEASURE, what, str(file), str(tmp_path / "state"), str(small)]
-    at_once = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc gives back all that is freed
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **at_once})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **FREED_AT_ONCE})
     assert done.returncode == 0, done.stderr[-2000:]
     measured, asked = int(done.stdout.splitlines()[-1]), predicted.resident - predicted.parts["heap"]
     print(f"{what} {algorithm} {pruner}: predicted {asked / 1e6:.0f}, measured {measured / 1e6:.0f} MB")

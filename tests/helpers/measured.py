@@ -4,6 +4,8 @@ import shutil
 
 from helpers.paths import DEMO
 
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # of the environment: glibc gives back all that is freed
+
 
 def save_measured(folder):
     """Save a model whose tensors outweigh the noise of a process."""

@@ -119,7 +119,7 @@ def alive(pid):
     [(signal.SIGKILL, -9, ""), (signal.SIGINT, 130, "goes on with it"), (None, 2, "ended from outside")],
 )
 def test_all_processes_end_with_the_run_and_the_run_with_one_of_them(tmp_path, sent, code, words):
-    lasts = {"client_configs": {"data": {"windows": 60, "length": 256}}, "server_configs": {"num_global_epochs": 20}}
+    lasts = {"client_configs": {"data": {"windows": 8, "length": 128}}, "server_configs": {"num_global_epochs": 100}}
     run = start(sys.executable, "-m", "fedspallm_appfl", "run", small_config(tmp_path, 2, workers=2, **lasts))
     metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and '"upload"' in metrics.read_text()):
