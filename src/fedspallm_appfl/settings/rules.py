@@ -130,7 +130,10 @@ def _allocation(config: Config) -> Iterator[str]:
         yield "allocation: its other keys do nothing with method uniform; set allocation.method to fisher"
     if asked.asked and isinstance(sparsity, Targets):
         where = "client_configs.train_configs.sparsity"
-        yield f"{where}: allocation chooses the target of each matrix, so one share for all; got {shown(sparsity)}"
+        yield (
+            f"{where}: allocation chooses the target of each matrix, so one share for all; got {shown(sparsity)}. "
+            "config.yaml of a run holds those that were chosen: allocation.method=uniform keeps them"
+        )
 
 
 def _clients(config: Config) -> Iterator[str]:
