@@ -436,20 +436,24 @@ def pruned_elsewhere(model, folder, matrices):
     return folder
 
 
-def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path):
+def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path, capsys):
     """Whatever block they are in; rounds are those of the file, and a path may look like YAML."""
     model = save_tiny(tmp_path / "model")
     block = "model.layers.{}.{}.weight".format
-    asked = {block(0, "mlp.up_proj"): 0.7, block(0, "mlp.down_proj"): 0.5, block(2, "self_attn.q_proj"): 0.5}
+    asked = {block(0, "mlp.up_proj"): 0.7, block(0, "mlp.down_proj"): 0.5, block(2, "self_attn.q_proj"): 0.6}
     folder = pruned_elsewhere(model, tmp_path / "~other: {1} #2", asked | {block(1, "mlp.up_proj"): 0.005})
     tensors = load_file(folder / "model.safetensors")
     tensors[block(1, "mlp.up_proj")] = load_file(model / "model.safetensors")[block(1, "mlp.up_proj")]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     file = tiny_config(tmp_path, model, "gram", count=2, recovery={"rounds": 2, "steps": 2, "batch": 4})
     assert main(["recover", str(folder), str(file)]) == 0
+    said = re.search(r"stay: sparsity ([0-9.]+), ", capsys.readouterr().out)
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run" / "model"))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == set(asked)
+    zeros = sum(int((before[name] == 0).sum()) for name in asked)
+    entries = sum(before[name].numel() for name in asked)
+    assert float(said[1]) == pytest.approx(zeros / entries, abs=1 / entries)  # of all together, as no two are alike
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
     assert {event["exchange"] for event in events(tmp_path / "run", "upload") if event["bytes"]} == {1, 2}
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))

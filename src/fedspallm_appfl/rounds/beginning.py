@@ -64,25 +64,26 @@ def to_recover(config: Config, path: str) -> Config:
     return made.with_sparsity(_together(targets))
 
 
-def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
-    """The targets of the matrices that take part, and patterns of those that do not."""
+def _read(config: Config, path: str) -> tuple[dict[str, tuple[Target, int]], list[str]]:
+    """The targets and entries of the matrices that take part, and patterns of those that do not."""
     asked = {one["name"]: parse_target(one["target"]) for one in manifest_of(path).get("matrices", [])}
     dense = Skeleton.of(config)
     pruned = opened(config, dense)
-    targets: dict[str, Target] = {}
+    targets: dict[str, tuple[Target, int]] = {}
     others: list[str] = []
     for block, linears in enumerate(dense.layout.blocks):
-        mine: dict[str, Target] = {}
+        mine: dict[str, tuple[Target, int]] = {}
         for linear in linears:
             now, before = (of.dense_weight(block, linear) == 0 for of in (pruned, dense))
             zeros = int(now.count_nonzero())
             if zeros - int(before.count_nonzero()) >= LEAST * linear.entries:
                 target = asked.get(dense.place(block, linear).name)
                 fits = target is not None and target.zeros(linear.entries) == zeros
-                mine[linear.name] = target if target is not None and fits else share_of(zeros, linear.entries)
+                target = target if target is not None and fits else share_of(zeros, linear.entries)
+                mine[linear.name] = target, linear.entries
         left = [linear.name for linear in linears if linear.name not in mine]
         others += [full_name(block, name) for name in left] if mine else [f"blocks.{block}"] if left else []
-        targets |= {full_name(block, name): target for name, target in mine.items()}
+        targets |= {full_name(block, name): one for name, one in mine.items()}
         for skeleton in (dense, pruned):
             skeleton.files.release()
     if not targets:
@@ -93,11 +94,14 @@ def _read(config: Config, path: str) -> tuple[dict[str, Target], list[str]]:
     return targets, others
 
 
-def _together(targets: Mapping[str, Target]) -> Sparsity:
-    """One target, that of most matrices, and the others."""
-    every = list(targets.values())
+def _together(targets: Mapping[str, tuple[Target, int]]) -> Sparsity:
+    """One target, and those of matrices that have another: what most have, or the share of all if they differ."""
+    every = [target for target, _ in targets.values()]
     usual = max(dict.fromkeys(every), key=every.count)
-    others = tuple((name, target) for name, target in targets.items() if target != usual)
+    if 2 * every.count(usual) < len(every):
+        sizes = targets.values()
+        usual = share_of(sum(target.zeros(entries) for target, entries in sizes), sum(entries for _, entries in sizes))
+    others = tuple((name, target) for name, (target, _) in targets.items() if target != usual)
     return Targets(usual, others) if others else usual
 
 
