@@ -1,6 +1,7 @@
 """Pruners and algorithms of one's own: used like the built-in ones, and refused by name where they are wrong."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import fedspallm_appfl as fs
 from fedspallm_appfl.algorithms import registry as algorithms
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.pruning import registry
+from fedspallm_appfl.pruning.pruner import Prepared
 from fedspallm_appfl.settings import plugins
+from fedspallm_appfl.settings.schema import Pruning
+from fedspallm_appfl.tensors.target import Ratio
 from helpers.experiments import DOMAINS, first_pages
 from helpers.paths import DEMO, ROOT
 from helpers.tiny import run, save_tiny, tiny_config, weights
@@ -109,6 +113,38 @@ def test_what_a_pruner_makes_is_checked_with_pruner_client_block_and_matrix(mode
         fs.prune(model, texts, tmp_path / "run", **settings)
     for word in ("client austen", "block 0", "self_attn.q_proj", "pruner mine", words):
         assert word in str(caught.value)
+
+
+def test_what_a_pruner_makes_of_zeros_and_for_a_mask_of_others_is_checked_too():
+    weight, zero = torch.ones(4, 8), torch.zeros(4, 8, dtype=torch.bool)
+    zero[:, :4] = True
+    half = ~zero
+    settings = Pruning("mine", Ratio(Fraction(1, 4)))
+
+    def guarded(sparse=None, compensate=torch.mul):
+        prepared = Prepared(lambda weight: (weight, half), compensate, sparse=sparse)
+        fs.register(fs.Pruner("mine", None, lambda settings, known: prepared))
+        return registry.find("mine").prepare(settings, None)
+
+    pruned, mask = guarded(lambda weight, zero: (weight * ~zero, ~zero)).prune_all(
+        weight * half, settings.own_target, zero
+    )
+    assert (
+        int((~mask).sum()) == 8 and int((pruned == 0).sum()) == 16
+    )  # all zeros stay, the mask says as many as it should
+    for wrong, words in (
+        (lambda weight, zero: (weight * float("nan"), ~zero), "NaN or infinity"),
+        (lambda weight, zero: weight, "ValueError"),
+        (lambda weight, zero: (weight[:1], ~zero), "the weight has shape"),
+    ):
+        with pytest.raises(fs.PruningError, match=f"pruner mine: .*{words}"):
+            guarded(wrong).prune_all(weight * half, settings.own_target, zero)
+    for wrong, words in (
+        (lambda weight, mask: 1 / 0, "ZeroDivisionError"),
+        (lambda weight, mask: None, "got NoneType"),
+    ):
+        with pytest.raises(fs.PruningError, match=f"pruner mine: .*{words}"):
+            guarded(compensate=wrong).fit_all(weight, half, None)
 
 
 def test_what_an_algorithm_makes_is_checked_with_block_and_matrix(model, tmp_path):

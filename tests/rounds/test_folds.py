@@ -231,7 +231,20 @@ def test_a_weight_that_is_not_finite_is_not_blamed_on_the_statistics():
     with pytest.raises(
         PruningError, match="server, block 2, up: the weights of up in the checkpoint hold NaN or infinity"
     ):
-        prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), False, None, (2, "up"))
+        pruned_alone(weight)
+
+
+def pruned_alone(weight):
+    how = False, None, (2, "up"), True, torch.float16
+    return prune_input({"up": weight}, Sums(torch.eye(4), 4), Pruning("wanda", HALF), *how)
+
+
+def test_a_weight_that_the_checkpoint_cannot_hold_is_refused():
+    weight = torch.ones(2, 4)
+    assert pruned_alone(weight)["up"].kept == 4
+    weight[0, 0] = 1e5  # infinite in float16
+    with pytest.raises(PruningError, match="server, block 2, up: pruning up gave NaN or infinity"):
+        pruned_alone(weight)
 
 
 @pytest.mark.parametrize("fold", ["latest", "cumulative"])

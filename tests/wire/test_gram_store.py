@@ -67,20 +67,19 @@ def test_units_are_in_order_of_blocks_also_beyond_nine(store):
 
 
 def test_a_new_round_replaces_or_adds(store):
-    def added(new, rounded):
-        total, either = store.added(0, NAMES[0], new, rounded)
-        store.save(0, NAMES, total, either)
+    def added(new):
+        total = store.added(0, NAMES[0], new)
+        store.save(0, NAMES, total, True)
         return total
 
     first, second = sums(seed=1, tokens=20), sums(seed=2, tokens=30)
-    assert added(sums(seed=1, tokens=20), False).tokens == 20
-    total = added(sums(seed=2, tokens=30), True)
+    assert added(sums(seed=1, tokens=20)).tokens == 20
+    total = added(sums(seed=2, tokens=30))
     names, stored, rounded = store.load(0, NAMES[0])
     assert (names, stored.tokens, total.tokens, rounded) == (NAMES, 50, 50, True)
     assert torch.equal(stored.upper, first.upper + second.upper)
     assert torch.equal(total.upper, stored.upper)
-    assert added(sums(), False).tokens == 70
-    assert store.load(0, NAMES[0])[2]  # rounded once is rounded
+    assert added(sums()).tokens == 70
     store.save(0, NAMES, sums(), False)
     assert (store.load(0, NAMES[0])[1].tokens, store.load(0, NAMES[0])[2]) == (20, False)
 

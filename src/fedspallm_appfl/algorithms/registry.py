@@ -3,6 +3,8 @@
 from fedspallm_appfl.algorithms import consensus, fedavg, fedprllm, fedspallm, gram, references
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.pruning import registry as pruners
+from fedspallm_appfl.pruning.pruner import Pruner
 from fedspallm_appfl.settings.plugins import Registry
 
 _BUILT_IN = (
@@ -21,13 +23,15 @@ REGISTRY: Registry[Algorithm] = Registry("an algorithm", {one.name: one for one 
 BUILT_IN, names, find = REGISTRY.built_in, REGISTRY.names, REGISTRY.find
 
 
-def register(algorithm: Algorithm) -> Algorithm:
-    """Add an algorithm, in place of an earlier one of that name unless that is built in.
+def register(one: Algorithm | Pruner) -> None:
+    """Add an algorithm or a pruner, in place of an earlier one of that name unless that is built in.
 
     Raises:
-        ConfigError: it is none, or its name is taken or not made of letters, digits, '-' and '_'.
+        ConfigError: it is neither, or its name is taken or not made of letters, digits, '-' and '_'.
     """
-    if not isinstance(algorithm, Algorithm):
-        raise ConfigError(f"an algorithm is an Algorithm, got {type(algorithm).__name__}")
-    REGISTRY.add(algorithm.name, algorithm)
-    return algorithm
+    if isinstance(one, Pruner):
+        pruners.register(one)
+    elif isinstance(one, Algorithm):
+        REGISTRY.add(one.name, one)
+    else:
+        raise ConfigError(f"fs.register takes an Algorithm or a Pruner, got {type(one).__name__}")

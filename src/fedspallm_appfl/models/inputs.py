@@ -295,7 +295,9 @@ def inputs_of(block: nn.Module, linear: Linear, state: Activations, number: int,
 
     owner = block.get_submodule(linear.name if linear.part is None else linear.part.module)
     hook = owner.register_forward_pre_hook(take, with_kwargs=True)
-    with suppress(Stop):
-        state.calls[number][index](block, hidden)
-    hook.remove()
+    try:
+        with suppress(Stop):
+            state.calls[number][index](block, hidden)
+    finally:
+        hook.remove()  # also where memory is short: others use the model after this client
     return seen[0] if seen else hidden.new_zeros(0, linear.shape[1], dtype=torch.float32)

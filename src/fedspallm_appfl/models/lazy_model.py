@@ -227,12 +227,12 @@ class LazyModel:
         """One block with its weights, dense except the matrices in `pruned`; they are dropped afterwards."""
         block = self.blocks[index]
         empty = dict(block.named_parameters())
-        self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
-        for linear in self.layout.blocks[index]:
-            if pruned and linear.name in pruned:
-                self._put_packed(block, linear, pruned[linear.name])
-        self.skeleton.files.release()
         try:
+            self._fill(block, lambda name: True, prefix=f"{self.layout.path}.{index}.")
+            for linear in self.layout.blocks[index]:
+                if pruned and linear.name in pruned:
+                    self._put_packed(block, linear, pruned[linear.name])
+            self.skeleton.files.release()
             yield block
         finally:
             for name, parameter in empty.items():

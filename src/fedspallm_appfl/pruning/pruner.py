@@ -243,14 +243,28 @@ def guarded(pruner: Pruner) -> Pruner:
         parts = [] if statistic is None else [one for one in vars(statistic).values() if isinstance(one, Tensor)]
         versions = [one._version for one in parts]
 
-        def prune(weight: Tensor) -> Pruned:
+        def result(work: Callable[..., Any], *given: Tensor) -> Any:
             with named(who):
-                found = made.prune(weight)
+                found = work(*given)
             if [one._version for one in parts] != versions:
                 raise PruningError(f"{who}: it changed the statistic, which other linears share; work on a copy")
-            return checked(pruner.name, found, weight, settings.own_target, pruner.keeps_weights)
+            return found
 
-        return replace(made, prune=prune)
+        def prune(weight: Tensor) -> Pruned:
+            return checked(pruner.name, result(made.prune, weight), weight, settings.own_target, pruner.keeps_weights)
+
+        def sparse(weight: Tensor, zero: Tensor) -> Pruned:
+            assert made.sparse is not None, "else it is not used"
+            found = result(made.sparse, weight, zero)
+            with named(who):
+                pruned, mask = found
+                mask = exact(mask & ~zero, zero, settings.own_target)
+            return checked(pruner.name, (pruned, mask), weight, settings.own_target, pruner.keeps_weights)
+
+        def compensate(weight: Tensor, mask: Tensor) -> Tensor:
+            return _fitted(pruner.name, result(made.compensate, weight, mask), mask)
+
+        return replace(made, prune=prune, compensate=compensate, sparse=sparse if made.sparse else None)
 
     return replace(pruner, prepare=prepare)
 
@@ -298,14 +312,20 @@ def checked(name: str, made: Any, weight: Tensor, target: Target, keeps_weights:
         raise PruningError(f"pruner {name}: it returns a mask, or a weight and a mask; got {_described(made)}")
     pruned, mask = made
     check_mask(f"pruner {name}", mask, tuple(weight.shape), target)
-    if not isinstance(pruned, Tensor) or pruned.shape != weight.shape:
-        raise PruningError(f"pruner {name}: the weight has shape {list(weight.shape)}, got {_described(pruned)}")
-    pruned = pruned.float() * mask
-    if not bool(pruned.isfinite().all()):
-        raise PruningError(f"pruner {name}: kept weights hold NaN or infinity")
+    pruned = _fitted(name, pruned, mask)
     if keeps_weights and not torch.equal(pruned, weight.float() * mask):
         raise PruningError(f"pruner {name}: it changed kept weights; return the mask alone, or set keeps_weights=False")
     return pruned, mask
+
+
+def _fitted(name: str, made: Any, mask: Tensor) -> Tensor:
+    """The weight that somebody's own pruner made for a mask, zero where that prunes."""
+    if not isinstance(made, Tensor) or made.shape != mask.shape:
+        raise PruningError(f"pruner {name}: the weight has shape {list(mask.shape)}, got {_described(made)}")
+    pruned = made.float() * mask
+    if not bool(pruned.isfinite().all()):
+        raise PruningError(f"pruner {name}: kept weights hold NaN or infinity")
+    return pruned
 
 
 def check_mask(who: str, mask: Any, shape: tuple[int, ...], target: Target, also: int | None = None) -> None:

@@ -18,16 +18,13 @@ REGISTRY: Registry[Pruner] = Registry("a pruner", {one.name: one for one in _BUI
 BUILT_IN, names, find = REGISTRY.built_in, REGISTRY.names, REGISTRY.find
 
 
-def register(pruner: Pruner) -> Pruner:
+def register(pruner: Pruner) -> None:
     """Add a pruner, in place of an earlier one of that name unless that is built in.
 
     Raises:
-        ConfigError: it is none, or its name is taken or not made of letters, digits, '-' and '_'.
+        ConfigError: its name is taken or not made of letters, digits, '-' and '_'.
     """
-    if not isinstance(pruner, Pruner):
-        raise ConfigError(f"a pruner is a Pruner, or a function under @fs.pruner(name); got {type(pruner).__name__}")
     REGISTRY.add(pruner.name, guarded(pruner))
-    return pruner
 
 
 def pruner(

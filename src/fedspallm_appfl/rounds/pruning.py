@@ -151,11 +151,12 @@ def _prune_linear(block: _Block, linear: Linear, prepared: Prepared, target: Tar
     else:
         mask = (block.masks.get(block.index) or {})[linear.name].unpack_mask().to(model.device)
         weight = prepared.fit_all(dense, mask, zero)
-    if not bool(weight.isfinite().all()):
+    rounded = model.put(block.module, linear, weight)
+    if not bool(rounded.isfinite().all()):
         if not bool(dense.isfinite().all()):
             raise PruningError("its weights in the checkpoint hold NaN or infinity; fetch the model again")
-        raise PruningError("pruning gave NaN or infinity; lower `damping`")
-    return PrunedLinear(model.put(block.module, linear, weight), mask, prepared.notes)
+        raise PruningError("pruning gave NaN or infinity; raise `damping`")
+    return PrunedLinear(rounded, mask, prepared.notes)
 
 
 def _sample(hidden: Tensor) -> Tensor:

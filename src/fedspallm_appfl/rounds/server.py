@@ -239,8 +239,9 @@ class GlobalModel:
                 self.on_event({"event": "pruned"})
             blocks = self._whole_blocks()  # whoever pruned them: the weights of all belong together
             self.round.assigned = {client: list(blocks) for client in self.round.assigned}
-            self.on_event({"event": "training", "turn": self.exchange.turn, "clients": sorted(self.round.assigned)})
         self._note_position()
+        if self.exchange.recovers:
+            self.on_event({"event": "training", "turn": self.exchange.turn, "clients": sorted(self.round.assigned)})
         return True
 
     @property

@@ -107,10 +107,11 @@ def conduct(
         goes_on = run_dir.is_cut_off(folder)
         trackers = Trackers()
         log = EventLog(folder / run_dir.MARK, *listeners, trackers)
+        if goes_on:
+            _require_version(log)
         rounds = config.server_configs.num_global_epochs
         log({"event": "start", "clients": list(roster(config)), "rounds": rounds, "version": __version__})
         if goes_on:
-            _require_version(log)
             log({"event": "resumed"})
         with _telling_why(log):
             trackers.begin(config, folder, log)
@@ -167,7 +168,7 @@ def _why(error: BaseException) -> str:
 
 def _require_version(log: EventLog) -> None:
     began = [event.get("version") for event in log.of("start")]
-    if began != [__version__]:
+    if began and began[0] != __version__:
         raise ConfigError(
             f"the run was begun by fedspallm_appfl {began[0]}, and this is {__version__}: bits might differ; go on with "
             "that version, or begin anew with --overwrite"
@@ -193,8 +194,9 @@ def _launched(config: Config, launch: Launch, folder: Path, log: EventLog) -> An
     """Run the rounds. What was pruned is written before recovery begins, so that it outlives whatever happens then."""
 
     def on_event(event: Event) -> None:
-        if event["event"] == "pruned":
+        if event["event"] == "training":  # and no earlier: until then a later start needs them where they were made
             _keep_statistics(folder)
+        if event["event"] == "pruned":
             write_pruned(config, Skeleton.of(config), PackedStore(folder / run_dir.STATE / GLOBAL), folder)
         log(event)
 

@@ -31,7 +31,6 @@ from fedspallm_appfl.tensors.target import parse_target
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.validation.files import unfit
 from fedspallm_appfl.validation.rules import check
-from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.store import GramStore, PackedStore
 
 FURTHER = "further"
@@ -221,8 +220,8 @@ def _prune_input(
     weights = {name: skeleton.dense_matrix(block, name).to(device).float() for name in linears}
     train = config.client_configs.train_configs
     settings = replace(train, sparsity=target)
-    made = prune_input(weights, moved, settings, rounded, train.threads, (block, leader), config.prune.keep_zeros)
-    packed.add(block, {name: pack(*matrix, skeleton.stored_dtype) for name, matrix in made.items()})
+    how = rounded, train.threads, (block, leader), config.prune.keep_zeros, skeleton.stored_dtype
+    packed.add(block, prune_input(weights, moved, settings, *how))
 
 
 def _require_all(run: Path, skeleton: Skeleton, packed: PackedStore) -> None:

@@ -43,7 +43,8 @@ def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
         agents: client -> its agent.
         sparing: others go on without a client that fails.
     """
-    _, told = wire.get_global_model(init_model=True)
+    first = wire.get_global_model(init_model=True)
+    told = first[1] if isinstance(first, tuple) else {}  # nothing is told where all rounds were done before
     for agent in agents.values():
         agent.trainer.follow(told)
     for number in range(told.get("held", 0)):

@@ -168,7 +168,7 @@ def _cut(data: bytes) -> int:
             pass
         if found:
             return found.end()
-    return next(at for at in range(len(data) - 1, 0, -1) if data[at] & 0xC0 != 0x80)
+    return next((at for at in range(len(data) - 1, 0, -1) if data[at] & 0xC0 != 0x80), len(data))
 
 
 def _size(name: str) -> int:

@@ -246,14 +246,14 @@ class GramStore:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise _damaged(self._file(block, linear), error) from error
 
-    def added(self, block: int, linear: str, sums: Sums, rounded: bool) -> tuple[Sums, bool]:
-        """Sums with those added that are stored of the same input, and whether either was rounded."""
+    def added(self, block: int, linear: str, sums: Sums) -> Sums:
+        """Sums with those added that are stored of the same input."""
         found = self.load(block, linear)
         if found is None:
-            return sums, rounded
+            return sums
         earlier = found[1]
         total = sums.upper.add_(earlier.upper.to(sums.upper.device))
-        return replace(sums, upper=total, tokens=sums.tokens + earlier.tokens), rounded or found[2]
+        return replace(sums, upper=total, tokens=sums.tokens + earlier.tokens)
 
     def units(self) -> list[tuple[int, str]]:
         """(block, first linear) of all inputs that are stored, in order."""

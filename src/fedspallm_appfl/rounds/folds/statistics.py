@@ -15,12 +15,11 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import from_sums
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.pruning.pruner import Pruned
 from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.unreached import without_clients
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
-from fedspallm_appfl.wire.packed import pack, packed_size
+from fedspallm_appfl.wire.packed import Packed, pack, packed_size
 from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.update import Check, check_gram
 
@@ -100,10 +99,9 @@ class GramFold:
         """What is made of complete sums."""
         context, linears = self._context, self._linears(block, unit)
         if context.settings.gram.propagate == "dense":
-            rounded = self._rounded
             if context.cumulative:
-                total, rounded = GramStore(context.folder / STATISTICS).added(block, unit, total, rounded)
-            GramStore(context.making(block) / STATISTICS).save(block, linears, total, rounded)
+                total = GramStore(context.folder / STATISTICS).added(block, unit, total)
+            GramStore(context.making(block) / STATISTICS).save(block, linears, total, self._rounded)
         weights = {name: context.dense_float(block, name) for name in linears}
         pruned = prune_input(
             weights,
@@ -113,8 +111,9 @@ class GramFold:
             context.settings.threads,
             (block, unit),
             context.settings.prune.keep_zeros,
+            context.dtype,
         )
-        return {GLOBAL: {name: pack(*made, context.dtype) for name, made in pruned.items()}}, {}
+        return {GLOBAL: pruned}, {}
 
 
 def prune_input(
@@ -124,12 +123,13 @@ def prune_input(
     rounded: bool,
     threads: int | None,
     unit: tuple[int, str],
-    keep_zeros: bool = True,
-) -> dict[str, Pruned]:
+    keep_zeros: bool,
+    dtype: torch.dtype,
+) -> dict[str, Packed]:
     """Prune all matrices that take one input with the server's threads (see `pruning.from_sums.prune`).
 
     Raises:
-        PruningError: a matrix cannot be pruned; names block and input.
+        PruningError: a matrix cannot be pruned, or the checkpoint's dtype cannot hold it; names block and input.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -138,11 +138,12 @@ def prune_input(
         pruned = from_sums.prune(weights, sums, settings, rounded, unit[0], keep_zeros)
     except PruningError as error:
         raise PruningError(f"server, {where}: {error}") from error
-    for name, (weight, _) in pruned.items():
-        if not bool(weight.isfinite().all()):
+    packed = {name: pack(*made, dtype) for name, made in pruned.items()}
+    for name, one in packed.items():
+        if one.values is not None and not bool(one.values.isfinite().all()):
             if not bool(weights[name].isfinite().all()):
                 raise PruningError(
                     f"server, {where}: the weights of {name} in the checkpoint hold NaN or infinity; fetch the model again"
                 )
             raise PruningError(f"server, {where}: pruning {name} gave NaN or infinity; raise `damping`")
-    return pruned
+    return packed
