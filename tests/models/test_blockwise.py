@@ -19,6 +19,7 @@ from fedspallm_appfl.adaptors.registration import register
 from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.models.activations import ALIGNMENT, HiddenStatesFile, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, Call, advance, embed, finish
+from fedspallm_appfl.models.inputs import inputs_of
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.rounds import pruning
@@ -262,3 +263,17 @@ def test_a_linear_that_only_some_batches_call_sees_all_its_tokens(calls):
     found = pruning.collect(source, Branching(), 0, state)
     expected = {name: 5 * sum(name in called for called in calls) for name in "abc"}
     assert {name: statistic.tokens for names, statistic in found for name in names} == expected
+
+
+def test_a_block_that_fails_leaves_nothing_behind_for_who_uses_the_model_next(llama, monkeypatch):
+    """Others share the model: a client after one that is left out, the next task of a worker."""
+    state, first = embed(llama, windows(2, 8), 1), llama.layout.blocks[0][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "_put_packed", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError), llama.block(0, {first.name: None}):
+            pass
+    assert all(one.is_meta for one in llama.blocks[0].parameters())
+    state.calls = [[lambda block, hidden: 1 / 0]]
+    with llama.block(0) as block, pytest.raises(ZeroDivisionError):
+        inputs_of(block, first, state, 0, 0, state.hidden[0])
+    assert not any(module._forward_pre_hooks for module in llama.blocks[0].modules())

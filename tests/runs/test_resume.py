@@ -18,7 +18,7 @@ from fedspallm_appfl.recovery import training
 from fedspallm_appfl.rounds import checkpoint
 from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.rounds.journal import Journal
-from fedspallm_appfl.runs import experiment, run_dir, serial
+from fedspallm_appfl.runs import experiment, rank, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
 from helpers.knife import Cut, Knife
 from helpers.paths import TESTS
@@ -117,9 +117,35 @@ def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, m
     with pytest.raises(ConfigError, match=r"begun with another configuration.*: seed \(0 before, now 7\); use"):
         go(other)
     file = tiny_config(tmp_path, tiny_model, "fedspallm")
-    monkeypatch.setattr(experiment, "__version__", "99")
-    with pytest.raises(ConfigError, match=r"begun by fedspallm_appfl 0.*, and this is 99"):
-        go(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "__version__", "99")
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"begun by fedspallm_appfl 0.*, and this is 99"):
+                go(file)
+    go(file)  # with the version that began it
+
+
+def test_a_run_goes_on_that_was_cut_off_while_it_wrote_what_was_pruned(tmp_path, tiny_model, monkeypatch):
+    runs = [tiny_config(tmp_path / name, tiny_model, "gram", recovery=RECOVERY) for name in ("whole", "cut")]
+    go(runs[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "write_pruned", cut_off)
+        with pytest.raises(Cut):
+            go(runs[1])
+    go(runs[1])
+    whole, cut = (file.parent / "run" for file in runs)
+    assert models(cut) == models(whole)
+    assert {file.name for file in (cut / "statistics").iterdir()} == {
+        file.name for file in (whole / "statistics").iterdir()
+    }
+
+
+def test_a_process_that_comes_when_all_rounds_are_done_ends():
+    class Done:
+        def get_global_model(self, **asked):
+            return {}  # a payload without metadata
+
+    rank.all_rounds(Done(), {}, sparing=False)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -16,7 +16,7 @@ import zstandard
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.texts import formats
 from fedspallm_appfl.texts.checks import look_at
-from fedspallm_appfl.texts.content import Content
+from fedspallm_appfl.texts.content import PIECE, Content
 from fedspallm_appfl.texts.files import are_tokens, text_files
 
 RECORDS = [{"id": 1, "text": "first, ü"}, {"id": 2, "text": 'second\n"line"'}]
@@ -84,6 +84,9 @@ def test_a_text_that_is_not_utf_8_says_at_which_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 \(byte 2\); convert it first"):
         look_at(str(tmp_path), None)
+    (tmp_path / "latin.txt").write_bytes(b"\x80" * 2 * PIECE)  # no place to cut it at
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 \(byte 0\); convert it first"):
+        list(Content(str(tmp_path)).pieces())
 
 
 @pytest.mark.parametrize("kind", ["a.txt", "a.txt.gz"])
