@@ -3,9 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from os import SEEK_END
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedspallm_appfl.errors import ModelError, first_line, shortened
 
@@ -34,8 +33,10 @@ class EventLog:
         self._listeners = listeners
         self._few: list[Event] = []
         self.seconds = 0.0
-        for event in _read(file):
-            self._keep(event)
+        self._whole: int | None = 0  # bytes of whole lines, until something is appended
+        for number, line in enumerate(_lines(file), 1):
+            self._keep(parsed(line, number, file))
+            self._whole += len(line)
         self._known = {_frozen(event) for event in self._few if event["event"] in ONCE}
         self._started = time.monotonic() - self.seconds
 
@@ -50,8 +51,11 @@ class EventLog:
         stamped = {**event, "time": round(time.monotonic() - self._started, 4)}
         self._keep(stamped)
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(stamped, ensure_ascii=False) + "\n")
+            with self._file.open("ab") as file:
+                if self._whole is not None:
+                    file.truncate(self._whole)  # a line that was cut off goes
+                    self._whole = None
+                file.write(json.dumps(stamped, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             raise ModelError(f"{self._file} cannot be written: {error}; make room there") from error
         for listener in self._listeners:
@@ -65,7 +69,7 @@ class EventLog:
     @property
     def events(self) -> Iterator[Event]:
         """All events so far, as the file has them."""
-        return _read(self._file)
+        return (parsed(line, number, self._file) for number, line in enumerate(_lines(self._file), 1))
 
     def of(self, kind: str) -> list[Event]:
         """Events of one kind other than uploads."""
@@ -77,20 +81,11 @@ class EventLog:
         return (event for event in self.events if event["event"] == MANY)
 
 
-def _read(file: Path) -> Iterator[Event]:
-    """The events of a file; a line that was cut off is cut away."""
-    if not file.is_file():
-        return
-    with file.open("rb+") as opened:
-        yield from _events(opened, file)
-
-
-def _events(opened: IO[bytes], file: Path) -> Iterator[Event]:
-    for number, line in enumerate(opened, 1):
-        if not line.endswith(b"\n"):
-            opened.truncate(opened.seek(-len(line), SEEK_END))
-            return
-        yield parsed(line, number, file)
+def _lines(file: Path) -> Iterator[bytes]:
+    """The whole lines of a file; none if it is not there."""
+    if file.is_file():
+        with file.open("rb") as opened:
+            yield from (line for line in opened if line.endswith(b"\n"))
 
 
 def parsed(line: bytes, number: int, file: Path) -> Event:

@@ -252,3 +252,16 @@ def test_events_are_kept_written_and_passed_on(tmp_path):
     assert lines == list(log.events) == seen
     assert [event["client"] for event in log.uploads] == ["ä", "b"]
     assert all(event["time"] >= 0 for event in seen)
+
+
+def test_a_line_that_was_cut_off_is_not_read_and_goes_when_another_is_written(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    EventLog(file)({"event": "start"})
+    with file.open("a") as opened:
+        opened.write('{"event": "blo')
+    before = file.read_bytes()
+    log = EventLog(file)
+    assert [event["event"] for event in log.events] == ["start"]
+    assert file.read_bytes() == before  # whoever only reads changes nothing
+    log({"event": "end"})
+    assert [event["event"] for event in EventLog(file).events] == ["start", "end"]

@@ -35,7 +35,7 @@ def prune(weight: Tensor, target: Target, statistic: Statistic, zero: Tensor | N
     elif isinstance(target, NM):
         mask = ~select(scores.masked_fill_(zero, -1.0), target, per_row=True).logical_or_(zero)
     else:
-        counts = spread(target, [len(row) for row in weight], zero.sum(1).tolist())
+        counts = spread(target, [weight.shape[1]] * len(weight), zero.sum(1).tolist())
         mask = ~smallest_in_rows(scores.masked_fill_(zero, -1.0), torch.tensor(counts, device=weight.device))
     return weight * mask, mask
 

@@ -169,14 +169,27 @@ class _Desks:
                 continue
             line = self._lines[cast(Connection, ready)]
             try:
-                self._hear(line, **line.receive())
-            except (EOFError, ConnectionError):  # its worker has ended, well or not, which its future tells
-                self._lines.pop(line.connection).connection.close()
+                heard = line.receive()
+            except (EOFError, ConnectionError):
+                self._close(line)
+            else:
+                self._hear(line, **heard)
+
+    def _close(self, line: Line) -> None:
+        """Its worker has ended, well or not, which its future tells."""
+        self._lines.pop(line.connection, None)
+        line.connection.close()
+
+    def _answer(self, line: Line, **payload: Any) -> None:
+        try:
+            line.send(**payload)
+        except ConnectionError:
+            self._close(line)
 
     def _hear(self, line: Line, worker: int, asked: dict[str, Any], update: Any = None) -> None:
         if "get" in asked:
             payload, metadata = self._server.get_parameters(**asked["get"], blocking=False)
-            line.send(payload=payload, metadata=metadata)
+            self._answer(line, payload=payload, metadata=metadata)
             return
         if "client" in asked:
             self._desk.take(worker, asked["client"], update, asked["metadata"])
@@ -185,7 +198,7 @@ class _Desks:
         status = {"status": "DONE" if self._server.training_finished() else "RUNNING"}
         for ready, payload, answers in self._desk.answers(self._waiting):
             told = {client: answer | status for client, answer in answers.items()}
-            self._waiting.pop(ready).send(payload=payload, metadata=told)
+            self._answer(self._waiting.pop(ready), payload=payload, metadata=told)
 
 
 def _work(address: str, number: int, told: list[ClientSettings], named: list[str], sparing: bool) -> None:

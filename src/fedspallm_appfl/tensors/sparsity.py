@@ -22,6 +22,7 @@ Array = np.ndarray[Any, Any]
 SPACING = 61  # of the sample; shares no factor with widths of matrices
 MARGIN = 2  # times the square root of the sample: four standard errors of a rank
 LEAST_SAMPLE = 256
+FEW_RANKS = 4  # for more different ranks rows are sorted
 DIGITS = ((21, 11), (10, 11), (0, 10))  # lowest bit and width of each digit of a float32, the highest first
 
 
@@ -135,7 +136,7 @@ def smallest_in_rows(scores: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         scores: (rows, n) float tensor without NaN.
-        counts: (rows,) int64, how many in each row; few different numbers.
+        counts: (rows,) int64, how many in each row; a few different numbers are fastest.
 
     Returns:
         (rows, n) bool, True at the chosen entries.
@@ -156,6 +157,8 @@ def _kth_smallest_in_rows(scores: Tensor, counts: Tensor) -> Tensor:
     threshold = torch.full_like(scores[:, :1], -torch.inf)
     if not ranks:
         return threshold
+    if len(ranks) > FEW_RANKS:
+        return torch.where(counts > 0, scores.sort(1).values.gather(1, (counts - 1).clamp_(min=0)), threshold)
     if scores.device.type == "cpu":
         ordered = torch.from_numpy(np.partition(scores.numpy(), [rank - 1 for rank in ranks], axis=1))
         found = {rank: ordered[:, rank - 1 : rank] for rank in ranks}

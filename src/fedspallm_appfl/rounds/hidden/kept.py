@@ -9,8 +9,9 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from fedspallm_appfl.errors import ConfigError, SecureSumError
 from fedspallm_appfl.wire.durable import write_text
@@ -66,15 +67,25 @@ class Kept:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        make_private(self._folder)
-        with (self._folder / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             if self._there() != self._known:
                 raise SecureSumError(
                     f"client {self._client}: another task has gone on with its keys of secure sums meanwhile; send a "
                     "client one task at a time"
                 )
             yield
+
+    def _locked(self) -> IO[str]:
+        """The lock, taken; whoever held it before may have removed it with its folder, and then there is another one."""
+        while True:
+            file = make_private(self._folder) / LOCK
+            with suppress(FileNotFoundError):
+                lock = file.open("a")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                        return lock
+                lock.close()
 
 
 def make_private(folder: Path) -> Path:
