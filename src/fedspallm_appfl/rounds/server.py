@@ -335,12 +335,12 @@ class GlobalModel:
         self._facts |= {block: record["facts"] for block, record in finished.items() if not record["last"]}
         self._held = {(block, name) for block, name in position["held"]}
         self._replaced = {(block, name) for block, record in finished.items() for name in record["made"]}
-        self._received |= {
+        self._received.update(
             (client, block, unit)
             for block in finished
             for client in self.round.clients_of(block)
             for unit in self._units(block)
-        }
+        )
         return set(finished)
 
     def held(self, limit: int) -> list[Piece]:
@@ -406,7 +406,7 @@ class GlobalModel:
         _, checked, _ = self._intake.checked(client, update, samples)
         hidden.require_view(client, said, self._view())
         hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
-        self._received |= {(client, block, name) for block, name, _ in checked}
+        self._received.update((client, block, name) for block, name, _ in checked)
         return Receipt({}, update_nbytes(update), block_nbytes(update))
 
     def give_up(self, client: str) -> None:

@@ -10,20 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Column
 from rich.text import Text
 
-from fedspallm_appfl import __version__
 from fedspallm_appfl.algorithms.algorithm import Algorithm
 from fedspallm_appfl.reports.parts import Part, Table, bytes_text
+from fedspallm_appfl.reports.report import versions
 from fedspallm_appfl.reports.result import count
 from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.study.cells import Cell
-from fedspallm_appfl.tensors import native
 from fedspallm_appfl.wire.durable import write_text
 
 # Between clients that are each alone and one pruner that sees all text lies what a federation can gain.
@@ -283,14 +281,6 @@ def _threads(config: Config) -> str:
     if threads == {None}:
         return count(torch.get_num_threads(), "thread")
     return f"threads per client: {', '.join(str(count or 'default') for count in sorted(threads, key=str))}"
-
-
-def versions() -> str:
-    """The versions that were used."""
-    return (
-        f"fedspallm-appfl {__version__} ({native.description()}), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
 
 
 def machine() -> str:

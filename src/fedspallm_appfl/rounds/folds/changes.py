@@ -58,9 +58,6 @@ class DeltaFold(MatrixFold):
         """Empty sums."""
         return DeltaSums(ExactSum(self._before(block, unit).kept, device=self._context.device))
 
-    def guard(self, sums: DeltaSums | None, packed: PackedDelta, weight: int) -> None:
-        """Sums of any magnitude fit."""
-
     def look(self, client: str, block: int, unit: str, packed: PackedDelta) -> Seen:
         """At how much it changes; single entries were checked."""
         before = self._before(block, unit)

@@ -6,11 +6,12 @@ one exchange's. Which fold it is follows from what goes up; what is made of comp
 Legend: O out features, I in features.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,38 +100,46 @@ class UnitBytes:
     made: int
 
 
-class Fold(Protocol):
-    """The server's side of one exchange."""
+class Fold(ABC):
+    """The server's side of one exchange. What folds do not say themselves of `guard`, `keep` and `leave_out` is nothing."""
 
+    @abstractmethod
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """What a unit takes that so many clients send."""
 
+    @abstractmethod
     def units(self, block: int) -> tuple[str, ...]:
         """What clients send of a block."""
 
+    @abstractmethod
     def check(self, client: str, block: int, unit: str) -> Check:
         """How an upload of a unit is checked."""
 
+    @abstractmethod
     def open(self, block: int, unit: str, clients: int) -> Any:
         """Empty sums of a unit that so many clients will send."""
 
-    def guard(self, sums: Any, packed: Any, weight: int) -> None:
+    def guard(self, sums: Any, packed: Any, weight: int) -> None:  # noqa: B027
         """Refuse, with a ValueError, what would leave the range of the sums; they are None before the first upload."""
 
+    @abstractmethod
     def look(self, client: str, block: int, unit: str, packed: Any) -> Seen:
         """What screening sees of a checked upload (see `aggregation.screening`)."""
 
-    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
+    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:  # noqa: B027
         """Store a checked upload as it came, where clients have models of their own."""
 
+    @abstractmethod
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Fold a checked upload."""
 
+    @abstractmethod
     def close(self, block: int, unit: str, sums: Any) -> tuple[Stores, dict[str, int]]:
         """What is made of complete sums: matrices for each store, and facts for the report. The sums are used up."""
 
-    def leave_out(self, client: str, block: int, unit: str) -> None:
+    def leave_out(self, client: str, block: int, unit: str) -> None:  # noqa: B027
         """Go on without a client that sent nothing of an expert."""
 
+    @abstractmethod
     def unreached(self, block: int, unit: str) -> Stores:
         """What is made of an expert of which no client sent anything."""

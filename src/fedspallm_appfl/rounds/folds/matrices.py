@@ -15,14 +15,10 @@ from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums
 from fedspallm_appfl.aggregation.mask_expansion import Votes, agreement
 from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_values, sum_of_squares
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import (
-    Algorithm,
-    Exchange,
-    Make,
-)
+from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Make
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning.pruner import check_mask, named
-from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Stores, UnitBytes
+from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.earlier import with_earlier_rounds
 from fedspallm_appfl.rounds.folds.unreached import without_clients
 from fedspallm_appfl.tensors import bitmask
@@ -33,7 +29,7 @@ from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check, check_matrix, check_values
 
 
-class MatrixFold:
+class MatrixFold(Fold):
     """What folds of single matrices share."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
@@ -54,12 +50,6 @@ class MatrixFold:
 
     def _is_expert(self, block: int, unit: str) -> bool:
         return self._context.layout.linear(block, unit).expert
-
-    def leave_out(self, client: str, block: int, unit: str) -> None:
-        """Its part is not in the sums."""
-
-    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
-        """No client has a model of its own."""
 
     def _entries(self, block: int, unit: str) -> int:
         rows, columns = self._context.shape(block, unit)
@@ -239,9 +229,6 @@ class VoteFold(MatrixFold):
     def open(self, block: int, unit: str, clients: int) -> Votes:
         """No votes."""
         return Votes.empty(self._context.shape(block, unit), clients, self._context.device)
-
-    def guard(self, sums: Votes | None, packed: Packed, weight: int) -> None:
-        """Votes have room for all clients from the start."""
 
     def look(self, client: str, block: int, unit: str, packed: Packed) -> Seen:
         """At a mask."""

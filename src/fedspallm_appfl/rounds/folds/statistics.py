@@ -15,7 +15,7 @@ from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import from_sums
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS, Context, Stores, UnitBytes
+from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS, Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.unreached import without_clients
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
@@ -24,7 +24,7 @@ from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.update import Check, check_gram
 
 
-class GramFold:
+class GramFold(Fold):
     """Statistics into their sum, with which all matrices that take the input are pruned."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
@@ -35,9 +35,6 @@ class GramFold:
             for block, inputs in enumerate(context.groups)
             for names in inputs
         }
-
-    def leave_out(self, client: str, block: int, unit: str) -> None:
-        """Its part is not in the sums."""
 
     def unreached(self, block: int, unit: str) -> Stores:
         """All matrices that take the input."""
@@ -75,17 +72,11 @@ class GramFold:
         """Empty sums."""
         return GramSum(self._features[block, unit], self._context.settings.gram.drift, self._context.device)
 
-    def guard(self, sums: GramSum | None, packed: PackedGram, weight: int) -> None:
-        """Sums of any magnitude fit."""
-
     def look(self, client: str, block: int, unit: str, packed: PackedGram) -> Seen:
         """At sums of squares, their number, and the drift."""
         typical, asked = self._context.typical(block, unit), self._context.settings.tokens.get(client)
         drift = None if packed.drift is None else packed.norm_of("drift")
         return look_at_statistics(packed.tokens, packed.diagonal, typical, asked, drift)
-
-    def keep(self, client: str, block: int, unit: str, packed: PackedGram) -> None:
-        """No client has a model of its own."""
 
     def add(self, sums: GramSum, client: str, block: int, unit: str, packed: PackedGram, weight: int) -> None:
         """Fold statistics; every token counts the same, whoever has it."""

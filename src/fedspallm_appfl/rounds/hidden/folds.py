@@ -15,7 +15,7 @@ from fedspallm_appfl.aggregation.screening import Seen
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.rounds.folds.context import Context, Stores, UnitBytes
+from fedspallm_appfl.rounds.folds.context import Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
 from fedspallm_appfl.rounds.hidden.coding import Coding, from_correlations, of_linear, step, sum_of_squares
@@ -27,7 +27,7 @@ from fedspallm_appfl.wire.update import Check
 Made = tuple[Stores, dict[str, int]]  # matrices for each store, and facts for the report
 
 
-class NoFold:
+class NoFold(Fold):
     """The server's side of an exchange that it folds nothing of: an exchange of keys, which has no unit."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
@@ -49,15 +49,9 @@ class NoFold:
         """Nothing is folded here."""
         raise AssertionError("what is hidden is added up by `hidden.server`")
 
-    def guard(self, sums: Any, packed: Any, weight: int) -> None:
-        """Sums of any words fit."""
-
     def look(self, client: str, block: int, unit: str, packed: Any) -> Seen:
         """At nothing: masked words say nothing."""
         return Seen({})
-
-    def keep(self, client: str, block: int, unit: str, packed: Any) -> None:
-        """No client has a model of its own."""
 
     def add(self, sums: Any, client: str, block: int, unit: str, packed: Any, weight: int) -> None:
         """Nothing is folded here."""
@@ -66,9 +60,6 @@ class NoFold:
     def close(self, block: int, unit: str, sums: Any) -> Made:
         """Nothing is folded here."""
         raise AssertionError("what is hidden is opened by `hidden.server`")
-
-    def leave_out(self, client: str, block: int, unit: str) -> None:
-        """Its part is not in the sum."""
 
     def unreached(self, block: int, unit: str) -> Stores:
         """Models with experts are refused."""
