@@ -142,7 +142,8 @@ def look_at_mask(bits: Tensor, dense: Tensor, square: float) -> Seen:
 def _facts_of_mask(count: int, kept: float, entries: int, square: float) -> dict[str, float]:
     """Of how many dense weights it keeps, and of their sum of squares."""
     gone = entries - count
-    return {"pruned": _ratio(square - kept, square * gone / entries)} if gone else {}
+    pruned = max(0.0, square - kept)  # both are rounded: where only zeros are pruned it may be less than nothing
+    return {"pruned": _ratio(pruned, square * gone / entries)} if gone else {}
 
 
 def look_at_statistics(
