@@ -123,6 +123,9 @@ def test_another_configuration_or_version_does_not_go_on(tmp_path, tiny_model, m
             with pytest.raises(ConfigError, match=r"begun by fedspallm_appfl 0.*, and this is 99"):
                 go(file)
     go(file)  # with the version that began it
+    other = tiny_config(tmp_path, tiny_model, "fedspallm", seed=7)
+    with pytest.raises(ConfigError, match=r"begun with another configuration.*: seed \(0 before, now 7\)"):
+        go(other)  # else the finished run would be taken for one with this seed
 
 
 def test_a_run_goes_on_that_was_cut_off_while_it_wrote_what_was_pruned(tmp_path, tiny_model, monkeypatch):

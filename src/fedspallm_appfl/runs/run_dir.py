@@ -70,7 +70,7 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
         why = getattr(error, "strerror", None) or error
         return f"run_dir: {shortened(folder)} cannot be used: {why}; name another folder"
     if resume:
-        return _changed(config, folder) if is_cut_off(folder) else None
+        return _changed(config, folder) if is_cut_off(folder) or finished(folder) else None
     if not overwrite:
         go_on = "--resume to go on with it, " if is_cut_off(folder) else ""
         return (
