@@ -69,6 +69,22 @@ def test_paths_are_relative_to_the_file_and_names_stay(tmp_path):
     assert list(written["evaluation"]["texts"]) == ["x"]
 
 
+def test_of_a_folder_what_is_no_text_is_left_out_and_everybody_sees_who_the_clients_are(tmp_path, capsys):
+    folder = tmp_path / "notes"
+    for name, letters in (("cardio/a.txt", 60_000), ("onco.txt", 30_000), ("README.pdf", 9), ("__pycache__/a.pyc", 9)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text((DEMO / "text" / "bible" / "calib.txt").read_text()[:letters])
+    held_out = f"held={folder / 'onco.txt'}"
+    begun(tmp_path / "mine.yaml", "--model", MODEL, "--clients", str(folder), "--evaluate", held_out)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"client cardio: {folder / 'cardio'} client onco: {folder / 'onco.txt'} " in said
+    assert "not text, left out: README.pdf, __pycache__ client onco has the shortest text, " in said
+    assert "evaluation.texts.held is a text of client onco too, and so not held out" in said
+    command = ("validate", str(tmp_path / "mine.yaml"), f"clients.0.data.text={folder / 'onco.txt'}")
+    assert cli.main(command) == 0
+    assert "client onco and client cardio have the same text: " in capsys.readouterr().out
+
+
 def test_windows_are_fewer_and_shorter_where_texts_are_short(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text((DEMO / "text" / "austen" / "calib.txt").read_text()[:30_000])

@@ -102,6 +102,12 @@ def test_exchanges_of_keys_are_not_counted(shown):
 def test_a_round_of_recovery_says_who_trains_before_anything_is_sent(shown):
     text = shown({"event": "training", "turn": 1, "clients": ["a", "b"]}, recovery=2)
     assert text == "round 2/2 of recovery  training by a, b, each of which sends its changes afterwards\n"
+    uploads = [
+        upload("a", "0", exchange=number, exchanges=3) | {"exchange": number, "exchanges": 3} for number in (0, 2)
+    ]
+    pruned, recovered = shown(*uploads, recovery=2).splitlines()
+    assert pruned.startswith("round 1/1  client a  block 0")
+    assert recovered.startswith("round 2/2 of recovery  client a  block 0")
 
 
 def test_an_evaluation_is_a_line(shown):

@@ -162,7 +162,8 @@ def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model
     folder = file.parent / "run"
     assert code == 143
     assert err.splitlines()[-3:-1] == [
-        f"what was done stays in {folder}: fedspallm resume {folder} goes on with it",
+        f"what was done stays in {folder}: fedspallm resume {folder} goes on with it; a run with another configuration "
+        "begins anew, with --overwrite",
         f"ended by {name}",
     ]
     assert (folder / "state").is_dir() and not (folder / ".lock").exists()

@@ -102,7 +102,7 @@ evaluation: {texts: [a, b], compare: fedavg, windows: "4"}
         "client_configs.train_configs.threads: expected int, got 'many'",
         "client_configs.train_configs.pruner: expected str, got True",
         "client_configs.train_configs.refit: expected true or false, got 1",
-        "client_configs.train_configs.sparsity: sparsity is a share in [0, 1), got 1.5; 1.5 % is written 0.015",
+        "client_configs.train_configs.sparsity: sparsity is a share in [0, 1), got 1.5; 50 % is written 0.5",
         "clients.0.client_id: expected str, got {'a': 'b'}",
         "evaluation.texts: expected keys and values, got ['a', 'b']",
         "evaluation.compare: expected a list, got 'fedavg'",

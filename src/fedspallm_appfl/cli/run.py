@@ -123,7 +123,10 @@ def _telling_how_to_go_on(config: "Config", launcher: str) -> Iterator[None]:
         folder = Path(config.run_dir).expanduser()
         if run_dir.is_cut_off(folder) and not run_dir.at_work(folder):  # by another run, which goes on
             how = "" if launcher == "serial" else f" --launcher {launcher}"
-            sys.stderr.write(f"what was done stays in {folder}: fedspallm resume {folder}{how} goes on with it\n")
+            sys.stderr.write(
+                f"what was done stays in {folder}: fedspallm resume {folder}{how} goes on with it; a run with "
+                "another configuration begins anew, with --overwrite\n"
+            )
         raise
 
 

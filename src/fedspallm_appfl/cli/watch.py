@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, ModelError, first_line, quoted, shortened
+from fedspallm_appfl.settings.paths import model_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -179,7 +180,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 def _described(config: dict[str, Any]) -> str:
     """Model, algorithm and target."""
     try:
-        model, train = Path(config["model"]["path"]).name, config["client_configs"]["train_configs"]
+        model, train = model_name(Path(config["model"]["path"])), config["client_configs"]["train_configs"]
         pruned = f"{config['algorithm']} with {train['pruner']}"
         made = "recovery of a pruned model" if (config.get("recovery") or {}).get("model") else pruned
         return f"{model}, {made}, sparsity {train['sparsity']}"

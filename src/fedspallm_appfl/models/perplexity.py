@@ -65,7 +65,9 @@ def losses(
     """The same before it is divided and exponentiated."""
     for name, windows in texts.items():
         if not len(windows) or windows.shape[1] < 2:
-            raise DataError(f"evaluation text {name} has no window of {windows.shape[1]} tokens; give more text")
+            raise DataError(
+                f"evaluation text {name} has no window of {windows.shape[1]} tokens; give more text, or a shorter length"
+            )
     names, parts = list(texts), list(texts.values())
     states = [embed(model, part, batch) for part in parts]
     for index in range(len(model.blocks)):

@@ -15,6 +15,7 @@ from fedspallm_appfl.models.storage.checkpoint import is_hub_name
 from fedspallm_appfl.models.storage.folder import BASE_CARD, CARD
 from fedspallm_appfl.reports.parts import markdown
 from fedspallm_appfl.reports.result import label, mean
+from fedspallm_appfl.settings.paths import model_name
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.validation.words import how, origin
 
@@ -95,7 +96,8 @@ def _made(config: Config) -> str:
 def _base(config: Config) -> str:
     """The name of the base model: on the hub, or that of its folder."""
     path = Path(config.model.path).expanduser()
-    return config.model.path if is_hub_name(config.model.path) and not path.is_dir() else path.resolve().name
+    on_hub = is_hub_name(config.model.path) and not path.is_dir()
+    return config.model.path if on_hub else model_name(path.resolve())
 
 
 def _licence(card: Path) -> dict[str, Any]:

@@ -75,8 +75,8 @@ class RunProgress(_Shown):
             self._waits("the pruned model is written")
         elif event["event"] == "training":
             self._waits(
-                f"round {event['turn'] + 1}/{self._recovery} of recovery  training by {', '.join(event['clients'])}, "
-                "each of which sends its changes afterwards"
+                f"{self._turn(event['turn'])}  training by {', '.join(event['clients'])}, each of which sends its changes "
+                "afterwards"
             )
         elif event["event"] == "allocating":
             self._waits(f"allocation: {event['what']}")
@@ -92,7 +92,14 @@ class RunProgress(_Shown):
             self._say(f"perplexity of {event['method']}  {mean:.2f}", done, total)
 
     def _round(self, event: Event) -> str:
+        if self._recovery and "exchanges" in event:
+            turn = event["exchange"] - (event["exchanges"] - self._recovery)  # recovery comes last
+            if turn >= 0:
+                return self._turn(turn)
         return f"round {event['round'] + 1}/{self._rounds}"
+
+    def _turn(self, turn: int) -> str:
+        return f"round {turn + 1}/{self._recovery} of recovery"
 
     def _waits(self, what: str) -> None:
         """Show an event that is not an upload."""

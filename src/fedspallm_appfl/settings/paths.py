@@ -11,6 +11,11 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def model_name(folder: Path) -> str:
+    """What people call the model in a folder: its name, or where that is just `model` the one of the folder around it."""
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file."""
     try:

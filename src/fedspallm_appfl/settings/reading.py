@@ -71,9 +71,8 @@ def _read(file: Path) -> DictConfig:
     try:
         loaded = yaml_text.load(file.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"the configuration {shortened(file)} cannot be read: {error.strerror}; name a YAML file"
-        ) from error
+        fix = f"that of the run is {file / 'config.yaml'}" if (file / "config.yaml").is_file() else "name a YAML file"
+        raise ConfigError(f"the configuration {shortened(file)} cannot be read: {error.strerror}; {fix}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid YAML: {str(error).replace('<unicode string>', file.name)}") from error
     if not isinstance(loaded, dict):

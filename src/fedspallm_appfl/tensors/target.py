@@ -14,6 +14,8 @@ from typing import TypeVar
 from fedspallm_appfl.errors import quoted
 
 T = TypeVar("T")
+LEAST_PERCENT = 2  # a share from here on was meant as a percentage
+PERCENT = re.compile(r"(\d+(?:\.\d*)?) ?%", re.ASCII)
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?|[-+]?\d+/\d+", re.ASCII)
 
 
@@ -107,13 +109,15 @@ def parse_target(text: str | float | int) -> Target:
     try:
         share = Fraction(words if NUMBER.fullmatch(words) else "")
     except (ValueError, ZeroDivisionError):
+        percent = PERCENT.fullmatch(words)
+        fix = f"; write {float(percent[1]) / 100:g}" if percent else ""
         raise ValueError(
-            f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {quoted(words)}"
+            f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {quoted(words)}{fix}"
         ) from None
     if not 0 <= share < 1:
-        percent = share if 1 < share < 100 else Fraction(50)
+        meant = share if LEAST_PERCENT <= share < 100 else Fraction(50)
         raise ValueError(
-            f"sparsity is a share in [0, 1), got {words}; {float(percent):g} % is written {float(percent / 100):g}"
+            f"sparsity is a share in [0, 1), got {words}; {float(meant):g} % is written {float(meant / 100):g}"
         )
     return Ratio(share)
 

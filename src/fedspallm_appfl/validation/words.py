@@ -1,6 +1,7 @@
 """What a run will do, in words."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from fedspallm_appfl.rounds.beginning import manifest_of
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidden, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.tensors.target import NM
-from fedspallm_appfl.texts.files import text_files
+from fedspallm_appfl.texts.files import is_online, text_files
 
 
 def forecast(config: Config) -> list[str]:
@@ -82,6 +83,7 @@ def _notices(config: Config) -> Iterator[str]:
     for where, text in texts.items():
         if left := text_files(text).left_out_words():
             yield f"{where}: not text, left out: {left}"
+    yield from shared_texts(config)
     yield from seen_words(config)
     yield from unallocated_words(config)
     if config.evaluation.compare and not comparisons(config):
@@ -95,6 +97,24 @@ def _notices(config: Config) -> Iterator[str]:
         yield f"clients send Gram matrices in {bits}, of inputs of the {gram.propagate} model"
         if gram.first_input == "private":
             yield "gram.first_input is private: the server can tell how often each token occurs in a client's text"
+
+
+def shared_texts(config: Config) -> Iterator[str]:
+    """Which files are texts of two clients, or of a client and of the evaluation."""
+    owner: dict[str, str] = {}
+    for client in config.clients:
+        who = f"client {client.client_id}"
+        for file in _files(client.data.text or []):
+            if owner.setdefault(file, who) != who:
+                yield f"{who} and {owner[file]} have the same text: {file}"
+    for name, text in config.evaluation.texts.items():
+        for file in _files(text):
+            if file in owner:
+                yield f"evaluation.texts.{name} is a text of {owner[file]} too, and so not held out: {file}"
+
+
+def _files(text: str | Sequence[str]) -> list[str]:
+    return [file if is_online(file) else str(Path(file).resolve()) for file in text_files(text).files]
 
 
 def seen_words(config: Config) -> Iterator[str]:

@@ -14,11 +14,12 @@ import yaml
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import checked, console, introduce
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.imports import uncollected
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.tensors.targets import parse_sparsity
+from fedspallm_appfl.texts.files import ENDINGS, TOKENS, endings, text_files
 
 WINDOWS, LENGTH = 128, 2048  # of calibration, where texts and model have as many
 FEW, SHORT = 32, 128  # where texts are short windows are, down to SHORT tokens, until there are FEW
@@ -70,7 +71,8 @@ def work(args: argparse.Namespace) -> int:
     if args.file.exists():
         raise ConfigError(f"{args.file} is there already; choose another name, or remove it")
     answers = {one.option: _answer(one, getattr(args, one.option)) for one in QUESTIONS}
-    text, shown = _written(args.file, experiment(args.file, answers)), console()
+    made, shown = experiment(args.file, answers), console()
+    text = _written(args.file, made.config)
     try:
         args.file.parent.mkdir(parents=True, exist_ok=True)
         args.file.write_text(text, "utf-8")
@@ -82,19 +84,9 @@ def work(args: argparse.Namespace) -> int:
         args.file.unlink()
         raise
     introduce(config, shown)
-    data = config.client_configs.data
-    if data.windows < FEW:
-        shown.print(
-            f"the shortest text has {data.windows} windows of {data.length} tokens for pruning, as all clients have: "
-            "more text gives a better model",
-            highlight=False,
-            markup=False,
-        )
-    shown.print(
-        f"wrote {args.file}; what it takes, and the run:\n  fedspallm estimate {args.file}\n  fedspallm run {args.file}",
-        highlight=False,
-        markup=False,
-    )
+    for line in (*made.notes, f"wrote {args.file}; what it takes, and the run:"):
+        shown.print(line, highlight=False, markup=False)
+    shown.print(f"  fedspallm estimate {args.file}\n  fedspallm run {args.file}", highlight=False, markup=False)
     return 0
 
 
@@ -121,14 +113,27 @@ def _answer(question: Question, given: Any) -> Any:
         answer = typed.split() if question.several else typed
         try:
             question.check(answer)
-        except ConfigError as error:
+        except FedSpaLLMError as error:
             console().print(f"{error}", highlight=False, markup=False)
         else:
             return answer
 
 
-def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, as plain keys and values.
+@dataclass(frozen=True)
+class Made:
+    """What the answers give.
+
+    Attributes:
+        config: as plain keys and values.
+        notes: lines for people: who the clients are, and what their texts mean for all.
+    """
+
+    config: dict[str, Any]
+    notes: list[str]
+
+
+def experiment(file: Path, answers: dict[str, Any]) -> Made:
+    """The configuration that the answers give.
 
     Args:
         file: where it will be.
@@ -138,13 +143,20 @@ def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
         ConfigError: clients or texts cannot be made out.
     """
     told = _path_teller(file)
-    clients, texts = _clients(answers["clients"]), _named(answers["evaluate"], "evaluate")
+    (clients, left), texts = _found(answers["clients"]), _named(answers["evaluate"], "evaluate")
     skeleton, tokenizer = _opened(answers["model"])
-    calibration = _windows(skeleton, tokenizer, list(clients.values()), 0 if texts else OWN)
+    calibration, shortest = _windows(skeleton, tokenizer, clients, 0 if texts else OWN)
+    notes = [f"client {name}: {path}" for name, path in clients.items()]
+    notes += [f"not text, left out: {', '.join(left)}"] if left else []
+    if calibration["windows"] < WINDOWS:
+        notes.append(
+            f"client {shortest} has the shortest text, {calibration['windows']} windows of {calibration['length']} tokens "
+            "for pruning, and all take as many: more text gives a better model"
+        )
     measured: dict[str, Any] = {"length": calibration["length"]}
     if texts:
         measured["texts"] = {name: told(path) for name, path in texts.items()}
-    return {
+    config = {
         "run_dir": f"runs/{file.stem}",
         "preset": answers["preset"],
         "model": {"path": told(answers["model"])} | _arithmetic(skeleton),
@@ -152,6 +164,7 @@ def experiment(file: Path, answers: dict[str, Any]) -> dict[str, Any]:
         "clients": [{"client_id": name, "data": {"text": told(path)}} for name, path in clients.items()],
         "evaluation": measured,
     }
+    return Made(config, notes)
 
 
 def _target(answer: str) -> None:
@@ -166,21 +179,41 @@ def _preset(answer: str) -> None:
         raise ConfigError(f"preset: one of {', '.join(PRESETS)}, got {answer}")
 
 
-def _clients(answer: list[str]) -> dict[str, str]:
-    """Client -> its text."""
+def _readable(answer: list[str]) -> None:
+    """Refuse clients, or texts of them, that cannot be read."""
+    with uncollected("transformers"):
+        from fedspallm_appfl.texts.checks import look_at
+    for path in _found(answer)[0].values():
+        look_at(path, None)
+
+
+def _found(answer: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Client -> its text, and what in their folder is none."""
     if len(answer) != 1 or "=" in answer[0]:
-        return _named(answer, "clients")
+        return _named(answer, "clients"), []
     folder = Path(answer[0]).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"clients: {folder} is not a folder; name each client's text as NAME=PATH, or give a folder")
-    found = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+    every = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+    found = [one for one in every if _is_text(one)]
     names = [UNFIT.sub("-", one.name.partition(".")[0] if one.is_file() else one.name).strip("-.") for one in found]
     if len(set(names)) < len(found) or not found:
         raise ConfigError(
             f"clients: {folder} has to hold a file or folder for each client, with different names, got "
             f"{', '.join(one.name for one in found) or 'nothing'}; name them as NAME=PATH"
         )
-    return {name: str(one) for name, one in zip(names, found, strict=True)}
+    left = [one.name for one in every if one not in found]
+    return {name: str(one) for name, one in zip(names, found, strict=True)}, left
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file, or something in a folder, ends as texts do."""
+    if path.is_file():
+        return endings(path.name)[0] in (*ENDINGS, TOKENS)
+    try:
+        return bool(text_files(str(path)).files)
+    except DataError:
+        return False
 
 
 def _named(answer: list[str], option: str) -> dict[str, str]:
@@ -227,17 +260,17 @@ def _arithmetic(skeleton: Any) -> dict[str, str]:
     return {"dtype": "float32"} if not torch.cuda.device_count() and is_slow(skeleton.dtype) else {}
 
 
-def _windows(skeleton: Any, tokenizer: Any, texts: list[str], own: int) -> dict[str, int]:
-    """How many windows of how many tokens every client has."""
+def _windows(skeleton: Any, tokenizer: Any, texts: dict[str, str], own: int) -> tuple[dict[str, int], str]:
+    """How many windows of how many tokens every client has, and the client with the shortest text."""
     from fedspallm_appfl.models.lazy_model import longest_window
     from fedspallm_appfl.texts.windows import Cut, about_how_many
 
     length = min(LENGTH, longest_window(skeleton) or LENGTH)
     while True:
-        least = min(about_how_many(text, Cut(length), tokenizer) for text in texts)
+        least, client = min((about_how_many(text, Cut(length), tokenizer), name) for name, text in texts.items())
         windows = min(WINDOWS, int(SURE * least) - own)
         if windows >= FEW or length // 2 < SHORT:
-            return {"windows": max(1, windows), "length": length}
+            return {"windows": max(1, windows), "length": length}, client
         length //= 2
 
 
@@ -249,14 +282,14 @@ def _written(file: Path, made: dict[str, Any]) -> str:
 
 
 QUESTIONS = (
-    Question("model", "Model, a folder or a name on the hub", None, "a folder, or a name on the hub"),
+    Question("model", "Model, a folder or a name on the hub", None, "a folder, or a name on the hub", check=_opened),
     Question(
         "clients",
         "Texts of the clients, NAME=PATH for each, or a folder with one file or folder for each",
         None,
         "NAME=PATH for each client, or a folder with one file or folder for each",
         several=True,
-        check=_clients,
+        check=_readable,
     ),
     Question(
         "sparsity",

@@ -12,7 +12,7 @@ from fedspallm_appfl.reports.pages.page import document, figure
 from fedspallm_appfl.reports.pages.pictures import Bar, bars
 from fedspallm_appfl.reports.parts import Table, bytes_text, html
 from fedspallm_appfl.reports.report import traffic
-from fedspallm_appfl.reports.result import Result, mean
+from fedspallm_appfl.reports.result import Result, count, mean
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.settings.yaml_text import flat
 from fedspallm_appfl.validation.words import how
@@ -69,7 +69,7 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
         ),
         *map(html, _differences(runs)),
     ]
-    write_text(file, document(f"{len(runs)} runs side by side", body))
+    write_text(file, document(f"{count(len(runs), 'run')} side by side", body))
 
 
 def _opened(folder: Path) -> Run:
