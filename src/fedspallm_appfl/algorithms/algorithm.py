@@ -59,8 +59,11 @@ class Exchange:
     """An upload of every client, what the server makes of it, and what goes down to all of them when it is complete.
 
     Attributes:
-        up: `weights` (mask and kept values), `masks`, `values` (under a mask that was agreed on), or `grams`.
-        down: `weights`, `masks`, or None; what nobody will need, as after the last exchange of a run, is not sent.
+        up: `weights` (mask and kept values), `masks`, `values` (under a mask that was agreed on), or `grams`; and what
+            algorithms do not ask for themselves, `DELTAS` of recovery, `NOTHING`, and of secure sums `SQUARES` and
+            `PROTOCOL`.
+        down: `weights`, `masks`, or None, of secure sums also `SQUARES`; what nobody will need, as after the last exchange
+            of a run, is not sent.
         make: (sums, `Matrix`) -> (weight (O, I) float32, mask (O, I) bool with True = kept), or a mask to send down. The
             sums are `L0Sums` of weights or `Votes` of masks. None: weights are kept as they come, values are averaged, and
             with Gram matrices the server prunes.

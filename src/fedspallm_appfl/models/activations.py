@@ -30,7 +30,7 @@ class HiddenStatesFile:
         """Allocate nothing before the first batch is known.
 
         Args:
-            windows: n, the total over all batches; no batch is larger than the first.
+            windows: rows of all batches together, windows or tokens; no batch is larger than the first.
             client: client to name in errors.
         """
         self._windows = windows
@@ -41,7 +41,7 @@ class HiddenStatesFile:
         self._device = torch.device("cpu")
 
     def append(self, hidden: Tensor) -> None:
-        """Copy one more batch, (B, T, H), into the file.
+        """Copy one more batch, (B, T, H) or (T, H), into the file.
 
         Raises:
             ConfigError: the disk has no room for the file.

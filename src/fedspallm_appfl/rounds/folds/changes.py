@@ -41,7 +41,7 @@ class DeltaFold(MatrixFold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Two doubles a kept entry; then the mean and the weight, in doubles and floats."""
         kept = self._kept(block, unit)
-        return UnitBytes(16 * kept, 16 * kept, self._packed_bytes(block, unit))
+        return UnitBytes(16 * kept, 16 * kept, self._context.packed_bytes(block, [unit]))
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """A change of each kept entry, none larger than the largest weight of the matrix."""

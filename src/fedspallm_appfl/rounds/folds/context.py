@@ -7,7 +7,7 @@ Legend: O out features, I in features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from fedspallm_appfl.models.layout import Layout
 from fedspallm_appfl.rounds.journal import Journal
 from fedspallm_appfl.settings.schema import ServerSettings
 from fedspallm_appfl.tensors.target import Target
-from fedspallm_appfl.wire.packed import Packed
+from fedspallm_appfl.wire.packed import Packed, packed_sizes
 from fedspallm_appfl.wire.update import Check
 
 GLOBAL, MASKS, STATISTICS = "global", "masks", "statistics"  # folders of the server's state
@@ -78,6 +78,11 @@ class Context:
     def shape(self, block: int, name: str) -> tuple[int, int]:
         """(O, I) of a linear."""
         return self.layout.linear(block, name).shape
+
+    def packed_bytes(self, block: int, names: Iterable[str]) -> int:
+        """Bytes of pruned matrices with their values once packed."""
+        shapes = {name: self.shape(block, name) for name in names}
+        return sum(packed_sizes(shapes, self.settings.sparsity, self.dtype, block=block).values())
 
     @property
     def cumulative(self) -> bool:

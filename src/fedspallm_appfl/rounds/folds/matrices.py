@@ -60,11 +60,6 @@ class MatrixFold(Fold):
         entries = self._entries(block, unit)
         return entries - self._context.target(block, unit).zeros(entries)
 
-    def _packed_bytes(self, block: int, unit: str) -> int:
-        """Bytes of a matrix with values once packed."""
-        context, entries = self._context, self._entries(block, unit)
-        return packed_size(context.shape(block, unit), context.target(block, unit).zeros(entries), context.dtype)
-
     @property
     def _algorithm(self) -> Algorithm:
         return registry.find(self._context.settings.algorithm)
@@ -148,7 +143,7 @@ class WeightFold(_MeanFold):
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums of all entries; a packed matrix for each store."""
-        entries, made = self._entries(block, unit), len(self._makes) * self._packed_bytes(block, unit)
+        entries, made = self._entries(block, unit), len(self._makes) * self._context.packed_bytes(block, [unit])
         each = L0Sums.entry_bytes(self._weights(block, unit), clients)
         return UnitBytes(each * entries, self._closing * entries, made)
 
@@ -216,7 +211,7 @@ class VoteFold(MatrixFold):
         """Votes of all entries; what is made is a mask, or a matrix."""
         entries, shape = self._entries(block, unit), self._context.shape(block, unit)
         mask = packed_size(shape, entries, self._context.dtype)
-        made = mask if self._exchange.down == "masks" else self._packed_bytes(block, unit)
+        made = mask if self._exchange.down == "masks" else self._context.packed_bytes(block, [unit])
         return UnitBytes(Votes.entry_bytes(clients) * entries, self._algorithm.closing_bytes * entries, made)
 
     def check(self, client: str, block: int, unit: str) -> Check:
@@ -266,7 +261,7 @@ class ValueFold(_MeanFold):
         """Sums of kept entries alone."""
         kept = self._kept(block, unit)
         sums = L0Sums.entry_bytes(self._weights(block, unit), clients) * kept
-        return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._packed_bytes(block, unit))
+        return UnitBytes(sums, self._algorithm.closing_bytes * kept, self._context.packed_bytes(block, [unit]))
 
     def check(self, client: str, block: int, unit: str) -> Check:
         """As many values as the mask keeps."""
@@ -313,7 +308,7 @@ class KeepFold(WeightFold):
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Nothing is summed."""
-        return UnitBytes(0, 0, self._packed_bytes(block, unit))
+        return UnitBytes(0, 0, self._context.packed_bytes(block, [unit]))
 
     def open(self, block: int, unit: str, clients: int) -> L0Sums:
         """Nothing is summed."""

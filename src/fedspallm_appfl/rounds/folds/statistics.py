@@ -19,7 +19,7 @@ from fedspallm_appfl.rounds.folds.context import GLOBAL, STATISTICS, Context, Fo
 from fedspallm_appfl.rounds.folds.unreached import without_clients
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.wire.grams import PackedGram, parts_of
-from fedspallm_appfl.wire.packed import Packed, pack, packed_size
+from fedspallm_appfl.wire.packed import Packed, pack
 from fedspallm_appfl.wire.store import GramStore
 from fedspallm_appfl.wire.update import Check, check_gram
 
@@ -44,16 +44,12 @@ class GramFold(Fold):
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Sums are first made a square, which is then pruned with; the sums are gone by then."""
         context, settings, features = self._context, self._context.settings, self._features[block, unit]
-        shapes = [self._context.shape(block, name) for name in self._linears(block, unit)]
+        linears = self._linears(block, unit)
+        shapes = [context.shape(block, name) for name in linears]
         sums = GramSum.nbytes(features, settings.gram.drift)
         pruning = from_sums.working_bytes(shapes, settings, settings.gram.drift) - sums
-        linears = self._linears(block, unit)
-        zeros = [
-            context.target(block, name).zeros(rows * columns)
-            for name, (rows, columns) in zip(linears, shapes, strict=True)
-        ]
-        made = sum(packed_size(shape, count, self._context.dtype) for shape, count in zip(shapes, zeros, strict=True))
-        return UnitBytes(sums, max(GramSum.closing_bytes(features, settings.gram.drift), pruning), made)
+        closing = max(GramSum.closing_bytes(features, settings.gram.drift), pruning)
+        return UnitBytes(sums, closing, context.packed_bytes(block, linears))
 
     def _linears(self, block: int, unit: str) -> tuple[str, ...]:
         """The linears that take an input."""
