@@ -15,6 +15,7 @@ from fedspallm_appfl.models.storage.checkpoint import is_hub_name
 from fedspallm_appfl.models.storage.folder import BASE_CARD, CARD
 from fedspallm_appfl.reports.parts import markdown
 from fedspallm_appfl.reports.result import label, mean
+from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.paths import model_name
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.validation.words import how, origin
@@ -54,7 +55,7 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
     }
     front |= _index(f"{base} {manifest['target']}", perplexity)
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"---\n{yaml_text.dump(front)}---",
         f"# {base}, {manifest['target']} sparse",
         f"{base}, {_made(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
         f"{100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices that could be pruned.",

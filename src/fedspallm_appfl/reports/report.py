@@ -389,7 +389,8 @@ def _outliers(log: EventLog) -> list[Part]:
     if columns:
         far = [[client, str(block), str(len(of)), str(sum(of))] for (client, block), of in sorted(columns.items())]
         found += [
-            "Columns of uploads that had gone far from the dense weights and were brought back:",
+            "Columns that had gone far from the dense weights and were brought back. Honest clients have a few, where "
+            "their text hardly uses a feature:",
             Table(["client", "block", "matrices", "columns"], far),
         ]
     return ["## Uploads that stand out", *found] if found else []
