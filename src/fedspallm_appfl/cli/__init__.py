@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes_overrides = "overrides" in args
     late = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]
     if len(late) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+        strange = " ".join(word for word in rest if word not in late)
+        parser.error(f"unrecognized arguments: {strange}; see fedspallm {args.command} --help")
     if late:  # overrides may stand after options too
         args.overrides = [*args.overrides, *late]
     try:
