@@ -12,9 +12,9 @@ import argparse
 
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.adaptors.registration import freeze, guard_piq
+from fedspallm_appfl.adaptors.registration import before_appfl, freeze
 
-guard_piq()  # APPFL imports piq, which needs torchvision; without a working one this lets the import pass
+before_appfl()  # which imports piq, and that needs torchvision: here both may be missing
 
 from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.grpc import GRPCClientCommunicator, GRPCServerCommunicator, serve  # noqa: E402

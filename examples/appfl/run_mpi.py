@@ -8,9 +8,9 @@ checks, placement, a report.
 
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.adaptors.registration import freeze, guard_piq
+from fedspallm_appfl.adaptors.registration import before_appfl, freeze
 
-guard_piq()  # APPFL imports piq, which needs torchvision; if that is broken, this makes the import work
+before_appfl()  # which imports piq, and that needs torchvision: here both may be missing
 
 from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator  # noqa: E402

@@ -33,7 +33,7 @@ class EventLog:
         self._listeners = listeners
         self._few: list[Event] = []
         self.seconds = 0.0
-        self._whole: int | None = 0  # bytes of whole lines, until something is appended
+        self._whole = 0  # bytes of whole lines
         for number, line in enumerate(_lines(file), 1):
             self._keep(parsed(line, number, file))
             self._whole += len(line)
@@ -50,12 +50,12 @@ class EventLog:
             return
         stamped = {**event, "time": round(time.monotonic() - self._started, 4)}
         self._keep(stamped)
+        line = json.dumps(stamped, ensure_ascii=False).encode() + b"\n"
         try:
             with self._file.open("ab") as file:
-                if self._whole is not None:
-                    file.truncate(self._whole)  # a line that was cut off goes
-                    self._whole = None
-                file.write(json.dumps(stamped, ensure_ascii=False).encode() + b"\n")
+                file.truncate(self._whole)  # a line that was cut off goes
+                file.write(line)
+            self._whole += len(line)
         except OSError as error:
             raise ModelError(f"{self._file} cannot be written: {error}; make room there") from error
         for listener in self._listeners:

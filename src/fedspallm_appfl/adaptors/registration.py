@@ -2,7 +2,7 @@
 
 APPFL has no plug-in registry: names in YAML are looked up as attributes of `appfl.algorithm.trainer`, `.aggregator` and
 `.scheduler`, so the classes are put there. Importing APPFL also empties the root logger's handlers, imports packages for
-images, plots and tracking that no run uses, of which `piq` needs a torchvision that fits the installed torch, and leaves
+images, plots and tracking that few runs use, of which `piq` needs a torchvision that fits the installed torch, and leaves
 half a million objects for every `gc.collect()` that APPFL calls several times per client and round; the first is undone,
 the second put off, the third frozen out of the way. Its communicator for Globus Compute imports a module that the SDK has
 dropped in 4.9.
@@ -19,16 +19,22 @@ import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.imports import put_off, uncollected
+from fedspallm_appfl.settings.imports import guard_torchvision, put_off, uncollected
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
-UNUSED = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
+LATER = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
+
+
+def before_appfl() -> None:
+    """Let what APPFL imports, and few runs use, be imported when it is used; call it before APPFL is imported."""
+    guard_torchvision()
+    put_off(*LATER)
 
 
 def register() -> None:
     """Import APPFL and register the trainer, the aggregator and the scheduler. Safe to call again."""
-    put_off(*UNUSED)
+    before_appfl()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:

@@ -15,7 +15,6 @@ from fedspallm_appfl.models.storage.checkpoint import is_hub_name
 from fedspallm_appfl.models.storage.folder import BASE_CARD, CARD
 from fedspallm_appfl.reports.parts import markdown
 from fedspallm_appfl.reports.result import label, mean
-from fedspallm_appfl.settings import yaml_text
 from fedspallm_appfl.settings.paths import model_name
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.validation.words import how, origin
@@ -33,6 +32,14 @@ TRAINED = "Kept weights were fitted to text for a few steps after pruning. It ha
 LIMITS = """- Zeros are stored like other weights: files are as large as the base model's, and dense kernels run no faster.
 - Only the weights above were changed. Embeddings, norms, biases and the head are those of the base model.
 - {trained} the limits of the base model, and perplexities show what it lost beside it."""
+
+
+class _WrittenOut(yaml.SafeDumper):
+    """Of the YAML that the hub reads, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write out what stands twice."""
+        return True
 
 
 def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, float]]) -> None:
@@ -55,7 +62,7 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
     }
     front |= _index(f"{base} {manifest['target']}", perplexity)
     parts = [
-        f"---\n{yaml_text.dump(front)}---",
+        f"---\n{yaml.dump(front, Dumper=_WrittenOut, sort_keys=False)}---",
         f"# {base}, {manifest['target']} sparse",
         f"{base}, {_made(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
         f"{100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices that could be pruned.",

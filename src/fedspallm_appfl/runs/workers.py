@@ -167,7 +167,9 @@ class _Desks:
                 connection = Connection(self._listener.accept()[0].detach())
                 self._lines[connection] = Line(connection, self._inbox)
                 continue
-            line = self._lines[cast(Connection, ready)]
+            line = self._lines.get(cast(Connection, ready))
+            if line is None:  # closed since, as an answer to it failed
+                continue
             try:
                 heard = line.receive()
             except (EOFError, ConnectionError):
@@ -178,6 +180,7 @@ class _Desks:
     def _close(self, line: Line) -> None:
         """Its worker has ended, well or not, which its future tells."""
         self._lines.pop(line.connection, None)
+        self._waiting = {worker: other for worker, other in self._waiting.items() if other is not line}
         line.connection.close()
 
     def _answer(self, line: Line, **payload: Any) -> None:

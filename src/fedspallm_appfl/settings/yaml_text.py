@@ -82,10 +82,6 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers  # quotes what the loader would not read as text
 
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write out what stands twice."""
-        return True
-
 
 def load(text: str) -> Any:
     """Read YAML.

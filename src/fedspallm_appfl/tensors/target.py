@@ -110,7 +110,7 @@ def parse_target(text: str | float | int) -> Target:
         share = Fraction(words if NUMBER.fullmatch(words) else "")
     except (ValueError, ZeroDivisionError):
         percent = PERCENT.fullmatch(words)
-        fix = f"; write {float(percent[1]) / 100:g}" if percent else ""
+        fix = f"; write {float(percent[1]) / 100:g}" if percent and float(percent[1]) < 100 else ""
         raise ValueError(
             f"sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got {quoted(words)}{fix}"
         ) from None

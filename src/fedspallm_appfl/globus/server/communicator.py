@@ -26,9 +26,8 @@ from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.errors import ConfigError, FederationError, first_line
 from fedspallm_appfl.globus.server.outcome import Outcome, Task
 from fedspallm_appfl.globus.site import tasks as globus_tasks
-from fedspallm_appfl.settings.imports import put_off
 
-put_off(*registration.UNUSED)
+registration.before_appfl()
 registration.guard_login_manager()
 try:
     from appfl.comm.globus_compute import GlobusComputeServerCommunicator
