@@ -132,7 +132,7 @@ def _allocation(config: Config) -> Iterator[str]:
         where = "client_configs.train_configs.sparsity"
         yield (
             f"{where}: allocation chooses the target of each matrix, so one share for all; got {shown(sparsity)}. "
-            "config.yaml of a run holds those that were chosen: allocation.method=uniform keeps them"
+            "allocation.method=uniform keeps targets that were chosen before"
         )
 
 
