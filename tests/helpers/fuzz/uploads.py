@@ -158,14 +158,14 @@ class Federation:
 
 def refusal_of(model: Any, sender: str, update: Any, place: tuple[Any, ...], samples: Any = 1) -> UpdateError | None:
     """Send an update; a refusal has to name sender and block."""
-    before = set(model._received)
+    before = dict(model._received._bits)
     try:
         model.receive(sender, update, samples)
     except UpdateError as error:
         block = f", block {place[1]}, " if len(place) > 2 and place[2] in SHAPES and place[1] in ("0", "1") else ""
         if f"client {sender}" not in str(error) or block not in str(error):
             raise Unnamed(f"it does not name {sender}{block}: {str(error)[:500]}") from error
-        if set(model._received) != before:
+        if model._received._bits != before:
             raise Unnamed("a part of a refused update was folded") from error
         return error
     return None
@@ -188,7 +188,7 @@ def _attempt(kind: Kind) -> Callable[[random.Random], None]:
             for _ in range(4):  # many cases for one server
                 update, place = changed(federation.honest("ann"), dice)
                 refused = refusal_of(federation.model, "ann", update, place) or refused
-                if any(sender == "ann" for sender, _, _ in federation.model._received):
+                if federation.model._received.blocks_of("ann"):
                     break
             try:
                 federation.end()
