@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from fedspallm_appfl.adaptors.registration import before_appfl, freeze
 
-before_appfl()  # which imports piq, and that needs torchvision: here both may be missing
+before_appfl()  # which imports piq, and that needs torchvision: it is put off until something uses it
 
 from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator  # noqa: E402

@@ -200,7 +200,7 @@ def _found(answer: list[str]) -> tuple[dict[str, str], list[str]]:
     if len(set(names)) < len(found) or not found:
         raise ConfigError(
             f"clients: {folder} has to hold a file or folder for each client, with different names, got "
-            f"{', '.join(one.name for one in found) or 'nothing'}; name them as NAME=PATH"
+            f"{', '.join(one.name for one in every) or 'nothing'}; name them as NAME=PATH"
         )
     left = [one.name for one in every if one not in found]
     return {name: str(one) for name, one in zip(names, found, strict=True)}, left
