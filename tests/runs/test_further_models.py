@@ -235,7 +235,7 @@ def test_blocks_that_nobody_drew_stay_dense(tmp_path, model):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sparsity", "1.5"], "--sparsity: sparsity is a share in [0, 1), got 1.5; 1.5 % is written 0.015"),
+        (["--sparsity", "1.5"], "--sparsity: sparsity is a share in [0, 1), got 1.5; 50 % is written 0.5"),
         (["--sparsity", "half"], "--sparsity: sparsity is a share in [0, 1) such as 0.5 or a pattern such as 2:4, got"),
         (["--sparsity", "4:2"], "--sparsity: a pattern n:m needs 0 < n < m"),
         (["--sparsity", "3:5"], "3:5 needs rows that are a multiple of 5 long, got 32"),
