@@ -8,9 +8,13 @@ Nothing heavy is imported before a name is used. See docs/python.md.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torch reads it once, when it first makes a tensor: large ones in huge pages, where the system leaves that to programs.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _WHERE = {  # name -> the module that holds it
     "api": ("prune", "run", "load_config", "evaluate", "estimate", "validate"),

@@ -99,18 +99,19 @@ class L0Sums:
         """
         self.add_packed(weight[mask], bitmask.to_bits(mask), client_weight)
 
-    def add_packed(self, values: Tensor, bits: Tensor, client_weight: int = 1) -> None:
+    def add_packed(self, values: Tensor, bits: Tensor, client_weight: int = 1, largest: float | None = None) -> None:
         """Fold one client's packed matrix.
 
         Args:
             values: (kept,) float, the kept entries.
             bits: (ceil(O * I / 8),) uint8, the mask (see `bitmask`).
             client_weight: a_k, a positive integer.
+            largest: largest |value|, if it is known.
 
         Raises:
             ValueError: as `add`.
         """
-        largest = largest_magnitude(values)
+        largest = largest_magnitude(values) if largest is None else largest
         self.check_range(largest, client_weight)
         if native.serves(values, bits, self.total, self.votes):
             self._fold_compiled(values, bits, client_weight)

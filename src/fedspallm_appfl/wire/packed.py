@@ -14,11 +14,13 @@ Legend: O out features, I in features.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.targets import Sparsity
 
@@ -56,6 +58,12 @@ class Packed:
     def kept(self) -> int:
         """Entries that the mask keeps."""
         return bitmask.count(self.bits)
+
+    @cached_property
+    def largest(self) -> float:
+        """Largest |value|, of a matrix that has values; NaN or infinity if there is one."""
+        assert self.values is not None, "a mask alone has no values"
+        return largest_magnitude(self.values)
 
     @property
     def nbytes(self) -> int:

@@ -191,7 +191,9 @@ def check_matrix(
     _check_parts(packed, where, shape, ["mask"] if mask_only else ["mask", "values"])
     mask = _mask(packed, where, shape)
     _check_mask(mask, where, shape, target)
-    return Packed(shape, mask, None if mask_only else _checked_values(packed, where, bitmask.count(mask), dtype))
+    if mask_only:
+        return Packed(shape, mask)
+    return _finite(Packed(shape, mask, inflated(packed, "values", where, bitmask.count(mask), dtype)), where)
 
 
 def check_values(packed: Any, where: str, agreed: Packed, dtype: torch.dtype) -> Packed:
@@ -201,7 +203,7 @@ def check_values(packed: Any, where: str, agreed: Packed, dtype: torch.dtype) ->
         UpdateError: the first thing that is wrong.
     """
     _check_parts(packed, where, agreed.shape, ["values"])
-    return Packed(agreed.shape, agreed.bits, _checked_values(packed, where, agreed.kept, dtype))
+    return _finite(Packed(agreed.shape, agreed.bits, inflated(packed, "values", where, agreed.kept, dtype)), where)
 
 
 def check_gram(packed: Any, where: str, parts: Parts) -> PackedGram:
@@ -277,10 +279,9 @@ def _check_mask(mask: Tensor, where: str, shape: tuple[int, int], target: Target
         require(bool((groups == target.kept).all()), where, f"the mask does not keep {target} in every group")
 
 
-def _checked_values(packed: Mapping[str, Any], where: str, kept: int, dtype: torch.dtype) -> Tensor:
-    values = inflated(packed, "values", where, kept, dtype)
-    require(largest_magnitude(values) < float("inf"), where, "the values hold NaN or infinity")
-    return values
+def _finite(packed: Packed, where: str) -> Packed:
+    require(packed.largest < float("inf"), where, "the values hold NaN or infinity")
+    return packed
 
 
 def checked_losses(client: str, losses: Any) -> dict[str, Any]:

@@ -113,10 +113,9 @@ class _MeanFold(MatrixFold):
 
     def guard(self, sums: L0Sums | None, packed: Packed, weight: int) -> None:
         """Ranges of the fixed-point sums, of which each client of each round that is summed may use its share."""
-        assert packed.values is not None
         settings = self._context.settings
         shares = max(1, len(settings.roster)) * (settings.rounds if self._context.cumulative else 1)
-        largest = largest_magnitude(packed.values)
+        largest = packed.largest
         (sums or self._no_sums).check_range(largest, weight)
         if largest * weight * shares > LARGEST_SUM or weight * shares > MOST_WEIGHT:
             raise ValueError(
@@ -171,7 +170,7 @@ class WeightFold(_MeanFold):
         """Fold weights and mask."""
         device = self._context.device
         assert packed.values is not None
-        sums.add_packed(packed.values.to(device), packed.bits.to(device), weight)
+        sums.add_packed(packed.values.to(device), packed.bits.to(device), weight, packed.largest)
 
     def keep(self, client: str, block: int, unit: str, packed: Packed) -> None:
         """For comparison."""
@@ -280,7 +279,7 @@ class ValueFold(_MeanFold):
         """Fold values."""
         assert packed.values is not None
         values = packed.values.to(self._context.device)
-        sums.add_packed(values, bitmask.to_bits(torch.ones_like(values, dtype=torch.bool)), weight)
+        sums.add_packed(values, bitmask.to_bits(torch.ones_like(values, dtype=torch.bool)), weight, packed.largest)
 
     def close(self, block: int, unit: str, sums: L0Sums) -> tuple[Stores, dict[str, int]]:
         """The mean of the values."""
