@@ -3,11 +3,12 @@
 Legend: O out features, I in features.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
-from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
+from fedspallm_appfl.aggregation.screening import Seen, look_at_changes, sum_of_squares
+from fedspallm_appfl.aggregation.step_length import step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
@@ -24,15 +25,17 @@ class DeltaSums:
 
     Attributes:
         total: (kept,), each client's change times its weight.
-        weight: of all clients.
+        weights: of each client.
+        squares: of each client's change, summed over its entries.
     """
 
     total: ExactSum
-    weight: int = 0
+    weights: list[int] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
 
 
 class DeltaFold(MatrixFold):
-    """Changes of kept weights into their mean, which is added to the global model."""
+    """Changes of kept weights into their mean, along which the global model goes (see `step_length`)."""
 
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
@@ -66,15 +69,17 @@ class DeltaFold(MatrixFold):
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""
-        changes = packed.changes(len(sums.total.high)).to(self._context.device)
-        sums.total.add(changes.double() * weight)
-        sums.weight += weight
+        changes = packed.changes(len(sums.total.high))
+        sums.total.add(changes.to(self._context.device).double() * weight)
+        sums.weights.append(weight)
+        sums.squares.append(sum_of_squares(changes))
 
     def close(self, block: int, unit: str, sums: DeltaSums) -> tuple[Stores, dict[str, int]]:
-        """Add the mean to the weights, and round them to the dtype of the checkpoint."""
-        before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
+        """Go along the mean, and round the weights to the dtype of the checkpoint."""
+        before, mean = self._before(block, unit), sums.total.value().cpu() / sum(sums.weights)
         assert before.values is not None, "the global model has weights"
-        values = (before.values.float() + mean).to(self._context.dtype)
+        step = step_length(sums.squares, sums.weights, sum_of_squares(mean))
+        values = before.values.float().add_(mean, alpha=step).to(self._context.dtype)
         return {GLOBAL: {unit: replace(before, values=values)}}, {}
 
     def unreached(self, block: int, unit: str) -> Stores:
