@@ -1,26 +1,27 @@
 """How far the server goes along the mean of what clients have learnt.
 
 Changes of clients with different text agree in part. Their mean is shorter than they are, and the model lags behind what
-each client has found. So the mean is made as long as a client's change is, as root mean square over clients:
+each client has found. So the mean D of the changes D_i is made as long as a client's change is:
 
-    step = sqrt( (sum_i w_i |D_i|^2 / sum_i w_i) / |D|^2 ),    D = sum_i w_i D_i / sum_i w_i.
+    step = median_i |D_i| / |D|.
 
 It is 1 where all agree, and the square root of the number of clients where no two have anything in common, which is the
-most it may be. Ours; FedExP (Jhunjhunwala et al., ICLR 2023) takes half of the square, and 1 where that is less.
+most it may be. The median, so that one client with large changes makes no step longer. Ours; FedExP (Jhunjhunwala et al.,
+ICLR 2023) takes half the square of such a ratio, and 1 where that is less.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 
 UNIT = 64  # steps are multiples of its inverse, so that the rounding of the sums does not show
 
 
-def step_length(squares: Sequence[float], weights: Sequence[int], mean: float) -> float:
+def step_length(squares: Sequence[float], mean: float) -> float:
     """The step for one matrix.
 
     Args:
         squares: `|D_i|^2` of each client, in any order.
-        weights: w_i, positive.
         mean: `|D|^2`.
 
     Returns:
@@ -28,6 +29,5 @@ def step_length(squares: Sequence[float], weights: Sequence[int], mean: float) -
     """
     if not mean > 0:
         return 1.0
-    theirs = math.fsum(weight * square for weight, square in zip(weights, squares, strict=True)) / sum(weights)
-    asked = round(UNIT * math.sqrt(theirs / mean)) / UNIT
+    asked = round(UNIT * statistics.median(map(math.sqrt, squares)) / math.sqrt(mean)) / UNIT
     return min(max(asked, 1.0), math.sqrt(len(squares)))

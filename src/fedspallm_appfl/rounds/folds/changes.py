@@ -25,12 +25,12 @@ class DeltaSums:
 
     Attributes:
         total: (kept,), each client's change times its weight.
-        weights: of each client.
+        weight: of all clients.
         squares: of each client's change, summed over its entries.
     """
 
     total: ExactSum
-    weights: list[int] = field(default_factory=list)
+    weight: int = 0
     squares: list[float] = field(default_factory=list)
 
 
@@ -71,14 +71,14 @@ class DeltaFold(MatrixFold):
         """Fold a change."""
         changes = packed.changes(len(sums.total.high))
         sums.total.add(changes.to(self._context.device).double() * weight)
-        sums.weights.append(weight)
+        sums.weight += weight
         sums.squares.append(sum_of_squares(changes))
 
     def close(self, block: int, unit: str, sums: DeltaSums) -> tuple[Stores, dict[str, int]]:
         """Go along the mean, and round the weights to the dtype of the checkpoint."""
-        before, mean = self._before(block, unit), sums.total.value().cpu() / sum(sums.weights)
+        before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
         assert before.values is not None, "the global model has weights"
-        step = step_length(sums.squares, sums.weights, sum_of_squares(mean))
+        step = step_length(sums.squares, sum_of_squares(mean))
         values = before.values.float().add_(mean, alpha=step).to(self._context.dtype)
         return {GLOBAL: {unit: replace(before, values=values)}}, {}
 
