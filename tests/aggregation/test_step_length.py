@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fedspallm_appfl.aggregation.step_length import UNIT, step_length
+from fedspallm_appfl.aggregation.step_length import PART, UNIT, square_of, step_length
 
 
 def step_of(changes):
@@ -28,10 +28,24 @@ def test_no_step_is_larger_however_much_clients_contradict_each_other():
     assert step_of([0 * a, 0 * a])[0] == 1.0
 
 
-def test_one_client_with_large_changes_makes_no_step_longer():
-    honest = list(torch.eye(4))[:3]
-    for large in (10.0, -10.0, 1e6):
-        assert step_of([*honest, large * torch.eye(4)[3]])[0] == 1.0
+def test_one_client_alone_goes_as_far_as_it_did():
+    assert step_of([torch.tensor([1.0, 2.0])])[0] == 1.0
+
+
+@pytest.mark.parametrize("odd", [[0, 0, 0, 10.0], [0, 0, 0, -1e6], [-1.0, -1.0, -1.0, 0], [-2.0, -2.0, -2.0, 1.0]])
+def test_one_client_among_four_does_not_set_the_length(odd):
+    step, mean = step_of([*list(torch.eye(4))[:3], torch.tensor(odd)])
+    assert step <= 2.0 and step * float(mean.norm()) <= max(1.0 + 1 / UNIT, float(mean.norm()))
+
+
+def test_squares_have_the_same_bits_for_any_number_of_threads():
+    change, before = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        found.append(square_of(change))
+    torch.set_num_threads(before)
+    assert len(set(found)) == 1 and found[0] == pytest.approx(float(change.double().square().sum()), rel=1e-12)
 
 
 def test_the_step_along_the_mean_is_as_long_as_a_client_s_in_any_order():

@@ -320,7 +320,7 @@ def run_client(config):
 what, file, folder, small = sys.argv[1:]
 config, _ = load_config(file)
 torch.set_num_threads(1)
-# code that is loaded late is not what is measured
+# the same once, small, so that code that is loaded late is not counted
 if what == "serial":
     serial.run(load_config(small)[0], Path(folder).with_name("first"), lambda event: None)
 else:

@@ -263,6 +263,17 @@ def test_the_mean_of_changes_is_made_as_long_as_they_are_exactly_and_in_any_orde
     assert not made.next_exchange() and made.round.changed == {0}
 
 
+def test_changes_of_nothing_and_a_client_that_is_given_up_amid_recovery(tmp_path):
+    made = server(tmp_path)
+    for client in "ab":
+        made.receive(client, make_update(0, {0: {"q": delta(8 * (client == "a"), scale=1 / 8)}}, 1), 1)
+    made.give_up("c")
+    [packed] = made.done.get(0).values()
+    change = torch.zeros(12)
+    change[0] = 0.5  # the mean; one of two clients changed nothing, so that the median is as long
+    assert torch.equal(packed.values, (WEIGHT[KEEP] + change).half())
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -1,20 +1,23 @@
 """How far the server goes along the mean of what clients have learnt.
 
-Changes of clients with different text agree in part. Their mean is shorter than they are, and the model lags behind what
-each client has found. So the mean D of the changes D_i is made as long as a client's change is:
+Changes of clients with different text agree in part. Their mean D is shorter than the changes D_i are on average, and the
+model lags behind what each client has found. So the mean is made as long as a client's change is, and never shorter:
 
-    step = median_i |D_i| / |D|.
+    step = median_i |D_i| / |D|, at least 1 and at most the square root of the number of clients.
 
-It is 1 where all agree, and the square root of the number of clients where no two have anything in common, which is the
-most it may be. The median, so that one client with large changes makes no step longer. Ours; FedExP (Jhunjhunwala et al.,
-ICLR 2023) takes half the square of such a ratio, and 1 where that is less.
+It is 1 where all agree. The largest step is that of clients no two of which have anything in common. By the median, one
+client with large changes does not set the length; it may still make D short, up to the largest step. Ours; FedExP
+(Jhunjhunwala et al., ICLR 2023) takes half the square of such a ratio, and 1 where that is less.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
 
-UNIT = 64  # steps are multiples of its inverse, so that the rounding of the sums does not show
+from torch import Tensor
+
+UNIT = 64  # steps are multiples of its inverse, so that what rounds the squares hardly ever shows
+PART = 2**14  # entries that torch adds up with one thread, whatever it has
 
 
 def step_length(squares: Sequence[float], mean: float) -> float:
@@ -31,3 +34,8 @@ def step_length(squares: Sequence[float], mean: float) -> float:
         return 1.0
     asked = round(UNIT * statistics.median(map(math.sqrt, squares)) / math.sqrt(mean)) / UNIT
     return min(max(asked, 1.0), math.sqrt(len(squares)))
+
+
+def square_of(change: Tensor) -> float:
+    """`|D|^2` of a float vector, with the same bits for any number of threads."""
+    return math.fsum(float(part.double().square_().sum()) for part in change.split(PART))

@@ -1,1 +1,1 @@
-"""A few steps of training after pruning: masks stay, clients fit the kept weights to their text, changes are averaged."""
+"""A few steps of training after pruning: masks stay, clients fit kept weights to their text, the server takes the mean."""

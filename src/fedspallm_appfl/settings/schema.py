@@ -196,7 +196,7 @@ class Allocation:
 
 @dataclass
 class Recovery:
-    """Training after pruning: masks stay, clients fit kept weights to their text, and the server averages the changes."""
+    """Training after pruning: masks stay, clients fit kept weights to their text, and the server goes along the mean."""
 
     model: str | None = key(
         None,
