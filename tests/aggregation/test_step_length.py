@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.aggregation.step_length import PART, UNIT, square_of, step_length
+from fedspallm_appfl.devices import threads
 
 
 def step_of(changes):
@@ -39,12 +40,10 @@ def test_one_client_among_four_does_not_set_the_length(odd):
 
 
 def test_squares_have_the_same_bits_for_any_number_of_threads():
-    change, before = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
-    found = []
+    change, found = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)), []
     for count in (1, 2, 3, 8):
-        torch.set_num_threads(count)
-        found.append(square_of(change))
-    torch.set_num_threads(before)
+        with threads(count):
+            found.append(square_of(change))
     assert len(set(found)) == 1 and found[0] == pytest.approx(float(change.double().square().sum()), rel=1e-12)
 
 

@@ -317,22 +317,18 @@ def run_client(config):
     while client.in_exchange:
         client.next_message()
 
+def run(file, folder):
+    config = load_config(file)[0]
+    serial.run(config, folder, lambda event: None) if what == "serial" else run_client(config)
+
 what, file, folder, small = sys.argv[1:]
-config, _ = load_config(file)
 torch.set_num_threads(1)
-# the same once, small, so that code that is loaded late is not counted
-if what == "serial":
-    serial.run(load_config(small)[0], Path(folder).with_name("first"), lambda event: None)
-else:
-    run_client(load_config(small)[0])
+run(small, Path(folder).with_name("first"))  # code that is loaded late is not what is measured
 gc.collect()
 give_back()  # so that nothing that is freed already is used again
 before = field("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-if what == "serial":
-    serial.run(config, Path(folder), lambda event: None)
-else:
-    run_client(config)
+run(file, Path(folder))
 print(field("VmHWM") - before)
 """
 

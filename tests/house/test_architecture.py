@@ -156,6 +156,12 @@ def test_the_face_needs_neither_torch_nor_yaml_until_it_is_used():
     assert run_python(code).strip() == "set()"
 
 
+@pytest.mark.parametrize(("given", "kept"), [("", "1"), ("os.environ[name] = '0'; ", "0")])
+def test_importing_it_asks_torch_for_huge_pages_unless_the_environment_says_otherwise(given, kept):
+    code = f"import os; name = 'THP_MEM_ALLOC_ENABLE'; os.environ.pop(name, None); {given}"
+    assert run_python(f"{code}import fedspallm_appfl; print(os.environ[name])").strip() == kept
+
+
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

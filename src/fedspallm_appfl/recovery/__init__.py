@@ -1,1 +1,1 @@
-"""A few steps of training after pruning: masks stay, clients fit kept weights to their text, the server takes the mean."""
+"""Training after pruning: masks stay, clients fit kept weights to their text, and the server goes along the mean."""

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.recovery.rounding import ROUNDS_UP
 from fedspallm_appfl.tensors import bitmask
@@ -69,7 +68,7 @@ class Kept:
             before = pruned[linear.name]
             assert before.values is not None, "`recovered` refuses others"
             change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - before.values.float()
-            most = largest_magnitude(before.values) / ROUNDS_UP
+            most = before.largest / ROUNDS_UP
             yield linear.name, change.clamp_(-most, most)
 
 

@@ -241,7 +241,7 @@ class GlobalModel:
             self.round.assigned = {client: list(blocks) for client in self.round.assigned}
         self._note_position()
         if self.exchange.recovers:
-            clients = sorted(set(self.round.assigned) - set(self.round.given_up))
+            clients = sorted(self.round.assigned.keys() - self.round.given_up)
             self.on_event({"event": "training", "turn": self.exchange.turn, "clients": clients})
         return True
 

@@ -6,7 +6,6 @@ Legend: O out features, I in features.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
 from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
 from fedspallm_appfl.aggregation.step_length import square_of, step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
@@ -51,9 +50,7 @@ class DeltaFold(MatrixFold):
 
         def check(packed: Any, where: str) -> PackedDelta:
             before = self._before(block, unit)
-            assert before.values is not None, "the global model has weights"
-            largest = largest_magnitude(before.values)
-            return check_delta(packed, where, before.kept, self._exchange.delta, largest)
+            return check_delta(packed, where, before.kept, self._exchange.delta, before.largest)
 
         return check
 
