@@ -56,6 +56,9 @@ def endpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDSPALLM_SITE", str(folder / "site.yaml"))
+        patch.setenv("TMPDIR", str(folder / "temporary"))
+        (folder / "temporary").mkdir()
+        patch.setattr(tempfile, "tempdir", None)  # the worker looks anew
         made = Site(folder, JSON_ONLY)
         made.file = folder / "site.yaml"
         yield made
@@ -171,6 +174,7 @@ def test_another_algorithm_gives_the_bits_of_one_process_too(tmp_path, site, cap
         assert "austen: this site does not send recovery; set recovery.rounds to 0" in capsys.readouterr().err
         write_site(site, DOMAINS[:3], may_send=["grams", "recovery"])
     assert over_globus(config, f"run_dir={tmp_path / 'globus'}") == 0, capsys.readouterr().err
+    assert not list((site.file.parent / "temporary").glob("fedspallm-*"))  # its worker will end without cleaning up
     assert main(["run", str(config)]) == 0
     assert same_bits(tmp_path / "run", tmp_path / "globus")
 

@@ -1,6 +1,8 @@
 """What a client makes for each kind of upload: packed like the sweep it is made of, in the sizes that were planned."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from helpers.families import save_family, windows
 from helpers.packed import parts, unpack, unpack_mask
 from helpers.rounds import dense_grams
 
+CAME_DOWN = tempfile.TemporaryDirectory(prefix="came-down-")
 TEXT = windows(4, 20)  # 80 tokens, 48 features at most
 
 
@@ -37,7 +40,8 @@ def groups_of(model):
 
 
 def source(model, pruner="sparsegpt", target="0.5", text=TEXT, *, client="ann", gram=None, seed=0, **changes):
-    came_down = {kind: AgreedBlocks(model.skeleton.stored_dtype) for kind in ("pruned", "masks")}
+    folder = Path(tempfile.mkdtemp(dir=CAME_DOWN.name))
+    came_down = {kind: AgreedBlocks(model.skeleton.stored_dtype, folder / kind) for kind in ("pruned", "masks")}
     settings = Pruning(pruner, parse_target(target), **changes)
     told = {"batch": 2, "client": client, "gram": gram or Gram(), "seed": seed}
     return rounds.source(model, text, settings, groups=groups_of(model), **came_down, **told)

@@ -110,16 +110,17 @@ class LocalClient:
         self.model = self._open(model.dtype)
         windows, self._own_windows = self._private_windows()
         self.samples = len(windows)
-        dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed) if settings.agreed else None
+        self._own: tempfile.TemporaryDirectory | None = None
+        dtype, shared = self.model.skeleton.stored_dtype, Path(settings.agreed or self._folder("agreed"))
         looks = settings.secure_sums
         self.agreed = AgreedBlocks(dtype, shared, looks)
-        self.masks = AgreedBlocks(dtype, shared and shared / "masks", looks)
+        self.masks = AgreedBlocks(dtype, shared / "masks", looks)
         algorithm = registry.find(settings.algorithm)
-        self.final = AgreedBlocks(dtype) if algorithm.apart else self.agreed
+        self.final = AgreedBlocks(dtype, self._folder("final")) if algorithm.apart else self.agreed
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         roster = roster_of(settings)
         self.exchanges = exchanges_of(settings, groups)
-        self.squares = AgreedBlocks(torch.float32, shared and shared / SQUARES, looks)
+        self.squares = AgreedBlocks(torch.float32, shared / SQUARES, looks)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
         self._source = Source(
@@ -141,7 +142,6 @@ class LocalClient:
         self._hiding = Hiding(settings.client_id, roster, terms, numbers, secrets, identity)
         self._sweep: Sweep | None = None  # that goes on over several exchanges
         self._progress: _Progress | None = None
-        self._kept_between: tempfile.TemporaryDirectory | None = None
 
     def _open(self, dtype: str) -> LazyModel:
         """The dense model in an arithmetic; clients of a process share it."""
@@ -167,15 +167,23 @@ class LocalClient:
         return sizes(exchange, layout.pruned, settings.sparsity, dtype, self._source.groups, settings.gram)
 
     def _scratch(self) -> Path:
-        """A folder that goes with the client's keys, with the run's state, or with this object."""
-        if self.settings.secrets:
-            return make_private(Path(self.settings.secrets))
+        """A folder for statistics, which goes with the client's keys if it has any: another worker may send them."""
+        secrets = self.settings.secrets
+        return make_private(Path(secrets)) if secrets else self._folder("statistics")
+
+    def _folder(self, name: str) -> Path:
+        """A folder of this client alone, which goes with the run's state, or with this object."""
         if self.settings.checkpoints:
             kept = Path(self.settings.checkpoints)
-            return make_private(kept.with_name(f"{kept.name}-statistics"))
-        if self._kept_between is None:
-            self._kept_between = tempfile.TemporaryDirectory(prefix="fedspallm-")
-        return Path(self._kept_between.name)
+            return make_private(kept.with_name(f"{kept.name}-{name}"))
+        if self._own is None:
+            self._own = tempfile.TemporaryDirectory(prefix="fedspallm-", ignore_cleanup_errors=True)
+        return make_private(Path(self._own.name) / name)
+
+    def close(self) -> None:
+        """Remove the files that go with this object: a worker process that is ended would leave them."""
+        if self._own is not None:
+            self._own.cleanup()
 
     def start_exchange(
         self,

@@ -8,7 +8,6 @@ Legend: I in features.
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -155,20 +154,17 @@ class AgreedBlocks:
         seen: where it is asked for, block and linear -> the round it came in last, and its hash.
     """
 
-    def __init__(self, dtype: torch.dtype, folder: Path | None = None, looks: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, folder: Path, looks: bool = False) -> None:
         """Start with nothing agreed on.
 
         Args:
             dtype: dtype of the values.
-            folder: a folder for one run, which its clients in this process share; None makes a temporary one that is
-                removed with this object.
+            folder: of one run, which its clients in this process may share.
             looks: fill `seen`.
         """
         self._dtype, self._looks = dtype, looks
         self.seen: dict[tuple[int, str], tuple[int, str]] = {}
-        self._own = tempfile.TemporaryDirectory(prefix="fedspallm-") if folder is None else None
-        self._folder = folder or Path(self._own.name if self._own else "")
-        self._store = PackedStore(self._folder)
+        self._folder, self._store = folder, PackedStore(folder)
         self.blocks, self.get = self._store.blocks, self._store.get
 
     def take(self, update: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             return {"losses": losses}
         exchange = int(request["instructions"]["exchange"])
         amid = _amid_sweep(request) or _Amid(request["run"], _agent(settings, site, _secrets(request)))
-        client = amid.agent.trainer.client  # opens model and text
+        client = amid.client
         for message in _messages(amid, request, store, record):
             messages.append(message)
         if client.goes_on(exchange):
@@ -86,6 +86,8 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
             record.failed(in_words(error, site))
         return {"error": _described(error, site) | {"blocks": _blocks_of_message(client, exchange, len(messages))}}
     finally:
+        if client is not None and request["client"] not in _sweeping:
+            client.close()
         if record is not None:
             record.write()
         if store is not None:
@@ -106,6 +108,12 @@ class _Amid:
     agent: Any
     loaded: set[str] = field(default_factory=set)
 
+    @property
+    def client(self) -> LocalClient:
+        """Its side of a round; opens model and text when it is first asked for."""
+        client: LocalClient = self.agent.trainer.client
+        return client
+
 
 _sweeping: dict[str, _Amid] = {}  # client -> its paused sweep
 
@@ -115,11 +123,14 @@ def _amid_sweep(request: dict[str, Any]) -> _Amid | None:
     now = request["instructions"]
     amid = _sweeping.pop(request["client"], None)
     for client in [client for client, other in _sweeping.items() if other.run != request["run"]]:
-        del _sweeping[client]
-    if amid is None or amid.run != request["run"]:
+        _sweeping.pop(client).client.close()
+    if amid is None:
         return None
     trainer = amid.agent.trainer
-    return amid if (trainer.round, trainer.exchange) == (now["round"], now["exchange"]) else None
+    if (amid.run, trainer.round, trainer.exchange) == (request["run"], now["round"], now["exchange"]):
+        return amid
+    amid.client.close()
+    return None
 
 
 def told(request: dict[str, Any]) -> ClientSettings:
@@ -188,11 +199,14 @@ def _losses(request: dict[str, Any], settings: ClientSettings, site: Site, store
     if not site.evaluation:
         raise ConfigError(f"client {settings.client_id}: this site does not measure models on its text")
     agent = _agent(settings, site)
-    _load(agent, request["down"], store, set())
     client = agent.trainer.client
-    for place in request["final"]:
-        client.final.take(fetched(place, store, "the server"))
-    return client.measure()
+    try:
+        _load(agent, request["down"], store, set())
+        for place in request["final"]:
+            client.final.take(fetched(place, store, "the server"))
+        return client.measure()
+    finally:
+        client.close()
 
 
 def _load(agent: Any, places: list[dict[str, Any]], store: DataStore | None, loaded: set[str]) -> None:

@@ -98,7 +98,7 @@ def make_private(folder: Path) -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
-            f"the folder for keys of secure sums {folder} must be this user's alone; remove it, or set TMPDIR to a private "
-            "folder"
+            f"the folder {folder} is for what nobody else may see, and others made it or can look into it; remove it, "
+            "or set TMPDIR to a private folder"
         )
     return folder
