@@ -108,7 +108,7 @@ $(PUBLISH)/installed: pyproject.toml constraints.txt
 	$(PUBLISH)/bin/pip install --quiet --constraint constraints.txt --group publish
 	touch $@
 
-bench: install  ## Speed and memory as ratios; more than 80 minutes on a busy two-core machine
+bench: install  ## Speed and memory as ratios; about an hour on two cores
 	$(BIN)/python -m benchmarks
 
 bench-gpu: install  ## Check and measure everything on one CUDA GPU; eight minutes

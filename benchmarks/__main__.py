@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...] [--quick] [--out FOLDER]`: run benchmarks and write a table of each."""
+"""`python -m benchmarks [NAME ...] [--quick] [--out FOLDER]`: run benchmarks, write tables of each and a page of all."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 NAMES = (
@@ -24,6 +25,8 @@ NAMES = (
     "mpi",
     "overhead",
 )
+BY_NAME = ("admm_block",)  # half an hour alone, so that it runs if it is asked for
+PAGE = "page.md"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -37,17 +40,21 @@ def main() -> int:
     if len(names) == 1:
         _run(names[0], options)
         return 0
-    return sum(_run_apart(name, options) for name in names)
+    failed = sum(_run_apart(name, options) for name in names)
+    _write_page(options.out)
+    return failed
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by name alone {', '.join(BY_NAME)}"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
     options = parser.parse_args()
-    if unknown := [name for name in options.names if name not in NAMES]:
-        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    if unknown := [name for name in options.names if name not in NAMES + BY_NAME]:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES + BY_NAME)}")
     return options
 
 
@@ -55,6 +62,19 @@ def _run_apart(name: str, options: argparse.Namespace) -> bool:
     """Run one benchmark in a process of its own, so that none leaves memory to the next; returns whether it failed."""
     quick = ["--quick"] if options.quick else []
     return bool(subprocess.run([sys.executable, "-m", "benchmarks", name, "--out", options.out, *quick]).returncode)
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _write_page(folder: Path) -> None:
+    """All tables that lie there, in the order of the benchmarks; each says what it was measured on."""
+    files = [folder / f"{name}.md" for name in NAMES + BY_NAME]
+    tables = [file.read_text("utf-8") for file in files if file.exists()]
+    (folder / PAGE).write_text("\n".join(["# Benchmarks\n", *tables]), "utf-8")
 
 
 def _run(name: str, options: argparse.Namespace) -> None:
@@ -68,7 +88,8 @@ def _run(name: str, options: argparse.Namespace) -> None:
         found = importlib.import_module(f"benchmarks.{name}").run(Context(options.quick, options.out, Path(scratch)))
     tables = found if isinstance(found, list) else [found]
     where = (
-        f"{platform.machine()}, {os.cpu_count()} cores",
+        time.strftime("%Y-%m-%d"),
+        f"{_processor()}, {os.cpu_count()} cores",
         "one thread",
         f"torch {torch.__version__}",
         native.description(),

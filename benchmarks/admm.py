@@ -1,4 +1,4 @@
-"""ADMM and least squares on one matrix beside SparseGPT: seconds and what they lose, up to the shapes of LLaMA-2-7B."""
+"""ADMM and least squares on one matrix beside SparseGPT: seconds and what they lose."""
 
 import copy
 from collections.abc import Callable
@@ -15,19 +15,17 @@ from fedspallm_appfl.pruning.statistics import InputGram, mirror
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors.target import parse_target
 
-SMALL = [((768, 768), 1), ((2048, 2048), 1)]
-SEVEN_B = [((4096, 4096), 4), ((11008, 4096), 2), ((4096, 11008), 1)]  # shape, and how many of it a block has
+SHAPES = [((768, 768), 1), ((2048, 2048), 1)]  # and how many of it there are
 TARGET = "0.7"
 JOBS = {"sparsegpt": {}, "sparsegpt + refit": {"refit": True}, "admm": {}}
 
 
-def run(context: Context) -> list[Table]:
-    small = [((64, 64), 1)] if context.quick else SMALL
-    large = [((64, 64), 4), ((64, 128), 1)] if context.quick else SEVEN_B
-    return [_table("One matrix", small, tuple(JOBS)), _table("A block of LLaMA-2-7B", large, ("sparsegpt", "admm"))]
+def run(context: Context) -> Table:
+    return measured("One matrix", [((64, 64), 1)] if context.quick else SHAPES, tuple(JOBS))
 
 
-def _table(title: str, shapes: list[tuple[tuple[int, int], int]], jobs: tuple[str, ...]) -> Table:
+def measured(title: str, shapes: list[tuple[tuple[int, int], int]], jobs: tuple[str, ...]) -> Table:
+    """A row for each shape, and their sum."""
     columns = [text for job in jobs for text in (f"{job} s", f"{job} error")]
     table = Table(f"{title}, {TARGET}", ("matrix", *columns))
     total = dict.fromkeys(jobs, 0.0)
@@ -35,7 +33,7 @@ def _table(title: str, shapes: list[tuple[tuple[int, int], int]], jobs: tuple[st
         weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
         gram, row = _gram(shape[1]), []
         for job in jobs:
-            spent, error = _measured(job, weight, gram)
+            spent, error = _one(job, weight, gram)
             total[job] += count * spent
             row += [f"{spent:.2f}", f"{error:.5f}"]
         table.add(f"{shape[0]} x {shape[1]}" + (f", {count} of them" if count > 1 else ""), *row)
@@ -56,7 +54,7 @@ def _gram(features: int) -> InputGram:
     return gram
 
 
-def _measured(job: str, weight: Tensor, gram: InputGram) -> tuple[float, float]:
+def _one(job: str, weight: Tensor, gram: InputGram) -> tuple[float, float]:
     """CPU seconds of preparing and pruning, and the error."""
     settings = Pruning(job.split()[0], parse_target(TARGET), **JOBS[job])
     mine, made = copy.deepcopy(gram), []

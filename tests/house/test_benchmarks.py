@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import re
 import sys
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from helpers.paths import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import children, memory, privacy
-from benchmarks.__main__ import NAMES
+from benchmarks.__main__ import BY_NAME, NAMES, PAGE, main
 from benchmarks.context import Context
 from benchmarks.measure import Ratio, interleave
 from benchmarks.models import correlated, random_mask, random_windows, save_llama
@@ -131,7 +132,7 @@ def test_a_table_says_which_target_is_met():
     assert [met(value, 2, 4) for value in (1, 2, 4)] == ["NO", "must", "aim"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + BY_NAME)
 def test_every_name_is_a_benchmark(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").run)
 
@@ -142,6 +143,16 @@ def test_a_cheap_benchmark_runs(name, tmp_path):
     for table in found if isinstance(found, list) else [found]:
         assert table.rows
         assert table.title in table.markdown()
+
+
+def test_the_page_has_the_tables_of_all_and_what_they_were_measured_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "codec", "payload", "--quick", "--out", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    assert main() == 0
+    page = (tmp_path / PAGE).read_text("utf-8")
+    made = [(tmp_path / f"{name}.md").read_text("utf-8") for name in ("payload", "codec")]
+    assert page == "\n".join(["# Benchmarks\n", *made])
+    assert all(re.search(r"^\d{4}-\d\d-\d\d, .+ cores, one thread, torch .+, quick sizes", one, re.M) for one in made)
 
 
 def test_what_is_in_a_sum_is_found_although_windows_have_much_in_common():
