@@ -15,7 +15,6 @@ from fedspallm_appfl.aggregation.screening import (
     look_at_statistics,
     look_at_values,
     outliers,
-    sum_of_squares,
 )
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums, prune
@@ -24,6 +23,7 @@ from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import load_config
 from fedspallm_appfl.settings.schema import Pruning
 from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.tiny import events, run, save_tiny, tiny_config
 

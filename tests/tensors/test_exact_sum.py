@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fedspallm_appfl.tensors.exact_sum import ExactSum
+from fedspallm_appfl.devices import threads
+from fedspallm_appfl.tensors.exact_sum import PART, ExactSum, sum_of_squares
 
 
 def wild(count, exponents, seed):
@@ -86,3 +87,11 @@ def test_nothing_added_is_zero_and_nothing_can_be_added_to_nothing():
     empty = ExactSum(0)
     empty.add(torch.empty(0))
     assert empty.value().tolist() == []
+
+
+def test_squares_have_the_same_bits_for_any_number_of_threads():
+    change, found = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)), []
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            found.append(sum_of_squares(change))
+    assert len(set(found)) == 1 and found[0] == pytest.approx(float(change.double().square().sum()), rel=1e-12)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 
 FAR = 5.0  # units that a column may move before it is brought back
 LEAST_UNIT = 0.01  # of the sum of squares of a matrix: what counts as pruned away at least
@@ -167,11 +168,6 @@ def look_at_statistics(
 def look_at_changes(changes: Tensor, before: Tensor) -> Seen:
     """Facts of what recovery changes: (kept,) float each, the change and the weights before it."""
     return Seen({"learnt": math.sqrt(_ratio(sum_of_squares(changes), sum_of_squares(before)))})
-
-
-def sum_of_squares(matrix: Tensor) -> float:
-    """Of a tensor of any shape and float dtype, in float32 a part at a time and in doubles over the parts."""
-    return math.fsum(float(part.float().dot(part.float())) for part in matrix.reshape(-1).split(LARGEST))
 
 
 def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[float, float]], Tensor]:

@@ -14,10 +14,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from torch import Tensor
-
 UNIT = 64  # steps are multiples of its inverse, so that what rounds the squares hardly ever shows
-PART = 2**14  # entries that torch adds up with one thread, whatever it has
 
 
 def step_length(squares: Sequence[float], mean: float) -> float:
@@ -34,8 +31,3 @@ def step_length(squares: Sequence[float], mean: float) -> float:
         return 1.0
     asked = round(UNIT * statistics.median(map(math.sqrt, squares)) / math.sqrt(mean)) / UNIT
     return min(max(asked, 1.0), math.sqrt(len(squares)))
-
-
-def square_of(change: Tensor) -> float:
-    """`|D|^2` of a float vector, with the same bits for any number of threads."""
-    return math.fsum(float(part.double().square_().sum()) for part in change.split(PART))

@@ -1,13 +1,16 @@
-"""Sums of floating-point numbers that do not depend on the order of the numbers.
+"""Sums of floating-point numbers that do not depend on the order of the numbers, or on threads.
 
 A double with the rounding errors of all additions in a second one holds a hundred bits: more than lie between the largest
 and the smallest of float32 numbers that differ by less than 2^70, and far more than the float32 result needs.
 Fixed-point numbers, as in `l0_mean`, would not work, because the values here have any magnitude.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+PART = 2**14  # entries that torch adds up with one thread, whatever it has
 TILE = 2**15  # entries added at a time on a CPU: what is made on the way stays in the cache
 
 
@@ -42,3 +45,8 @@ def _add(high: Tensor, low: Tensor, values: Tensor) -> None:
     taken = total - high
     low += (high - (total - taken)) + (values - taken)
     high.copy_(total)
+
+
+def sum_of_squares(values: Tensor) -> float:
+    """Of a tensor of any shape and float dtype, with the same bits for any number of threads."""
+    return math.fsum(float(part.double().square_().sum()) for part in values.reshape(-1).split(PART))

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
-from fedspallm_appfl.aggregation.step_length import square_of, step_length
+from fedspallm_appfl.aggregation.step_length import step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
-from fedspallm_appfl.tensors.exact_sum import ExactSum
+from fedspallm_appfl.tensors.exact_sum import ExactSum, sum_of_squares
 from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
@@ -69,13 +69,13 @@ class DeltaFold(MatrixFold):
         changes = packed.changes(len(sums.total.high))
         sums.total.add(changes.to(self._context.device).double() * weight)
         sums.weight += weight
-        sums.squares.append(square_of(changes))
+        sums.squares.append(sum_of_squares(changes))
 
     def close(self, block: int, unit: str, sums: DeltaSums) -> tuple[Stores, dict[str, int]]:
         """Go along the mean, and round the weights to the dtype of the checkpoint."""
         before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
         assert before.values is not None, "the global model has weights"
-        step = step_length(sums.squares, square_of(mean))
+        step = step_length(sums.squares, sum_of_squares(mean))
         values = before.values.float().add_(mean, alpha=step).to(self._context.dtype)
         return {GLOBAL: {unit: replace(before, values=values)}}, {}
 

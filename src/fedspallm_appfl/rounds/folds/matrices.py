@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import LARGEST_SUM, MOST_WEIGHT, L0Sums, l0_mean, largest_magnitude
 from fedspallm_appfl.aggregation.mask_expansion import Votes, agreement
-from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_values, sum_of_squares
+from fedspallm_appfl.aggregation.screening import Seen, look_at_mask, look_at_values
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import Algorithm, Exchange, Make
 from fedspallm_appfl.errors import PruningError
@@ -22,6 +22,7 @@ from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, F
 from fedspallm_appfl.rounds.folds.earlier import with_earlier_rounds
 from fedspallm_appfl.rounds.folds.unreached import without_clients
 from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 from fedspallm_appfl.tensors.sparsity import row_counts
 from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.wire.packed import Packed, pack, pack_mask, packed_size
