@@ -41,7 +41,7 @@ ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take pa
         "latest",
     ),
 }
-LAYOUTS = {"one client a rank": 2, "batched": 3}  # clients of the two client ranks
+LAYOUTS = {"one client a rank": 2}  # clients of the two client ranks
 
 
 def uneven(folder, count):

@@ -313,7 +313,9 @@ def field(name):
 
 def run_client(config):
     client = trainer.LocalClient(participants.client_settings(config, config.clients[0], ["cpu"], 2**29))
-    client.start_exchange(0, 0, list(range(len(client.model.blocks))))
+    last = len(client.model.blocks) - 1
+    grams = client.exchanges[0].up == "grams"  # those of the first block are the most; else it takes no more, and as long
+    client.start_exchange(0, 0, list(range(last + 1)) if grams else [last])
     while client.in_exchange:
         client.next_message()
 
@@ -341,8 +343,8 @@ print(field("VmHWM") - before)
         ("client", "fedspallm", "wanda", 1, 128),
         ("client", "fedspallm", "admm", 1, 128),
         ("client", "gram", "sparsegpt", 1, 256),
-        ("serial", "fedspallm", "sparsegpt", 3, 128),
-        ("serial", "consensus", "sparsegpt", 3, 64),
+        ("serial", "fedspallm", "sparsegpt", 2, 128),
+        ("serial", "consensus", "sparsegpt", 2, 64),
     ],
 )
 def test_memory_is_within_a_tenth_of_what_is_measured(what, algorithm, pruner, count, length, tmp_path):

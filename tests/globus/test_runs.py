@@ -676,31 +676,28 @@ class LastingWire(Wire):
         return self
 
 
-@pytest.mark.parametrize("algorithm", ["fedspallm", "consensus"])
-def test_a_server_that_comes_back_finds_its_tasks_and_ends_with_the_same_bits(
-    over_wire, tmp_path, monkeypatch, algorithm
-):
+def test_a_server_that_comes_back_finds_its_tasks_and_ends_with_the_same_bits(over_wire, tmp_path, monkeypatch):
     store, state = tmp_path / "store", tmp_path / "state-of-one"
     store.mkdir()
     changes = {
-        "algorithm": algorithm,
+        "algorithm": "consensus",
         "model": {"path": str(save_tiny(tmp_path / "model"))},
         "server_configs": {"num_global_epochs": 2, "scheduler_kwargs": {"max_open_blocks": 1}},
         "client_configs": {"comm_configs": {"store": {"connector": "file", "folder": str(store)}}},
     }
     file = write_config(tmp_path, **changes)
-    knife, draw = Knife(monkeypatch.setattr), random.Random(algorithm)
+    knife, draw = Knife(monkeypatch.setattr), random.Random("consensus")
     expected = []
     knife.cut(None, lambda: expected.append(stored(over_wire(LastingWire(), file)[1])))
     moments, asked = knife.count, []
-    for _ in range(4):
+    for _ in range(3):
         wire = LastingWire()
         assert knife.cut(draw.randrange(1, moments), partial(over_wire, wire, file, state=state))
         assert stored(over_wire(wire.restarted(), file, state=state)[1]) == expected[0]
         assert uploads_in(store) == []
         asked.append(len(wire.asked))
         shutil.rmtree(state)
-    exchanges = 2 * len(load_config(file)[0].clients) * (2 if algorithm == "consensus" else 1)
+    exchanges = 2 * len(load_config(file)[0].clients) * 2
     assert min(asked) == exchanges  # somewhere nothing had to be asked for again
     assert max(asked) <= exchanges + 3
 

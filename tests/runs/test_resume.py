@@ -151,24 +151,23 @@ def test_a_process_that_comes_when_all_rounds_are_done_ends():
     rank.all_rounds(Done(), {}, sparing=False)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model, name, capsys):
+def test_a_signal_ends_it_as_ctrl_c_does_and_resume_goes_on(tmp_path, tiny_model, capsys):
     file = tiny_config(tmp_path, tiny_model, "fedspallm")
+    folder = file.parent / "run"
     environment = ENVIRONMENT | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     }
-    command = (sys.executable, "-m", "helpers.knife", f"40:{name}", "run", file)
-    code, _, err = finish(start(*command, env=environment))
-    folder = file.parent / "run"
-    assert code == 143
-    assert err.splitlines()[-3:-1] == [
-        f"what was done stays in {folder}: fedspallm resume {folder} goes on with it; a run with another configuration "
-        "begins anew, with --overwrite",
-        f"ended by {name}",
-    ]
-    assert (folder / "state").is_dir() and not (folder / ".lock").exists()
+    for cut, *words in (("40:SIGTERM", "run", file), ("10:SIGUSR1", "resume", folder)):
+        code, _, err = finish(start(sys.executable, "-m", "helpers.knife", cut, *words, env=environment))
+        assert code == 143
+        assert err.splitlines()[-3:-1] == [
+            f"what was done stays in {folder}: fedspallm resume {folder} goes on with it; a run with another configuration "
+            "begins anew, with --overwrite",
+            f"ended by {cut.partition(':')[2]}",
+        ]
+        assert (folder / "state").is_dir() and not (folder / ".lock").exists()
     assert main(["resume", str(folder)]) == 0
-    assert "The run was cut off and went on, 1 time." in (folder / "report.md").read_text()
+    assert "The run was cut off and went on, 2 times." in (folder / "report.md").read_text()
     assert "going on where the run was cut off" in capsys.readouterr().out
     assert main(["resume", str(folder)]) == 0
     assert f"{folder} is finished" in capsys.readouterr().out.replace("\n", "")
