@@ -175,7 +175,7 @@ class LocalClient:
         """A folder of this client alone, which goes with the run's state, or with this object."""
         if self.settings.checkpoints:
             kept = Path(self.settings.checkpoints)
-            return make_private(kept.with_name(f"{kept.name}-{name}"))
+            return make_private(kept.with_name(f"{kept.name}+{name}"))  # no client's id has a plus
         if self._own is None:
             self._own = tempfile.TemporaryDirectory(prefix="fedspallm-", ignore_cleanup_errors=True)
         return make_private(Path(self._own.name) / name)
