@@ -35,6 +35,7 @@ def main() -> int:
     options = _parse()
     os.environ.update(ONE_THREAD)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options.out = options.out or Path("runs/bench-quick" if options.quick else "runs/bench")
     options.out.mkdir(parents=True, exist_ok=True)
     names = options.names or NAMES
     if len(names) == 1:
@@ -51,7 +52,7 @@ def _parse() -> argparse.Namespace:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by name alone {', '.join(BY_NAME)}"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything works")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/bench, or runs/bench-quick")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in NAMES + BY_NAME]:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES + BY_NAME)}")
@@ -84,6 +85,7 @@ def _run(name: str, options: argparse.Namespace) -> None:
     from fedspallm_appfl.tensors import native
 
     torch.set_num_threads(1)
+    (options.out / f"{name}.md").unlink(missing_ok=True)  # so that one that fails leaves no table of an earlier time
     with tempfile.TemporaryDirectory(prefix="fedspallm-bench-") as scratch:
         found = importlib.import_module(f"benchmarks.{name}").run(Context(options.quick, options.out, Path(scratch)))
     tables = found if isinstance(found, list) else [found]
@@ -97,6 +99,7 @@ def _run(name: str, options: argparse.Namespace) -> None:
     )
     text = "\n".join([*(table.markdown() for table in tables), f"{', '.join(where)}.\n"])
     (options.out / f"{name}.md").write_text(text, "utf-8")
+    _write_page(options.out)
     print(text, flush=True)
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +25,19 @@ from pika.exceptions import AMQPConnectionError
 from safetensors.torch import load_file, save_file
 
 from fedspallm_appfl.cli import main
-from fedspallm_appfl.errors import FederationError
+from fedspallm_appfl.errors import ConfigError, FederationError
 from fedspallm_appfl.globus.server import communicator as globus_communicator
 from fedspallm_appfl.globus.server import preflight as globus_preflight
 from fedspallm_appfl.globus.server import run as globus
 from fedspallm_appfl.globus.server.communicator import GlobusServer, Outcome, Task
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
-from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.globus.site.site_file import Site as SiteFile
+from fedspallm_appfl.rounds.client import OWN, LocalClient
 from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings.reading import load_config
+from fedspallm_appfl.settings.schema import ClientSettings, OwnData, Recovery
 from fedspallm_appfl.validation.rules import prepared_for_globus
 from fedspallm_appfl.wire.as_bytes import from_bytes, to_bytes
 from helpers.experiments import DOMAINS, first_pages, small_config, uneven
@@ -251,10 +254,12 @@ def test_a_client_of_secure_sums_falls_out_over_the_wire_as_in_one_process(tmp_p
 def test_secrets_of_a_round_that_never_ended_go_after_a_week(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     old, new = tmp_path / "fedspallm-secrets-old", tmp_path / "fedspallm-secrets-new"
-    for folder in (old, new):
+    killed = tmp_path / f"{OWN}of-a-killed-task"
+    for folder in (old, new, killed):
         folder.mkdir()
-    os.utime(old, (0, time.time() - 8 * 24 * 3600))
-    globus_worker._forget_old_secrets()
+    for folder in (old, killed):
+        os.utime(folder, (0, time.time() - 8 * 24 * 3600))
+    globus_worker._forget_old_files()
     assert [folder.name for folder in tmp_path.iterdir()] == [new.name]
 
 
@@ -420,6 +425,17 @@ def test_what_a_site_does_not_send_it_is_not_asked_for(tmp_path, site, capsys):
     )
     write_site(site, DOMAINS[:3], may_send=["masks"])
     assert main(["doctor", str(config), "client_configs.train_configs.pruner=wanda"]) == 0
+
+
+def test_a_site_counts_the_windows_of_the_steps_and_not_what_the_server_says_of_them():
+    """A step of 128 windows asks for one batch, and the last batch of 129 windows has one window."""
+    recovery = Recovery(rounds=1, steps=1, batch=128)
+    settings = ClientSettings(client_id="a", data=OwnData(windows=129, length=128, batch=128), recovery=recovery)
+    own = SiteFile(may_send=frozenset(SENDINGS), min_tokens=8192)
+    with pytest.raises(ConfigError, match=r"client a: this site trains on no fewer tokens than 8192; .* take 128, "):
+        globus_worker.require_consent(settings, own)
+    settings.recovery = replace(recovery, steps=2)
+    globus_worker.require_consent(settings, own)
 
 
 def test_the_server_names_no_text(tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.blockwise import advance, embed, finish
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
+from fedspallm_appfl.recovery.kept import kept_of
 from fedspallm_appfl.recovery.losses import kl
 from fedspallm_appfl.recovery.rounding import rounded
-from fedspallm_appfl.recovery.steps import generator, order
+from fedspallm_appfl.recovery.steps import fewest_windows, generator, order
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
@@ -65,6 +66,13 @@ def test_every_batch_has_its_turn():
     assert [len(one) for one in steps] == [3] * 4
     seen = list(itertools.chain(*steps))
     assert sorted(seen[:5]) == sorted(seen[5:10]) == list(range(5)) and seen[:5] != seen[5:10]
+
+
+@pytest.mark.parametrize(("windows", "batch", "batches"), [(129, 128, 1), (20, 8, 7), (16, 8, 5), (3, 8, 4), (9, 4, 6)])
+def test_what_a_site_counts_is_what_steps_take_at_least(windows, batch, batches):
+    sizes = [len(part) for part in torch.arange(windows).split(batch)]
+    taken = {sum(sizes[one] for [one] in order(len(sizes), batches, 1, generator(seed))) for seed in range(200)}
+    assert fewest_windows(windows, batch, batches) == min(taken)
 
 
 def test_the_divergence_by_hand():
@@ -196,6 +204,15 @@ def test_a_loss_that_is_not_finite_names_the_client(model):
         PruningError, match="client a, round 1 of recovery: the loss of recovery is .*; lower recovery.lr"
     ):
         changes(learner(model, halved(model), steps=30, lr=1e30))
+
+
+def test_rounding_to_the_arithmetic_is_no_change(tmp_path):
+    model = LazyModel(str(save_family("llama", tmp_path, torch.float32)), None, "bfloat16")
+    pruned = halved(model)[0]
+    with model.block(0, pruned) as module:
+        kept = kept_of(module, model.layout.blocks[0], pruned)
+        made = [change for one in kept for _, change in one.changes(pruned)]
+    assert made and not any(change.any() for change in made)
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])

@@ -5,7 +5,8 @@ model lags behind what each client has found. So the mean is made as long as a c
 
     step = median_i |D_i| / |D|, at least 1 and at most the square root of the number of clients.
 
-It is 1 where all agree. The largest step is that of clients no two of which have anything in common. By the median, one
+It is 1 where all changes are equal. The largest step is that of equally long changes no two of which have anything in
+common. By the median, one
 client with large changes does not set the length; it may still make D short, up to the largest step. Ours; FedExP
 (Jhunjhunwala et al., ICLR 2023) takes half the square of such a ratio, and 1 where that is less.
 """

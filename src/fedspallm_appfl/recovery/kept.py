@@ -67,7 +67,8 @@ class Kept:
         for linear in self.linears:
             before = pruned[linear.name]
             assert before.values is not None, "`recovered` refuses others"
-            change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - before.values.float()
+            began = before.values.to(self.parameter.dtype).float()  # as the block holds it: rounding is no change
+            change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - began
             most = before.largest / ROUNDS_UP
             yield linear.name, change.clamp_(-most, most)
 

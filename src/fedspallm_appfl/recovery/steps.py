@@ -37,6 +37,19 @@ def order(batches: int, steps: int, each: int, random: torch.Generator) -> Itera
         del waiting[:each]
 
 
+def each_step(recovery: Recovery, batch: int) -> int:
+    """How many batches a step takes, if a batch has so many windows."""
+    return max(1, recovery.batch // batch)
+
+
+def fewest_windows(windows: int, batch: int, batches: int) -> int:
+    """How many windows lie in so many batches at least, in an order as of `order`: the last of a text may be small."""
+    of_text = -(-windows // batch)
+    passes, rest = divmod(batches, of_text)
+    last = windows - (of_text - 1) * batch
+    return passes * windows + (last + (rest - 1) * batch if rest else 0)
+
+
 def train(
     kept: Sequence[Kept],
     settings: Recovery,

@@ -26,7 +26,7 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.recovery.kept import Kept, kept_of
 from fedspallm_appfl.recovery.losses import LOSSES, output_error
 from fedspallm_appfl.recovery.rounding import rounded
-from fedspallm_appfl.recovery.steps import generator, order, train
+from fedspallm_appfl.recovery.steps import each_step, generator, order, train
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.packed import Packed
@@ -65,9 +65,9 @@ class Learner:
     def steps(self) -> list[list[int]]:
         """The batches of each step."""
         recovery, batch = self.settings.recovery, self.settings.data.batch
-        batches, each = -(-len(self.windows) // batch), max(1, recovery.batch // batch)
+        batches = -(-len(self.windows) // batch)
         random = generator(self.settings.seed, self.turn, self.settings.client_id)
-        return list(order(batches, recovery.steps, each, random))
+        return list(order(batches, recovery.steps, each_step(recovery, batch), random))
 
     def packed(self, block: int, kept: list[Kept]) -> dict[str, PackedDelta]:
         """The changes of a block, rounded."""

@@ -6,6 +6,7 @@ while a sweep stands still.
 """
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,7 @@ from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
 
+OWN = "fedspallm-client-"  # folders of clients without a place in a run's state
 FEWEST = 2  # windows to measure on: of a single one no loss leaves a client
 
 
@@ -168,17 +170,16 @@ class LocalClient:
 
     def _scratch(self) -> Path:
         """A folder for statistics, which goes with the client's keys if it has any: another worker may send them."""
-        secrets = self.settings.secrets
-        return make_private(Path(secrets)) if secrets else self._folder("statistics")
+        return make_private(Path(self.settings.secrets or self._folder("statistics")))
 
     def _folder(self, name: str) -> Path:
-        """A folder of this client alone, which goes with the run's state, or with this object."""
+        """Where a folder of this client alone may be made, which goes with the run's state, or with this object."""
         if self.settings.checkpoints:
             kept = Path(self.settings.checkpoints)
-            return make_private(kept.with_name(f"{kept.name}+{name}"))  # no client's id has a plus
+            return kept.with_name(f"{kept.name}+{name}")  # no client's id has a plus
         if self._own is None:
-            self._own = tempfile.TemporaryDirectory(prefix="fedspallm-", ignore_cleanup_errors=True)
-        return make_private(Path(self._own.name) / name)
+            self._own = tempfile.TemporaryDirectory(prefix=OWN, ignore_cleanup_errors=True)
+        return Path(self._own.name) / name
 
     def close(self) -> None:
         """Remove the files that go with this object: a worker process that is ended would leave them."""
@@ -207,6 +208,8 @@ class LocalClient:
         """
         exchange, assigned, done = self.exchanges[number], set(blocks), frozenset(finished)
         wanted = assigned - done
+        if self._own is not None:
+            os.utime(self._own.name)  # what is as old as a week is taken for that of a task that was killed
         if self._source.checkpoint:
             self._source.checkpoint.begin(f"{round_index}.{number}")
         if exchange.only is None or number == 0 or self._sweep is None:

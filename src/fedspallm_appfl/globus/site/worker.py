@@ -36,13 +36,14 @@ from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.pruning import registry as pruners
-from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.recovery.steps import each_step, fewest_windows
+from fedspallm_appfl.rounds.client import OWN, LocalClient
 from fedspallm_appfl.settings import custom_code, plugins
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
 
 SECRETS = "fedspallm-secrets-"
-SECRETS_KEPT = 7 * 24 * 3600  # seconds after the last task that wrote there
+KEPT = 7 * 24 * 3600  # seconds after the last task that wrote there
 RESULT_LIMIT = 10_000_000  # bytes of a task's result, from the documentation of the service
 
 
@@ -63,7 +64,7 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
     try:
         site = load_site(request["client"])
         record = Record(site, request, "prune")
-        _forget_old_secrets()
+        _forget_old_files()
         settings = told(request)
         record.settings(settings)
         require_consent(settings, site)
@@ -78,9 +79,10 @@ def run_exchange(request: dict[str, Any]) -> dict[str, Any]:
         client = amid.client
         for message in _messages(amid, request, store, record):
             messages.append(message)
+        result = _within_limit({"messages": messages}, request["client"])
         if client.goes_on(exchange):
             _sweeping[request["client"]] = amid
-        return _within_limit({"messages": messages}, request["client"])
+        return result
     except Exception as error:  # noqa: BLE001 - for any error, the server must know which client failed where
         if record is not None:
             record.failed(in_words(error, site))
@@ -181,7 +183,8 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
     if settings.recovery.rounds:
         recovery, data = settings.recovery, settings.data
-        steps = recovery.steps * recovery.batch * data.length
+        batches = recovery.steps * each_step(recovery, data.batch)
+        steps = fewest_windows(data.windows, data.batch, batches) * data.length
         site.require_training(settings.client_id, steps, data.windows * data.length)
 
 
@@ -233,11 +236,12 @@ def _secrets(request: dict[str, Any]) -> Path:
     return Path(tempfile.gettempdir()) / f"{SECRETS}{name[:32]}"
 
 
-def _forget_old_secrets() -> None:
-    """Remove keys and statistics of rounds that never ended: their runs were cut off, or went on without the client."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SECRETS}*"):
+def _forget_old_files() -> None:
+    """Remove what is left of rounds that never ended: runs were cut off or left the client out, or a task was killed."""
+    temporary = Path(tempfile.gettempdir())
+    for folder in [*temporary.glob(f"{SECRETS}*"), *temporary.glob(f"{OWN}*")]:
         with suppress(OSError):  # another user's, or another task removes it as well
-            if folder.lstat().st_uid == os.getuid() and time.time() - folder.lstat().st_mtime > SECRETS_KEPT:
+            if folder.lstat().st_uid == os.getuid() and time.time() - folder.lstat().st_mtime > KEPT:
                 shutil.rmtree(folder)
 
 

@@ -99,6 +99,6 @@ def make_private(folder: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
             f"the folder {folder} is for what nobody else may see, and others made it or can look into it; remove it, "
-            "or set TMPDIR to a private folder"
+            "or set TMPDIR, or run_dir where it lies there, to a private folder"
         )
     return folder
