@@ -108,7 +108,7 @@ $(PUBLISH)/installed: pyproject.toml constraints.txt
 	$(PUBLISH)/bin/pip install --quiet --constraint constraints.txt --group publish
 	touch $@
 
-bench: install  ## Speed and memory as ratios; about an hour on two cores
+bench: install  ## Speed and memory as ratios; takes long
 	$(BIN)/python -m benchmarks
 
 bench-gpu: install  ## Check and measure everything on one CUDA GPU; eight minutes

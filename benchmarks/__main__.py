@@ -40,8 +40,9 @@ def main() -> int:
     names = options.names or NAMES
     if len(names) == 1:
         _run(names[0], options)
-        return 0
-    failed = sum(_run_apart(name, options) for name in names)
+        failed = 0
+    else:
+        failed = sum(_run_apart(name, options) for name in names)
     _write_page(options.out)
     return failed
 
@@ -99,7 +100,6 @@ def _run(name: str, options: argparse.Namespace) -> None:
     )
     text = "\n".join([*(table.markdown() for table in tables), f"{', '.join(where)}.\n"])
     (options.out / f"{name}.md").write_text(text, "utf-8")
-    _write_page(options.out)
     print(text, flush=True)
 
 

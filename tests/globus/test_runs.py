@@ -33,7 +33,7 @@ from fedspallm_appfl.globus.server.communicator import GlobusServer, Outcome, Ta
 from fedspallm_appfl.globus.site import worker as globus_worker
 from fedspallm_appfl.globus.site.site_file import SENDINGS
 from fedspallm_appfl.globus.site.site_file import Site as SiteFile
-from fedspallm_appfl.rounds.client import OWN, LocalClient
+from fedspallm_appfl.rounds.client import OWN_FOLDER, LocalClient
 from fedspallm_appfl.rounds.hidden.client import Hiding
 from fedspallm_appfl.secure.identity import Identity
 from fedspallm_appfl.settings.reading import load_config
@@ -254,7 +254,7 @@ def test_a_client_of_secure_sums_falls_out_over_the_wire_as_in_one_process(tmp_p
 def test_secrets_of_a_round_that_never_ended_go_after_a_week(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     old, new = tmp_path / "fedspallm-secrets-old", tmp_path / "fedspallm-secrets-new"
-    killed = tmp_path / f"{OWN}of-a-killed-task"
+    killed = tmp_path / f"{OWN_FOLDER}of-a-killed-task"
     for folder in (old, new, killed):
         folder.mkdir()
     for folder in (old, killed):

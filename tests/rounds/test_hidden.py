@@ -16,7 +16,7 @@ def test_squares_of_as_many_clients_as_are_taken_do_not_overflow():
         [4095.999755859375, coding.LARGEST_SQUARES], dtype=torch.float64
     )  # largest fine and coarse part
     numbers = coding.squares(Sums(torch.diag(largest), 7), "here")
-    total, tokens = coding.sum_of_squares(numbers * coding.MOST_CLIENTS)
+    total, tokens = coding.summed_squares(numbers * coding.MOST_CLIENTS)
     assert torch.allclose(total, largest * coding.MOST_CLIENTS, rtol=1e-9) and tokens == 7 * coding.MOST_CLIENTS
     assert coding.MOST_CLIENTS == 2047
     assert 2048 * (coding.COARSE / coding.FINE) >= 2**63

@@ -27,6 +27,7 @@ from fedspallm_appfl.models.lazy_model import HollowModel
 from fedspallm_appfl.pruning.pruner import Prepared
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.pruning.statistics import InputGram, Statistic
+from fedspallm_appfl.recovery.steps import batches_of_step
 from fedspallm_appfl.settings.schema import Client, Data, Pruning, TrainConfigs
 from fedspallm_appfl.tensors.target import NM, Target
 
@@ -126,7 +127,7 @@ def _recovering(job: Job, client: Client, machine: "Machine") -> float:
     recovery, model, (windows, length) = job.config.recovery, job.model, windows_of(job, client)
     whole = recovery.scope == "all"
     before = (recovery.loss == "kl") if whole else 2  # passes of all windows
-    stepping = STEP[whole] * recovery.steps * max(1, recovery.batch // client.data.batch) * client.data.batch
+    stepping = STEP[whole] * recovery.steps * batches_of_step(recovery, client.data.batch) * client.data.batch
     passes = length * (windows * before + stepping)
     blocks = sum(machine.forward(block, 1, client.data) for block in range(len(model.blocks)))
     head = machine.product(length * stepping, model.hidden * model.vocabulary) if whole else 0.0

@@ -37,7 +37,7 @@ def order(batches: int, steps: int, each: int, random: torch.Generator) -> Itera
         del waiting[:each]
 
 
-def each_step(recovery: Recovery, batch: int) -> int:
+def batches_of_step(recovery: Recovery, batch: int) -> int:
     """How many batches a step takes, if a batch has so many windows."""
     return max(1, recovery.batch // batch)
 

@@ -26,7 +26,7 @@ from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.recovery.kept import Kept, kept_of
 from fedspallm_appfl.recovery.losses import LOSSES, output_error
 from fedspallm_appfl.recovery.rounding import rounded
-from fedspallm_appfl.recovery.steps import each_step, generator, order, train
+from fedspallm_appfl.recovery.steps import batches_of_step, generator, order, train
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.packed import Packed
@@ -67,7 +67,7 @@ class Learner:
         recovery, batch = self.settings.recovery, self.settings.data.batch
         batches = -(-len(self.windows) // batch)
         random = generator(self.settings.seed, self.turn, self.settings.client_id)
-        return list(order(batches, recovery.steps, each_step(recovery, batch), random))
+        return list(order(batches, recovery.steps, batches_of_step(recovery, batch), random))
 
     def packed(self, block: int, kept: list[Kept]) -> dict[str, PackedDelta]:
         """The changes of a block, rounded."""

@@ -43,7 +43,7 @@ from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
 from fedspallm_appfl.wire.update import compress, make_update
 
-OWN = "fedspallm-client-"  # folders of clients without a place in a run's state
+OWN_FOLDER = "fedspallm-client-"  # begins the names of folders of clients without a place in a run's state
 FEWEST = 2  # windows to measure on: of a single one no loss leaves a client
 
 
@@ -178,7 +178,7 @@ class LocalClient:
             kept = Path(self.settings.checkpoints)
             return kept.with_name(f"{kept.name}+{name}")  # no client's id has a plus
         if self._own is None:
-            self._own = tempfile.TemporaryDirectory(prefix=OWN, ignore_cleanup_errors=True)
+            self._own = tempfile.TemporaryDirectory(prefix=OWN_FOLDER, ignore_cleanup_errors=True)
         return Path(self._own.name) / name
 
     def close(self) -> None:

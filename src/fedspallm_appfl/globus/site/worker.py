@@ -36,8 +36,8 @@ from fedspallm_appfl.globus.store.data_store import DataStore, open_store
 from fedspallm_appfl.globus.store.places import fetched, placed
 from fedspallm_appfl.models.storage.checkpoint import model_hash
 from fedspallm_appfl.pruning import registry as pruners
-from fedspallm_appfl.recovery.steps import each_step, fewest_windows
-from fedspallm_appfl.rounds.client import OWN, LocalClient
+from fedspallm_appfl.recovery.steps import batches_of_step, fewest_windows
+from fedspallm_appfl.rounds.client import OWN_FOLDER, LocalClient
 from fedspallm_appfl.settings import custom_code, plugins
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings, HashedModel
@@ -183,7 +183,7 @@ def require_consent(settings: ClientSettings, site: Site) -> None:
         site.require_tokens(settings.client_id, settings.gram.min_tokens)
     if settings.recovery.rounds:
         recovery, data = settings.recovery, settings.data
-        batches = recovery.steps * each_step(recovery, data.batch)
+        batches = recovery.steps * batches_of_step(recovery, data.batch)
         steps = fewest_windows(data.windows, data.batch, batches) * data.length
         site.require_training(settings.client_id, steps, data.windows * data.length)
 
@@ -239,7 +239,7 @@ def _secrets(request: dict[str, Any]) -> Path:
 def _forget_old_files() -> None:
     """Remove what is left of rounds that never ended: runs were cut off or left the client out, or a task was killed."""
     temporary = Path(tempfile.gettempdir())
-    for folder in [*temporary.glob(f"{SECRETS}*"), *temporary.glob(f"{OWN}*")]:
+    for folder in [*temporary.glob(f"{SECRETS}*"), *temporary.glob(f"{OWN_FOLDER}*")]:
         with suppress(OSError):  # another user's, or another task removes it as well
             if folder.lstat().st_uid == os.getuid() and time.time() - folder.lstat().st_mtime > KEPT:
                 shutil.rmtree(folder)

@@ -122,7 +122,7 @@ def squares(sums: Sums, where: str) -> Tensor:
     return torch.cat([coarse.long(), fine.long(), torch.tensor([sums.tokens])])
 
 
-def sum_of_squares(numbers: Tensor) -> tuple[Tensor, int]:
+def summed_squares(numbers: Tensor) -> tuple[Tensor, int]:
     """(I,) float64 and T of summed numbers of `squares`."""
     features = len(numbers) // 2
     coarse, fine = numbers[:features].double(), numbers[features:-1].double()

@@ -18,7 +18,7 @@ from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.rounds.folds.context import Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
-from fedspallm_appfl.rounds.hidden.coding import Coding, from_correlations, of_linear, step, sum_of_squares
+from fedspallm_appfl.rounds.hidden.coding import Coding, from_correlations, of_linear, step, summed_squares
 from fedspallm_appfl.wire.hidden import check_words
 from fedspallm_appfl.wire.packed import Packed, pack, packed_size
 from fedspallm_appfl.wire.store import PackedStore
@@ -154,7 +154,7 @@ class HiddenSquares(HiddenFold):
 
     def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
         """The sum, for all."""
-        return {SQUARES: {unit: packed_squares(*sum_of_squares(self._coding(block, unit).unpack(words)))}}, {}
+        return {SQUARES: {unit: packed_squares(*summed_squares(self._coding(block, unit).unpack(words)))}}, {}
 
 
 def packed_squares(total: Tensor, tokens: int) -> Packed:
