@@ -143,8 +143,8 @@ MEAN(mean_4, int32_t, by[i])
  * as one by one.
  * With group > 0 `kept` is written: of every `group` columns the `prune` with the smallest scores go, ties by index; those
  * that are not kept when it comes in go first, and always. */
-typedef float lane __attribute__((vector_size(64)));
-#define LANES 2
+typedef float lane __attribute__((vector_size(32))); /* gcc moves wider ones through memory where only AVX2 is there */
+#define LANES 8
 #define TILE (int64_t)(LANES * sizeof(lane) / sizeof(float))
 #define WIDEST 256
 #define FEW 8
