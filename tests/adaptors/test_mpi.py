@@ -31,7 +31,11 @@ ALGORITHMS = {  # four clients with unequal windows, two to a rank, that take pa
     "gram sweep": ("gram", {"gram": WHOLE_GRAMS}, "latest"),
     "gram blocks": (
         "gram",
-        {"gram": {"propagate": "pruned", "stride": 2}, "recovery": RECOVERY, "client_configs": {"train_configs": TWO}},
+        {
+            "gram": {"propagate": "pruned", "stride": 2},
+            "recovery": {**RECOVERY, "rank": 2},
+            "client_configs": {"train_configs": TWO},
+        },
         "latest",
     ),
     "consensus": ("consensus", {**SPLIT, **CHOSEN, "recovery": {**RECOVERY, "scope": "blockwise"}}, "latest"),
@@ -128,6 +132,13 @@ def test_mpi_gives_the_bits_of_one_process(runs, name):
         same_statistics(serial, other)
         assert what_happened(serial, "measured") == what_happened(other, "measured") != {}
     assert what_happened(over_mpi, "upload") == what_happened(folded, "upload") != {}
+    steps = (
+        [(turn, step) for turn in (0, 1) for step in (0, 1) for _ in range(4)]
+        if name in ("gram", "gram blocks")
+        else []
+    )
+    for other in (over_mpi, folded):
+        assert sorted((one["turn"], one["step"]) for one in events(other, "step")) == steps
 
 
 def test_models_of_single_clients_are_those_of_one_process(runs):

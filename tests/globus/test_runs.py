@@ -187,7 +187,7 @@ def test_a_model_that_was_pruned_before_is_recovered_with_the_bits_of_one_proces
     write_site(site, DOMAINS[:3], may_send=["recovery"])
     config = write_config(tmp_path, model={"path": str(save_tiny(tmp_path / "dense"))})
     pruned = run(config)
-    command = ["recover", str(pruned), str(config), "recovery.steps=2", "recovery.batch=3"]
+    command = ["recover", str(pruned), str(config), "recovery.steps=2", "recovery.batch=3", "recovery.rank=2"]
     assert main([*command, f"run_dir={tmp_path / 'here'}"]) == 0
     assert main([*command, f"run_dir={tmp_path / 'globus'}", "--launcher", "globus"]) == 0, capsys.readouterr().err
     assert same_bits(tmp_path / "here", tmp_path / "globus") and not same_bits(pruned, tmp_path / "here")

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from fedspallm_appfl.cli import main
+from fedspallm_appfl.recovery import training
 
 if __name__ == "__main__":
+    training.NEWS = 0  # each step is told
     for words in json.loads(Path(sys.argv[1]).read_text()):
         if code := main(words):
             sys.exit(code)

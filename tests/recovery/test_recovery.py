@@ -18,15 +18,15 @@ from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.models.blockwise import advance, embed, finish
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.recovery.kept import kept_of
 from fedspallm_appfl.recovery.losses import kl
+from fedspallm_appfl.recovery.low_rank import Basis
 from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import fewest_windows, generator, order
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
-from fedspallm_appfl.wire.deltas import PackedDelta, delta_size, packed_nibbles, unpacked_nibbles
+from fedspallm_appfl.wire.deltas import PackedDelta, changed_entries, delta_size, packed_nibbles, unpacked_nibbles
 from fedspallm_appfl.wire.packed import pack
 from fedspallm_appfl.wire.update import check_delta, compress, make_update
 from helpers.experiments import DOMAINS
@@ -107,13 +107,24 @@ def learner(model, pruned, **recovery):
     return Learner(model, pruned.get, windows, settings, 0)
 
 
-def changes(of):
-    pruned = {block: of.pruned(block) for block in range(3)}
+def travelled(of):
+    """What the server gets: a number for each kept entry, or each entry of a factor."""
+    pruned, rank = {block: of.pruned(block) for block in range(3)}, of.settings.recovery.rank
     return {
-        (block, name): delta.changes(pruned[block][name].kept)
+        (block, name): delta.changes(changed_entries(pruned[block][name].kept, pruned[block][name].shape[0], rank))
         for block, made in recovered(of, {0, 1, 2})
         for name, delta in made.items()
     }
+
+
+def changes(of):
+    """By how much each kept entry changes."""
+    found, rank = travelled(of), of.settings.recovery.rank
+    for (block, name), factor in found.items() if rank else ():
+        packed = of.pruned(block)[name]
+        basis = Basis(rank, of.settings.seed, of.turn).of(block, name, packed.shape[1])
+        found[block, name] = (factor.view(-1, rank) @ basis)[packed.unpack_mask()]
+    return found
 
 
 @pytest.mark.parametrize("loss", ["kl", "next_token"])
@@ -145,6 +156,41 @@ def assert_signs(change, packed, gradient, lr):
     sure = gradient.abs() > 0.1 * gradient.abs().mean()
     assert torch.allclose(change[sure], (-lr * size * gradient.sign())[sure], rtol=0.05)
     assert sure.float().mean() > 0.8
+
+
+def test_everybody_has_the_same_basis_of_signs_and_another_in_each_round():
+    basis = Basis(4, 0, 1).of(2, "q", 200)
+    assert basis.shape == (4, 200) and set(basis.unique().tolist()) == {-0.5, 0.5}
+    assert torch.equal(basis, Basis(4, 0, 1).of(2, "q", 200))
+    assert 300 < int((basis > 0).sum()) < 500
+    for other in (Basis(4, 1, 1).of(2, "q", 200), Basis(4, 0, 0).of(2, "q", 200), Basis(4, 0, 1).of(1, "q", 200)):
+        assert 250 < int((basis != other).sum()) < 550
+    assert Basis(4, 0, 1).largest(6.0) == 3.0
+
+
+def test_a_step_of_factors_is_the_sign_of_their_gradient(model):
+    """The oracle is the model of transformers, whose matrices are sums: what is kept, and the product under the mask."""
+    import transformers
+
+    pruned, lr, rank = halved(model), 0.01, 3
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model.skeleton.folder, dtype=torch.float32)
+    of = learner(model, pruned, loss="next_token", steps=1, lr=lr, rank=rank)
+    factors = {}
+    for block, made in pruned.items():
+        for name, packed in made.items():
+            owner = whole.get_submodule(f"model.layers.{block}.{name}")
+            factors[block, name] = factor = torch.zeros(packed.shape[0], rank, requires_grad=True)
+            basis, weight = Basis(rank, of.settings.seed, 0).of(block, name, packed.shape[1]), packed.unpack_weight()
+            del owner.weight
+            owner.weight = weight + (weight != 0) * (factor @ basis)
+    whole(of.windows, labels=of.windows).loss.backward()
+    found = travelled(of)
+    assert found.keys() == factors.keys()
+    for (block, name), factor in factors.items():
+        gradient, size = factor.grad.flatten(), pruned[block][name].values.square().mean().sqrt()
+        sure = gradient.abs() > 0.1 * gradient.abs().mean()
+        assert torch.allclose(found[block, name][sure], (-lr * size * gradient.sign())[sure], rtol=0.05)
+        assert sure.float().mean() > 0.8
 
 
 def test_a_block_is_fitted_to_the_dense_one_behind_blocks_that_were_fitted(model):
@@ -181,13 +227,13 @@ def end_of(model, windows, matrices):
     return next(finish(model, windows, state, 4))[1]
 
 
-@pytest.mark.parametrize("scope", ["all", "blockwise"])
+@pytest.mark.parametrize(("scope", "rank"), [("all", 0), ("blockwise", 0), ("all", 8)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])  # linears, transposed ones, experts in one tensor
-def test_the_model_comes_nearer_to_the_dense_one(tmp_path, family, scope):
+def test_the_model_comes_nearer_to_the_dense_one(tmp_path, family, scope, rank):
     """And the dense model that other clients use is as it was."""
     model = LazyModel(str(save_family(family, tmp_path)))
     pruned = halved(model)
-    of = learner(model, pruned, scope=scope, steps=12, lr=0.03)
+    of = learner(model, pruned, scope=scope, rank=rank, steps=12, lr=0.03)
     before = [end_of(model, of.windows, matrices) for matrices in ({}, pruned)]
     found = changes(of)
     after = {
@@ -196,7 +242,7 @@ def test_the_model_comes_nearer_to_the_dense_one(tmp_path, family, scope):
     }
     dense, recovered_end = (end_of(model, of.windows, matrices) for matrices in ({}, after))
     assert torch.equal(dense, before[0])
-    assert kl(recovered_end, of.windows, dense) < 0.9 * kl(before[1], of.windows, dense)
+    assert kl(recovered_end, of.windows, dense) < (0.97 if rank else 0.9) * kl(before[1], of.windows, dense)
 
 
 def test_a_loss_that_is_not_finite_names_the_client(model):
@@ -210,23 +256,24 @@ def test_rounding_to_the_arithmetic_is_no_change(tmp_path):
     model = LazyModel(str(save_family("llama", tmp_path, torch.float32)), None, "bfloat16")
     pruned = halved(model)[0]
     with model.block(0, pruned) as module:
-        kept = kept_of(module, model.layout.blocks[0], pruned)
-        made = [change for one in kept for _, change in one.changes(pruned)]
+        trained = learner(model, {0: pruned}).trained(0, module)
+        made = [change for one in trained for _, change in one.changes(pruned)]
     assert made and not any(change.any() for change in made)
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
-def test_no_client_asks_for_more_than_the_server_takes(model, precision):
+@pytest.mark.parametrize(("precision", "rank"), [("int4", 0), ("int8", 0), ("fp16", 0), ("int4", 4)])
+def test_no_client_asks_for_more_than_the_server_takes(model, precision, rank):
     """However far its steps went."""
     pruned = halved(model)
-    of = learner(model, pruned, steps=20, lr=1.0, delta=precision)
+    of = learner(model, pruned, steps=20, lr=1.0, delta=precision, rank=rank)
     clipped = 0
     for block, made in recovered(of, {0, 1, 2}):
         for name, delta in made.items():
             packed = pruned[block][name]
-            largest = float(packed.values.abs().max())
-            check_delta(delta.to_dict(), "here", packed.kept, precision, largest)
-            clipped += int((delta.changes(packed.kept).abs() > 0.8 * largest).sum())
+            count = changed_entries(packed.kept, packed.shape[0], rank)
+            largest = float(packed.values.abs().max()) / (rank**0.5 or 1)
+            check_delta(delta.to_dict(), "here", count, precision, largest)
+            clipped += int((delta.changes(count).abs() > 0.8 * largest).sum())
     assert clipped
 
 
@@ -244,9 +291,9 @@ WEIGHT = torch.arange(24).view(4, 6) / 8 - 1.0
 KEEP = torch.arange(24).view(4, 6) % 2 == 0
 
 
-def server(folder, weights="equal"):
+def server(folder, weights="equal", rank=0):
     told = server_settings(
-        Pruning("wanda", parse_target(0.5)), recovery=Recovery(rounds=1, delta="int8"), weights=weights
+        Pruning("wanda", parse_target(0.5)), recovery=Recovery(rounds=1, delta="int8", rank=rank), weights=weights
     )
     made = global_model(LAYOUT, torch.float16, told, folder, lambda block, name: WEIGHT.half())
     made.begin_round(0, {client: [0] for client in "abc"})
@@ -278,6 +325,23 @@ def test_the_mean_of_changes_is_made_as_long_as_they_are_exactly_and_in_any_orde
     assert step == pytest.approx(60.03 / 42.20, abs=1 / 128)
     assert torch.equal(packed.values, (before.float() + step * mean).half())
     assert not made.next_exchange() and made.round.changed == {0}
+
+
+def test_the_mean_of_factors_is_multiplied_once(tmp_path):
+    """The same as the mean of the products, along which the server goes as far as factors are long."""
+    made, rank, scale = server(tmp_path, rank=2), 2, 1 / 64
+    levels = torch.randint(-5, 25, (3, 4, rank), generator=torch.Generator().manual_seed(0))
+    for client, mine in zip("abc", levels, strict=True):
+        sent = PackedDelta(mine.flatten().to(torch.int8), torch.tensor([scale]).bfloat16())
+        made.receive(client, make_update(0, {0: {"q": sent}}, 1), 1)
+    [packed] = made.done.get(0).values()
+    factors, basis = levels.double() * scale, Basis(rank, made.settings.seed, 0).of(0, "q", 6).double()
+    change = torch.stack([factor @ basis for factor in factors]).mean(0)
+    lengths = sorted(float(factor.norm()) for factor in factors)
+    step = round(64 * lengths[1] / float(factors.mean(0).norm())) / 64
+    assert 1 < step < 3**0.5
+    assert torch.equal(packed.unpack_mask(), KEEP)
+    assert torch.equal(packed.values, (WEIGHT[KEEP].double() + step * change[KEEP]).float().half())
 
 
 def test_changes_of_nothing_and_a_client_that_is_given_up_amid_recovery(tmp_path):
@@ -466,8 +530,13 @@ def pruned_elsewhere(model, folder, matrices):
     return folder
 
 
-def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path, capsys):
+@pytest.mark.parametrize("rank", [0, 3])
+def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path, capsys, rank):
     """Whatever block they are in; rounds are those of the file, and a path may look like YAML."""
+    from fedspallm_appfl.estimates import traffic
+    from fedspallm_appfl.estimates.job import Job
+    from fedspallm_appfl.settings.reading import load_config
+
     model = save_tiny(tmp_path / "model")
     block = "model.layers.{}.{}.weight".format
     asked = {block(0, "mlp.up_proj"): 0.7, block(0, "mlp.down_proj"): 0.5, block(2, "self_attn.q_proj"): 0.6}
@@ -475,8 +544,11 @@ def test_matrices_that_nobody_pruned_stay_as_they_are(tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors[block(1, "mlp.up_proj")] = load_file(model / "model.safetensors")[block(1, "mlp.up_proj")]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    file = tiny_config(tmp_path, model, "gram", count=2, recovery={"rounds": 2, "steps": 2, "batch": 4})
+    file = tiny_config(tmp_path, model, "gram", count=2, recovery={"rounds": 2, "steps": 2, "batch": 4, "rank": rank})
     assert main(["recover", str(folder), str(file)]) == 0
+    [predicted] = traffic.traffic(Job.of(load_config(tmp_path / "run" / "config.yaml")[0]))
+    sent = [event["bytes"] for event in events(tmp_path / "run", "upload")]
+    assert sum(predicted.up.values()) == sum(sent)
     said = re.search(r"stay: sparsity ([0-9.]+), ", capsys.readouterr().out)
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "run" / "model"))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

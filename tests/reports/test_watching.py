@@ -115,6 +115,10 @@ def test_recovery_and_keys_of_secure_sums_are_told_apart_from_pruning():
     assert (run.stage, run.pace.total) == ("exchanging keys of secure sums", 0)
     run.take(upload("ann", 0, 2.0, 0, counted=(0, 2)))
     assert run.stage == "pruning"
+    run.take(event("training", 2.5, turn=0, clients=["ann", "bob"]))
+    run.take(event("step", 2.7, turn=0, client="bob", step=3, of=16))
+    assert [one.state for one in run.clients.values()] == ["training", "step 3 of 16"]
+    assert (run.stage, run.clients["bob"].heard) == ("recovery", 2.7)
     run.take(upload("ann", 0, 3.0, 0, counted=(1, 2)))
     assert run.stage == "recovery"
 

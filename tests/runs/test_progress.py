@@ -102,6 +102,8 @@ def test_exchanges_of_keys_are_not_counted(shown):
 def test_a_round_of_recovery_says_who_trains_before_anything_is_sent(shown):
     text = shown({"event": "training", "turn": 1, "clients": ["a", "b"]}, recovery=2)
     assert text == "round 2/2 of recovery  training by a, b, each of which sends its changes afterwards\n"
+    text = shown({"event": "step", "turn": 0, "client": "a", "step": 3, "of": 16}, recovery=2)
+    assert text == "round 1/2 of recovery  client a  step 3 of 16\n"
     uploads = [
         upload("a", "0", exchange=number, exchanges=3) | {"exchange": number, "exchanges": 3} for number in (0, 2)
     ]

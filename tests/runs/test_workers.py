@@ -15,6 +15,7 @@ from fedspallm_appfl.cli.checked import well_formed
 from fedspallm_appfl.errors import ConfigError, FederationError, PruningError
 from fedspallm_appfl.estimates import processes
 from fedspallm_appfl.estimates.job import Job
+from fedspallm_appfl.recovery import training
 from fedspallm_appfl.runs import experiment, serial
 from fedspallm_appfl.runs.processes import ALONE, Workers, result
 from fedspallm_appfl.settings import plugins
@@ -30,7 +31,7 @@ RIA = {
 KINDS = {
     "blocks and recovery": (
         "gram",
-        {"gram": {"propagate": "pruned", "stride": 2}, "recovery": {"rounds": 2, "steps": 2}},
+        {"gram": {"propagate": "pruned", "stride": 2}, "recovery": {"rounds": 2, "steps": 2, "rank": 2}},
     ),
     "secure sums": ("gram", {"server_configs": {"secure_sums": True}}),
     "own pruner": ("fedspallm", RIA),
@@ -71,15 +72,23 @@ def configured(folder, model, kind):
 
 
 @pytest.mark.parametrize("kind", ["uneven", *KINDS])
-def test_workers_give_the_bits_of_one_process(tmp_path, tiny_model, pair, kind):
+def test_workers_give_the_bits_of_one_process(tmp_path, tiny_model, pair, kind, monkeypatch):
     file = configured(tmp_path / "of", tiny_model, kind)
-    alone, shared = (conduct(file, among, run_dir=tmp_path / str(among.count)) for among in (ALONE, pair))
+    (tmp_path / "every_step.py").write_text("from fedspallm_appfl.recovery import training\ntraining.NEWS = 0\n")
+    monkeypatch.setattr(training, "NEWS", training.NEWS)  # as it is again afterwards
+    often = [str(tmp_path / "every_step.py")] if "recovery" in kind else []
+    told = {"plugins": often} if often else {}
+    alone, shared = (conduct(file, among, run_dir=tmp_path / str(among.count), **told) for among in (ALONE, pair))
     for name in ("model/model.safetensors", "manifest.json"):
         assert (alone / name).read_bytes() == (shared / name).read_bytes()
     for kind in ("evaluation", "measured"):
         here, there = ([event | {"time": 0} for event in events(run, kind)] for run in (alone, shared))
         assert sorted(map(str, here)) == sorted(map(str, there))
     assert [place["rank"] for place in events(shared, "place")] == [1, 2]
+    for run in (alone, shared) if often else ():
+        assert sorted((one["turn"], one["step"], one["of"]) for one in events(run, "step")) == [
+            (turn, step, 2) for turn in (0, 1) for step in (0, 1) for _ in events(run, "start")[0]["clients"]
+        ]
 
 
 def test_a_client_that_fails_in_a_worker_ends_the_run_or_is_left_out(tmp_path, tiny_model, pair):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedspallm_appfl.adaptors.desk import Desk
 from fedspallm_appfl.adaptors.parts import Note, Parts
+from fedspallm_appfl.events import Event
 from fedspallm_appfl.wire.as_bytes import Inbox, memory, take_apart
 from fedspallm_appfl.wire.messages import Unit, shares
 
@@ -56,6 +57,9 @@ class BatchedMPIServer(MPIServerCommunicator):
             source, tag = status.Get_source(), status.Get_tag()
             if tag == tag_of(self.comm, "note"):
                 self._hear(self.comm.recv(source=source, tag=tag))
+                continue
+            if tag == tag_of(self.comm, "event"):
+                self.server_agent.aggregator.on_event(self.comm.recv(source=source, tag=tag))
                 continue
             request = byte_to_request(receive(self.comm, status))
             response = self._request_handler(client_rank=source, request_tag=tag, request=request)
@@ -116,6 +120,10 @@ class PoliteMPIClient(MPIClientCommunicator):
         self._inbox, self._owner = Inbox(), owner
         self._now = [-1, 0]  # the round and the exchange that the server has told of
         self._thread = ThreadPoolExecutor(1, "messages") if MPI.Query_thread() >= MPI.THREAD_MULTIPLE else None
+
+    def tell(self, event: Event) -> None:
+        """Let the server hear of an event; there is no answer."""
+        self.comm.send(event, dest=self.server_rank, tag=tag_of(self.comm, "event"))
 
     def get_global_model(self, **kwargs: Any) -> Any:
         """What the server has for the clients of this rank: a payload, with metadata if there is some."""
@@ -206,8 +214,11 @@ def data_tag(comm: Any) -> int:
 
 
 def tag_of(comm: Any, what: str) -> int:
-    """A tag between the server and fold ranks: a `note` of what came, a `command`, or what was `made`."""
-    return int(data_tag(comm)) + 1 + ("note", "command", "made").index(what)
+    """A tag of what is no request and no answer.
+
+    Between the server and fold ranks a `note` of what came, a `command`, or what was `made`; an `event` of a client.
+    """
+    return int(data_tag(comm)) + 1 + ("note", "command", "made", "event").index(what)
 
 
 def receive(comm: Any, status: MPI.Status) -> bytearray:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
 from fedspallm_appfl.devices import choose_devices
 from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.rounds.client import LocalClient, Message
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings
@@ -25,6 +26,7 @@ class FedSpaLLMTrainer(BaseTrainer):
 
     Attributes:
         client: the client's side of a round; opened at the first use.
+        on_event: hears of steps of training, every now and then.
         lacking: after the last round, the pieces that it lacks of the model that it measures; None if it measures none.
     """
 
@@ -55,12 +57,13 @@ class FedSpaLLMTrainer(BaseTrainer):
         self._message: Message | None = None
         self._pieces_left = 0
         self.lacking: int | None = None
+        self.on_event: OnEvent = ignore
 
     @property
     def client(self) -> LocalClient:
         """The client's side of a round."""
         if self._client is None:
-            self._client = LocalClient(self.settings)
+            self._client = LocalClient(self.settings, lambda event: self.on_event(event))
         return self._client
 
     def train(self, **instructions: Any) -> None:

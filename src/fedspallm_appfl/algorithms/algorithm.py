@@ -70,6 +70,7 @@ class Exchange:
         only: the inputs that it is about; None for all of all blocks.
         turn: which round of recovery it is, from 0.
         delta: precision of the changes that go up in recovery.
+        rank: of the factors that go up in their place; 0 for changes of each kept weight.
         hidden: of how many clients the server sees the sum alone; 0: it sees what each of them sends.
     """
 
@@ -79,6 +80,7 @@ class Exchange:
     only: Inputs | None = None
     turn: int = 0
     delta: str = ""
+    rank: int = 0
     hidden: int = 0
 
     def __post_init__(self) -> None:
@@ -250,7 +252,8 @@ class Algorithm:
             own = (Exchange(NOTHING, "weights"),)
         if recovery is None or not recovery.rounds:
             return own
-        turns = (Exchange(DELTAS, "weights", turn=turn, delta=recovery.delta) for turn in range(recovery.rounds))
+        asked = Exchange(DELTAS, "weights", delta=recovery.delta, rank=recovery.rank)
+        turns = (replace(asked, turn=turn) for turn in range(recovery.rounds))
         return (*own[:-1], replace(own[-1], down="weights"), *turns)
 
     def _own_exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:

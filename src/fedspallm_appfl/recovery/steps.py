@@ -1,4 +1,4 @@
-"""Steps of AdamW on kept entries: which windows each of them sees, and how far it goes.
+"""Steps of AdamW on what is trained: which windows each of them sees, and how far it goes.
 
 The learning rate is a share of a matrix's own magnitude, so that one number serves models whose weights differ in size, and
 goes down in a line to zero. How large it may be differs by model and sparsity nevertheless: unless it is given, each client
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.errors import PruningError
-from fedspallm_appfl.recovery.kept import Kept
+from fedspallm_appfl.recovery.trained import Trained
 from fedspallm_appfl.settings.schema import Recovery
 from fedspallm_appfl.tensors import seeds
 
@@ -51,37 +51,40 @@ def fewest_windows(windows: int, batch: int, batches: int) -> int:
 
 
 def train(
-    kept: Sequence[Kept],
+    trained: Sequence[Trained],
     settings: Recovery,
     steps: Sequence[list[int]],
     loss_of: Callable[[int], Tensor],
     where: str,
+    stepped: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Change kept entries so that the loss falls.
+    """Change what is trained so that the loss falls.
 
     Args:
-        kept: what is changed, in place; the blocks compute with it afterwards.
+        trained: what is changed, in place; the blocks compute with it afterwards.
         settings: the learning rate.
         steps: the batches of each step.
         loss_of: batch -> its mean loss, with a graph.
         where: whom to name in errors.
+        stepped: hears how many steps are done, before each of them.
 
     Raises:
         PruningError: the loss is not finite.
     """
-    kept = [one for one in kept if len(one.values)]
-    if not kept:
+    trained = [one for one in trained if len(one.values)]
+    if not trained:
         return
-    reach = settings.reach if settings.lr is not None else found(kept, settings.reach, steps[0], loss_of, where)
-    groups = [{"params": [one.values], "lr": reach * one.magnitude} for one in kept]
+    reach = settings.reach if settings.lr is not None else found(trained, settings.reach, steps[0], loss_of, where)
+    groups = [{"params": [one.values], "lr": reach * one.magnitude} for one in trained]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, foreach=False)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
-    for batches in steps:
+    for number, batches in enumerate(steps):
+        stepped(number)
         _differentiate(batches, loss_of, where)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        for one in kept:
+        for one in trained:
             one.put_back()
 
 
@@ -100,14 +103,14 @@ def _differentiate(batches: Sequence[int], loss_of: Callable[[int], Tensor], whe
 
 @torch.no_grad()
 def found(
-    kept: Sequence[Kept], reach: float, batches: Sequence[int], loss_of: Callable[[int], Tensor], where: str
+    trained: Sequence[Trained], reach: float, batches: Sequence[int], loss_of: Callable[[int], Tensor], where: str
 ) -> float:
     """The learning rate with which the first step of AdamW lowers the loss of its own batches most.
 
     Halves of `reach` are tried as long as each is better than the one before. Values are left as they were.
 
     Args:
-        kept: what would be changed.
+        trained: what would be changed.
         reach: the largest to try, as a share of a matrix's magnitude.
         batches: of the first step.
         loss_of: batch -> its mean loss.
@@ -117,20 +120,20 @@ def found(
         PruningError: the loss is not finite before anything was changed.
     """
     best = _differentiate(batches, loss_of, where), reach / 2**TRIES
-    before = [one.values.detach().clone() for one in kept]
-    signs = [torch.zeros_like(one.values) if one.values.grad is None else one.values.grad.sign() for one in kept]
-    for one in kept:
+    before = [one.values.detach().clone() for one in trained]
+    signs = [torch.zeros_like(one.values) if one.values.grad is None else one.values.grad.sign() for one in trained]
+    for one in trained:
         one.values.grad = None
     for tried in (reach / 2**number for number in range(TRIES)):
-        for one, old, sign in zip(kept, before, signs, strict=True):
-            one.values.copy_(old).sub_(sign, alpha=tried * float(old.square().mean().sqrt()))
+        for one, old, sign in zip(trained, before, signs, strict=True):
+            one.values.copy_(old).sub_(sign, alpha=tried * one.magnitude)
             one.put_back()
         loss = sum(float(loss_of(number)) for number in batches) / len(batches)
         if loss < best[0]:
             best = loss, tried
         elif best[1] > tried:  # the one before was better
             break
-    for one, old in zip(kept, before, strict=True):
+    for one, old in zip(trained, before, strict=True):
         one.values.copy_(old)
         one.put_back()
     return best[1]

@@ -10,6 +10,7 @@ the blocks before it give after their own steps. Source of the idea: Guo et al.,
 Fine-Tuning for Sparse LLMs", arXiv 2402.12419.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,16 +22,21 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.blockwise import Activations, advance, embed, logits, output_of
+from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
-from fedspallm_appfl.recovery.kept import Kept, kept_of
+from fedspallm_appfl.recovery.kept import Kept
 from fedspallm_appfl.recovery.losses import LOSSES, output_error
+from fedspallm_appfl.recovery.low_rank import Basis, LowRank
 from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import batches_of_step, generator, order, train
+from fedspallm_appfl.recovery.trained import Trained
 from fedspallm_appfl.settings.schema import ClientSettings
 from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.packed import Packed
 
+NEWS = 10  # seconds between two events of steps
 Changes = Iterator[tuple[int, dict[str, PackedDelta]]]  # (block, linear -> its change)
 
 
@@ -44,6 +50,7 @@ class Learner:
         windows: (n, T) int64 tokens.
         settings: what the client was told.
         turn: the round of recovery, from 0.
+        on_event: hears how many steps are done, if they take long.
     """
 
     model: LazyModel
@@ -51,6 +58,7 @@ class Learner:
     windows: Tensor
     settings: ClientSettings
     turn: int
+    on_event: OnEvent = ignore
 
     @property
     def where(self) -> str:
@@ -69,7 +77,38 @@ class Learner:
         random = generator(self.settings.seed, self.turn, self.settings.client_id)
         return list(order(batches, recovery.steps, batches_of_step(recovery, batch), random))
 
-    def packed(self, block: int, kept: list[Kept]) -> dict[str, PackedDelta]:
+    def news(self) -> Callable[[int], None]:
+        """Takes the number of steps that are done, and says it where nothing was said for a while."""
+        said = time.monotonic()
+
+        def stepped(done: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= NEWS:
+                said = time.monotonic()
+                here = {"client": self.settings.client_id, "turn": self.turn}
+                self.on_event({"event": "step", **here, "step": done, "of": self.settings.recovery.steps})
+
+        return stepped
+
+    def trained(self, block: int, module: nn.Module) -> list[Trained]:
+        """What is trained of a block's pruned matrices."""
+        pruned, rank, inside = self.pruned(block) or {}, self.settings.recovery.rank, dict[str, list[Linear]]()
+        for linear in self.model.layout.blocks[block]:
+            if linear.name in pruned:
+                inside.setdefault(linear.parameter, []).append(linear)
+        made: list[Trained] = []
+        for name, linears in inside.items():
+            parameter = module.get_parameter(name)
+            mask = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            for linear in linears:
+                linear.view(mask).copy_(pruned[linear.name].unpack_mask())
+            if rank:
+                made.append(LowRank(parameter, linears, mask, Basis(rank, self.settings.seed, self.turn), block))
+            else:
+                made.append(Kept(parameter, linears, mask))
+        return made
+
+    def packed(self, block: int, trained: list[Trained]) -> dict[str, PackedDelta]:
         """The changes of a block, rounded."""
         pruned, settings = self.pruned(block) or {}, self.settings
         return {
@@ -78,7 +117,7 @@ class Learner:
                 settings.recovery.delta,
                 generator(settings.seed, self.turn, settings.client_id, block, name),
             )
-            for one in kept
+            for one in trained
             for name, change in one.changes(pruned)
         }
 
@@ -114,12 +153,12 @@ def _all(learner: Learner, blocks: set[int]) -> Changes:
 
 
 def _trained_whole(learner: Learner, blocks: set[int]) -> dict[int, dict[str, PackedDelta]]:
-    model, state = learner.model, learner.embedded()
+    model, state, stepped = learner.model, learner.embedded(), learner.news()
     dense = _dense_ends(learner) if learner.settings.recovery.loss == "kl" else None
     loss, ids = LOSSES[learner.settings.recovery.loss], learner.windows.split(learner.settings.data.batch)
     with ExitStack() as stack:
         modules = [stack.enter_context(model.block(index, learner.pruned(index))) for index in range(len(model.blocks))]
-        kept = {index: _kept(learner, modules[index], index) for index in sorted(blocks)}
+        trained = {index: learner.trained(index, modules[index]) for index in sorted(blocks)}
 
         def loss_of(number: int) -> Tensor:
             hidden = state.hidden[number]
@@ -130,13 +169,9 @@ def _trained_whole(learner: Learner, blocks: set[int]) -> dict[int, dict[str, Pa
                 wanted = None if dense is None else logits(model, tokens, dense.hidden[number])
             return loss(logits(model, tokens, hidden), tokens, wanted)
 
-        every = [one for mine in kept.values() for one in mine]
-        train(every, learner.settings.recovery, learner.steps(), loss_of, learner.where)
-        return {index: learner.packed(index, mine) for index, mine in kept.items()}
-
-
-def _kept(learner: Learner, module: nn.Module, index: int) -> list[Kept]:
-    return kept_of(module, learner.model.layout.blocks[index], learner.pruned(index) or {})
+        every = [one for mine in trained.values() for one in mine]
+        train(every, learner.settings.recovery, learner.steps(), loss_of, learner.where, stepped)
+        return {index: learner.packed(index, mine) for index, mine in trained.items()}
 
 
 def _run(module: nn.Module, call: Any, hidden: Tensor) -> Tensor:
@@ -179,14 +214,14 @@ def _fitted(
 ) -> dict[str, PackedDelta]:
     """Fit one block; the changes of its matrices."""
     mine, dense = states
-    kept = _kept(learner, module, index)
+    trained = learner.trained(index, module)
 
     def loss_of(number: int) -> Tensor:
         made = _run(module, mine.calls[number][index], mine.hidden[number])
         return output_error(made, dense.hidden[number])
 
-    train(kept, learner.settings.recovery, steps, loss_of, f"{learner.where}, block {index}")
-    return learner.packed(index, kept)
+    train(trained, learner.settings.recovery, steps, loss_of, f"{learner.where}, block {index}")
+    return learner.packed(index, trained)
 
 
 _SCOPES: dict[str, Callable[[Learner, set[int]], Changes]] = {"all": _all, "blockwise": _blockwise}

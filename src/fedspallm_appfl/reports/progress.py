@@ -78,6 +78,8 @@ class RunProgress(_Shown):
                 f"{self._turn(event['turn'])}  training by {', '.join(event['clients'])}, each of which sends its changes "
                 "afterwards"
             )
+        elif event["event"] == "step":
+            self._waits(f"{self._turn(event['turn'])}  client {event['client']}  step {event['step']} of {event['of']}")
         elif event["event"] == "allocating":
             self._waits(f"allocation: {event['what']}")
         elif event["event"] == "allocation":

@@ -275,10 +275,11 @@ def _recovery(config: Config, log: EventLog) -> list[str]:
     if not recovery.rounds:
         return []
     sent = sum(event["bytes"] for event in log.uploads if event["exchange"] >= event["exchanges"] - recovery.rounds)
+    what = f"factors of rank {recovery.rank}" if recovery.rank else "changes"
     loss = "each block's output" if recovery.scope == "blockwise" else f"loss {recovery.loss}"
     return [
         f"Recovery: {count(recovery.rounds, 'round')} of {count(recovery.steps, 'step')} of {recovery.batch} windows, "
-        f"{loss}. Clients sent {sent:,} bytes of changes "
+        f"{loss}. Clients sent {sent:,} bytes of {what} "
         f"in {recovery.delta}, part of what is above.",
         *([TAKES_PART] if recovery.model else []),
     ]

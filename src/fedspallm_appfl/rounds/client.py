@@ -19,6 +19,7 @@ import torch
 
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, of_round
+from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.models.perplexity import losses
@@ -96,8 +97,12 @@ class LocalClient:
         samples: calibration windows, its sample size.
     """
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, on_event: OnEvent = ignore) -> None:
         """Open the model and cut the private text.
+
+        Args:
+            settings: what it is told.
+            on_event: hears of steps of training, every now and then.
 
         Raises:
             ModelError: the model cannot be read.
@@ -136,6 +141,7 @@ class LocalClient:
             squares=self.squares,
             scratch=self._scratch,
             in_float32=in_float32,
+            on_event=on_event,
         )
         secrets = Path(settings.secrets) if settings.secrets else None
         identity = Identity.load(Path(settings.identity).expanduser()) if roster and settings.identity else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedspallm_appfl.algorithms.algorithm import Groups
 from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.activations import HiddenStates, hidden_states
 from fedspallm_appfl.models.blockwise import Activations, embed
 from fedspallm_appfl.models.inputs import check_statistic
@@ -64,6 +65,7 @@ class Source:
     squares: Agreed = field(default_factory=_nothing)
     scratch: Callable[[], Path] = _nowhere
     in_float32: Callable[[], LazyModel] | None = None
+    on_event: OnEvent = ignore
 
     def trainable(self) -> LazyModel:
         """The dense model in an arithmetic whose gradients do not vanish: float32 where it is float16."""

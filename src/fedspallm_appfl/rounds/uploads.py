@@ -19,7 +19,7 @@ from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
-from fedspallm_appfl.wire.deltas import PackedDelta, delta_size
+from fedspallm_appfl.wire.deltas import PackedDelta, changed_entries, delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import (
@@ -102,7 +102,9 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
 
 def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     """Changes of kept weights; what the client was sent is what it begins with."""
-    learner = Learner(source.trainable(), source.agreed.get, source.windows, source.settings, exchange.turn)
+    learner = Learner(
+        source.trainable(), source.agreed.get, source.windows, source.settings, exchange.turn, source.on_event
+    )
     for block, changes in _learnt(source, learner, blocks):
         yield block, {name: (change, {}) for name, change in changes.items()}
 
@@ -185,7 +187,8 @@ def sizes(
     if exchange.recovers:
         return {
             block: {
-                name: delta_size(kept, exchange.delta) for name, kept in kept_entries(linears, sparsity, block).items()
+                name: delta_size(changed_entries(kept, linears[name][0], exchange.rank), exchange.delta)
+                for name, kept in kept_entries(linears, sparsity, block).items()
             }
             for block, linears in shapes.items()
         }

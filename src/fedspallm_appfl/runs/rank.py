@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedspallm_appfl.events import Event
 from fedspallm_appfl.runs.absence import made, tell
 
 Message = tuple[str, Any, dict[str, Any]]  # client, its update, its metadata
@@ -11,6 +12,9 @@ Message = tuple[str, Any, dict[str, Any]]  # client, its update, its metadata
 
 class Wire(Protocol):
     """Carries messages of a process to the server, and answers back."""
+
+    def tell(self, event: Event) -> None:
+        """Let the server hear of an event; there is no answer."""
 
     def get_global_model(self, **asked: Any) -> Any:
         """What the server has for the clients of this process: a payload, with metadata if there is some."""
@@ -43,6 +47,8 @@ def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
         agents: client -> its agent.
         sparing: others go on without a client that fails.
     """
+    for agent in agents.values():
+        agent.trainer.on_event = wire.tell
     first = wire.get_global_model(init_model=True)
     told = first[1] if isinstance(first, tuple) else {}  # nothing is told where all rounds were done before
     for agent in agents.values():

@@ -60,6 +60,7 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     told = [client_settings(config, client, devices, limit, agreed, kept) for client, devices in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
     for name, agent in agents.items():
+        agent.trainer.on_event = on_event
         first = server.get_parameters(serial_run=True, client_id=name)
         agent.trainer.follow(first[1])
         for number in range(first[1].get("held", 0)):

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.devices import choose_devices
-from fedspallm_appfl.events import OnEvent
+from fedspallm_appfl.events import Event, OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs.absence import spare, spares
@@ -59,6 +59,10 @@ class ToServer:
 
     def __init__(self, line: Line, number: int, clients: list[str]) -> None:
         self._line, self._number, self._clients = line, number, clients
+
+    def tell(self, event: Event) -> None:
+        """Let the server hear of an event; there is no answer."""
+        self._line.send(worker=self._number, asked={"event": event})
 
     def get_global_model(self, **asked: Any) -> Any:
         """What the server has for the clients of this process: a payload, with metadata if there is some."""
@@ -190,6 +194,9 @@ class _Desks:
             self._close(line)
 
     def _hear(self, line: Line, worker: int, asked: dict[str, Any], update: Any = None) -> None:
+        if "event" in asked:
+            self._server.aggregator.on_event(asked["event"])
+            return
         if "get" in asked:
             payload, metadata = self._server.get_parameters(**asked["get"], blocking=False)
             self._answer(line, payload=payload, metadata=metadata)

@@ -225,9 +225,16 @@ class Recovery:
         most=1,
         range="greater than 0, at most 1, got {value}",
     )
+    rank: int = key(
+        0,
+        "0: each kept weight is trained, and its change travels. From 1: a matrix changes by a product B A under its mask, "
+        "with a random A, the same for all; B, of so many columns, travels: few bytes, less memory, less gain",
+        least=0,
+        most=1024,
+    )
     delta: str = key(
         "int4",
-        "precision in which changes of kept weights travel: `int4`, `int8`, `fp16`",
+        "precision in which changes, or the entries of B, travel: `int4`, `int8`, `fp16`",
         choices=("int4", "int8", "fp16"),
     )
 

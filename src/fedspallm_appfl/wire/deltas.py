@@ -4,7 +4,8 @@
   of the scale;
 * `scale` is bfloat16, one for every `GROUP` entries. A change is a level times its scale, which float32 holds exactly.
 
-The mask does not travel: both sides have it.
+The mask does not travel: both sides have it. Entries are those that it keeps, or those of a factor (see
+`recovery.low_rank`).
 """
 
 from dataclasses import dataclass
@@ -64,11 +65,11 @@ class PackedDelta:
         """As it travels."""
         return {"levels": self.levels, "scale": self.scale}
 
-    def changes(self, kept: int) -> Tensor:
-        """(kept,) float32."""
-        levels = unpacked_nibbles(self.levels, kept) if self.levels.dtype == torch.uint8 else self.levels
-        padded = torch.nn.functional.pad(levels.float(), (0, -kept % GROUP)).view(-1, GROUP)
-        return (padded * self.scale.float().unsqueeze(1)).view(-1)[:kept]
+    def changes(self, count: int) -> Tensor:
+        """(count,) float32."""
+        levels = unpacked_nibbles(self.levels, count) if self.levels.dtype == torch.uint8 else self.levels
+        padded = torch.nn.functional.pad(levels.float(), (0, -count % GROUP)).view(-1, GROUP)
+        return (padded * self.scale.float().unsqueeze(1)).view(-1)[:count]
 
 
 def packed_nibbles(levels: Tensor) -> Tensor:
@@ -82,13 +83,18 @@ def unpacked_nibbles(packed: Tensor, count: int) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), 1).view(-1)[:count].to(torch.int8) - NIBBLE
 
 
-def parts_of_delta(kept: int, precision: str) -> Parts:
-    """The tensors of a packed change: name -> (entries, dtype)."""
+def changed_entries(kept: int, out: int, rank: int) -> int:
+    """Entries that travel for a matrix with so many kept weights and out features: those, or those of its factor."""
+    return out * rank if rank else kept
+
+
+def parts_of_delta(count: int, precision: str) -> Parts:
+    """The tensors of a packed change of so many entries: name -> (entries, dtype)."""
     kind = KINDS[precision]
-    levels = -(-kept // 2) if kind.halves else kept
-    return {"levels": (levels, kind.dtype), "scale": (-(-kept // GROUP), torch.bfloat16)}
+    levels = -(-count // 2) if kind.halves else count
+    return {"levels": (levels, kind.dtype), "scale": (-(-count // GROUP), torch.bfloat16)}
 
 
-def delta_size(kept: int, precision: str) -> int:
+def delta_size(count: int, precision: str) -> int:
     """Bytes that a change of so many entries takes, uncompressed."""
-    return sum(entries * dtype.itemsize for entries, dtype in parts_of_delta(kept, precision).values())
+    return sum(entries * dtype.itemsize for entries, dtype in parts_of_delta(count, precision).values())

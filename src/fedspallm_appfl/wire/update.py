@@ -228,20 +228,20 @@ def check_gram(packed: Any, where: str, parts: Parts) -> PackedGram:
     return made
 
 
-def check_delta(packed: Any, where: str, kept: int, precision: str, largest: float) -> PackedDelta:
+def check_delta(packed: Any, where: str, count: int, precision: str, largest: float) -> PackedDelta:
     """Refuse a change that is not one of so many entries; returns it with nothing compressed.
 
     Args:
         packed: what arrived.
         where: what to name in the error.
-        kept: entries that the mask keeps.
-        precision: in which changes travel.
-        largest: the largest magnitude that a change may have.
+        count: entries that travel.
+        precision: in which they do.
+        largest: the largest magnitude that one may have.
 
     Raises:
         UpdateError: the first thing that is wrong.
     """
-    parts = parts_of_delta(kept, precision)
+    parts = parts_of_delta(count, precision)
     complete = isinstance(packed, Mapping) and set(packed) - {"zstd"} == set(parts)
     require(complete, where, f"a change has the keys {', '.join(sorted(parts))}, and `zstd` if compressed")
     require(all(is_plain(packed[part]) for part in parts), where, f"{', '.join(parts)} must be tensors in memory")
@@ -249,7 +249,7 @@ def check_delta(packed: Any, where: str, kept: int, precision: str, largest: flo
     require(bool(made.scale.isfinite().all()), where, "a scale is finite")
     require(not bool((made.scale < 0).any()), where, "a scale is not negative")
     require(bool(made.levels.isfinite().all()), where, "levels are finite")
-    changed = largest_magnitude(made.changes(kept))
+    changed = largest_magnitude(made.changes(count))
     require(
         changed <= largest,
         where,

@@ -140,6 +140,13 @@ class Watched:
             self.pace.take(event)
             self.stage = "recovery" if self.pace.recovers else "pruning"
 
+    def _on_training(self, event: Event) -> None:
+        self.stage = "recovery"
+        self._set("training", event["clients"])
+
+    def _on_step(self, event: Event) -> None:
+        self._set(f"step {event['step']} of {event['of']}", [event["client"]]).heard = self.seconds
+
     def _on_absent(self, event: Event) -> None:
         self._set("left out", [event["client"]])
 

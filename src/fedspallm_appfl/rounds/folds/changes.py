@@ -1,4 +1,4 @@
-"""The fold of changes of kept weights in recovery.
+"""The fold of changes in recovery: of kept weights themselves, or of their factors (see `recovery.low_rank`).
 
 Legend: O out features, I in features.
 """
@@ -6,13 +6,17 @@ Legend: O out features, I in features.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
 from fedspallm_appfl.aggregation.step_length import step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.recovery.low_rank import Basis
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
+from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.exact_sum import ExactSum, sum_of_squares
-from fedspallm_appfl.wire.deltas import PackedDelta
+from fedspallm_appfl.wire.deltas import PackedDelta, changed_entries
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import Check, check_delta
@@ -20,12 +24,12 @@ from fedspallm_appfl.wire.update import Check, check_delta
 
 @dataclass
 class DeltaSums:
-    """Changes of the kept entries of a matrix, added up.
+    """Changes of a matrix, added up.
 
     Attributes:
-        total: (kept,), each client's change times its weight.
+        total: a number for each entry that travels, those of each client times its weight.
         weight: of all clients.
-        squares: of each client's change, summed over its entries.
+        squares: of what each client sent, summed over its entries.
     """
 
     total: ExactSum
@@ -39,30 +43,35 @@ class DeltaFold(MatrixFold):
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
         self._store = PackedStore(context.folder / GLOBAL)
+        self._basis = Basis(exchange.rank, context.settings.seed, exchange.turn) if exchange.rank else None
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
-        """Two doubles a kept entry; then the mean and the weight, in doubles and floats."""
-        kept = self._kept(block, unit)
-        return UnitBytes(16 * kept, 16 * kept, self._context.packed_bytes(block, [unit]))
+        """Two doubles an entry; then the mean, the product that it is of, and the weight, in doubles and floats."""
+        kept, (out, features) = self._kept(block, unit), self._context.shape(block, unit)
+        sums = 16 * changed_entries(kept, out, self._exchange.rank)
+        product = 4 * out * features + 12 * kept if self._basis else 0
+        return UnitBytes(sums, sums + product, self._context.packed_bytes(block, [unit]))
 
     def check(self, client: str, block: int, unit: str) -> Check:
-        """A change of each kept entry, none larger than the largest weight of the matrix."""
+        """As many entries as travel, none of which changes a weight by more than the largest of the matrix."""
 
         def check(packed: Any, where: str) -> PackedDelta:
             before = self._before(block, unit)
-            return check_delta(packed, where, before.kept, self._exchange.delta, before.largest)
+            most = self._basis.largest(before.largest) if self._basis else before.largest
+            return check_delta(packed, where, self._travel(before), self._exchange.delta, most)
 
         return check
 
     def open(self, block: int, unit: str, clients: int) -> DeltaSums:
         """Empty sums."""
-        return DeltaSums(ExactSum(self._before(block, unit).kept, device=self._context.device))
+        return DeltaSums(ExactSum(self._travel(self._before(block, unit)), device=self._context.device))
 
     def look(self, client: str, block: int, unit: str, packed: PackedDelta) -> Seen:
         """At how much it changes; single entries were checked."""
         before = self._before(block, unit)
         assert before.values is not None, "the global model has weights"
-        return look_at_changes(packed.changes(before.kept), before.values)
+        changes = packed.changes(self._travel(before))
+        return look_at_changes(self._of_weights(block, unit, before, changes), before.values)
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
         """Fold a change."""
@@ -76,12 +85,24 @@ class DeltaFold(MatrixFold):
         before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
         assert before.values is not None, "the global model has weights"
         step = step_length(sums.squares, sum_of_squares(mean))
-        values = before.values.float().add_(mean, alpha=step).to(self._context.dtype)
+        change = self._of_weights(block, unit, before, mean)
+        values = before.values.float().add_(change, alpha=step).to(self._context.dtype)
         return {GLOBAL: {unit: replace(before, values=values)}}, {}
 
     def unreached(self, block: int, unit: str) -> Stores:
         """It stays as it is."""
         return {}
+
+    def _travel(self, before: Packed) -> int:
+        return changed_entries(before.kept, before.shape[0], self._exchange.rank)
+
+    def _of_weights(self, block: int, unit: str, before: Packed, changes: Tensor) -> Tensor:
+        """The changes of kept weights, (kept,), that entries stand for."""
+        if self._basis is None:
+            return changes
+        out, features = before.shape
+        product = changes.float().view(out, self._basis.rank) @ self._basis.of(block, unit, features)
+        return bitmask.gather(product, before.bits)
 
     def _before(self, block: int, unit: str) -> Packed:
         return (self._store.get(block, unit) or {})[unit]
