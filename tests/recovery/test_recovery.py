@@ -19,10 +19,12 @@ from fedspallm_appfl.models.blockwise import advance, embed, finish
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.recovery.losses import kl
-from fedspallm_appfl.recovery.low_rank import Basis
+from fedspallm_appfl.recovery.low_rank import Basis, largest_change
 from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import fewest_windows, generator, order
 from fedspallm_appfl.recovery.training import Learner, recovered
+from fedspallm_appfl.rounds.hidden.coding import DIGITS, from_levels, levels
+from fedspallm_appfl.rounds.hidden.folds import HiddenDeltas
 from fedspallm_appfl.rounds.source import Source
 from fedspallm_appfl.settings.schema import Gram, Pruning, Recovery
 from fedspallm_appfl.tensors.target import parse_target
@@ -165,7 +167,8 @@ def test_everybody_has_the_same_basis_of_signs_and_another_in_each_round():
     assert 300 < int((basis > 0).sum()) < 500
     for other in (Basis(4, 1, 1).of(2, "q", 200), Basis(4, 0, 0).of(2, "q", 200), Basis(4, 0, 1).of(1, "q", 200)):
         assert 250 < int((basis != other).sum()) < 550
-    assert Basis(4, 0, 1).largest(6.0) == 3.0
+    packed = pack(torch.tensor([[6.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool), torch.float32)
+    assert (largest_change(packed, 4), largest_change(packed, 0)) == (3.0, 6.0)
 
 
 def test_a_step_of_factors_is_the_sign_of_their_gradient(model):
@@ -342,6 +345,37 @@ def test_the_mean_of_factors_is_multiplied_once(tmp_path):
     assert 1 < step < 3**0.5
     assert torch.equal(packed.unpack_mask(), KEEP)
     assert torch.equal(packed.values, (WEIGHT[KEEP].double() + step * change[KEEP]).float().half())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_hidden_sum_of_changes_is_their_mean_made_as_long_as_they_are(tmp_path, rank):
+    """Three clients, whose words are added as they are; lengths in the mean of squares, exact but for rounding."""
+    made = server(tmp_path, rank=rank)
+    fold, clients = HiddenDeltas(made.context, replace(made.exchange, hidden=3)), 3
+    count = 8 if rank else 12
+    sent = 0.2 * torch.randn(clients, count, generator=torch.Generator().manual_seed(0)) + 0.1
+    most = largest_change(pack(WEIGHT, KEEP, torch.float16), rank)
+    coding = fold._coding(0, "q")
+    assert (coding.count, coding.bits) == (count + DIGITS, 15)
+    words = sum(coding.pack(levels(one, most, count)) for one in sent)
+    stores, _ = fold.made(0, "q", words, clients)
+    mean, length = sent.double().mean(0), float(sent.double().square().sum(1).mean().sqrt())
+    step = round(64 * length / float(mean.norm())) / 64
+    change = mean
+    if rank:
+        change = (mean.view(4, rank) @ Basis(rank, made.settings.seed, 0).of(0, "q", 6).double())[KEEP]
+    assert 1 < step < 3**0.5
+    [values] = [packed.values.double() for packed in stores["global"].values()]
+    assert torch.allclose(values, WEIGHT[KEEP].double() + step * change, atol=3e-3)
+
+
+def test_levels_and_squares_by_hand():
+    numbers = levels(torch.tensor([0.5, -1.0, 1e-5, 3.0]), 1.0, 5)
+    assert numbers[:5].tolist() == [2048, -4095, 0, 4095, 0]  # a half goes up, and the largest is the end
+    assert sum(digit * 4096**place for place, digit in enumerate(numbers[5:].tolist())) == 2048**2 + 2 * 4095**2
+    mean, square = from_levels(2 * numbers, 1.0, 2)
+    assert mean[1] == -1.0 and square == pytest.approx(2 + (2048 / 4095) ** 2)
+    assert from_levels(levels(torch.zeros(2), 0.0, 2), 0.0, 1)[1] == 0.0
 
 
 def test_changes_of_nothing_and_a_client_that_is_given_up_amid_recovery(tmp_path):

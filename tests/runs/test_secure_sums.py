@@ -42,15 +42,19 @@ def run(folder, model, algorithm, clients=3, **changes):
     return weights(folder / "run"), events(folder / "run", "absent")
 
 
-@pytest.mark.parametrize("algorithm", ["fedprllm", "consensus", "gram"])
-def test_the_bits_do_not_depend_on_masks(tmp_path, tiny_model, algorithm):
-    masked, _ = run(tmp_path / "masked", tiny_model, algorithm, **SECURE)
+RECOVERY = {"rounds": 2, "steps": 2, "batch": 4}
+
+
+@pytest.mark.parametrize(("algorithm", "rank"), [("fedprllm", None), ("consensus", 0), ("gram", 2)])
+def test_the_bits_do_not_depend_on_masks(tmp_path, tiny_model, algorithm, rank):
+    after = {} if rank is None else {"recovery": {**RECOVERY, "rank": rank}}
+    masked, _ = run(tmp_path / "masked", tiny_model, algorithm, **SECURE, **after)
     nothing = mock.Mock()
     with (
         mock.patch.object(secure_client, "add_streams", nothing),
         mock.patch.object(secure_server, "add_streams", nothing),
     ):
-        bare, _ = run(tmp_path / "bare", tiny_model, algorithm, **SECURE)
+        bare, _ = run(tmp_path / "bare", tiny_model, algorithm, **SECURE, **after)
     assert nothing.called
     assert masked.keys() == bare.keys()
     assert all(torch.equal(masked[name], bare[name]) for name in bare)

@@ -68,7 +68,7 @@ class Exchange:
             sums are `L0Sums` of weights or `Votes` of masks. None: weights are kept as they come, values are averaged, and
             with Gram matrices the server prunes.
         only: the inputs that it is about; None for all of all blocks.
-        turn: which round of recovery it is, from 0.
+        turn: the round of recovery that it belongs to, from 0; None for pruning.
         delta: precision of the changes that go up in recovery.
         rank: of the factors that go up in their place; 0 for changes of each kept weight.
         hidden: of how many clients the server sees the sum alone; 0: it sees what each of them sends.
@@ -78,7 +78,7 @@ class Exchange:
     down: str | None = None
     make: Make | None = None
     only: Inputs | None = None
-    turn: int = 0
+    turn: int | None = None
     delta: str = ""
     rank: int = 0
     hidden: int = 0
@@ -110,6 +110,11 @@ class Exchange:
     @property
     def recovers(self) -> bool:
         """Whether it belongs to recovery."""
+        return self.turn is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether clients train in it, and send changes."""
         return self.up == DELTAS
 
     def concerns(self, block: int) -> bool:
@@ -246,15 +251,13 @@ class Algorithm:
             signed: these have identities, and confirm to each other whose part is in a sum before they open it.
         """
         own = self._own_exchanges(groups, gram)
-        if hidden:
-            return tuple(_hidden(own, hidden, signed))
         if recovery is not None and recovery.model:
             own = (Exchange(NOTHING, "weights"),)
-        if recovery is None or not recovery.rounds:
-            return own
-        asked = Exchange(DELTAS, "weights", delta=recovery.delta, rank=recovery.rank)
-        turns = (replace(asked, turn=turn) for turn in range(recovery.rounds))
-        return (*own[:-1], replace(own[-1], down="weights"), *turns)
+        if recovery is not None and recovery.rounds:
+            asked = Exchange(DELTAS, "weights", delta=recovery.delta, rank=recovery.rank)
+            turns = (replace(asked, turn=turn) for turn in range(recovery.rounds))
+            own = (*own[:-1], replace(own[-1], down="weights"), *turns)
+        return tuple(_hidden(own, hidden, signed)) if hidden else own
 
     def _own_exchanges(self, groups: Groups, gram: Gram) -> tuple[Exchange, ...]:
         if not self.gathers or gram.propagate == "dense":
@@ -276,8 +279,8 @@ def _hidden(exchanges: Sequence[Exchange], clients: int, signed: bool) -> Iterat
         for each in (*squares, one):
             yield replace(each, hidden=clients)
             if signed:
-                yield Exchange(CONFIRM)
-            yield Exchange(OPENING, each.down)
+                yield Exchange(CONFIRM, turn=each.turn)
+            yield Exchange(OPENING, each.down, turn=each.turn)
 
 
 def of_round(exchanges: Sequence[Exchange], last: bool) -> tuple[Exchange, ...]:

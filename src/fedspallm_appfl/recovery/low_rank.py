@@ -45,9 +45,15 @@ class Basis:
         signs = torch.randint(2, (self.rank, features), generator=random)
         return signs.mul(2).sub(1).float() / math.sqrt(self.rank)
 
-    def largest(self, largest: float) -> float:
-        """How large an entry of B may be: no entry of the product is then larger than `largest`."""
-        return largest / math.sqrt(self.rank)
+
+def largest_change(before: Packed, rank: int) -> float:
+    """How large an entry may be that travels of a matrix: no weight changes by more than the largest of them.
+
+    Args:
+        before: the matrix.
+        rank: of the factors; 0 if changes themselves travel.
+    """
+    return before.largest / math.sqrt(rank or 1)
 
 
 class LowRank(Trained):
@@ -77,7 +83,7 @@ class LowRank(Trained):
     def changes(self, pruned: Mapping[str, Packed]) -> Iterator[tuple[str, Tensor]]:
         """The entries of each B, (O * R,)."""
         for linear, factor in zip(self.linears, self._factors(), strict=True):
-            most = self._basis.largest(pruned[linear.name].largest) / ROUNDS_UP
+            most = largest_change(pruned[linear.name], self._basis.rank) / ROUNDS_UP
             yield linear.name, factor.flatten().cpu().clamp(-most, most)
 
     def _factors(self) -> list[Tensor]:

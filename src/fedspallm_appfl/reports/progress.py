@@ -94,8 +94,9 @@ class RunProgress(_Shown):
             self._say(f"perplexity of {event['method']}  {mean:.2f}", done, total)
 
     def _round(self, event: Event) -> str:
-        if self._recovery and "exchanges" in event:
-            turn = event["exchange"] - (event["exchanges"] - self._recovery)  # recovery comes last
+        if self._recovery and event.get("counted"):
+            exchange, exchanges = event["counted"]
+            turn = exchange - (exchanges - self._recovery)  # recovery comes last
             if turn >= 0:
                 return self._turn(turn)
         return f"round {event['round'] + 1}/{self._rounds}"

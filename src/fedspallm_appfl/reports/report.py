@@ -274,7 +274,8 @@ def _recovery(config: Config, log: EventLog) -> list[str]:
     recovery = config.recovery
     if not recovery.rounds:
         return []
-    sent = sum(event["bytes"] for event in log.uploads if event["exchange"] >= event["exchanges"] - recovery.rounds)
+    counted = ((event["bytes"], *event["counted"]) for event in log.uploads if event["counted"])
+    sent = sum(size for size, exchange, exchanges in counted if exchange >= exchanges - recovery.rounds)
     what = f"factors of rank {recovery.rank}" if recovery.rank else "changes"
     loss = "each block's output" if recovery.scope == "blockwise" else f"loss {recovery.loss}"
     return [

@@ -234,13 +234,13 @@ class GlobalModel:
             return False
         self.round.exchange += 1
         self.round.closed = {}
-        if self.exchange.recovers:
-            if not self.exchange.turn and not self.settings.recovery.model:
+        if self.exchange.trains:
+            if self.exchange.turn == 0 and not self.settings.recovery.model:
                 self.on_event({"event": "pruned"})
             blocks = self._whole_blocks()  # whoever pruned them: the weights of all belong together
             self.round.assigned = {client: list(blocks) for client in self.round.assigned}
         self._note_position()
-        if self.exchange.recovers:
+        if self.exchange.trains:
             clients = sorted(self.round.assigned.keys() - self.round.given_up)
             self.on_event({"event": "training", "turn": self.exchange.turn, "clients": clients})
         return True

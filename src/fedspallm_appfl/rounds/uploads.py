@@ -3,7 +3,7 @@
 Legend: O out features, I in features.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,15 +11,15 @@ import torch
 from fedspallm_appfl.algorithms.algorithm import DELTAS, NOTHING, PROTOCOL, SQUARES, Exchange, Groups
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.pruning.registry import keeps_weights
-from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden.folds import squares_size
 from fedspallm_appfl.rounds.hidden.sweeps import hidden_sizes, hidden_sweep
+from fedspallm_appfl.rounds.learning import learnt
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.settings.schema import Gram
 from fedspallm_appfl.tensors.targets import Sparsity
-from fedspallm_appfl.wire.deltas import PackedDelta, changed_entries, delta_size
+from fedspallm_appfl.wire.deltas import changed_entries, delta_size
 from fedspallm_appfl.wire.grams import gram_size, pack_gram
 from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import (
@@ -101,23 +101,8 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
 
 
 def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    """Changes of kept weights; what the client was sent is what it begins with."""
-    learner = Learner(
-        source.trainable(), source.agreed.get, source.windows, source.settings, exchange.turn, source.on_event
-    )
-    for block, changes in _learnt(source, learner, blocks):
+    for block, changes in learnt(source, exchange, blocks):
         yield block, {name: (change, {}) for name, change in changes.items()}
-
-
-def _learnt(source: Source, learner: Learner, blocks: set[int]) -> Iterable[tuple[int, Mapping[str, PackedDelta]]]:
-    """Train, or take what an earlier start has learnt; blocks that are trained together are kept for a later one."""
-    if source.checkpoint is None or source.settings.recovery.scope != "all":
-        return recovered(learner, blocks)
-    made = source.checkpoint.changes()
-    if made is None:
-        made = dict(recovered(learner, blocks))
-        source.checkpoint.keep_changes(made)
-    return made.items()
 
 
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
@@ -184,7 +169,7 @@ def sizes(
         }
     if exchange.begins or exchange.speaks:
         return {}
-    if exchange.recovers:
+    if exchange.trains:
         return {
             block: {
                 name: delta_size(changed_entries(kept, linears[name][0], exchange.rank), exchange.delta)

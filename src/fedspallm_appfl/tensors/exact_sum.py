@@ -49,4 +49,4 @@ def _add(high: Tensor, low: Tensor, values: Tensor) -> None:
 
 def sum_of_squares(values: Tensor) -> float:
     """Of a tensor of any shape and float dtype, with the same bits for any number of threads."""
-    return math.fsum(float(part.double().square_().sum()) for part in values.reshape(-1).split(PART))
+    return math.fsum(float(part.double().square().sum()) for part in values.reshape(-1).split(PART))

@@ -116,8 +116,8 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: the integers of more clients do not fit; list at most {MOST_CLIENTS} clients, got {number}"
     if config.server_configs.fold_ranks:
         yield f"{where}: the server adds up what is hidden itself; leave server_configs.fold_ranks at 0"
-    if config.recovery.rounds:
-        yield f"{where}: changes of recovery are not hidden yet; leave recovery.rounds at 0, or recover in a run of its own"
+    if config.recovery.model:
+        yield f"{where}: a model that was pruned before is recovered without them; leave secure_sums off"
     if algorithm.gathers and (gram.propagate != "dense" or gram.target != "own"):
         yield f"{where}: the sums of a sweep are not hidden yet; leave gram.propagate at dense"
     if algorithm.averages and config.server_configs.aggregator_kwargs.weights != "equal":

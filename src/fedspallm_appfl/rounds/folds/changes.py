@@ -3,6 +3,7 @@
 Legend: O out features, I in features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
 from fedspallm_appfl.aggregation.step_length import step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
-from fedspallm_appfl.recovery.low_rank import Basis
+from fedspallm_appfl.recovery.low_rank import Basis, largest_change
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
 from fedspallm_appfl.tensors import bitmask
@@ -43,7 +44,8 @@ class DeltaFold(MatrixFold):
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
         self._store = PackedStore(context.folder / GLOBAL)
-        self._basis = Basis(exchange.rank, context.settings.seed, exchange.turn) if exchange.rank else None
+        turn = exchange.turn or 0
+        self._basis = Basis(exchange.rank, context.settings.seed, turn) if exchange.rank else None
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Two doubles an entry; then the mean, the product that it is of, and the weight, in doubles and floats."""
@@ -56,21 +58,22 @@ class DeltaFold(MatrixFold):
         """As many entries as travel, none of which changes a weight by more than the largest of the matrix."""
 
         def check(packed: Any, where: str) -> PackedDelta:
-            before = self._before(block, unit)
-            most = self._basis.largest(before.largest) if self._basis else before.largest
-            return check_delta(packed, where, self._travel(before), self._exchange.delta, most)
+            before = self.before(block, unit)
+            return check_delta(
+                packed, where, self.travels(before), self._exchange.delta, largest_change(before, self._exchange.rank)
+            )
 
         return check
 
     def open(self, block: int, unit: str, clients: int) -> DeltaSums:
         """Empty sums."""
-        return DeltaSums(ExactSum(self._travel(self._before(block, unit)), device=self._context.device))
+        return DeltaSums(ExactSum(self.travels(self.before(block, unit)), device=self._context.device))
 
     def look(self, client: str, block: int, unit: str, packed: PackedDelta) -> Seen:
         """At how much it changes; single entries were checked."""
-        before = self._before(block, unit)
+        before = self.before(block, unit)
         assert before.values is not None, "the global model has weights"
-        changes = packed.changes(self._travel(before))
+        changes = packed.changes(self.travels(before))
         return look_at_changes(self._of_weights(block, unit, before, changes), before.values)
 
     def add(self, sums: DeltaSums, client: str, block: int, unit: str, packed: PackedDelta, weight: int) -> None:
@@ -81,11 +84,22 @@ class DeltaFold(MatrixFold):
         sums.squares.append(sum_of_squares(changes))
 
     def close(self, block: int, unit: str, sums: DeltaSums) -> tuple[Stores, dict[str, int]]:
-        """Go along the mean, and round the weights to the dtype of the checkpoint."""
-        before, mean = self._before(block, unit), sums.total.value().cpu() / sums.weight
+        """Go along the mean."""
+        return self.changed(block, unit, sums.total.value().cpu() / sums.weight, sums.squares)
+
+    def changed(self, block: int, unit: str, mean: Tensor, squares: Sequence[float]) -> tuple[Stores, dict[str, int]]:
+        """Go along a mean, and round the weights to the dtype of the checkpoint.
+
+        Args:
+            block: of the matrix.
+            unit: its name.
+            mean: of what travels, on the CPU.
+            squares: for each client the sum of squares of what it sent.
+        """
+        before = self.before(block, unit)
         assert before.values is not None, "the global model has weights"
-        step = step_length(sums.squares, sum_of_squares(mean))
         change = self._of_weights(block, unit, before, mean)
+        step = step_length(squares, sum_of_squares(mean))
         values = before.values.float().add_(change, alpha=step).to(self._context.dtype)
         return {GLOBAL: {unit: replace(before, values=values)}}, {}
 
@@ -93,7 +107,8 @@ class DeltaFold(MatrixFold):
         """It stays as it is."""
         return {}
 
-    def _travel(self, before: Packed) -> int:
+    def travels(self, before: Packed) -> int:
+        """How many entries travel."""
         return changed_entries(before.kept, before.shape[0], self._exchange.rank)
 
     def _of_weights(self, block: int, unit: str, before: Packed, changes: Tensor) -> Tensor:
@@ -104,5 +119,6 @@ class DeltaFold(MatrixFold):
         product = changes.float().view(out, self._basis.rank) @ self._basis.of(block, unit, features)
         return bitmask.gather(product, before.bits)
 
-    def _before(self, block: int, unit: str) -> Packed:
+    def before(self, block: int, unit: str) -> Packed:
+        """The matrix as this round of recovery began."""
         return (self._store.get(block, unit) or {})[unit]

@@ -8,7 +8,14 @@ from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.rounds.folds.context import Context, Fold
 from fedspallm_appfl.rounds.folds.matrices import KeepFold, ValueFold, VoteFold, WeightFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
-from fedspallm_appfl.rounds.hidden.folds import HiddenGrams, HiddenSquares, HiddenValues, HiddenVotes, NoFold
+from fedspallm_appfl.rounds.hidden.folds import (
+    HiddenDeltas,
+    HiddenGrams,
+    HiddenSquares,
+    HiddenValues,
+    HiddenVotes,
+    NoFold,
+)
 
 _FOLDS: dict[str, Callable[[Context, Exchange], Fold]] = {
     "weights": lambda context, exchange: (WeightFold if exchange.make else KeepFold)(context, exchange),
@@ -24,6 +31,7 @@ _HIDDEN: dict[str, Callable[[Context, Exchange], Fold]] = {
     "values": HiddenValues,
     SQUARES: HiddenSquares,
     "grams": HiddenGrams,
+    DELTAS: HiddenDeltas,
 }
 
 

@@ -5,6 +5,8 @@
 * `squares`: the diagonal of a Gram matrix and its tokens, as pairs of 64-bit integers.
 * `grams`: what is above the diagonal in 16 bits, in units of what the summed diagonals allow. By Cauchy and Schwarz
   `sum_k |G_ij| <= sqrt(sum_k G_ii * sum_k G_jj)`, so no room for each client is needed but for its rounding.
+* `deltas`: changes in recovery, in units of a share of the largest that a client may send, with room for all clients; and
+  the sum of their squares in digits, from which follows how long the mean is made.
 
 All of these sums fit up to `MOST_CLIENTS`: the fine part of a square is at most 2^52, and the sum below 2^63.
 
@@ -18,18 +20,22 @@ import torch
 from torch import Tensor
 
 from fedspallm_appfl.aggregation.l0_mean import largest_magnitude
-from fedspallm_appfl.algorithms.algorithm import Exchange
+from fedspallm_appfl.algorithms.algorithm import DELTAS, Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.secure.words import pack, size, unpack
 from fedspallm_appfl.tensors import triangle
 from fedspallm_appfl.tensors.target import Target
+from fedspallm_appfl.wire.deltas import changed_entries
 
 GROWTH = 2**10  # how many times the largest dense weight a kept weight may be
 FINE, COARSE = 2.0**-40, 2.0**12  # units of the two parts of a sum of squares
 LARGEST_SQUARES = 2.0**62
 MOST_CLIENTS = 2**63 // int(COARSE / FINE) - 1
 HALF = 2**15 - 1  # of 16 bits
+LEVEL_BITS = 12  # of the magnitude of a change of one client; and of a digit
+LEVELS = 2**LEVEL_BITS - 1
+DIGITS = 5  # of a sum of squares, below 2^60
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def coding(up: str, entries: int, kept: int, clients: int) -> Coding:
     Args:
         up: what its exchange sends.
         entries: of a matrix; features of an input.
-        kept: entries of a matrix that its target keeps.
+        kept: entries of a matrix that its target keeps; of changes those that travel.
         clients: K.
     """
     return {
@@ -74,6 +80,7 @@ def coding(up: str, entries: int, kept: int, clients: int) -> Coding:
         "values": lambda: Coding(kept, 32),
         "squares": lambda: Coding(2 * entries + 1, 64),
         "grams": lambda: Coding(triangle.size(entries), 16),
+        DELTAS: lambda: Coding(kept + DIGITS, 1 + LEVEL_BITS + clients.bit_length()),
     }[up]()
 
 
@@ -81,7 +88,8 @@ def of_linear(exchange: Exchange, shape: tuple[int, int], target: Target) -> Cod
     """The coding of what a hidden exchange sends of a linear, (O, I), or of its input."""
     entries = shape[0] * shape[1]
     of_matrix = exchange.up in ("masks", "values")
-    return coding(exchange.up, entries if of_matrix else shape[1], entries - target.zeros(entries), exchange.hidden)
+    kept = changed_entries(entries - target.zeros(entries), shape[0], exchange.rank)
+    return coding(exchange.up, entries if of_matrix else shape[1], kept, exchange.hidden)
 
 
 def step(dense: Tensor, clients: int) -> float:
@@ -154,3 +162,26 @@ def from_correlations(numbers: Tensor, total: Tensor, tokens: int, clients: int)
         scale = (roots[rows].unsqueeze(1) * roots)[inside] / levels
         upper[rows][inside] = (numbers[part].double() * scale).float()
     return Sums(upper, tokens)
+
+
+def levels(change: Tensor, most: float, count: int) -> Tensor:
+    """A change in units of its largest, then the sum of its squares in digits: (count + DIGITS,) int32.
+
+    Args:
+        change: (n,) float32 on the CPU, no entry larger than `most`.
+        most: the largest that an entry may be.
+        count: entries that all clients send, at least n; those beyond are zero.
+    """
+    numbers = torch.zeros(count + DIGITS, dtype=torch.int64)
+    share = change.double() / most if most else change.double()
+    numbers[: len(change)] = share.mul_(LEVELS).round_().clamp_(-LEVELS, LEVELS).long()
+    square = int(numbers.square().sum())
+    numbers[count:] = torch.tensor([square >> LEVEL_BITS * digit & LEVELS for digit in range(DIGITS)])
+    return numbers.to(torch.int32)
+
+
+def from_levels(numbers: Tensor, most: float, clients: int) -> tuple[Tensor, float]:
+    """The mean over K clients of summed numbers of `levels`, float64, and the mean of their squares; arguments as there."""
+    unit, digits = most / LEVELS, numbers[-DIGITS:].tolist()
+    square = sum(digit << LEVEL_BITS * place for place, digit in enumerate(digits))
+    return numbers[:-DIGITS].double() * (unit / clients), square * unit**2 / clients

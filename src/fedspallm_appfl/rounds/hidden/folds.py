@@ -15,10 +15,19 @@ from fedspallm_appfl.aggregation.screening import Seen
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums
+from fedspallm_appfl.recovery.low_rank import largest_change
+from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.rounds.folds.context import Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
-from fedspallm_appfl.rounds.hidden.coding import Coding, from_correlations, of_linear, step, summed_squares
+from fedspallm_appfl.rounds.hidden.coding import (
+    Coding,
+    from_correlations,
+    from_levels,
+    of_linear,
+    step,
+    summed_squares,
+)
 from fedspallm_appfl.wire.hidden import check_words
 from fedspallm_appfl.wire.packed import Packed, pack, packed_size
 from fedspallm_appfl.wire.store import PackedStore
@@ -81,7 +90,7 @@ class HiddenFold(NoFold):
         return of_linear(self._exchange, self._context.shape(block, unit), self._context.target(block, unit))
 
 
-InnerT = TypeVar("InnerT", bound=VoteFold | ValueFold | GramFold)
+InnerT = TypeVar("InnerT", bound=VoteFold | ValueFold | GramFold | DeltaFold)
 
 
 class _Opened(HiddenFold, Generic[InnerT]):
@@ -138,6 +147,20 @@ class HiddenGrams(_Opened[GramFold]):
         total, tokens = read_squares((self._squares.get(block, unit) or {})[unit])
         sums = from_correlations(self._coding(block, unit).unpack(words), total, tokens, self._exchange.hidden)
         return self._inner.pruned(block, unit, Sums(sums.upper.to(self._context.device), tokens))
+
+
+class HiddenDeltas(_Opened[DeltaFold]):
+    """Changes in recovery."""
+
+    def __init__(self, context: Context, exchange: Exchange) -> None:
+        super().__init__(context, exchange, DeltaFold(context, exchange))
+
+    def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
+        """Go along the mean; each client's change counts as being as long as they are in the mean of squares."""
+        before = self._inner.before(block, unit)
+        most = largest_change(before, self._exchange.rank)
+        mean, square = from_levels(self._coding(block, unit).unpack(words), most, clients)
+        return self._inner.changed(block, unit, mean[: self._inner.travels(before)], [square] * clients)
 
 
 class HiddenSquares(HiddenFold):

@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
-from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, Groups
+from fedspallm_appfl.algorithms.algorithm import DELTAS, SQUARES, Exchange, Groups
+from fedspallm_appfl.recovery.low_rank import largest_change
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden import coding as code
 from fedspallm_appfl.rounds.hidden.folds import read_squares
+from fedspallm_appfl.rounds.learning import learnt
 from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.tensors.targets import Sparsity
+from fedspallm_appfl.wire.deltas import changed_entries
 from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.packed import Shapes, Unreached
 from fedspallm_appfl.wire.store import GramStore
@@ -80,11 +83,25 @@ def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
         yield block, made
 
 
+def _changes(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
+    """Changes as they would be sent, in units that all clients have."""
+    for block, changes in learnt(source, exchange, blocks):
+        before, made = source.agreed.get(block) or {}, Units()
+        for name, change in changes.items():
+            packed = before[name]
+            sent = changed_entries(packed.kept, packed.shape[0], exchange.rank)
+            of = code.of_linear(exchange, packed.shape, source.settings.sparsity.of(block, name))
+            most = largest_change(packed, exchange.rank)
+            made[name] = PackedWords(of.pack(code.levels(change.changes(sent), most, of.count - code.DIGITS))), {}
+        yield block, made
+
+
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Made]] = {
     "masks": _masks,
     "values": _values,
     SQUARES: _squares,
     "grams": _grams,
+    DELTAS: _changes,
 }
 
 
