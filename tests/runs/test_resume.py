@@ -17,6 +17,7 @@ from fedspallm_appfl.errors import ConfigError, ModelError
 from fedspallm_appfl.recovery import training
 from fedspallm_appfl.rounds import checkpoint
 from fedspallm_appfl.rounds.folds.changes import DeltaFold
+from fedspallm_appfl.rounds.hidden.folds import HiddenDeltas
 from fedspallm_appfl.rounds.journal import Journal
 from fedspallm_appfl.runs import experiment, rank, run_dir, serial
 from helpers.experiments import DOMAINS, first_pages
@@ -38,7 +39,7 @@ CASES = {
     "a sweep": ("gram", {"gram": {"propagate": "pruned"}}),
     "a sweep by blocks": ("gram", {"gram": {"propagate": "pruned", "stride": 2}}),
     "models apart": ("standalone", {}),
-    "secure sums": ("consensus", {"server_configs": {"secure_sums": True}}),
+    "secure sums": ("consensus", {"server_configs": {"secure_sums": True}, "recovery": {**RECOVERY, "rank": 2}}),
     "secure sums of statistics": ("gram", {"server_configs": {"secure_sums": True, "num_global_epochs": 2}}),
     "targets that are chosen": (
         "gram",
@@ -93,12 +94,15 @@ def test_it_ends_with_the_same_bits_wherever_it_was_cut_off(tmp_path, tiny_model
         assert {event["method"] for event in log.of("evaluation")} >= {"dense"}
 
 
-def test_a_client_trains_once_in_a_round_of_recovery_wherever_it_was_cut_off(tmp_path, tiny_model, monkeypatch):
-    file = tiny_config(tmp_path, tiny_model, "fedspallm", recovery={"rounds": 1, "steps": 2, "batch": 4})
+@pytest.mark.parametrize(("hidden", "closing"), [(False, (DeltaFold, "close")), (True, (HiddenDeltas, "made"))])
+def test_a_client_trains_once_in_a_round_of_recovery(tmp_path, tiny_model, monkeypatch, hidden, closing):
+    """Also where a round of secure sums is begun anew, if the model that it begins with is the same."""
+    changes = {"server_configs": {"secure_sums": hidden}, "recovery": {"rounds": 1, "steps": 2, "batch": 4}}
+    file = tiny_config(tmp_path, tiny_model, "consensus", **changes)
     trained, train = [], training.train
-    monkeypatch.setattr(training, "train", lambda *args: trained.append(args[-1]) or train(*args))
+    monkeypatch.setattr(training, "train", lambda *args: trained.append(args[4]) or train(*args))
     with monkeypatch.context() as patch:
-        patch.setattr(DeltaFold, "close", cut_off)
+        patch.setattr(*closing, cut_off)
         with pytest.raises(Cut):
             go(file)
     go(file)

@@ -33,7 +33,7 @@ KINDS = {
         "gram",
         {"gram": {"propagate": "pruned", "stride": 2}, "recovery": {"rounds": 2, "steps": 2, "rank": 2}},
     ),
-    "secure sums": ("gram", {"server_configs": {"secure_sums": True}}),
+    "secure sums": ("gram", {"server_configs": {"secure_sums": True}, "recovery": {"rounds": 1, "steps": 2}}),
     "own pruner": ("fedspallm", RIA),
 }
 FAILING = """

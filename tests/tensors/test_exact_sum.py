@@ -90,8 +90,10 @@ def test_nothing_added_is_zero_and_nothing_can_be_added_to_nothing():
 
 
 def test_squares_have_the_same_bits_for_any_number_of_threads():
-    change, found = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)), []
+    change, found = torch.randn(5 * PART + 3, generator=torch.Generator().manual_seed(0)).double(), []
+    before = change.clone()
     for count in (1, 2, 3, 8):
         with threads(count):
             found.append(sum_of_squares(change))
+    assert torch.equal(change, before)
     assert len(set(found)) == 1 and found[0] == pytest.approx(float(change.double().square().sum()), rel=1e-12)

@@ -116,7 +116,7 @@ def exchange_share(job: Job, exchange: Exchange, masks_alone: bool) -> float:
         return 1.0
     if exchange.up == "grams":
         return ZSTD_GRAMS[job.config.gram.precision]
-    if exchange.recovers:
+    if exchange.trains:
         return ZSTD_DELTAS[exchange.delta]
     parts = "masks" if masks_alone and exchange.up == "weights" else exchange.up
     return zstd_share(job.sparsity.default, job.model.stored, parts)

@@ -277,11 +277,11 @@ def _recovery(config: Config, log: EventLog) -> list[str]:
     counted = ((event["bytes"], *event["counted"]) for event in log.uploads if event["counted"])
     sent = sum(size for size, exchange, exchanges in counted if exchange >= exchanges - recovery.rounds)
     what = f"factors of rank {recovery.rank}" if recovery.rank else "changes"
+    how = "as masked words" if config.server_configs.secure_sums else f"in {recovery.delta}"
     loss = "each block's output" if recovery.scope == "blockwise" else f"loss {recovery.loss}"
     return [
         f"Recovery: {count(recovery.rounds, 'round')} of {count(recovery.steps, 'step')} of {recovery.batch} windows, "
-        f"{loss}. Clients sent {sent:,} bytes of {what} "
-        f"in {recovery.delta}, part of what is above.",
+        f"{loss}. Clients sent {sent:,} bytes of {what} {how}, part of what is above.",
         *([TAKES_PART] if recovery.model else []),
     ]
 

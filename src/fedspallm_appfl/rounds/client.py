@@ -216,14 +216,16 @@ class LocalClient:
         wanted = assigned - done
         if self._own is not None:
             os.utime(self._own.name)  # what is as old as a week is taken for that of a task that was killed
-        if self._source.checkpoint:
-            self._source.checkpoint.begin(f"{round_index}.{number}")
+        view = ""
+        if self.settings.secure_sums:
+            view = view_of(round_index, {kind: of.seen for kind, of in self._sent.items()})
+        if self._source.checkpoint:  # a round of secure sums is begun anew, maybe with other clients, and other weights
+            self._source.checkpoint.begin(f"{round_index}.{number}{view}")
         if exchange.only is None or number == 0 or self._sweep is None:
             made = sweep(replace(self._source, finished=done), exchange, assigned)
             self._sweep = made if wanted else None  # a sweep that goes on begins where something is wanted
         says = ""
         if self.settings.secure_sums:
-            view = view_of(round_index, {kind: of.seen for kind, of in self._sent.items()})
             says = self._hiding.begin(round_index, number, exchange.up, told or {}, view)
         messages = self.messages(number)
         self._progress = _Progress(round_index, number, wanted, self._sweep or iter(()), messages, says=says)
