@@ -167,7 +167,12 @@ def test_words_that_were_not_to_come_are_refused(tmp_path, tiny_model):
         ("fedspallm", 3, {}, "with fedspallm each client keeps other weights"),
         ("gram", 2, {}, "list at least 3 clients, got 2"),
         ("gram", 3, {"gram": {"propagate": "pruned"}}, "leave gram.propagate at dense"),
-        ("gram", 3, {"recovery": {"rounds": 1}}, "leave recovery.rounds at 0"),
+        (
+            "gram",
+            3,
+            {"recovery": {"rounds": 1, "model": "runs"}},
+            "a model that was pruned before is recovered without",
+        ),
         ("consensus", 3, {"server_configs": {"aggregator_kwargs": {"weights": "sample_size"}}}, "weights at equal"),
         ("gram", 3, {"server_configs": {"aggregator_kwargs": {"fold": "cumulative"}}}, "fold at latest"),
     ],

@@ -252,7 +252,7 @@ class Algorithm:
         """
         own = self._own_exchanges(groups, gram)
         if recovery is not None and recovery.model:
-            own = (Exchange(NOTHING, "weights"),)
+            own, hidden = (Exchange(NOTHING, "weights"),), 0  # validation refuses both
         if recovery is not None and recovery.rounds:
             asked = Exchange(DELTAS, "weights", delta=recovery.delta, rank=recovery.rank)
             turns = (replace(asked, turn=turn) for turn in range(recovery.rounds))

@@ -335,9 +335,8 @@ class ServerConfigs:
     functions: Functions = group(Functions)
     secure_sums: bool = key(
         False,
-        "with `gram`, `consensus` and `fedprllm`, without recovery: the server sees the sum of all clients, and no "
-        "client's upload ([docs](secure_sums.md)). In the place of the default `fedspallm` or of `preset: best` take "
-        "`algorithm: gram` with `recovery.rounds: 0`",
+        "with `gram`, `consensus`, `fedprllm` and `preset: best`: the server sees the sum of all clients, and no client's "
+        "upload ([docs](secure_sums.md)). In the place of the default `fedspallm` take `algorithm: gram`",
     )
     roster: str | None = key(
         None,
