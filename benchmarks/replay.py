@@ -89,7 +89,7 @@ def record(model: Path, algorithm: str, uploads: Path) -> dict[str, Any]:
 def play(model: Path, algorithm: str, uploads: Path, clients: int, folder: Path) -> dict[str, Any]:
     """Serve many clients and measure from the first upload to the finished model, and the report apart."""
     config, sent = configured(model, algorithm, clients, folder), Uploads(uploads)
-    server = serial.load().server_agent(config, folder / "state")
+    server = registration.agents().server_agent(config, folder / "state")
     log = EventLog(folder / "metrics.jsonl")
     server.aggregator.on_event = log
     spare(server, config)

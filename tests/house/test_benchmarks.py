@@ -16,7 +16,7 @@ from helpers.paths import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import children, memory, privacy
+from benchmarks import children, memory, privacy, replay
 from benchmarks.__main__ import BY_NAME, NAMES, PAGE, main
 from benchmarks.context import Context
 from benchmarks.measure import Ratio, interleave
@@ -30,6 +30,7 @@ from benchmarks.tables import Table, met
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.tensors.target import parse_target
 from helpers.rounds import prune_blocks
+from helpers.tiny import save_tiny
 
 IN_PROCESS = ("solve", "block_statistics", "aggregation", "payload", "codec", "secure", "large_block")
 
@@ -153,6 +154,17 @@ def test_the_page_has_the_tables_of_all_and_what_they_were_measured_on(tmp_path,
     made = [(tmp_path / f"{name}.md").read_text("utf-8") for name in ("payload", "codec")]
     assert page == "\n".join(["# Benchmarks\n", *made])
     assert all(re.search(r"^\d{4}-\d\d-\d\d, .+ cores, one thread, torch .+, quick sizes", one, re.M) for one in made)
+
+
+def test_uploads_of_a_few_clients_are_played_for_many(tmp_path):
+    """All clients twice give the same bits."""
+    model = save_tiny(tmp_path / "model")
+    made = replay.record(model, "fedspallm", tmp_path / "uploads")
+    played = [
+        replay.play(model, "fedspallm", tmp_path / "uploads", n * replay.DISTINCT, tmp_path / str(n)) for n in (1, 2)
+    ]
+    assert played[0]["digest"] == made["digest"] == played[1]["digest"]
+    assert [one["messages"] / played[0]["messages"] for one in played] == [1, 2]
 
 
 def test_what_is_in_a_sum_is_found_although_windows_have_much_in_common():
