@@ -14,6 +14,7 @@ in a window, L decoder blocks.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Memory:
         return self.needed + self.mapped
 
 
+SELECTING = 32  # bytes an entry of a matrix to multiply factors, and to take the kept entries of it
 VECTORS = 5  # of kept weights: values, gradient, two of the optimizer, and one on the way
 TAPE = 3  # times what a forward pass of a block takes, that its backward pass does
 GRAPH = 3  # tensors as wide as inputs and outputs of a block's linears that its backward pass keeps, about
@@ -322,7 +324,8 @@ def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
     }
     held = sum if whole else max
     entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
-    began = held(kept.values()) * size if recovery.rank else 0
+    largest = max(math.prod(model.shapes[block][name]) for block, of in linears.items() for name in of)
+    began = held(kept.values()) * size + SELECTING * largest if recovery.rank else 0
     tokens = _tokens(job, client)
     logits = 6 * FLOAT * model.vocabulary if whole else 0  # of both models, as shares, and gradients
     between = model.hidden * size * len(model.blocks) if whole else 0  # what goes into each block, for the way back
