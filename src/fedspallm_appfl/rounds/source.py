@@ -1,6 +1,6 @@
 """All that a client's sweep over its private text needs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +16,10 @@ from fedspallm_appfl.models.blockwise import Activations, embed
 from fedspallm_appfl.models.inputs import check_statistic
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.pruning.statistics import Statistic
+from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.checkpoint import Checkpoint
 from fedspallm_appfl.settings.schema import ClientSettings
+from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.packed import Packed
 
 
@@ -90,6 +92,29 @@ class Source:
         """Room for what goes into experts on one device."""
         share = -(-self.windows.numel() // len(self.model.devices))  # batches are dealt in turn; files hold whole ones
         return hidden_states(self.settings.data.activations, share, self.settings.client_id)
+
+    def learnt(self, turn: int | None, blocks: set[int]) -> Iterable[tuple[int, Mapping[str, PackedDelta]]]:
+        """Train from what the server has sent, and give the changes of each block.
+
+        Blocks that are trained together are trained once: a later start takes what an earlier one has learnt.
+
+        Args:
+            turn: the round of recovery, from 0.
+            blocks: the assigned ones.
+
+        Raises:
+            UpdateError: the server has not sent a matrix of these blocks; names client and block.
+            PruningError: the loss is not finite; names the client.
+        """
+        assert turn is not None, "it is an exchange of recovery"
+        learner = Learner(self.trainable(), self.agreed.get, self.windows, self.settings, turn, self.on_event)
+        if self.checkpoint is None or self.settings.recovery.scope != "all":
+            return recovered(learner, blocks)
+        made = self.checkpoint.changes()
+        if made is None:
+            made = dict(recovered(learner, blocks))
+            self.checkpoint.keep_changes(made)
+        return made.items()
 
     def where(self, block: int, linear: str) -> str:
         """What errors name."""

@@ -14,7 +14,6 @@ from fedspallm_appfl.pruning.registry import keeps_weights
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden.folds import squares_size
 from fedspallm_appfl.rounds.hidden.sweeps import hidden_sizes, hidden_sweep
-from fedspallm_appfl.rounds.learning import learnt
 from fedspallm_appfl.rounds.pruning import Pruned, PrunedLinear, prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.settings.schema import Gram
@@ -101,7 +100,7 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
 
 
 def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    for block, changes in learnt(source, exchange, blocks):
+    for block, changes in source.learnt(exchange.turn, blocks):
         yield block, {name: (change, {}) for name, change in changes.items()}
 
 

@@ -10,7 +10,6 @@ from fedspallm_appfl.recovery.low_rank import largest_change
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden import coding as code
 from fedspallm_appfl.rounds.hidden.folds import read_squares
-from fedspallm_appfl.rounds.learning import learnt
 from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
 from fedspallm_appfl.tensors.targets import Sparsity
@@ -85,7 +84,7 @@ def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
 
 def _changes(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
     """Changes as they would be sent, in units that all clients have."""
-    for block, changes in learnt(source, exchange, blocks):
+    for block, changes in source.learnt(exchange.turn, blocks):
         before, made = source.agreed.get(block) or {}, Units()
         for name, change in changes.items():
             packed = before[name]
