@@ -43,6 +43,7 @@ def run(folder, model, algorithm, clients=3, **changes):
 
 
 RECOVERY = {"rounds": 2, "steps": 2, "batch": 4}
+BY_SIZE = {"aggregator_kwargs": {"weights": "sample_size"}}
 
 
 @pytest.mark.parametrize(("algorithm", "rank"), [("fedprllm", None), ("consensus", 0), ("gram", 2)])
@@ -173,7 +174,8 @@ def test_words_that_were_not_to_come_are_refused(tmp_path, tiny_model):
             {"recovery": {"rounds": 1, "model": "runs"}},
             "a model that was pruned before is recovered without",
         ),
-        ("consensus", 3, {"server_configs": {"aggregator_kwargs": {"weights": "sample_size"}}}, "weights at equal"),
+        ("consensus", 3, {"server_configs": BY_SIZE}, "weights at equal"),
+        ("gram", 3, {"server_configs": BY_SIZE, "recovery": {"rounds": 1}}, "weights at equal"),
         ("gram", 3, {"server_configs": {"aggregator_kwargs": {"fold": "cumulative"}}}, "fold at latest"),
     ],
 )

@@ -101,6 +101,11 @@ def _algorithm(config: Config) -> Iterator[str]:
     yield from _recovery(config)
 
 
+def _averages(config: Config) -> bool:
+    """Whether clients count in a mean."""
+    return algorithm_of(config).averages or config.recovery.rounds > 0
+
+
 def _secure_sums(config: Config) -> Iterator[str]:
     """What does not go with secure sums."""
     where, algorithm, gram = "server_configs.secure_sums", algorithm_of(config), config.gram
@@ -120,7 +125,7 @@ def _secure_sums(config: Config) -> Iterator[str]:
         yield f"{where}: a model that was pruned before is recovered without them; leave secure_sums off"
     if algorithm.gathers and (gram.propagate != "dense" or gram.target != "own"):
         yield f"{where}: the sums of a sweep are not hidden yet; leave gram.propagate at dense"
-    if algorithm.averages and config.server_configs.aggregator_kwargs.weights != "equal":
+    if _averages(config) and config.server_configs.aggregator_kwargs.weights != "equal":
         yield f"{where}: clients count equally in a mean that is hidden; leave aggregator_kwargs.weights at equal"
     if config.server_configs.aggregator_kwargs.fold == "cumulative":
         yield f"{where}: a round that is begun anew would be added twice; leave aggregator_kwargs.fold at latest"
@@ -206,8 +211,7 @@ def _without_effect(config: Config) -> Iterator[str]:
     """What would be silently ignored."""
     algorithm, kwargs = algorithm_of(config), config.server_configs.aggregator_kwargs
     path, name, usual = "server_configs.aggregator_kwargs", config.algorithm, AggregatorKwargs()
-    averages = algorithm.averages or config.recovery.rounds
-    if kwargs.weights != usual.weights and not averages:
+    if kwargs.weights != usual.weights and not _averages(config):
         yield f"{path}.weights: nothing is averaged over clients with {name}; leave it at {usual.weights}"
     if kwargs.expansion != usual.expansion and not algorithm.expands:
         yield f"{path}.expansion: no mask is expanded with {name}; leave it at {usual.expansion}"
