@@ -77,11 +77,30 @@ def test_fixed_points_are_fine_enough(tmp_path, tiny_model, algorithm):
         assert torch.allclose(hidden[name].float().norm(), weight.float().norm(), rtol=0.01)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_changes_of_recovery_are_those_of_a_run_that_sees_them(tmp_path, tiny_model, rank):
+    """Votes are exact, so that all begin with the same model; lengths are those of the mean square and of the median."""
+    after = {"recovery": {"rounds": 1, "steps": 8, "batch": 4, "rank": rank, "delta": "fp16"}}
+    before, _ = run(tmp_path / "before", tiny_model, "fedprllm")
+    seen, _ = run(tmp_path / "seen", tiny_model, "fedprllm", **after)
+    after["recovery"].pop("delta")
+    hidden, _ = run(tmp_path / "hidden", tiny_model, "fedprllm", **SECURE, **after)
+    compared = 0
+    for name, weight in before.items():
+        one, other = ((made[name].float() - weight.float()).flatten() for made in (seen, hidden))
+        if one.any():
+            compared += 1
+            assert float(one @ other / (one.norm() * other.norm())) > 0.9
+            assert 0.7 < float(other.norm() / one.norm()) < 1.4
+    assert compared
+
+
 STAGES = {  # where a client fails
     "keys": (Hiding, "_advertise"),
     "shares": (Hiding, "_share"),
     "words": (Hiding, "mask"),
     "opening": (Hiding, "_open"),
+    "changes": (Hiding, "mask"),
 }
 
 
@@ -92,11 +111,13 @@ def test_a_client_that_falls_out_is_taken_out_of_the_sums(tmp_path, tiny_model, 
     before = getattr(place, name)
 
     def fails(self, *args):
-        if self._name == "sqldocs":
+        late = stage != "changes" or self._exchange == max(place[0] for place in self._numbers)
+        if self._name == "sqldocs" and late:
             raise RuntimeError("gone")
         return before(self, *args)
 
     changes = {"server_configs": {"secure_sums": True, "min_clients": 3}}
+    changes |= {"recovery": {"rounds": 1, "steps": 2, "batch": 4}} if stage == "changes" else {}
     with mock.patch.object(place, name, fails):
         left, log = run(tmp_path / "left", tiny_model, algorithm, 4, **changes)
     assert [event["client"] for event in log] == ["sqldocs"]
@@ -176,6 +197,7 @@ def test_words_that_were_not_to_come_are_refused(tmp_path, tiny_model):
         ),
         ("consensus", 3, {"server_configs": BY_SIZE}, "weights at equal"),
         ("gram", 3, {"server_configs": BY_SIZE, "recovery": {"rounds": 1}}, "weights at equal"),
+        ("gram", 3, {"recovery": {"rounds": 1, "delta": "int8"}}, "changes have a precision of their own"),
         ("gram", 3, {"server_configs": {"aggregator_kwargs": {"fold": "cumulative"}}}, "fold at latest"),
     ],
 )
@@ -183,7 +205,9 @@ def test_what_does_not_go_with_it_is_said(tmp_path, tiny_model, algorithm, clien
     secure = {"secure_sums": True} | changes.pop("server_configs", {})
     file = tiny_config(tmp_path, tiny_model, algorithm, clients, server_configs=secure, **changes)
     problems = validate(file)
-    assert [one for one in problems if one.startswith("server_configs.secure_sums: ") and rule in one], problems
+    assert [
+        one for one in problems if one.startswith(("server_configs.secure_sums: ", "recovery.delta: ")) and rule in one
+    ]
     assert yaml.safe_load(file.read_text())["server_configs"]["secure_sums"] is True
 
 

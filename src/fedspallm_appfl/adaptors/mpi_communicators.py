@@ -139,7 +139,8 @@ class PoliteMPIClient(MPIClientCommunicator):
 
         Args:
             messages: of each client.
-            meanwhile: called while they are on their way, if MPI allows threads; it must not use this communicator.
+            meanwhile: called while they are on their way, if MPI allows threads; it may `tell`, and must not wait for the
+                server.
 
         Returns:
             As `update_global_model`.

@@ -14,7 +14,7 @@ in a window, L decoder blocks.
 """
 
 import dataclasses
-import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,8 +324,12 @@ def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
     }
     held = sum if whole else max
     entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
-    largest = max(math.prod(model.shapes[block][name]) for block, of in linears.items() for name in of)
-    began = held(kept.values()) * size + SELECTING * largest if recovery.rank else 0
+    bases = held(sum(features for _, features in model.shapes[block].values()) for block in kept) * recovery.rank
+    together = Counter[tuple[int, str]]()  # experts may lie in one tensor
+    for block in kept:
+        for linear in model.layout.blocks[block]:
+            together[block, linear.parameter] += linear.entries
+    began = held(kept.values()) * size + FLOAT * bases + SELECTING * max(together.values()) if recovery.rank else 0
     tokens = _tokens(job, client)
     logits = 6 * FLOAT * model.vocabulary if whole else 0  # of both models, as shares, and gradients
     between = model.hidden * size * len(model.blocks) if whole else 0  # what goes into each block, for the way back

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fedspallm_appfl.devices import give_back
-from fedspallm_appfl.errors import UpdateError
+from fedspallm_appfl.errors import PruningError, UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.blockwise import Activations, advance, embed, logits, output_of
 from fedspallm_appfl.models.layout import Linear
@@ -109,17 +109,29 @@ class Learner:
         return made
 
     def packed(self, block: int, trained: list[Trained]) -> dict[str, PackedDelta]:
-        """The changes of a block, rounded."""
+        """The changes of a block, rounded; for secure sums finely, as they are rounded again.
+
+        Raises:
+            PruningError: one is not finite; names client and matrix.
+        """
         pruned, settings = self.pruned(block) or {}, self.settings
+        precision = "fp16" if settings.secure_sums else settings.recovery.delta
         return {
             name: rounded(
-                change,
-                settings.recovery.delta,
+                self._finite(change, block, name),
+                precision,
                 generator(settings.seed, self.turn, settings.client_id, block, name),
             )
             for one in trained
             for name, change in one.changes(pruned)
         }
+
+    def _finite(self, change: Tensor, block: int, name: str) -> Tensor:
+        if not bool(change.isfinite().all()):
+            raise PruningError(
+                f"{self.where}, block {block}, {name}: weights are not finite after training; lower recovery.lr"
+            )
+        return change
 
 
 def _require_sent(learner: Learner, blocks: set[int]) -> None:

@@ -220,7 +220,7 @@ class LocalClient:
         if self.settings.secure_sums:
             view = view_of(round_index, {kind: of.seen for kind, of in self._sent.items()})
         if self._source.checkpoint:  # a round of secure sums is begun anew, maybe with other clients, and other weights
-            self._source.checkpoint.begin(f"{round_index}.{number}{view}")
+            self._source.checkpoint.begin(f"{round_index}.{number}.{view}")
         if exchange.only is None or number == 0 or self._sweep is None:
             made = sweep(replace(self._source, finished=done), exchange, assigned)
             self._sweep = made if wanted else None  # a sweep that goes on begins where something is wanted

@@ -97,8 +97,9 @@ def needs_text(client: Client) -> bool:
 
 
 def tokens(config: Config) -> dict[str, int]:
-    """Client -> calibration tokens, of those whose pruner sees text."""
-    return {one.client_id: one.data.windows * one.data.length for one in participants(config) if needs_text(one)}
+    """Client -> calibration tokens, of those whose pruner or recovery sees text."""
+    sees = [one for one in participants(config) if needs_text(one) or config.recovery.rounds]
+    return {one.client_id: one.data.windows * one.data.length for one in sees}
 
 
 def _fits(client: Client) -> bool:

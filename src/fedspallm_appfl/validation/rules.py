@@ -192,6 +192,8 @@ def _recovery(config: Config) -> Iterator[str]:
     if recovery.model and config.server_configs.num_global_epochs > 1:
         yield "server_configs.num_global_epochs: nothing is pruned with recovery.model; set recovery.rounds instead"
     usual = Recovery()
+    if config.server_configs.secure_sums and recovery.delta != usual.delta:
+        yield f"recovery.delta: in secure sums changes have a precision of their own; leave it at {usual.delta}"
     if recovery.scope == "blockwise" and recovery.loss != usual.loss:
         yield f"recovery.loss: blocks are fitted to the dense block's output; leave it at {usual.loss}, or set scope to all"
     for index, client in enumerate(config.clients):

@@ -44,8 +44,8 @@ class DeltaFold(MatrixFold):
     def __init__(self, context: Context, exchange: Exchange) -> None:
         super().__init__(context, exchange)
         self._store = PackedStore(context.folder / GLOBAL)
-        turn = exchange.turn or 0
-        self._basis = Basis(exchange.rank, context.settings.seed, turn) if exchange.rank else None
+        assert exchange.turn is not None, "it is an exchange of recovery"
+        self._basis = Basis(exchange.rank, context.settings.seed, exchange.turn) if exchange.rank else None
 
     def bytes_of(self, block: int, unit: str, clients: int) -> UnitBytes:
         """Two doubles an entry; then the mean, the product that it is of, and the weight, in doubles and floats."""

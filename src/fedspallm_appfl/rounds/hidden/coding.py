@@ -5,8 +5,9 @@
 * `squares`: the diagonal of a Gram matrix and its tokens, as pairs of 64-bit integers.
 * `grams`: what is above the diagonal in 16 bits, in units of what the summed diagonals allow. By Cauchy and Schwarz
   `sum_k |G_ij| <= sqrt(sum_k G_ii * sum_k G_jj)`, so no room for each client is needed but for its rounding.
-* `deltas`: changes in recovery, in units of a share of the largest that a client may send, with room for all clients; and
-  the sum of their squares in digits, from which follows how long the mean is made.
+* `deltas`: changes in recovery, in shares of how far its steps may go, rounded up or down at random, with room for all
+  clients; and the sum of their squares in digits, from which follows how long the mean is made. The largest weight would be
+  no unit: it may be hundreds of times as large as the others, and every change less than half of it.
 
 All of these sums fit up to `MOST_CLIENTS`: the fine part of a square is at most 2^52, and the sum below 2^63.
 
@@ -24,9 +25,12 @@ from fedspallm_appfl.algorithms.algorithm import DELTAS, Exchange
 from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.secure.words import pack, size, unpack
+from fedspallm_appfl.settings.schema import Recovery
 from fedspallm_appfl.tensors import triangle
+from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 from fedspallm_appfl.tensors.target import Target
 from fedspallm_appfl.wire.deltas import changed_entries
+from fedspallm_appfl.wire.packed import Packed
 
 GROWTH = 2**10  # how many times the largest dense weight a kept weight may be
 FINE, COARSE = 2.0**-40, 2.0**12  # units of the two parts of a sum of squares
@@ -72,7 +76,7 @@ def coding(up: str, entries: int, kept: int, clients: int) -> Coding:
     Args:
         up: what its exchange sends.
         entries: of a matrix; features of an input.
-        kept: entries of a matrix that its target keeps; of changes those that travel.
+        kept: entries of a matrix that its target keeps; in recovery those that travel.
         clients: K.
     """
     return {
@@ -88,8 +92,8 @@ def of_linear(exchange: Exchange, shape: tuple[int, int], target: Target) -> Cod
     """The coding of what a hidden exchange sends of a linear, (O, I), or of its input."""
     entries = shape[0] * shape[1]
     of_matrix = exchange.up in ("masks", "values")
-    kept = changed_entries(entries - target.zeros(entries), shape[0], exchange.rank)
-    return coding(exchange.up, entries if of_matrix else shape[1], kept, exchange.hidden)
+    sent = changed_entries(entries - target.zeros(entries), shape[0], exchange.rank)
+    return coding(exchange.up, entries if of_matrix else shape[1], sent, exchange.hidden)
 
 
 def step(dense: Tensor, clients: int) -> float:
@@ -164,17 +168,31 @@ def from_correlations(numbers: Tensor, total: Tensor, tokens: int, clients: int)
     return Sums(upper, tokens)
 
 
-def levels(change: Tensor, most: float, count: int) -> Tensor:
-    """A change in units of its largest, then the sum of its squares in digits: (count + DIGITS,) int32.
+def farthest(before: Packed, recovery: Recovery) -> float:
+    """How far steps may move an entry that travels: each by at most about the learning rate, a share of the magnitude.
 
     Args:
-        change: (n,) float32 on the CPU, no entry larger than `most`.
-        most: the largest that an entry may be.
+        before: the matrix as the round of recovery began, which all sides have.
+        recovery: what all clients are told.
+    """
+    assert before.values is not None, "the server has sent them"
+    magnitude = math.sqrt(sum_of_squares(before.values) / max(before.kept, 1))
+    return recovery.reach * recovery.steps * magnitude
+
+
+def levels(change: Tensor, most: float, count: int, random: torch.Generator) -> Tensor:
+    """A change in shares of `most`, then the sum of its squares in digits: (count + DIGITS,) int32.
+
+    Args:
+        change: (n,) float32 on the CPU; what is beyond `most` is cut off.
+        most: see `farthest`.
         count: entries that all clients send, at least n; those beyond are zero.
+        random: for rounding up or down, so that the mean is right.
     """
     numbers = torch.zeros(count + DIGITS, dtype=torch.int64)
-    share = change.double() / most if most else change.double()
-    numbers[: len(change)] = share.mul_(LEVELS).round_().clamp_(-LEVELS, LEVELS).long()
+    if most:
+        share = change.double().mul_(LEVELS / most).add_(torch.rand(len(change), generator=random, dtype=torch.float64))
+        numbers[: len(change)] = share.floor_().clamp_(-LEVELS, LEVELS).long()
     square = int(numbers.square().sum())
     numbers[count:] = torch.tensor([square >> LEVEL_BITS * digit & LEVELS for digit in range(DIGITS)])
     return numbers.to(torch.int32)

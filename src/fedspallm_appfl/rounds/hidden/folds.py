@@ -15,13 +15,13 @@ from fedspallm_appfl.aggregation.screening import Seen
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums
-from fedspallm_appfl.recovery.low_rank import largest_change
 from fedspallm_appfl.rounds.folds.changes import DeltaFold
 from fedspallm_appfl.rounds.folds.context import Context, Fold, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import ValueFold, VoteFold
 from fedspallm_appfl.rounds.folds.statistics import GramFold
 from fedspallm_appfl.rounds.hidden.coding import (
     Coding,
+    farthest,
     from_correlations,
     from_levels,
     of_linear,
@@ -158,7 +158,7 @@ class HiddenDeltas(_Opened[DeltaFold]):
     def made(self, block: int, unit: str, words: Tensor, clients: int) -> Made:
         """Go along the mean; each client's change counts as being as long as they are in the mean of squares."""
         before = self._inner.before(block, unit)
-        most = largest_change(before, self._exchange.rank)
+        most = farthest(before, self._context.settings.recovery)
         mean, square = from_levels(self._coding(block, unit).unpack(words), most, clients)
         return self._inner.changed(block, unit, mean[: self._inner.travels(before)], [square] * clients)
 

@@ -48,8 +48,17 @@ def roster_of(settings: ClientSettings | ServerSettings) -> Roster | None:
 
 
 def exchanges_of(settings: ClientSettings | ServerSettings, groups: Groups) -> tuple[Exchange, ...]:
-    """The exchanges of the last round, as client and server were told; errors as `roster_of`."""
+    """The exchanges of the last round, as client and server were told.
+
+    Raises:
+        SecureSumError: as `roster_of`; or a model that was pruned before would be recovered, which is not hidden.
+        ConfigError: as `roster_of`.
+    """
     roster, algorithm = roster_of(settings), registry.find(settings.algorithm)
+    if roster and settings.recovery.model:
+        raise SecureSumError(
+            "secure sums do not go with recovery.model: what is sent would not be hidden; nothing is sent"
+        )
     hidden, signed = (len(roster.clients), bool(roster.keys)) if roster else (0, False)
     return algorithm.exchanges(groups, settings.gram, settings.recovery, hidden, signed)
 

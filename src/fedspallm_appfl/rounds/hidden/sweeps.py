@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from fedspallm_appfl.algorithms.algorithm import DELTAS, SQUARES, Exchange, Groups
-from fedspallm_appfl.recovery.low_rank import largest_change
+from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.rounds.gathering import gathered
 from fedspallm_appfl.rounds.hidden import coding as code
 from fedspallm_appfl.rounds.hidden.folds import read_squares
 from fedspallm_appfl.rounds.pruning import prune_blocks
 from fedspallm_appfl.rounds.source import Source, require_tokens
+from fedspallm_appfl.tensors import seeds
 from fedspallm_appfl.tensors.targets import Sparsity
 from fedspallm_appfl.wire.deltas import changed_entries
 from fedspallm_appfl.wire.hidden import PackedWords
@@ -83,15 +84,22 @@ def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
 
 
 def _changes(source: Source, exchange: Exchange, blocks: set[int]) -> Made:
-    """Changes as they would be sent, in units that all clients have."""
+    settings = source.settings
     for block, changes in source.learnt(exchange.turn, blocks):
         before, made = source.agreed.get(block) or {}, Units()
         for name, change in changes.items():
             packed = before[name]
             sent = changed_entries(packed.kept, packed.shape[0], exchange.rank)
-            of = code.of_linear(exchange, packed.shape, source.settings.sparsity.of(block, name))
-            most = largest_change(packed, exchange.rank)
-            made[name] = PackedWords(of.pack(code.levels(change.changes(sent), most, of.count - code.DIGITS))), {}
+            of = code.of_linear(exchange, packed.shape, settings.sparsity.of(block, name))
+            if sent > of.count - code.DIGITS:
+                raise UpdateError(
+                    f"{source.where(block, name)}: the server has sent {sent} entries to recover, and the target keeps "
+                    f"{of.count - code.DIGITS}; nothing is sent"
+                )
+            random = seeds.generator("levels", settings.seed, exchange.turn, settings.client_id, block, name)
+            most = code.farthest(packed, settings.recovery)
+            numbers = code.levels(change.changes(sent), most, of.count - code.DIGITS, random)
+            made[name] = PackedWords(of.pack(numbers)), {}
         yield block, made
 
 

@@ -38,7 +38,7 @@ def terms_of(settings: ClientSettings) -> str:
             all, so that a sum hides little of it.
     """
     mine, told = settings.data.windows * settings.data.length, settings.tokens
-    sees_text = pruners.find(settings.pruner).needs is not None
+    sees_text = pruners.find(settings.pruner).needs is not None or settings.recovery.rounds > 0
     if sees_text and told.get(settings.client_id) != mine:
         raise SecureSumError(
             f"client {settings.client_id} has {mine} tokens, and the server tells of {told.get(settings.client_id)}; all "
