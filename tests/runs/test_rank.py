@@ -27,6 +27,9 @@ class InMemory:
         self._server, self._names, self._ahead, self._log, self._wire = server, names, ahead, log, wire
         self._desk = Desk(server)
 
+    def tell(self, event):
+        self._server.aggregator.on_event(event)
+
     def get_global_model(self, **asked):
         payload, metadata = self._server.get_parameters(**{"_client_ids": self._names, **asked}, blocking=False)
         return (payload, metadata) if metadata else payload

@@ -70,7 +70,8 @@ def _what_travels(job: Job) -> Iterator[str]:
         yield f"each round: {_exchanges([(one.up, None if one.hidden else one.down) for one in own], job)}"
     if recovery.rounds:
         times = count(recovery.rounds, "round")
-        yield f"then {times} of recovery: changes of kept weights up, weights down; nothing down after the last"
+        what = "factors of changes" if recovery.rank else "changes of kept weights"
+        yield f"then {times} of recovery: {what} up, weights down; nothing down after the last"
     try:
         made = traffic.messages(job)
         yield f"a client sends {made.count} messages a round, the largest of {bytes_text(made.largest)}"

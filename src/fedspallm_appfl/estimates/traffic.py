@@ -239,7 +239,7 @@ def _beside_the_run(job: Job) -> Iterator[Disk]:
     yield Disk("pruned blocks and masks of the clients of a process", _agreed(job), False)
     everybody = sum(_hidden_states(job, client) for client in job.clients)
     yield Disk("hidden states of all clients, in TMPDIR", everybody, False)
-    yield Disk("Gram matrices of all clients, in TMPDIR", len(job.clients) * _between(job), False)
+    yield Disk("state/ for Gram matrices of the clients", len(job.clients) * _between(job), False)
     yield Disk(CHECKPOINTS, KEPT * sum(_tokens_bytes(job, client) for client in job.clients), False)
 
 

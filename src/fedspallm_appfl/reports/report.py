@@ -124,7 +124,10 @@ def parts(config: Config, results: Result, log: EventLog) -> list[Part]:
         *_bytes(config, results, log),
         "## Who took part",
         *_participation(config, results, log),
-        *(f"{line.capitalize()}. So uploads were not screened." for line in seen_words(config)),
+        *(
+            f"{line.capitalize()}. Uploads were not screened: of single ones nothing is seen."
+            for line in seen_words(config)
+        ),
         *_outliers(log),
         *_notes(log),
         "## How to load",
@@ -265,8 +268,15 @@ def _bytes(config: Config, results: Result, log: EventLog) -> list[Part]:
         Table(["round", "up", "down"], per_round),
         Table(["block", "uploads", "up", "dense", "times smaller"], _bytes_by_block(results, log)),
         *_recovery(config, log),
+        *_keys(log),
         f"Bytes of tensors. Sending all prunable weights dense, once per round and client, would take {dense:,}.",
     ]
+
+
+def _keys(log: EventLog) -> list[str]:
+    """What secure sums took beside the sums."""
+    nbytes = sum(event["bytes"] for event in log.uploads if event["counted"] is None)
+    return [f"Of what went up, {nbytes:,} bytes of keys and shares of secrets belong to no block."] if nbytes else []
 
 
 def _recovery(config: Config, log: EventLog) -> list[str]:
