@@ -94,16 +94,16 @@ def configuration(model: Path, clients: int, rounds: int, folder: Path, **more: 
 
 
 def run(model: Path, clients: int, rounds: int, folder: Path) -> dict[str, float]:
-    """Run it and measure from the placement of the clients, the last thing before the rounds, to the end."""
+    """Run it and measure from when all clients have their agents, the last thing before the rounds, to the end."""
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(model, clients, rounds, folder)
     registration.register()
     opening, work, before = Stopwatch(), Stopwatch(), {}
 
     def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "place" and not before:
+        if event["event"] == "ready":
             memory.reset_peak()
-            before.update(wall=time.perf_counter(), cpu=time.process_time())
+            before.update(wall=time.perf_counter() - opening.seconds, cpu=time.process_time() - opening.cpu)
 
     with opening.on(*OPENING), work.on(*WORK):
         serial.run(config, folder / "state", on_event)

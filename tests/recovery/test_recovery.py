@@ -20,9 +20,10 @@ from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.models.lazy_model import LazyModel
 from fedspallm_appfl.recovery import training
 from fedspallm_appfl.recovery.losses import kl
-from fedspallm_appfl.recovery.low_rank import Basis, largest_change
+from fedspallm_appfl.recovery.low_rank import Basis
 from fedspallm_appfl.recovery.rounding import rounded
 from fedspallm_appfl.recovery.steps import fewest_windows, generator, order
+from fedspallm_appfl.recovery.trained import largest_change
 from fedspallm_appfl.recovery.training import Learner, recovered
 from fedspallm_appfl.rounds.hidden.coding import DIGITS, farthest, from_levels, levels
 from fedspallm_appfl.rounds.hidden.folds import HiddenDeltas

@@ -29,7 +29,6 @@ from fedspallm_appfl.rounds.folds.context import UnitBytes
 from fedspallm_appfl.rounds.pruning import SAMPLE
 from fedspallm_appfl.runs.placement import batches
 from fedspallm_appfl.settings.schema import Client, TrainConfigs
-from fedspallm_appfl.wire.deltas import changed_entries
 from fedspallm_appfl.wire.grams import packing_bytes
 from fedspallm_appfl.wire.packed import kept_entries
 
@@ -307,29 +306,13 @@ def _by_input(job: Job, client: Client, block: int) -> Iterator[Parts]:
 
 
 def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
-    """What training takes: weights, vectors with gradient and optimizer, and one block's activations.
-
-    With low rank the vectors are of factors, beside the kept weights as training began.
-    """
+    """What training takes: weights, of the kept ones a vector with gradient and optimizer, and one block's activations."""
     model, recovery = job.model, job.config.recovery
     whole, size = recovery.scope == "all", max(model.arithmetic.itemsize, 2)
     size = FLOAT if model.arithmetic == torch.float16 else size
-    linears = {block: kept_entries(model.shapes[block], job.sparsity, block) for block in job.covered}
-    kept = {block: sum(of.values()) for block, of in linears.items()}
-    trained = {
-        block: sum(
-            changed_entries(entries, model.shapes[block][name][0], recovery.rank) for name, entries in of.items()
-        )
-        for block, of in linears.items()
-    }
+    kept = {block: sum(kept_entries(model.shapes[block], job.sparsity, block).values()) for block in job.covered}
     held = sum if whole else max
     entries = held(model.entries(block) for block in kept)  # each with a byte of its mask
-    bases = held(sum(features for _, features in model.shapes[block].values()) for block in kept) * recovery.rank
-    together = Counter[tuple[int, str]]()  # experts may lie in one tensor
-    for block in kept:
-        for linear in model.layout.blocks[block]:
-            together[block, linear.parameter] += linear.entries
-    began = held(kept.values()) * size + FLOAT * bases + SELECTING * max(together.values()) if recovery.rank else 0
     tokens = _tokens(job, client)
     logits = 6 * FLOAT * model.vocabulary if whole else 0  # of both models, as shares, and gradients
     between = model.hidden * size * len(model.blocks) if whole else 0  # what goes into each block, for the way back
@@ -337,10 +320,25 @@ def _recovering(job: Job, client: Client, states: int) -> Iterator[Parts]:
     again = model.outer * FLOAT if size != model.arithmetic.itemsize else 0  # the outer parts in float32
     yield {
         "pruned model": held(model.blocks) * size + entries + again,
-        "kept weights": VECTORS * FLOAT * held(trained.values()) + began,
+        "kept weights": _of_factors(job, kept, size) if recovery.rank else VECTORS * FLOAT * held(kept.values()),
         "forward passes": tokens * (max(logits, inside) + between),
         "dense model's states": states if recovery.loss == "kl" or not whole else 0,
     }
+
+
+def _of_factors(job: Job, kept: Mapping[int, int], size: int) -> int:
+    """Kept weights as training began, of factors a vector with gradient and optimizer, and what multiplying them takes."""
+    model, recovery = job.model, job.config.recovery
+    held, shapes = sum if recovery.scope == "all" else max, {block: model.shapes[block].values() for block in kept}
+    trained = held(recovery.rank * sum(out for out, _ in of) for of in shapes.values())
+    bases = held(recovery.rank * sum(features for _, features in of) for of in shapes.values())
+    together = Counter[tuple[int, str]]()  # experts may lie in one tensor
+    for block in kept:
+        for linear in model.layout.blocks[block]:
+            together[block, linear.parameter] += linear.entries
+    return (
+        size * held(kept.values()) + FLOAT * (VECTORS * trained + bases) + SELECTING * max(together.values(), default=0)
+    )
 
 
 def closing_bytes(units: Sequence[UnitBytes], clients: int) -> int:

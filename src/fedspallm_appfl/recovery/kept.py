@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.recovery.rounding import ROUNDS_UP
-from fedspallm_appfl.recovery.trained import Trained
+from fedspallm_appfl.recovery.trained import Trained, largest_change
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.wire.packed import Packed
 
@@ -24,7 +24,8 @@ class Kept(Trained):
         def gradient(of: Tensor) -> Tensor:
             return of.masked_select(mask).float()
 
-        super().__init__(parameter, linears, mask, parameter.detach().masked_select(mask).float(), gradient)
+        weights = parameter.detach().masked_select(mask).float()
+        super().__init__(parameter, linears, mask, weights, weights, gradient)
 
     def weights(self) -> Tensor:
         """The values."""
@@ -42,5 +43,5 @@ class Kept(Trained):
             assert before.values is not None, "`recovered` refuses others"
             began = before.values.to(self.parameter.dtype).float()  # as the block holds it: rounding is no change
             change = bitmask.gather(linear.view(whole).cpu().contiguous(), before.bits) - began
-            most = before.largest / ROUNDS_UP
+            most = largest_change(before, 0) / ROUNDS_UP
             yield linear.name, change.clamp_(-most, most)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.recovery.rounding import ROUNDS_UP
-from fedspallm_appfl.recovery.trained import Trained
+from fedspallm_appfl.recovery.trained import Trained, largest_change
 from fedspallm_appfl.tensors import seeds
 from fedspallm_appfl.wire.packed import Packed
 
@@ -46,16 +46,6 @@ class Basis:
         return signs.mul(2).sub(1).float() / math.sqrt(self.rank)
 
 
-def largest_change(before: Packed, rank: int) -> float:
-    """How large an entry may be that travels of a matrix: no weight changes by more than the largest of them.
-
-    Args:
-        before: the matrix.
-        rank: of the factors; 0 if changes themselves travel.
-    """
-    return before.largest / math.sqrt(rank or 1)
-
-
 class LowRank(Trained):
     """The factors of one parameter: `values` are the entries of each B, (O, R), one after the other."""
 
@@ -68,9 +58,9 @@ class LowRank(Trained):
             factors = (linear.view(masked).float() @ one.T for linear, one in zip(linears, each, strict=True))
             return torch.cat([factor.flatten() for factor in factors])
 
-        entries = sum(linear.shape[0] * basis.rank for linear in linears)
-        super().__init__(parameter, linears, mask, torch.zeros(entries, device=parameter.device), gradient)
+        values = torch.zeros(sum(linear.shape[0] * basis.rank for linear in linears), device=parameter.device)
         self._before, self._basis, self._bases = parameter.detach().masked_select(mask), basis, each
+        super().__init__(parameter, linears, mask, self._before, values, gradient)
 
     def weights(self) -> Tensor:
         """Those that training began with, and their entries of the products."""

@@ -4,6 +4,7 @@ The block computes with whole matrices in the model's arithmetic, made of the ve
 whatever an optimizer does. A gradient is taken over and dropped as soon as the backward pass has made it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,6 +14,16 @@ from torch import Tensor, nn
 
 from fedspallm_appfl.models.layout import Linear
 from fedspallm_appfl.wire.packed import Packed
+
+
+def largest_change(before: Packed, rank: int) -> float:
+    """How large an entry may be that travels of a matrix: no weight changes by more than the largest of them.
+
+    Args:
+        before: the matrix.
+        rank: of the factors; 0 if changes themselves travel.
+    """
+    return before.largest / math.sqrt(rank or 1)
 
 
 class Trained(ABC):
@@ -31,6 +42,7 @@ class Trained(ABC):
         parameter: nn.Parameter,
         linears: list[Linear],
         mask: Tensor,
+        weights: Tensor,
         values: Tensor,
         gradient: Callable[[Tensor], Tensor],
     ) -> None:
@@ -40,12 +52,12 @@ class Trained(ABC):
             parameter: of the block.
             linears: the matrices in it.
             mask: bool, of its shape.
+            weights: the kept weights, (kept,).
             values: what is trained, float32.
             gradient: of the parameter -> of the values; it refers to no parameter, so that memory is freed.
         """
-        weights = parameter.detach().masked_select(mask).float()
         self.parameter, self.linears, self.mask = parameter, linears, mask
-        self.magnitude = float(weights.square().mean().sqrt()) if len(weights) else 0.0
+        self.magnitude = float(weights.float().square().mean().sqrt()) if len(weights) else 0.0
         self.values = nn.Parameter(values)
         parameter.requires_grad_(True)
         parameter.register_post_accumulate_grad_hook(partial(_take, self.values, gradient))

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedspallm_appfl.aggregation.screening import Seen, look_at_changes
 from fedspallm_appfl.aggregation.step_length import step_length
 from fedspallm_appfl.algorithms.algorithm import Exchange
-from fedspallm_appfl.recovery.low_rank import Basis, largest_change
+from fedspallm_appfl.recovery.low_rank import Basis
+from fedspallm_appfl.recovery.trained import largest_change
 from fedspallm_appfl.rounds.folds.context import GLOBAL, Context, Stores, UnitBytes
 from fedspallm_appfl.rounds.folds.matrices import MatrixFold
 from fedspallm_appfl.tensors import bitmask
