@@ -24,6 +24,7 @@ def upload(client, blocks, size, round_index=0, message=0, notes=None):
         "round": round_index,
         "exchange": 0,
         "exchanges": 1,
+        "counted": [0, 1],
         "client": client,
         "host": f"node-{client}",
         "message": message,
@@ -187,6 +188,12 @@ def test_the_report_shows_bytes_by_client_and_by_round(report):
     assert "once per round and client, would take 1,600." in text
     assert "| 4 | 1 | 400 | 40 | 0.10 |" in text  # one upload in two messages; 20 weights are 40 bytes as stored
     assert "| 5 | 2 | 200 | 80 | 0.40 |" in text  # in two rounds
+
+
+def test_bytes_of_keys_are_told_where_sums_are_secure(log, report):
+    assert "keys" not in report()
+    log({**upload("a", "", 96), "counted": None, "block_bytes": {}})
+    assert "96 bytes of keys and shares of secrets belong to no block" in report()
 
 
 def test_the_report_counts_the_blocks_that_each_client_sent(report):
