@@ -137,6 +137,7 @@ class L0Sums:
         size = votes.element_size()
         if values.element_size() == 2:
             table, calls = _table(values.dtype), []
+            table = table if client_weight == 1 else table * client_weight
             for one in bitmask.split(bits, len(total)):
                 sums = total[one.entries], votes[one.entries], None if kept is None else kept[one.entries]
                 calls.append((values[one.kept], one.bits, one.size, one.values, table, client_weight, *sums))
@@ -148,7 +149,7 @@ class L0Sums:
             fixed = _fixed(values[taken : taken + bitmask.count(some)])
             taken += len(fixed)
             parts = total[tile], votes[tile], None if kept is None else kept[tile]
-            native.call(f"fold_8_{size}", fixed, some, len(parts[0]), len(fixed), None, client_weight, *parts)
+            native.call(f"fold_8_{size}", fixed, some, len(parts[0]), len(fixed), client_weight, *parts)
 
     def check_range(self, largest: float, client_weight: int, clients: int = 1) -> None:
         """Refuse values that would exceed the range of an accumulator.

@@ -14,6 +14,7 @@ Legend: O out features, I in features, N clients that pruned the matrix.
 import operator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from fedspallm_appfl.aggregation.l0_mean import vote_dtype
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.sparsity import compared, first_in_groups, row_counts, smallest
 from fedspallm_appfl.tensors.target import NM, Target
+
+TILE = 2**17  # entries whose places are looked up at a time: they stay in the cache
 
 
 @dataclass
@@ -91,7 +94,18 @@ def _most_voted(votes: Tensor, clients: int, aggregate: Tensor, count: int) -> T
         return compared(operator.eq, votes, clients)
     inside = compared(operator.eq, votes, border)
     candidates = bitmask.gather(aggregate, bitmask.to_bits(inside)).abs_()
-    return compared(operator.gt, votes, border).masked_scatter_(inside, smallest(candidates, count - above))
+    pruned, chosen = compared(operator.gt, votes, border), smallest(candidates, count - above)
+    return _fill(pruned, inside, chosen) if pruned.device.type == "cpu" else pruned.masked_scatter_(inside, chosen)
+
+
+def _fill(pruned: Tensor, inside: Tensor, chosen: Tensor) -> Tensor:
+    """`pruned.masked_scatter_(inside, chosen)`, twice as fast; all (n,) bool on a CPU."""
+    taken = 0
+    for tile, where in zip(pruned.split(TILE), inside.split(TILE), strict=True):
+        places = np.flatnonzero(where.numpy())
+        tile.numpy()[places] = chosen[taken : taken + len(places)].numpy()
+        taken += len(places)
+    return pruned
 
 
 def _border(votes: Tensor, clients: int, count: int) -> tuple[int, int]:

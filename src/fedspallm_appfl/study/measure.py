@@ -125,6 +125,8 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
     ]
     texts = evaluation.held_out(plan.config)
     count = int(settled(plan.config, len(todo)).workers) if todo else 1
+    if count > 1:  # what trains takes longest: begun first, it is not left alone at the end
+        todo.sort(key=lambda entry: not entry.config.recovery.rounds)
     with StudyProgress(console, len(todo)) as progress, Workers(count) as among:
         if (DENSE, "", 0) not in file.cells:
             row = evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore, among=among)[DENSE]

@@ -48,8 +48,7 @@ def from_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 def count(bits: Tensor) -> int:
     """Kept entries."""
     if native.serves(bits):
-        parts = [(bits[part], part.stop - part.start) for part in native.ranges(len(bits), 8)]
-        return sum(map(int, native.call_in_parts("count_bits", parts)))
+        return int(native.call("count_bits", bits, len(bits)))
     return int(from_bits(bits, (8 * len(bits),)).sum())
 
 

@@ -8,6 +8,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,10 +50,18 @@ def call_in_parts(function: str, parts: Sequence[tuple[Tensor | int | None, ...]
 
     Parts write to different places, so the bits do not depend on how many there are.
     """
-    if len(parts) == 1:
-        return [call(function, *parts[0])]
-    with ThreadPoolExecutor(len(parts)) as threads:
-        return list(threads.map(lambda part: call(function, *part), parts))
+    others = [_threads().submit(call, function, *part) for part in parts[1:]]
+    return [call(function, *parts[0]), *(other.result() for other in others)]
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Threads for parts of the work; they stay, as to start one takes as long as a short loop."""
+    return ThreadPoolExecutor(os.cpu_count(), "fedspallm-loops")
+
+
+if hasattr(os, "register_at_fork"):  # a copy of this process has none of its threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def ranges(size: int, multiple: int) -> list[slice]:
