@@ -15,7 +15,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fedspallm_appfl.errors import ConfigError, quoted
 from fedspallm_appfl.settings.schema import DEVICE, TrainConfigs
 
 SLOW = 2.5  # times as long as in float32
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
 _LIBC = ctypes.CDLL(None)
 
 
@@ -112,6 +114,26 @@ def deal(pieces: int, devices: Sequence[torch.device], work: Callable[[int, int]
             ended.set()
     for one in done:
         one.result()
+
+
+def side_by_side(work: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
+    """What becomes of pieces of work on the CPU, in their order, on as many threads as torch has.
+
+    Each is done with one thread, so the bits do not depend on how many there are.
+
+    Args:
+        work: does one.
+        pieces: its arguments, enough work each to be worth a thread.
+    """
+    done: dict[int, Done] = {}
+
+    def on(number: int, place: int) -> None:
+        done[number] = work(pieces[number])
+
+    places = [torch.device("cpu")] * max(1, min(torch.get_num_threads(), len(pieces)))
+    with threads(1):
+        deal(len(pieces), places, on)
+    return [done[number] for number in range(len(pieces))]
 
 
 def moved(value: Any, device: torch.device) -> Any:

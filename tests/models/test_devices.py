@@ -1,5 +1,6 @@
 """Batches of a client dealt among devices: the statistics of one, the same bits each time, and errors that surface."""
 
+import threading
 import time
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedspallm_appfl.devices import side_by_side, threads
 from fedspallm_appfl.errors import ModelError
 from fedspallm_appfl.models import activations, blockwise
 from fedspallm_appfl.models.blockwise import Activations, Call, advance
@@ -83,6 +85,22 @@ def test_batches_are_dealt_in_turn_to_a_block_for_each_device(monkeypatch):
     assert sum(one is block for one in ran) == 3
     [copy] = {one for one in ran if one is not block}
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(block.parameters(), copy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_pieces_are_done_side_by_side_with_a_thread_each_and_come_in_order(count):
+    meet = threading.Barrier(count, timeout=60)
+
+    def work(piece):
+        meet.wait()  # each thread has a piece at the same time
+        return piece, torch.get_num_threads()
+
+    with threads(count):
+        assert side_by_side(work, range(2 * count)) == [(piece, 1) for piece in range(2 * count)]
+        assert side_by_side(work, []) == []
+        assert torch.get_num_threads() == count
+        with pytest.raises(ZeroDivisionError):
+            side_by_side(lambda piece: 1 // piece, [1, 0])
 
 
 def test_block_and_arguments_are_moved_as_wholes():

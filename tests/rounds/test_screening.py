@@ -16,6 +16,7 @@ from fedspallm_appfl.aggregation.screening import (
     look_at_values,
     outliers,
 )
+from fedspallm_appfl.devices import threads
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.pruning.from_sums import Sums, prune
 from fedspallm_appfl.rounds.participants import server_settings
@@ -69,6 +70,17 @@ def test_facts_are_what_they_say():
     assert more == {"tokens": 1.5, "drift": pytest.approx(0.5)}
     learnt = look_at_changes(torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0]))
     assert learnt.facts == {"learnt": pytest.approx(0.5)}
+
+
+def test_facts_do_not_depend_on_threads():
+    dense, bits = dense_and_bits(rows=512, columns=1408)
+    values = bitmask.gather(dense + 0.1 * dense.roll(1), bits)
+    seen = []
+    for count in (1, 2, 3):
+        with threads(count):
+            seen.append(looked(values, bits, dense).facts)
+            assert torch.get_num_threads() == count
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_nothing_pruned_and_nothing_there_are_no_outliers():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.devices import side_by_side
 from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 
@@ -172,11 +173,17 @@ def look_at_changes(changes: Tensor, before: Tensor) -> Seen:
 
 def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[float, float]], Tensor]:
     """For each group of rows (values times dense weights, squares of these); (I,) float64, squares of columns' moves."""
-    sizes, moves = [], torch.zeros(dense.shape[1], dtype=torch.float64)
-    for part, some, mine in _groups(values, bits, dense):
+
+    def measure(group: tuple[Tensor, Tensor, Tensor]) -> tuple[tuple[float, float], Tensor]:
+        part, some, mine = group
         there, mine = bitmask.gather(part, some).float(), mine.float()
-        sizes.append((float(mine.dot(there)), float(there.dot(there))))
-        moves += bitmask.scatter(mine - there, some, (len(part), len(moves))).square_().sum(0)
+        moved = bitmask.scatter(mine - there, some, (len(part), columns)).square_().sum(0)
+        return (float(mine.dot(there)), float(there.dot(there))), moved
+
+    sizes, columns, moves = [], dense.shape[1], torch.zeros(dense.shape[1], dtype=torch.float64)
+    for size, moved in side_by_side(measure, list(_groups(values, bits, dense))):
+        sizes.append(size)
+        moves += moved
     return sizes, moves
 
 
