@@ -8,6 +8,7 @@ import torch
 
 from fedspallm_appfl.devices import threads
 from fedspallm_appfl.tensors.exact_sum import PART, ExactSum, sum_of_squares
+from helpers.loops import LOOPS, use
 
 
 def wild(count, exponents, seed):
@@ -30,9 +31,11 @@ def rounded(numbers):
     return torch.tensor(float(exact), dtype=torch.float64).float()
 
 
+@pytest.mark.parametrize("loops", LOOPS)
 @pytest.mark.parametrize("exponents", [(-30, 38), (-100, -35), (40, 100), (-3, 3)])
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 64])
-def test_the_sum_is_the_rounded_rational_one(count, exponents):
+def test_the_sum_is_the_rounded_rational_one(monkeypatch, count, exponents, loops):
+    use(loops, monkeypatch)
     terms = torch.stack([wild(count, exponents, seed) for seed in range(40)], 1)
     terms = torch.cat([terms, -terms[: count // 2]])  # so that much is cancelled
     expected = torch.stack([rounded(column.tolist()) for column in terms.T])
@@ -71,6 +74,28 @@ def test_parts_add_up_like_the_whole_and_leave_the_rest_alone():
     parts.add(torch.ones(3), slice(5, 8))
     changed = (parts.value() != whole.value()).nonzero().flatten().tolist()
     assert set(changed) <= {5, 6, 7}
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 17, 2**18 + 5])
+def test_compiled_sums_have_the_same_bits_in_both_parts_and_what_lies_around_stays(monkeypatch, size):
+    random = torch.Generator().manual_seed(size)
+    terms = [torch.randn(size, generator=random) * scale for scale in (1e30, 1.0, 1e-42)]  # the last are below normal
+    found = []
+    for loops, count in [("torch", 1), ("compiled", 1), ("compiled", 3)]:
+        with monkeypatch.context() as patch, threads(count):
+            use(loops, patch)
+            total = ExactSum(size + 2)
+            for term in terms:
+                total.add(term, slice(1, -1))
+            found.append(torch.stack([total.high, total.low]).view(torch.int64))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not found[1][:, [0, -1]].any()
+
+
+def test_as_many_numbers_are_added_as_there_are_sums():
+    with pytest.raises(RuntimeError):
+        ExactSum(5).add(torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

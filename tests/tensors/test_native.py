@@ -27,7 +27,7 @@ from helpers.loops import use
 from helpers.paths import TESTS
 
 FUNCTIONS = ["count_bits", "sparsegpt_block", "gather_2", "gather_4", "scatter_2", "scatter_4"]
-FUNCTIONS += ["fold_2_1", "fold_2_2", "fold_8_1", "fold_8_2", "mean_1", "mean_2", "mean_4"]
+FUNCTIONS += ["fold_2_1", "fold_2_2", "fold_8_1", "fold_8_2", "mean_1", "mean_2", "mean_4", "add_exactly"]
 
 
 @pytest.fixture

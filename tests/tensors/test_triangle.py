@@ -72,4 +72,4 @@ def test_products_of_two_numbers_are_those_of_the_square(side, whole):
     numbers = torch.rand(side, generator=torch.Generator().manual_seed(0))
     square = numbers.unsqueeze(1) * numbers
     for rows, _, inside in triangle.strips(side, whole=whole):
-        assert torch.equal(triangle.products(numbers, rows, inside), square[rows][inside])
+        assert torch.equal(triangle.products(numbers, rows, whole), square[rows][inside])

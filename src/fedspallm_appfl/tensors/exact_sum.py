@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from fedspallm_appfl.tensors import native
+
 PART = 2**14  # entries that torch adds up with one thread, whatever it has
 TILE = 2**15  # entries added at a time on a CPU: what is made on the way stays in the cache
 
@@ -29,6 +31,12 @@ class ExactSum:
     def add(self, values: Tensor, part: slice = slice(None)) -> None:
         """Add float values to the whole sum or to a part of it (two-sum of Knuth, TAOCP 2, section 4.2.2)."""
         high, low, values = self.high[part].view(-1), self.low[part].view(-1), values.reshape(-1)
+        if values.dtype == torch.float32 and len(values) == len(high) and native.serves(high, low, values):
+            shares = native.ranges(len(values), 1)
+            native.call_in_parts(
+                "add_exactly", [(values[one], len(values[one]), high[one], low[one]) for one in shares]
+            )
+            return
         step = TILE if high.device.type == "cpu" else max(1, len(high))
         for start in range(0, len(high), step):
             tile = slice(start, start + step)

@@ -5,6 +5,7 @@ Legend: I side of the matrix.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,20 +18,28 @@ def size(side: int) -> int:
     return side * (side - 1) // 2
 
 
-def strips(side: int, device: torch.device | str = "cpu", whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Some rows at a time: (rows of the matrix, their part of the row of numbers, which of their entries it holds).
+def parts(side: int, whole: bool = False) -> Iterator[tuple[slice, slice]]:
+    """Some rows at a time: (rows of the matrix, their part of the row of numbers).
 
-    The last is (rows, I) bool; it selects entries row by row, in storage order. With `whole` the row of numbers
-    holds the whole matrix.
+    With `whole` the row of numbers holds the whole matrix.
     """
-    columns = torch.arange(side, device=device)
     for start in range(0, side, ROWS):
         rows = slice(start, min(start + ROWS, side))
         if whole:
-            yield rows, slice(rows.start * side, rows.stop * side), columns.new_ones(len(columns[rows]), side).bool()
+            yield rows, slice(rows.start * side, rows.stop * side)
         else:
-            part = slice(size(side) - size(side - rows.start), size(side) - size(side - rows.stop))
-            yield rows, part, columns > columns[rows].unsqueeze(1)
+            yield rows, slice(size(side) - size(side - rows.start), size(side) - size(side - rows.stop))
+
+
+def strips(side: int, device: torch.device | str = "cpu", whole: bool = False) -> Iterator[tuple[slice, slice, Tensor]]:
+    """`parts`, and of each which entries of the matrix it holds.
+
+    These are (rows, I) bool; they select entries row by row, in storage order.
+    """
+    columns = torch.arange(side, device=device)
+    for rows, part in parts(side, whole):
+        inside = columns > columns[rows].unsqueeze(1)
+        yield rows, part, torch.ones_like(inside) if whole else inside
 
 
 def flatten(matrix: Tensor) -> Tensor:
@@ -49,18 +58,24 @@ def unflatten(flat: Tensor, diagonal: Tensor) -> Tensor:
     return matrix
 
 
-def products(numbers: Tensor, rows: slice, inside: Tensor) -> Tensor:
-    """Products of numbers, (I,), two at a time: those of a strip's entries, in storage order.
+def products(numbers: Tensor, rows: slice, whole: bool = False) -> Tensor:
+    """Products of numbers, (I,) float, two at a time: those of some rows' entries, in storage order.
 
     Args:
         numbers: one for each row and column.
-        rows: of the strip.
-        inside: its entries, as `strips` gives them.
+        rows: as `parts` gives them.
+        whole: all entries of the rows, not only those above the diagonal.
     """
-    if numbers.device.type != "cpu" or bool(inside[-1, 0]):
-        return (numbers[rows].unsqueeze(1) * numbers)[inside]
-    first = zip(range(rows.start, rows.stop), numbers[rows].tolist(), strict=True)
-    return torch.cat([numbers[row + 1 :] * one for row, one in first])  # selecting takes longer than multiplying
+    if whole or numbers.device.type != "cpu":
+        square, columns = numbers[rows].unsqueeze(1) * numbers, torch.arange(len(numbers), device=numbers.device)
+        return square.view(-1) if whole else square[columns > columns[rows].unsqueeze(1)]
+    side, factors, end = len(numbers), numbers.numpy(), 0
+    made = torch.empty(size(side - rows.start) - size(side - rows.stop), dtype=numbers.dtype)
+    flat = made.numpy()
+    for row in range(rows.start, rows.stop):  # selecting takes longer than multiplying
+        start, end = end, end + side - row - 1
+        np.multiply(factors[row + 1 :], factors[row], out=flat[start:end])
+    return made
 
 
 def strips_bytes(side: int) -> int:

@@ -109,11 +109,12 @@ class PackedGram:
         """
         packed, scale = (self.upper, self.scale) if name == "upper" else (self.drift, self.drift_scale)
         assert packed is not None
-        for rows, part, inside in triangle.strips(len(roots), roots.device, whole=name == "drift"):
+        whole = name == "drift"
+        for rows, part in triangle.parts(len(roots), whole):
             values = packed[part].to(roots.device).float()
             if scale is not None:
                 values *= scale.to(roots.device)
-                values *= triangle.products(roots, rows, inside)
+                values *= triangle.products(roots, rows, whole)
             yield part, values
 
     def norm_of(self, name: str) -> float:

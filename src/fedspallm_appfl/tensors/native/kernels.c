@@ -160,6 +160,16 @@ FOLD_16(fold_2_2, int16_t)
 FOLD_64(fold_8_1, uint8_t)
 FOLD_64(fold_8_2, int16_t)
 
+/* (high, low) += values: the sum in doubles, and what it has lost by rounding. */
+FAST void add_exactly(const float *restrict values, int64_t entries, double *restrict high, double *restrict low)
+{
+    for (int64_t i = 0; i < entries; i++) {
+        double value = values[i], total = high[i] + value, taken = total - high[i];
+        low[i] += (high[i] - (total - taken)) + (value - taken);
+        high[i] = total;
+    }
+}
+
 /* mean = total / 2^bits / divisor, where the divisor is at least 1. */
 #define MEAN(NAME, BY, DIVISOR)                                                                                        \
     FAST void NAME(const int64_t *restrict total, const BY *restrict by, int64_t entries, int64_t bits,                \
