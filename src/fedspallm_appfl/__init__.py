@@ -15,9 +15,8 @@ __version__ = "0.1.0"
 
 # torch reads it once, when it first makes a tensor: large ones in huge pages, where the system leaves that to programs.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if (
-    "OMP_WAIT_POLICY" not in os.environ
-):  # after each operation torch's threads turn for milliseconds on cores that others need
+# libgomp reads it when torch is imported: idle threads would spin for milliseconds on cores that others need.
+if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _WHERE = {  # name -> the module that holds it

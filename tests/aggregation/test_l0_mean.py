@@ -128,6 +128,18 @@ def test_a_weight_that_is_not_finite_is_refused(value):
         fold([(torch.tensor([[0.0, value]]), torch.tensor([[True, True]]))])
 
 
+@pytest.mark.parametrize("loops", LOOPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("values", [0, 3, 5])
+def test_as_many_values_as_the_mask_keeps_are_folded(monkeypatch, loops, dtype, values):
+    use(loops, monkeypatch)
+    bits = torch.tensor([0b01101001], dtype=torch.uint8)
+    sums = L0Sums.empty((2, 4), False)
+    with pytest.raises(ValueError, match=f"a mask with 4 kept entries needs as many values, got {values}"):
+        sums.add_packed(torch.ones(values, dtype=dtype), bits)
+    assert not sums.total.any() and not sums.votes.any() and sums.clients == 0
+
+
 def test_sums_reach_the_limit_exactly_and_no_further():
     edge, mask = torch.tensor([[LARGEST_SUM / 4]]), torch.tensor([[True]])
     sums = fold([(edge, mask)], [4])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedspallm_appfl.aggregation import mask_expansion
 from fedspallm_appfl.aggregation.mask_expansion import agreement, expand
 from fedspallm_appfl.tensors.target import NM, parse_target
 from helpers.loops import LOOPS, use
@@ -47,7 +48,8 @@ def random_votes(shape, clients, target, seed):
     ],
 )
 @pytest.mark.parametrize("shape", [(1, 8), (5, 8), (7, 40)])
-def test_the_most_voted_go_first_then_the_smallest_then_the_lowest_index(shape, text, group, clients):
+def test_the_most_voted_go_first_then_the_smallest_then_the_lowest_index(monkeypatch, shape, text, group, clients):
+    monkeypatch.setattr(mask_expansion, "TILE", 16)  # several, of which the last is not full
     target = parse_target(text)
     for seed in range(3):
         votes, magnitude = random_votes(shape, clients, target, seed)

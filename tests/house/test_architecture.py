@@ -162,6 +162,15 @@ def test_importing_it_asks_torch_for_huge_pages_unless_the_environment_says_othe
     assert run_python(f"{code}import fedspallm_appfl; print(os.environ[name])").strip() == kept
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_importing_it_lets_idle_threads_sleep_soon_unless_the_environment_says_otherwise(given, kept):
+    code = "import os; [os.environ.pop(name, None) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')]; "
+    code += f"os.environ.update({given}); import fedspallm_appfl; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run_python(code).strip() == kept
+
+
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

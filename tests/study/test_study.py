@@ -297,6 +297,18 @@ def test_overwrite_begins_anew(config, tmp_path, monkeypatch):
     assert made == [{}]
 
 
+def test_several_workers_begin_with_what_trains_seed_by_seed():
+    def entry(seed, rounds):
+        config = Config(seed=seed)
+        config.recovery.rounds = rounds
+        return measuring._Entry(None, config, ("any", "0.5", seed), ())
+
+    todo = [entry(7, 0), entry(7, 1), entry(7, 0), entry(3, 0), entry(3, 2)]
+    expected = [todo[place] for place in (1, 0, 2, 4, 3)]
+    measuring._trained_first(todo)
+    assert todo == expected
+
+
 def test_without_matplotlib_nothing_begins(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert measure(config, tmp_path / "out") == 2

@@ -7,9 +7,12 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 
 from fedspallm_appfl.aggregation.l0_mean import L0Sums, l0_mean
 from fedspallm_appfl.aggregation.mask_expansion import expand
+from fedspallm_appfl.devices import threads
 from fedspallm_appfl.pruning import column_block
 from fedspallm_appfl.pruning.registry import new_statistic, prepare
 from fedspallm_appfl.settings.schema import Pruning
@@ -75,12 +79,12 @@ def in_another_process(switch):
     return done.stdout.strip().split("|")
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_share_the_loops_and_no_bit_changes(compiled, monkeypatch, threads):
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_threads_share_the_loops_and_no_bit_changes(compiled, monkeypatch, count):
     alone = fingerprint()
     monkeypatch.setattr(native, "SHORT", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert len(native.ranges(1000, 8)) == threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert len(native.ranges(1000, 8)) == count
     assert fingerprint() == alone
 
 
@@ -177,6 +181,35 @@ def test_nothing_is_read_or_written_behind_the_end_of_a_tensor(compiled, monkeyp
             traceback.print_exc()
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot copy a process")
+def test_a_copy_of_the_process_has_threads_of_its_own(compiled):
+    """Those of the parent, which have run before, are not in it."""
+    dense, counted = normal(2**18), torch.ones(2**15, dtype=torch.uint8)
+    with threads(2):
+        expected = bitmask.gather(dense, counted)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # ends it if it waits for threads that are not there
+            os._exit(not torch.equal(bitmask.gather(dense, counted), expected))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_parts_run_at_the_same_time_and_all_are_done_when_one_fails(compiled, monkeypatch):
+    meet, done = threading.Barrier(3, timeout=60), []
+
+    def loop(function, number):
+        meet.wait()
+        if number == 0:
+            raise ZeroDivisionError
+        time.sleep(0.1)
+        done.append(number)
+
+    monkeypatch.setattr(native, "call", loop)
+    with pytest.raises(ZeroDivisionError):
+        native.call_in_parts("any", [(0,), (1,), (2,)])
+    assert sorted(done) == [1, 2]
 
 
 def surrounded(tensor, canary):

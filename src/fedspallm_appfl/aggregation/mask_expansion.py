@@ -23,7 +23,7 @@ from fedspallm_appfl.tensors import bitmask
 from fedspallm_appfl.tensors.sparsity import compared, first_in_groups, row_counts, smallest
 from fedspallm_appfl.tensors.target import NM, Target
 
-TILE = 2**17  # entries whose places are looked up at a time: they stay in the cache
+TILE = 2**17  # entries whose places, 8 bytes each, are made at a time
 
 
 @dataclass

@@ -125,13 +125,19 @@ def _measure(plan: Plan, file: CellFile, console: Console) -> None:
     ]
     texts = evaluation.held_out(plan.config)
     count = int(settled(plan.config, len(todo)).workers) if todo else 1
-    if count > 1:  # what trains takes longest: begun first, it is not left alone at the end
-        todo.sort(key=lambda entry: not entry.config.recovery.rounds)
+    if count > 1:
+        _trained_first(todo)
     with StudyProgress(console, len(todo)) as progress, Workers(count) as among:
         if (DENSE, "", 0) not in file.cells:
             row = evaluation.evaluate(plan.config, texts, evaluation.DENSE, ignore, among=among)[DENSE]
             file.add(Cell(DENSE, "", 0, row))
         _Bench(plan, file, texts, progress, among).measure(todo)
+
+
+def _trained_first(todo: list[_Entry]) -> None:
+    """Seed by seed, begin with what trains: it takes longest, and is not left alone at the end."""
+    seeds = list(dict.fromkeys(entry.seed for entry in todo))
+    todo.sort(key=lambda entry: (seeds.index(entry.seed), not entry.config.recovery.rounds))
 
 
 class _Bench:

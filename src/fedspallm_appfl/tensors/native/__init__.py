@@ -7,7 +7,7 @@ without them. A report says which of the two a run used.
 import ctypes
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -45,13 +45,18 @@ def call(function: str, *arguments: Tensor | int | None) -> Any:
     return getattr(LIBRARY, function)(*plain)
 
 
-def call_in_parts(function: str, parts: Sequence[tuple[Tensor | int | None, ...]]) -> list[Any]:
+def call_in_parts(function: str, parts: Sequence[tuple[Tensor | int | None, ...]]) -> None:
     """Call a loop once for each part of the work, on as many threads as torch has; ctypes lets go of the interpreter.
 
     Parts write to different places, so the bits do not depend on how many there are.
     """
     others = [_threads().submit(call, function, *part) for part in parts[1:]]
-    return [call(function, *parts[0]), *(other.result() for other in others)]
+    try:
+        call(function, *parts[0])
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @cache

@@ -87,14 +87,15 @@ CODEC(gather_4, uint32_t, i, n, GATHERED, GATHER_ONE)
 CODEC(scatter_2, uint16_t, n, i, SCATTERED, SCATTER_ONE)
 CODEC(scatter_4, uint32_t, n, i, SCATTERED, SCATTER_ONE)
 
-/* total += fixed-point values where kept; votes += 1 where pruned; counts += weight where kept, unless it is null. */
-#define COUNT                                                                                                          \
-    if (counts)                                                                                                        \
-        for (i = 0; i < entries; i++)                                                                                  \
-            counts[i] += (int32_t)(weight * BIT(mask, i))
+/* Folding: total += weight * fixed-point values where kept; votes += 1 where pruned; counts += weight where kept. */
+static void count_kept(const uint8_t *mask, int64_t entries, int64_t weight, int32_t *restrict counts)
+{
+    for (int64_t i = 0; i < entries; i++)
+        counts[i] += (int32_t)(weight * BIT(mask, i));
+}
 
-/* A 16-bit value of any format is looked up in `table`, which has the numbers of all 65536, times the weight; that of 0
- * is 0. Eight entries at a time: their values are brought into place, with zeros between them. */
+/* A 16-bit value of any format is looked up in `table`, which has the fixed-point numbers of all 65536 times the weight.
+ * Eight entries at a time: their values are brought into place, and zeros, whose number is 0, where there are none. */
 #define FOLD_16(NAME, VOTE)                                                                                            \
     FAST void NAME(const uint16_t *restrict values, const uint8_t *restrict mask, int64_t entries, int64_t count,      \
                    const int64_t *restrict table, int64_t weight, int64_t *restrict total, VOTE *restrict votes,       \
@@ -129,7 +130,8 @@ CODEC(scatter_4, uint32_t, n, i, SCATTERED, SCATTER_ONE)
             else                                                                                                       \
                 votes[i] += 1;                                                                                         \
         }                                                                                                              \
-        COUNT;                                                                                                         \
+        if (counts)                                                                                                    \
+            count_kept(mask, entries, weight, counts);                                                                 \
     }
 FOLD_16(fold_2_1, uint8_t)
 FOLD_16(fold_2_2, int16_t)
@@ -155,7 +157,8 @@ FOLD_16(fold_2_2, int16_t)
             else                                                                                                       \
                 votes[i] += 1;                                                                                         \
         }                                                                                                              \
-        COUNT;                                                                                                         \
+        if (counts)                                                                                                    \
+            count_kept(mask, entries, weight, counts);                                                                 \
     }
 FOLD_64(fold_8_1, uint8_t)
 FOLD_64(fold_8_2, int16_t)
