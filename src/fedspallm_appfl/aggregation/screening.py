@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedspallm_appfl.devices import side_by_side
-from fedspallm_appfl.tensors import bitmask
+from fedspallm_appfl.devices import side_by_side, threads
+from fedspallm_appfl.tensors import bitmask, native
 from fedspallm_appfl.tensors.exact_sum import sum_of_squares
 
 FAR = 5.0  # units that a column may move before it is brought back
@@ -181,7 +181,9 @@ def _measured(values: Tensor, bits: Tensor, dense: Tensor) -> tuple[list[tuple[f
         return (float(mine.dot(there)), float(there.dot(there))), moved
 
     sizes, columns, moves = [], dense.shape[1], torch.zeros(dense.shape[1], dtype=torch.float64)
-    for size, moved in side_by_side(measure, list(_groups(values, bits, dense))):
+    with threads(None if dense.numel() >= native.SHORT else 1):  # groups of a small matrix are not worth a thread each
+        measured = side_by_side(measure, list(_groups(values, bits, dense)))
+    for size, moved in measured:
         sizes.append(size)
         moves += moved
     return sizes, moves

@@ -52,6 +52,12 @@ def count(bits: Tensor) -> int:
     return int(from_bits(bits, (8 * len(bits),)).sum())
 
 
+def require_as_many(values: Tensor, bits: Tensor) -> None:
+    """Refuse, with a ValueError, other than as many values as a mask keeps."""
+    if len(values) != (kept := count(bits)):
+        raise ValueError(f"a mask with {kept} kept entries needs as many values, got {len(values)}")
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a mask.
@@ -120,8 +126,7 @@ def scatter(values: Tensor, bits: Tensor, shape: tuple[int, ...], out: Tensor | 
     Raises:
         ValueError: there are more or fewer values than the mask keeps.
     """
-    if len(values) != count(bits):
-        raise ValueError(f"a mask with {count(bits)} kept entries needs as many values, got {len(values)}")
+    require_as_many(values, bits)
     dense = torch.empty(shape, dtype=values.dtype, device=values.device) if out is None else out
     if values.element_size() in _LOOPS and native.serves(values, bits, dense):
         flat, parts = dense.view(-1), split(bits, dense.numel())
