@@ -2,11 +2,13 @@
 
 import importlib.util
 import inspect
+import subprocess
 import sys
 
 import pytest
 
-from fedspallm_appfl.settings.imports import guard_torchvision, put_off
+from fedspallm_appfl.settings import imports
+from fedspallm_appfl.settings.imports import guard_torchvision, importing, put_off
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,55 @@ def test_a_package_is_imported_when_something_of_it_is_used_and_not_before(tmp_p
     assert "not_installed_at_all" not in sys.modules
     with pytest.raises(AttributeError, match="nothing"):
         _ = dear.nothing
+
+
+def test_a_name_is_imported_when_it_is_called_and_the_rest_of_its_module_is_there(tmp_path, monkeypatch):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "__init__.py").write_text("class Engine:\n    pass\n")
+    (tmp_path / "large" / "part.py").write_text("def curve(x, *, by):\n    return x * by\nother = 5\n")
+    (tmp_path / "user.py").write_text("from large import Engine\nfrom large.part import curve\n")
+    (tmp_path / "asking.py").write_text("from large.part import curve, other\n")
+    (tmp_path / "heavy.py").write_text("import user\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        imports, "UNUSED", {"large": ("Engine",), "large.part": ("curve",), "not_installed_at_all": ("x",)}
+    )
+    for name in ("large", "large.part", "user", "heavy", "asking"):
+        monkeypatch.setitem(sys.modules, name, None)  # what comes in its place goes afterwards
+        del sys.modules[name]
+    with importing("heavy"):
+        import heavy
+
+        assert importlib.util.find_spec("large") is not None
+    assert "large" not in sys.modules and "large.part" not in sys.modules
+    assert heavy.user.curve(3, by=2) == 6
+    assert type(heavy.user.Engine()).__module__ == "large"
+    from large import Engine
+
+    assert isinstance(Engine, type)
+
+    for name in ("large", "large.part", "heavy"):
+        del sys.modules[name]
+    with importing("heavy"):
+        import asking  # a name that was not foreseen: the module itself is imported
+    assert asking.other == 5 and asking.curve(3, by=2) == 6
+    assert inspect.isfunction(sys.modules["large.part"].curve)
+
+
+def test_a_run_imports_no_package_of_which_it_uses_nothing():
+    code = """
+import sys
+from fedspallm_appfl.settings.imports import importing
+with importing("transformers"):
+    import fedspallm_appfl.api
+from fedspallm_appfl.adaptors import registration
+registration.register()
+for name in ("sklearn", "opacus", "scipy.stats", "pandas", "datasets"):
+    assert name not in sys.modules, name
+from appfl.algorithm.trainer.vanilla_trainer import PrivacyEngine
+from sklearn.metrics import roc_curve
+assert type(PrivacyEngine()).__module__ == "opacus.privacy_engine"
+assert roc_curve.__module__.startswith("sklearn.metrics")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -2,34 +2,39 @@
 
 APPFL has no plug-in registry: names in YAML are looked up as attributes of `appfl.algorithm.trainer`, `.aggregator` and
 `.scheduler`, so the classes are put there. Importing APPFL also empties the root logger's handlers, imports packages for
-images, plots and tracking that few runs use, of which `piq` needs a torchvision that fits the installed torch, and leaves
-half a million objects for every `gc.collect()` that APPFL calls several times per client and round; the first is undone,
-the second put off, the third frozen out of the way. Its communicator for Globus Compute imports a module that the SDK has
-dropped in 4.9.
+images, plots, tracking and privacy that few runs use, of which `piq` needs a torchvision that fits the installed torch, and
+leaves half a million objects for every `gc.collect()` that APPFL calls several times per client and round; the first is
+undone, the second put off, the third frozen out of the way. Its communicator for Globus Compute imports a module that the
+SDK has dropped in 4.9.
 
 A subclass that a configuration names by its file is put there too, under the value of the key (`mine.py:MyTrainer`), so
 that it never stands in the place of another class.
 """
 
 import gc
-import importlib
+import importlib.util
 import logging
 import sys
 import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.imports import guard_torchvision, put_off, uncollected
+from fedspallm_appfl.settings.imports import guard_torchvision, importing, put_off
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
 LATER = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
+FEDSB = (
+    "appfl.algorithm.trainer.fedsb_trainer"  # imports transformers' trainers first, and then a package that few have
+)
 
 
 def before_appfl() -> None:
     """Let what APPFL imports, and few runs use, be imported when it is used; call it before APPFL is imported."""
     guard_torchvision()
     put_off(*LATER)
+    if importlib.util.find_spec("fed_sb") is None:
+        sys.modules.setdefault(FEDSB, None)  # type: ignore[arg-type]  # APPFL goes without it, as without its package
 
 
 def register() -> None:
@@ -38,7 +43,7 @@ def register() -> None:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
-        with uncollected("appfl"):
+        with importing("appfl"):
             import appfl.agent
             import appfl.algorithm.aggregator
             import appfl.algorithm.scheduler

@@ -2,7 +2,7 @@
 
 Rule of imports: what a verb's file imports at its top is light. Help, a mistyped command and a wrong key or value of a
 configuration need no torch; `validate`, `estimate` and `site` import torch and transformers, but not APPFL. Verbs that
-import them say so with `uncollected`.
+import them say so with `importing`.
 """
 
 import argparse

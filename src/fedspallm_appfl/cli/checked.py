@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedspallm_appfl import __version__
 from fedspallm_appfl.errors import refuse
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def checked(
         console().print(
             f"fedspallm-appfl {__version__}: opening model and text of {file}", highlight=False, markup=False
         )
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.api import prepared, problems_of
     config = change(config) if change else config
     globus = config.over_globus() if globus is None else globus

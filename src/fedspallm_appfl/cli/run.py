@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import checked, console, introduce
 from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,7 +170,7 @@ def look_at_endpoints(connection: "Connection", shown: "Console") -> "Findings":
 
 
 def _under_mpi(args: argparse.Namespace) -> int:
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.runs import mpi
 
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import console, well_formed
 from fedspallm_appfl.errors import refuse
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -49,7 +49,7 @@ def work(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *late]
     well_formed(args.config, overrides)
 
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.study import measure, plan
 
     kept = None if args.keep_models is None else keep

@@ -14,8 +14,8 @@ from fedspallm_appfl.runs.processes import cores
 from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import Config
 
-PACKAGES = 450_000_000  # measured: bytes that a worker holds before it does anything
-WORTH = 2e11  # operations; to start a process takes about as long as these on one core
+PACKAGES = 430_000_000  # measured: bytes that a worker holds before it does anything
+WORTH = 1.5e11  # operations; to start a process takes about as long as these on one core
 PASSES = 3  # of all tokens through a block: to collect, with what was pruned, and what pruning takes
 USUAL = 100  # windows of a text, where all are taken
 SHARE = 0.8  # of the free memory, for all processes together

@@ -4,6 +4,7 @@ They are fresh interpreters: a script or notebook needs no guard around its main
 gets its share of the cores.
 """
 
+import importlib
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from fedspallm_appfl.devices import threads
 from fedspallm_appfl.errors import FederationError
+from fedspallm_appfl.settings.imports import importing
 
 LOOK = 1.0  # seconds between two looks at whether the parent lives
 
@@ -83,9 +85,11 @@ def result(future: "Future[Any]", who: str) -> Any:
 
 
 def _begin(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it, even if it is killed."""
+    """Leave Ctrl-C to the parent, end with it, even if it is killed, and import what every task needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with importing("transformers"):
+        importlib.import_module("fedspallm_appfl.models.lazy_model")
 
 
 def _end_with(parent: int) -> None:

@@ -16,7 +16,7 @@ from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import checked, console, introduce
 from fedspallm_appfl.errors import ConfigError, DataError, FedSpaLLMError
 from fedspallm_appfl.settings import yaml_text
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 from fedspallm_appfl.settings.presets import PRESETS
 from fedspallm_appfl.tensors.targets import parse_sparsity
 from fedspallm_appfl.texts.files import ENDINGS, TOKENS, endings, text_files
@@ -181,7 +181,7 @@ def _preset(answer: str) -> None:
 
 def _readable(answer: list[str]) -> None:
     """Refuse clients, or texts of them, that cannot be read."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.texts.checks import look_at
     for path in _found(answer)[0].values():
         look_at(path, None)
@@ -243,7 +243,7 @@ def _path_teller(file: Path) -> Callable[[str], str]:
 
 def _opened(model: str) -> tuple[Any, Any]:
     """The model without its weights, and its tokenizer."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.models.lazy_model import without_weights
         from fedspallm_appfl.models.storage.checkpoint import resolve_model
         from fedspallm_appfl.texts.tokenizer import load_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.cli.finished.report import require_at_rest
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -28,7 +28,7 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.reports.pages.comparison import write_comparison
 
     for run in args.runs:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.runs import further_models
 
     further_models.prune(args.run, args.sparsity, args.pruner, console(), args.overwrite)

@@ -7,7 +7,7 @@ from typing import Any
 from fedspallm_appfl.cli.arguments import command, positive
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import refuse
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.globus.site import check
 
     if args.approve:

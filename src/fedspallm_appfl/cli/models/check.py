@@ -7,7 +7,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.reports.sparsity import check
 
     found = check(args.model, args.blocks, args.trust_remote_code)

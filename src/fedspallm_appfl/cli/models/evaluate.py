@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedspallm_appfl.cli.arguments import command, positive
 from fedspallm_appfl.cli.checked import console
 from fedspallm_appfl.errors import ConfigError
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 from fedspallm_appfl.settings.schema import BOSES, DTYPES
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def _perplexities(args: argparse.Namespace, models: list[str]) -> "dict[str, Measured]":
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.runs.evaluation import evaluate_folder
 
     names = ("length", "windows", "batch", "dtype", "device", "bos", "field", "blocks", "trust_remote_code")
@@ -100,7 +100,7 @@ def _perplexities(args: argparse.Namespace, models: list[str]) -> "dict[str, Mea
 
 
 def _scores(args: argparse.Namespace, models: list[str]) -> "dict[str, list[Score]]":
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.models.tasks import score
 
     names = ("limit", "batch", "dtype", "device", "trust_remote_code")

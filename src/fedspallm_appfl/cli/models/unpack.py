@@ -5,7 +5,7 @@ from typing import Any
 
 from fedspallm_appfl.cli.arguments import command
 from fedspallm_appfl.cli.checked import console
-from fedspallm_appfl.settings.imports import uncollected
+from fedspallm_appfl.settings.imports import importing
 
 
 def add(verbs: Any) -> None:
@@ -23,7 +23,7 @@ def add(verbs: Any) -> None:
 
 def work(args: argparse.Namespace) -> int:
     """Do it."""
-    with uncollected("transformers"):
+    with importing("transformers"):
         from fedspallm_appfl.models.storage.packing import unpack
 
     unpack(args.packed, args.out)

@@ -25,6 +25,9 @@ def look_around(request: dict) -> dict:
 
 def prune(request: dict) -> dict:
     """A client's messages of one exchange."""
-    from fedspallm_appfl.globus.site.worker import run_exchange
+    from fedspallm_appfl.settings.imports import importing
+
+    with importing("transformers"):
+        from fedspallm_appfl.globus.site.worker import run_exchange
 
     return run_exchange(request)
