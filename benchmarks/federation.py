@@ -21,6 +21,7 @@ from benchmarks import memory
 from benchmarks.models import DEMO
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.rounds.client import LocalClient
+from fedspallm_appfl.rounds.pieces import Pieces
 from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.runs import serial
 from fedspallm_appfl.settings.reading import load_config
@@ -33,7 +34,7 @@ WORK = (
     (LocalClient, "take"),
     (GlobalModel, "receive"),
     (GlobalModel, "changes"),
-    (GlobalModel, "load_piece"),
+    (Pieces, "load"),
 )
 
 

@@ -211,7 +211,7 @@ def serve(folder, settings, aggregation, model):
                 server.receive(client.settings.client_id, client.next_message().update, client.samples)
         for piece in server.changes(10**9):
             for client in clients:
-                client.take(server.load_piece(piece))
+                client.take(server.pieces.load(piece))
         server.next_exchange()
     return {(b, name): unpack(packed) for b in everything for name, packed in server.done.get(b).items()}
 

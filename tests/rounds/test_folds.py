@@ -151,7 +151,7 @@ def test_consensus_is_the_mean_of_all_values_under_the_mask_of_all(tmp_path, wei
     assert model.done.blocks() == []
     assert events == []
     [piece] = model.changes(10**6)
-    down = model.load_piece(piece)
+    down = model.pieces.load(piece)
     assert (down["exchange"], list(down["blocks"])) == (0, ["0", "1", "2"])
     give_values(model)
     for block in range(3):
@@ -298,7 +298,7 @@ def test_a_sweep_answers_every_exchange_with_what_it_made(tmp_path):
                 update = grams(client, [block], 0, "int8", [unit], number, drift=True)
                 model.receive(client, update, SAMPLES[client])
             model.check_complete(client)
-        down = [model.load_piece(piece) for piece in model.changes(10**6)]
+        down = [model.pieces.load(piece) for piece in model.changes(10**6)]
         names = {"q": {"q", "k"}, "up": {"up"}}[unit]
         assert [set(update["blocks"][str(block)]) for update in down] == ([names] if block != 1 else [])
         assert all(update["exchange"] == number and list(update["blocks"]) == [str(block)] for update in down)

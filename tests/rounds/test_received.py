@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from fedspallm_appfl.rounds.received import Received
+from fedspallm_appfl.rounds.folds.received import Received
 
 
 def test_bits_of_clients_and_units_are_a_set():

@@ -175,7 +175,7 @@ def test_a_block_that_nobody_drew_stays_as_it_was(tmp_path):
 
 def pieces(model, limit=10**6):
     """The update to send down, loaded piece by piece."""
-    return [model.load_piece(piece) for piece in model.changes(limit)]
+    return [model.pieces.load(piece) for piece in model.changes(limit)]
 
 
 def test_only_the_blocks_that_changed_go_down(tmp_path):
@@ -200,7 +200,7 @@ def test_the_way_down_is_cut_at_the_limit_and_every_matrix_goes_once(tmp_path):
     matrix_bytes, block_bytes = 3 + 2 * 12, 3 + 2 * 12 + 2 + 2 * 8
     for limit, expected in ((3 * block_bytes, 1), (2 * block_bytes, 2), (block_bytes, 3), (matrix_bytes, 6)):
         plan = model.changes(limit)
-        updates = [model.load_piece(piece) for piece in plan]
+        updates = [model.pieces.load(piece) for piece in plan]
         sent = [(int(b), name) for update in updates for b, linears in update["blocks"].items() for name in linears]
         assert sorted(sent) == [(block, name) for block in range(3) for name in SHAPES]
         assert [(piece.number, piece.total) for piece in plan] == [(number, expected) for number in range(expected)]

@@ -15,7 +15,8 @@ from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.models.storage.export import MatrixSparsity, save_model
 from fedspallm_appfl.rounds.beginning import begin
 from fedspallm_appfl.rounds.folds.of_model import context_of
-from fedspallm_appfl.rounds.server import GlobalModel, Piece
+from fedspallm_appfl.rounds.pieces import Piece
+from fedspallm_appfl.rounds.server import GlobalModel
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ServerSettings
 from fedspallm_appfl.wire.metadata import read_metadata
@@ -83,11 +84,11 @@ class FedSpaLLMAggregator(BaseAggregator):
         if "losses" in kwargs:
             return {}, {}
         if "held" in kwargs:
-            return self.global_model.load_piece(self._held[kwargs["held"]]), {}
+            return self.global_model.pieces.load(self._held[kwargs["held"]]), {}
         if "final" in kwargs:
             return self.final_piece(str(kwargs["client_id"]), kwargs["final"]), {}
         if "piece" in kwargs:
-            return self.global_model.load_piece(self._pieces[kwargs["piece"]]), {}
+            return self.global_model.pieces.load(self._pieces[kwargs["piece"]]), {}
         asked = kwargs.get("_client_ids") or [kwargs.get("client_id")]
         known = [client for client in map(str, asked) if client in self.settings.roster]
         return {}, self.instructions(known or list(self.settings.roster)) | self._goes_on()
@@ -183,7 +184,7 @@ class FedSpaLLMAggregator(BaseAggregator):
         last = last_round and model.round.exchange + 1 == len(model.exchanges)
         model.end_exchange()
         self._pieces = [] if last else model.changes(self.settings.max_message_bytes)
-        first = model.load_piece(self._pieces[0]) if self._pieces else {}
+        first = model.pieces.load(self._pieces[0]) if self._pieces else {}
         model.round.bytes_down += sum(piece.nbytes for piece in self._pieces)
         if not model.next_exchange():
             self._end_round()
@@ -209,7 +210,7 @@ class FedSpaLLMAggregator(BaseAggregator):
     def final_piece(self, client: str, number: int) -> dict[str, Any]:
         """A piece of what a client lacks of the model that it measures, ready for the wire."""
         piece = self._final_of(client)[number]
-        update = self.global_model.load_piece(piece)
+        update = self.global_model.pieces.load(piece)
         self._final_bytes[piece.store, number] = update_nbytes(update)
         return update
 

@@ -11,39 +11,33 @@ Aggregated weights are rounded to the dtype of the checkpoint, which is also wha
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedspallm_appfl.algorithms import registry
-from fedspallm_appfl.algorithms.algorithm import OPENING, SQUARES, Exchange, of_round
+from fedspallm_appfl.algorithms.algorithm import OPENING, Exchange, of_round
 from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import FederationError, UpdateError
 from fedspallm_appfl.events import OnEvent, ignore
-from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, MASKS, Context, Fold, Stores
+from fedspallm_appfl.rounds.folds.context import DOWN, GLOBAL, Context, Fold, Stores
 from fedspallm_appfl.rounds.folds.intake import Intake, Receipt, Standing
+from fedspallm_appfl.rounds.folds.received import Received
 from fedspallm_appfl.rounds.folds.registry import folds
 from fedspallm_appfl.rounds.hidden.folds import HiddenFold
 from fedspallm_appfl.rounds.hidden.places import exchanges_of, numbered, roster_of, summed_in
 from fedspallm_appfl.rounds.hidden.server import Sums
-from fedspallm_appfl.rounds.hidden.view import KINDS, kind_of, view_of
+from fedspallm_appfl.rounds.hidden.view import Sent
 from fedspallm_appfl.rounds.journal import BROKEN, Journal, Latest, require_of_run
-from fedspallm_appfl.rounds.received import Received
+from fedspallm_appfl.rounds.pieces import Piece, Pieces
 from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed
-from fedspallm_appfl.wire.store import PackedStore, seen
+from fedspallm_appfl.wire.store import PackedStore
 from fedspallm_appfl.wire.update import (
     block_nbytes,
-    compress,
-    make_update,
-    read_matrices,
     update_nbytes,
 )
 
 HIDDEN = "hidden"  # folder of secure sums
-BEFORE = -1  # the round that payloads name which bring a client where it stood
 
 
 @dataclass
@@ -73,29 +67,6 @@ class Round:
         return {client for client, blocks in self.assigned.items() if block in blocks}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a round's update that travels in one message.
-
-    Attributes:
-        round_index: the round that made it.
-        number: which piece of the update, from 0.
-        total: pieces of the update.
-        units: its (block, linear) pairs.
-        nbytes: bytes of its tensors.
-        exchange: the exchange of the round that made it.
-        store: where its matrices are; empty for what the exchange sends down.
-    """
-
-    round_index: int
-    number: int
-    total: int
-    units: list[Unit]
-    nbytes: int
-    exchange: int = 0
-    store: str = ""
-
-
 class GlobalModel:
     """Sums of open units, and the packed matrices that are done.
 
@@ -103,6 +74,7 @@ class GlobalModel:
         done: the global model's pruned blocks.
         round: the round that is on.
         exchanges: what travels in the last round; those of recovery are not in earlier ones.
+        pieces: what goes down.
         resumed: blocks of the exchange that is on that an earlier start has finished; None if this is the first start.
     """
 
@@ -121,11 +93,11 @@ class GlobalModel:
         self.round = Round(-1, {})
         self._roster = roster_of(self.settings)
         self.exchanges = exchanges_of(self.settings, context.groups)
+        self.pieces = Pieces(context.folder, self.exchanges, self.settings.compression == "zstd")
         self._folds = folds(context, self.exchanges)
         self._intake = Intake(context, self.exchanges, self._folds, lambda event: self.on_event(event))
         self._hidden: Sums | None = None  # of the round that is on
-        self._sent: dict[str, dict[Unit, tuple[int, str]]] = {kind: {} for kind in KINDS}
-        self._views: dict[int, str] = {}  # exchange of the round -> hash of what was sent before it
+        self._sent = Sent(self.exchanges, context.dtype)
         self._open: dict[Unit, set[str]] = {}  # unit of which something came -> clients that still owe it
         self._ready: dict[int, Stores] = {}
         self._closed: dict[int, set[str]] = {}  # units of blocks that are open
@@ -189,7 +161,7 @@ class GlobalModel:
 
     def _begin_hidden(self) -> None:
         """Ask for new keys."""
-        self._opened, self._views = set(), {}
+        self._opened = set()
         assert self._roster is not None
         folder = self.folder / HIDDEN
         self._hidden = Sums(
@@ -213,7 +185,7 @@ class GlobalModel:
         before = summed_in(self.exchanges, self.round.exchange)
         fold = self._folds[before]
         assert isinstance(fold, HiddenFold)
-        for block, unit, words, clients in self._hidden.opened(before, self._views[before]):
+        for block, unit, words, clients in self._hidden.opened(before, self._sent.view(self.round.index, before)):
             give_back()
             stores, facts = fold.made(block, unit, words, clients)
             self._file(block, unit, stores, facts, len(fold.units(block)))
@@ -350,21 +322,7 @@ class GlobalModel:
         Raises:
             ConfigError: one matrix exceeds the limit.
         """
-        last = self.round.exchange - 1
-        downs = {one.down: number for number, one in enumerate(self.exchanges)}  # what goes down -> an exchange of it
-        wanted: dict[str, set[Unit]] = {"weights": self._held, "masks": set()}
-        if last >= 0 and self.exchanges[last].down == "masks":
-            masks = PackedStore(self.folder / MASKS)
-            wanted["masks"] = {(block, name) for block in masks.blocks() for name in masks.names(block)}
-        pieces = []
-        for down, units in wanted.items():
-            packed = PackedStore(self.folder / DOWN[down])
-            sizes: dict[int, dict[str, int]] = {}
-            for block in sorted({block for block, _ in units}):
-                there = packed.get(block) or {}
-                sizes[block] = {name: one.nbytes for name, one in there.items() if (block, name) in units}
-            pieces += _pieces(sizes, limit, BEFORE, downs[down], DOWN[down]) if units else []
-        pieces = [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
+        pieces = self.pieces.before(self.round.exchange, _by_block(self._held), limit)
         self._note_sent(pieces)
         return pieces
 
@@ -405,7 +363,7 @@ class GlobalModel:
     def _receive_hidden(self, hidden: Sums, client: str, update: Any, samples: int, said: str) -> Receipt:
         """Take an upload that tells nothing by itself."""
         _, checked, _ = self._intake.checked(client, update, samples)
-        hidden.require_view(client, said, self._view())
+        hidden.require_view(client, said, self._sent.view(self.round.index, self.round.exchange))
         hidden.add(client, self.round.exchange, {(block, name): one.words for block, name, one in checked})
         self._received.update((client, block, name) for block, name, _ in checked)
         return Receipt({}, update_nbytes(update), block_nbytes(update))
@@ -468,33 +426,17 @@ class GlobalModel:
         """
         if self.exchange.down is None:
             return []
-        sizes = {
-            block: {name: packed.nbytes for name, packed in self._stored(block).items() if name in names}
-            for block, names in sorted(self.round.closed.items())
-        }
+        closed = self.round.closed
         if self._down_store == GLOBAL:
-            self._held |= {(block, name) for block, names in sizes.items() for name in names}
-        pieces = _pieces(sizes, limit, self.round.index, self.round.exchange)
-        pieces = [self._compressed(piece) for piece in pieces] if self._compresses else pieces
+            self._held |= {(block, name) for block, names in closed.items() for name in names}
+        pieces = self.pieces.of_exchange(self.round.index, self.round.exchange, closed, limit)
         self._note_sent(pieces)
         return pieces
 
     def _note_sent(self, pieces: Iterable[Piece]) -> None:
         """Note what goes down to clients of secure sums."""
-        if self._hidden is None:
-            return
-        for piece in pieces:
-            update = self.load_piece(piece)
-            kind = kind_of(self.exchanges[update["exchange"]].down)
-            matrices = read_matrices(update, torch.float32 if kind == SQUARES else self.context.dtype)
-            self._sent[kind] |= seen(update, matrices)
-
-    def _view(self) -> str:
-        """Hash of what clients of secure sums were sent before the exchange that is on."""
-        now = self.round.exchange
-        if now not in self._views:
-            self._views[now] = view_of(self.round.index, self._sent)
-        return self._views[now]
+        for piece in pieces if self._hidden is not None else ():
+            self._sent.note(self.pieces.load(piece))
 
     def final(self, client: str, limit: int) -> list[Piece]:
         """What a client lacks of the finished model, or of its own where each has one, in pieces.
@@ -503,54 +445,7 @@ class GlobalModel:
             ConfigError: one matrix exceeds the limit.
         """
         own = registry.find(self.settings.algorithm).store_of(client)
-        store, held = self.store(own or GLOBAL), set() if own else self._held
-        matrices = {block: store.get(block) or {} for block in store.blocks()}
-        sizes = {
-            block: {name: packed.nbytes for name, packed in linears.items() if (block, name) not in held}
-            for block, linears in matrices.items()
-        }
-        lacking = {block: linears for block, linears in sizes.items() if linears}
-        return _pieces(lacking, limit, self.settings.rounds, 0, own or GLOBAL)
-
-    @property
-    def _compresses(self) -> bool:
-        return self.settings.compression == "zstd"
-
-    def _compressed(self, piece: Piece) -> Piece:
-        """Compress a piece once and keep it on disk: it goes down to every client."""
-        update = compress(self._made(piece))
-        self._file_of(piece).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(update, self._file_of(piece))
-        return replace(piece, nbytes=update_nbytes(update))
-
-    def _file_of(self, piece: Piece) -> Path:
-        return self.folder / "down" / f"{piece.number}.pt"
-
-    def load_piece(self, piece: Piece) -> dict[str, Any]:
-        """One piece of the update to send down, ready for the wire."""
-        if self._compresses and piece.store:
-            return compress(self._made(piece))
-        if self._compresses:
-            return torch.load(self._file_of(piece), weights_only=True)
-        return self._made(piece)
-
-    def _made(self, piece: Piece) -> dict[str, Any]:
-        blocks_of = {block for block, _ in piece.units}
-        if piece.store:
-            of = PackedStore(self.folder / piece.store)  # without what the exchange that is on has made
-            stored = {block: of.get(block) or {} for block in blocks_of}
-        else:
-            stored = {block: self._stored(block, piece.exchange) for block in blocks_of}
-        blocks: dict[int, dict[str, Packed]] = {}
-        for block, name in piece.units:
-            blocks.setdefault(block, {})[name] = stored[block][name]
-        update = make_update(piece.round_index, blocks, piece.exchange)
-        return update | {"piece": piece.number, "pieces": piece.total}
-
-    def _stored(self, block: int, exchange: int | None = None) -> dict[str, Packed]:
-        """What an exchange, or the one that is on, made of a block."""
-        down = self.exchanges[self.round.exchange if exchange is None else exchange].down
-        return self.store(DOWN[down]).get(block) or {}
+        return self.pieces.of_store(own or GLOBAL, set() if own else self._held, self.settings.rounds, limit)
 
     def store(self, name: str) -> PackedStore:
         """The packed blocks of a store: the global model, masks, or a comparison: `fedavg` or `standalone/CLIENT`."""
@@ -631,13 +526,8 @@ def _at_first_exchange(position: dict[str, Any]) -> dict[str, Any]:
     return {**position, "exchange": [position["exchange"][0], 0], "closed": {}, "facts": {}}
 
 
-def _pieces(
-    sizes: Mapping[int, Mapping[str, int]], limit: int, round_index: int, exchange: int, store: str = ""
-) -> list[Piece]:
-    """Matrices, as block -> linear -> bytes, in pieces of at most `limit` bytes."""
-    parts = plan(sizes, max(1, len(sizes)), limit)
-    bytes_of = [sum(sizes[block][name] for block, name in units) for units in parts]
-    return [
-        Piece(round_index, number, len(parts), units, bytes_of[number], exchange, store)
-        for number, units in enumerate(parts)
-    ]
+def _by_block(units: Iterable[Unit]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for block, name in units:
+        found.setdefault(block, []).append(name)
+    return found

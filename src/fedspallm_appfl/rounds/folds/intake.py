@@ -14,8 +14,8 @@ from fedspallm_appfl.devices import give_back
 from fedspallm_appfl.errors import UpdateError
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.folds.context import Context, Fold, Stores
+from fedspallm_appfl.rounds.folds.received import Received
 from fedspallm_appfl.rounds.folds.unreached import expert_weight
-from fedspallm_appfl.rounds.received import Received
 from fedspallm_appfl.wire.messages import Unit
 from fedspallm_appfl.wire.packed import Packed, Unreached
 from fedspallm_appfl.wire.update import Check, Units, block_nbytes, check_expert, check_update, update_nbytes

@@ -4,9 +4,14 @@ The hash is part of the keys of masks: words of clients that were sent different
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fedspallm_appfl.algorithms.algorithm import SQUARES
+import torch
+
+from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange
+from fedspallm_appfl.wire.store import seen
+from fedspallm_appfl.wire.update import read_matrices
 
 WEIGHTS = "weights"
 KINDS = (WEIGHTS, "masks", SQUARES)  # of what comes down, and what a client keeps apart
@@ -31,3 +36,30 @@ def view_of(round_index: int, seen: Mapping[str, Seen]) -> str:
             if kind == WEIGHTS or when == round_index:
                 digest.update(f"{kind} {block} {unit} {found}\n".encode())
     return digest.hexdigest()
+
+
+class Sent:
+    """What the server has sent to all clients, and the hash of it before each exchange."""
+
+    def __init__(self, exchanges: Sequence[Exchange], dtype: torch.dtype) -> None:
+        """Nothing has been sent.
+
+        Args:
+            exchanges: of the last round.
+            dtype: of weights.
+        """
+        self._exchanges, self._dtype = exchanges, dtype
+        self._seen: dict[str, dict[tuple[int, str], tuple[int, str]]] = {kind: {} for kind in KINDS}
+        self._views: dict[tuple[int, int], str] = {}
+
+    def note(self, update: Mapping[str, Any]) -> None:
+        """A piece of an update goes down."""
+        kind = kind_of(self._exchanges[update["exchange"]].down)
+        matrices = read_matrices(update, torch.float32 if kind == SQUARES else self._dtype)
+        self._seen[kind] |= seen(update, matrices)
+
+    def view(self, round_index: int, exchange: int) -> str:
+        """Hash of what was sent before an exchange; it is first asked for while that is on."""
+        if (round_index, exchange) not in self._views:
+            self._views[round_index, exchange] = view_of(round_index, self._seen)
+        return self._views[round_index, exchange]
