@@ -9,7 +9,10 @@ Nothing heavy is imported before a name is used. See docs/python.md.
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from fedspallm_appfl.settings.imports import importing
 
 __version__ = "0.1.0"
 
@@ -82,7 +85,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    module = f"{__name__}.{_MODULE_OF[name]}"
+    if module not in sys.modules:
+        with importing("transformers"):
+            importlib.import_module(module)
+    return getattr(sys.modules[module], name)
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,12 @@
 """What is hidden from packages that would fail at it, and what is imported late."""
 
+import gc
 import importlib.util
 import inspect
 import subprocess
 import sys
+import types
+import weakref
 
 import pytest
 
@@ -87,12 +90,28 @@ def test_a_name_is_imported_when_it_is_called_and_the_rest_of_its_module_is_ther
     assert inspect.isfunction(sys.modules["large.part"].curve)
 
 
+def test_what_is_garbage_before_an_import_is_collected(monkeypatch):
+    monkeypatch.setattr(imports, "UNUSED", {})
+    often = gc.get_threshold()
+    gc.set_threshold(10**9)  # nothing is collected by chance
+    try:
+        garbage = types.ModuleType("garbage")
+        garbage.itself = garbage
+        gone = weakref.ref(garbage)
+        del garbage
+        with importing("heavy"):
+            pass
+    finally:
+        gc.set_threshold(*often)
+    assert gone() is None  # it would stay for good
+
+
 def test_a_run_imports_no_package_of_which_it_uses_nothing():
     code = """
 import sys
-from fedspallm_appfl.settings.imports import importing
-with importing("transformers"):
-    import fedspallm_appfl.api
+import fedspallm_appfl as fs
+assert not {"torch", "transformers"} & sys.modules.keys()
+assert fs.prune
 from fedspallm_appfl.adaptors import registration
 registration.register()
 for name in ("sklearn", "opacus", "scipy.stats", "pandas", "datasets"):

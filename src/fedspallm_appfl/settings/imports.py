@@ -50,6 +50,7 @@ def _uncollected() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
+    gc.collect()  # what is garbage by now would stay for good
     gc.disable()
     try:
         yield
