@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import inspect
+import pickle
 import subprocess
 import sys
 import types
@@ -57,37 +58,54 @@ def test_a_package_is_imported_when_something_of_it_is_used_and_not_before(tmp_p
         _ = dear.nothing
 
 
-def test_a_name_is_imported_when_it_is_called_and_the_rest_of_its_module_is_there(tmp_path, monkeypatch):
+def test_a_name_is_imported_when_it_is_called(tmp_path, monkeypatch):
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "__init__.py").write_text("class Engine:\n    pass\n")
     (tmp_path / "large" / "part.py").write_text("def curve(x, *, by):\n    return x * by\nother = 5\n")
-    (tmp_path / "user.py").write_text("from large import Engine\nfrom large.part import curve\n")
-    (tmp_path / "asking.py").write_text("from large.part import curve, other\n")
-    (tmp_path / "heavy.py").write_text("import user\n")
+    (tmp_path / "heavy").mkdir()
+    for name, code in {
+        "__init__": "from heavy import user",
+        "user": "from large import Engine\nfrom large.part import curve",
+        "asking": "from large.part import curve, other",
+        "gone": "try:\n    from absent import x\nexcept ImportError:\n    x = None",
+        "late": "import absent_as_well",
+        "early": "try:\n    from .late import x\nexcept ImportError as error:\n    x = error.name",
+    }.items():
+        (tmp_path / "heavy" / f"{name}.py").write_text(f"{code}\n")
+    (tmp_path / "mine.py").write_text("import large\nfrom large.part import curve\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(
-        imports, "UNUSED", {"large": ("Engine",), "large.part": ("curve",), "not_installed_at_all": ("x",)}
-    )
-    for name in ("large", "large.part", "user", "heavy", "asking"):
+    monkeypatch.setattr(imports, "UNUSED", {"large": ("Engine",), "large.part": ("curve",), "absent": ("x",)})
+    monkeypatch.setattr(imports, "BY", ("heavy.", "heavy"))
+    monkeypatch.setattr(imports, "IN_VAIN", {"late": "absent_as_well"})
+    for name in (
+        "large",
+        "large.part",
+        "mine",
+        "heavy",
+        *(f"heavy.{one}" for one in ("user", "asking", "gone", "early")),
+    ):
         monkeypatch.setitem(sys.modules, name, None)  # what comes in its place goes afterwards
         del sys.modules[name]
     with importing("heavy"):
         import heavy
+        import heavy.early
+        import heavy.gone
 
-        assert importlib.util.find_spec("large") is not None
-    assert "large" not in sys.modules and "large.part" not in sys.modules
-    assert heavy.user.curve(3, by=2) == 6
+        assert "large" not in sys.modules
+        assert heavy.user.curve(3, by=2) == 6
+        assert pickle.loads(pickle.dumps(heavy.user.curve))(3, by=2) == 6
     assert type(heavy.user.Engine()).__module__ == "large"
-    from large import Engine
-
-    assert isinstance(Engine, type)
+    assert heavy.gone.x is None
+    assert heavy.early.x == "absent_as_well" and "heavy.late" not in sys.modules
 
     for name in ("large", "large.part", "heavy"):
         del sys.modules[name]
     with importing("heavy"):
-        import asking  # a name that was not foreseen: the module itself is imported
-    assert asking.other == 5 and asking.curve(3, by=2) == 6
-    assert inspect.isfunction(sys.modules["large.part"].curve)
+        import heavy.asking  # a name that was not foreseen: the module itself is imported
+        import mine  # and for anybody else, too
+
+    assert inspect.isfunction(heavy.asking.curve) and heavy.asking.other == 5
+    assert inspect.isfunction(mine.curve) and mine.large.part is sys.modules["large.part"]
 
 
 def test_what_is_garbage_before_an_import_is_collected(monkeypatch):

@@ -12,7 +12,7 @@ that it never stands in the place of another class.
 """
 
 import gc
-import importlib.util
+import importlib
 import logging
 import sys
 import types
@@ -24,17 +24,12 @@ from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
 LATER = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
-FEDSB = (
-    "appfl.algorithm.trainer.fedsb_trainer"  # imports transformers' trainers first, and then a package that few have
-)
 
 
 def before_appfl() -> None:
     """Let what APPFL imports, and few runs use, be imported when it is used; call it before APPFL is imported."""
     guard_torchvision()
     put_off(*LATER)
-    if importlib.util.find_spec("fed_sb") is None:
-        sys.modules.setdefault(FEDSB, None)  # type: ignore[arg-type]  # APPFL goes without it, as without its package
 
 
 def register() -> None:
@@ -48,11 +43,12 @@ def register() -> None:
             import appfl.algorithm.aggregator
             import appfl.algorithm.scheduler
             import appfl.algorithm.trainer
+
+            from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
+            from fedspallm_appfl.adaptors.scheduler import FedSpaLLMScheduler
+            from fedspallm_appfl.adaptors.trainer import FedSpaLLMTrainer
     finally:
         root.handlers[:], root.level = handlers, level
-    from fedspallm_appfl.adaptors.aggregator import FedSpaLLMAggregator
-    from fedspallm_appfl.adaptors.scheduler import FedSpaLLMScheduler
-    from fedspallm_appfl.adaptors.trainer import FedSpaLLMTrainer
 
     appfl.algorithm.trainer.FedSpaLLMTrainer = FedSpaLLMTrainer
     appfl.algorithm.aggregator.FedSpaLLMAggregator = FedSpaLLMAggregator

@@ -80,13 +80,13 @@ class Pieces:
             ConfigError: one matrix exceeds the limit.
         """
         wanted = {"weights": weights}
-        if exchange and self._exchanges[exchange - 1].down == "masks":
+        if exchange > 0 and self._exchanges[exchange - 1].down == "masks":
             masks = PackedStore(self._folder / DOWN["masks"])
             wanted["masks"] = {block: masks.names(block) for block in masks.blocks()}
         downs = {one.down: number for number, one in enumerate(self._exchanges)}  # what goes down -> an exchange of it
         pieces = []
         for down, linears in wanted.items():
-            if linears:
+            if any(linears.values()):
                 there = _bytes_of(PackedStore(self._folder / DOWN[down]), linears)
                 pieces += _cut(there, limit, BEFORE, downs[down], DOWN[down])
         return [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]

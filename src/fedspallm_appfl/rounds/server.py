@@ -32,10 +32,7 @@ from fedspallm_appfl.rounds.uploads import sizes
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
-from fedspallm_appfl.wire.update import (
-    block_nbytes,
-    update_nbytes,
-)
+from fedspallm_appfl.wire.update import block_nbytes, update_nbytes
 
 HIDDEN = "hidden"  # folder of secure sums
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import loky
@@ -88,7 +89,7 @@ def _begin(parent: int) -> None:
     """Leave Ctrl-C to the parent, end with it, even if it is killed, and import what every task needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    with importing("transformers"):
+    with suppress(Exception), importing("transformers"):  # a task imports it again, and says what fails
         importlib.import_module("fedspallm_appfl.models.lazy_model")
 
 

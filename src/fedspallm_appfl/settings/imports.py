@@ -1,20 +1,22 @@
-"""Heavy packages are imported without garbage collections, which take a third of the time and find next to nothing.
+"""Heavy packages are imported sooner, and without what a run does not use of what they import.
 
-And without a torchvision that does not go with the installed torch: transformers would import it and fail. What APPFL and
-transformers import and a run does not use is put off until something uses it.
+Garbage is not collected meanwhile, which takes a third of the time and finds next to nothing. What APPFL and transformers
+import and a run does not use is put off until something uses it. A torchvision that does not go with the installed torch is
+hidden: transformers would import it and fail.
 """
 
+import builtins
 import gc
-import importlib.machinery
 import importlib.util
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# Of what transformers and APPFL import from large packages: names that a run does not use. A third of their time.
+# What transformers and APPFL import from large packages and a run does not use: a third of their time. All are called,
+# none is a base class.
 UNUSED = {
     "sklearn.metrics": ("roc_curve",),
     "sklearn.decomposition": ("PCA",),
@@ -22,26 +24,26 @@ UNUSED = {
     "opacus": ("PrivacyEngine",),
     "opacus.utils.batch_memory_manager": ("BatchMemoryManager",),
 }
+BY = ("transformers.", "appfl.")  # whose imports these are
+# A module of APPFL, which goes on without it -> the package that it asks for after it has imported all others.
+IN_VAIN = {"fedsb_trainer": "fed_sb"}
 
 
 @contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Import a heavy package within: sooner, and without what few runs use of the packages that it imports.
+    """Import a heavy package within: sooner, and without what a run does not use.
 
     Torch and transformers make 800,000 objects, and nearly all stay. The collector would go through them again and again
     while they are made, later in the run, and at the end of the process. So garbage is not looked for within, nor
     afterwards in what is there by then.
 
     Args:
-        package: nothing changes if it has been imported before.
+        package: if it has been imported before, all is imported as usual.
     """
     if package in sys.modules:
         yield
         return
-    with ExitStack() as stack:
-        for module, names in UNUSED.items():
-            stack.enter_context(_put_off_names(module, names))
-        stack.enter_context(_uncollected())
+    with _without_unused(), _uncollected():
         yield
 
 
@@ -65,33 +67,12 @@ class Later(types.ModuleType):
     Not `importlib.util.LazyLoader`, which imports when anything looks at a module's `__file__`, as `inspect` does with all.
     """
 
-    def __init__(self, name: str, *functions: str) -> None:
-        """Stand for a package, or for those of a module's functions and classes that `from` may ask for.
-
-        Args:
-            name: of the package or module.
-            functions: of that module; they can be imported, and import the module when they are called.
-        """
-        super().__init__(name)
-        self._whole = not functions
-        for function in functions:
-            setattr(self, function, partial(self._call, function))
-
     def __getattr__(self, name: str) -> Any:
-        # An import of something inside a package asks for its path, and `from` does so before it takes a name.
-        if name.startswith("__") and not (self._whole and name == "__path__"):
+        if name.startswith("__") and name != "__path__":  # which an import of something inside it asks for
             raise AttributeError(name)
-        return getattr(self._module(), name)
-
-    def _module(self) -> types.ModuleType:
-        """The module itself; what stands for it, and for the package that it is in, goes."""
-        for name in (self.__name__, self.__name__.partition(".")[0]):
-            if isinstance(sys.modules.get(name), Later):
-                del sys.modules[name]
-        return importlib.import_module(self.__name__)
-
-    def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._module(), function)(*args, **kwargs)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def put_off(*packages: str) -> None:
@@ -103,18 +84,37 @@ def put_off(*packages: str) -> None:
 
 
 @contextmanager
-def _put_off_names(module: str, names: tuple[str, ...]) -> Iterator[None]:
-    """Let `from module import name` within give what imports the module when it is called."""
-    if module in sys.modules or importlib.util.find_spec(module.partition(".")[0]) is None:
-        yield
-        return
-    sys.modules[module] = stand_in = Later(module, *names)
-    stand_in.__spec__ = importlib.machinery.ModuleSpec(module, None)
+def _without_unused() -> Iterator[None]:
+    """Answer imports of `UNUSED` with what imports the module when it is called; all other imports are as usual."""
+    usual = builtins.__import__
+
+    def answer(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: A002
+        by = (globals or {}).get("__name__", "")
+        if by.startswith(BY):
+            if level == 0 and fromlist and {*fromlist} <= {*UNUSED.get(name, ())} and _is_to_come(name):
+                return types.SimpleNamespace(**{one: partial(_call, name, one) for one in fromlist})
+            if level and (needed := IN_VAIN.get(name)) and not _is_installed(needed):
+                raise ModuleNotFoundError(f"No module named {needed!r}", name=needed)
+        return usual(name, globals, locals, fromlist, level)
+
+    builtins.__import__ = answer
     try:
         yield
     finally:
-        if sys.modules.get(module) is stand_in:
-            del sys.modules[module]
+        builtins.__import__ = usual
+
+
+def _is_to_come(module: str) -> bool:
+    """Whether a module has not been imported yet, and can be."""
+    return module not in sys.modules and _is_installed(module.partition(".")[0])
+
+
+def _is_installed(package: str) -> bool:
+    return sys.modules.get(package) is not None or importlib.util.find_spec(package) is not None
+
+
+def _call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
 
 def guard_torchvision() -> None:

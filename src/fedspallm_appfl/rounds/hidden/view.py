@@ -23,16 +23,16 @@ def kind_of(down: str | None) -> str:
     return down if down in KINDS else WEIGHTS
 
 
-def view_of(round_index: int, seen: Mapping[str, Seen]) -> str:
+def view_of(round_index: int, sent: Mapping[str, Seen]) -> str:
     """SHA-256, in hexadecimal digits, of all pruned weights, and of masks and squares of the round.
 
     Args:
         round_index: the round that is on.
-        seen: kind (see `kind_of`) -> what came of it.
+        sent: kind (see `kind_of`) -> what came of it.
     """
     digest = hashlib.sha256()
-    for kind in sorted(seen):
-        for (block, unit), (when, found) in sorted(seen[kind].items()):
+    for kind in sorted(sent):
+        for (block, unit), (when, found) in sorted(sent[kind].items()):
             if kind == WEIGHTS or when == round_index:
                 digest.update(f"{kind} {block} {unit} {found}\n".encode())
     return digest.hexdigest()
