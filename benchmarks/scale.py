@@ -1,6 +1,7 @@
 """How time and memory grow with clients and with blocks: of one server, and of whole rounds in one process, with a plot."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def _in_one_process(context: Context) -> Table:
     hidden, mlp = (64, 96) if context.quick else (512, 1376)
     models = {depth: _model(context, hidden, mlp, depth) for depth in {*depths, FIXED_BLOCKS}}
 
+    @cache  # both curves begin with the same one, and a run that is done goes on where it is
     def job(clients: int, depth: int) -> dict[str, float]:
         return children.run("federation", models[depth], clients, 1, context.scratch / f"run-{clients}-{depth}")
 

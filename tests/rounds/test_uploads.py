@@ -1,6 +1,7 @@
 """What a client makes for each kind of upload: packed like the sweep it is made of, in the sizes that were planned."""
 
 import tempfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedspallm_appfl.algorithms.algorithm import UPLOADS, Exchange
+from fedspallm_appfl.algorithms.algorithm import SQUARES, UPLOADS, Exchange
 from fedspallm_appfl.algorithms.registry import BUILT_IN, find
 from fedspallm_appfl.errors import DataError
 from fedspallm_appfl.models.inputs import shared_inputs
@@ -254,3 +255,27 @@ def test_notes_travel_beside_the_matrix(model):
     of = source(model, text=TEXT[:1, :2], damping=1e-12, damping_retries=12)
     notes = [notes for _, notes in made(of, "weights", {0}).values()]
     assert all(one["damping"] > 1e-12 for one in notes)
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        Exchange("weights"),
+        Exchange("masks"),
+        Exchange("grams"),
+        Exchange("masks", hidden=3),
+        Exchange(SQUARES, hidden=3),
+    ],
+    ids=lambda exchange: f"{exchange.up}-{exchange.hidden}",
+)
+def test_a_client_that_waits_for_its_next_turn_does_not_keep_what_it_has_sent(model, exchange, tmp_path):
+    going_on = sweep(replace(source(model, gram=Gram(min_tokens=1)), scratch=lambda: tmp_path), exchange, {0, 2})
+    _, units = next(going_on)
+    tensors = [
+        tensor for unit, _ in units.values() for tensor in vars(unit).values() if isinstance(tensor, torch.Tensor)
+    ]
+    gone = [weakref.ref(tensor) for tensor in tensors]
+    assert gone
+    del units, tensors
+    assert all(reference() is None for reference in gone)
+    assert next(going_on)[0] == 2

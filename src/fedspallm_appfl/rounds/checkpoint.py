@@ -19,7 +19,7 @@ from fedspallm_appfl.wire.deltas import PackedDelta
 from fedspallm_appfl.wire.store import save_whole
 
 KEPT = 2
-Changes = Mapping[int, Mapping[str, PackedDelta]]  # block -> linear -> its change
+Changes = Mapping[int, dict[str, PackedDelta]]  # block -> linear -> its change
 SHARE = 20  # times as long as the last one took to be written, at least, before the next is
 
 

@@ -93,7 +93,7 @@ class Source:
         share = -(-self.windows.numel() // len(self.model.devices))  # batches are dealt in turn; files hold whole ones
         return hidden_states(self.settings.data.activations, share, self.settings.client_id)
 
-    def learnt(self, turn: int | None, blocks: set[int]) -> Iterable[tuple[int, Mapping[str, PackedDelta]]]:
+    def learnt(self, turn: int | None, blocks: set[int]) -> Iterable[tuple[int, dict[str, PackedDelta]]]:
         """Train from what the server has sent, and give the changes of each block.
 
         Blocks that are trained together are trained once: a later start takes what an earlier one has learnt.

@@ -38,7 +38,7 @@ Sweep = Iterator[tuple[int, dict[str, Noted]]]
 
 
 def sweep(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
-    """Make what an exchange sends of some blocks, block by block.
+    """Make what an exchange sends of some blocks, block by block; nothing that was given is held while the sweep stands.
 
     Raises:
         PruningError: a matrix cannot be pruned; names client, block and linear.
@@ -75,16 +75,15 @@ def _values(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
 def _packed(pruned: Pruned, pack_one: Callable[[int, str, PrunedLinear], Packed]) -> Sweep:
     """Pack matrix by matrix; none is kept that was packed."""
     for block, linears in pruned:
-        made: dict[str, Noted] = {}
-        for name in list(linears):
-            one = linears.pop(name)
-            if isinstance(one, Unreached):
-                made[name] = one, {}
-            else:
-                made[name] = replace(pack_one(block, name, one), tokens=one.tokens), one.notes
-            del one
-        yield block, made
-        del made, linears
+        yield block, {name: _noted(block, name, linears.pop(name), pack_one) for name in list(linears)}
+
+
+def _noted(
+    block: int, name: str, one: PrunedLinear | Unreached, pack_one: Callable[[int, str, PrunedLinear], Packed]
+) -> Noted:
+    if isinstance(one, Unreached):
+        return one, {}
+    return replace(pack_one(block, name, one), tokens=one.tokens), one.notes
 
 
 def _grams(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
@@ -101,7 +100,7 @@ def _packed_gram(source: Source, block: int, name: str, sums: Sums | Unreached) 
 
 def _deltas(source: Source, exchange: Exchange, blocks: set[int]) -> Sweep:
     for block, changes in source.learnt(exchange.turn, blocks):
-        yield block, {name: (change, {}) for name, change in changes.items()}
+        yield block, {name: (changes.pop(name), {}) for name in list(changes)}
 
 
 _SWEEPS: dict[str, Callable[[Source, Exchange, set[int]], Sweep]] = {
