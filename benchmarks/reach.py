@@ -16,7 +16,7 @@ from fedspallm_appfl.estimates.memory import server_memory
 from fedspallm_appfl.estimates.traffic import final, traffic
 from fedspallm_appfl.settings.schema import Client, Config, Model
 
-FOLDED = {"fedspallm": 0.21, "consensus": 0.16, "gram": 0.31}  # GB/s of uploads on one core, measured
+FOLDED = {"fedspallm": 0.25, "consensus": 0.20, "gram": 0.35}  # GB/s of uploads on one core, measured
 LINKS = {"10 Gbit/s": 1.25, "100 Gbit/s": 12.5}  # GB/s
 CLIENTS = (16, 256, 4096)
 SHAPES = {  # blocks, width, width of the MLP, heads, heads of keys and values, vocabulary

@@ -54,7 +54,8 @@ def call_in_parts(function: str, parts: Sequence[tuple[Tensor | int | None, ...]
     try:
         call(function, *parts[0])
     finally:
-        wait(others)
+        if others:  # to wait for nothing takes as long as a short loop
+            wait(others)
     for other in others:
         other.result()
 
