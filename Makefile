@@ -29,12 +29,13 @@ install: $(INSTALLED)  ## Make the virtual environment and install the pinned ve
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt src/fedspallm_appfl/tensors/native/kernels.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing packages into $(VENV): a few minutes, and nothing is said meanwhile'
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(WITHOUT_TORCHVISION)
 	touch $@
 
-demo: install  ## Prune the bundled model with four clients; about a minute
+demo: install  ## Prune the bundled model with four clients; about a minute after the installation
 	$(BIN)/fedspallm run configs/demo.yaml --overwrite
 
 study: install  ## Compare eleven methods on the bundled model; an hour on a busy machine

@@ -108,7 +108,7 @@ def test_a_pass_without_weights_runs_in_the_models_arithmetic():
 def test_what_is_said_of_it_fits_a_line(server):
     found = duration.Durations({"a": 5000.0, "b": 5000.0}, server)
     [line] = _time(job(experiment(), MODEL), found)
-    assert "time on this CPU: 83 min a client, 2 h 47 min for all" in line
+    assert "rounds on this CPU: 83 min a client, 2 h 47 min for all" in line
     assert ("67 min for the server" in line) == bool(server)
     assert line.endswith("runs took 0.5 to 2 times that")
-    assert len(line) <= (107 if server else 100)
+    assert len(line) <= (109 if server else 102)

@@ -40,7 +40,7 @@ def test_a_card_says_what_the_model_is(done, place, target):
     manifest = json.loads((done / place / "manifest.json").read_text())
     for words in (
         f"# tiny, {target} sparse",
-        f"{manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, 50.0000 % of ",
+        f"{manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are pruned, 50.0000 % of ",
         "| dense |",
         "from_pretrained",
         "dense kernels run no faster",

@@ -135,7 +135,7 @@ def test_traffic_is_summed_up_and_down_for_each_client(log):
     ],
 )
 def test_sparsity_is_said_in_exact_counts(matrices, line):
-    assert sparsity_line(matrices, 250) == line.format("weights in the blocks are zero")
+    assert sparsity_line(matrices, 250) == line.format("weights in the blocks are pruned")
 
 
 def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
@@ -151,12 +151,12 @@ def test_the_closing_shows_each_method_on_each_text_and_the_bytes(log):
         "up 2.6 kB, down 1.4 kB in total, 1.3 kB up per client on average; the dense prunable weights take 400 B"
         in words
     )
-    assert "70 of 250 weights in the blocks are zero (28.00 %)" in words
+    assert "70 of 250 weights in the blocks are pruned (28.00 %)" in words
 
 
 def test_without_evaluation_the_closing_still_shows_sparsity_and_bytes(log):
     _, words = table(log, perplexity={})
-    assert "70 of 250 weights in the blocks are zero (28.00 %)" in words
+    assert "70 of 250 weights in the blocks are pruned (28.00 %)" in words
     assert "up 2.6 kB, down 1.4 kB in total" in words
 
 

@@ -54,7 +54,8 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("serial", "mpi", "globus"),
         default="serial",
-        help="serial (default): one process; mpi: under mpiexec; globus: clients at their own sites, over Globus Compute",
+        help="serial (default): this machine, in one process or several (`workers`); mpi: under mpiexec; globus: clients "
+        "at their own sites, over Globus Compute",
     )
 
 

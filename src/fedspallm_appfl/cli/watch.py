@@ -147,8 +147,12 @@ def _tell(seen: _Seen, shown: "Console") -> None:
     from fedspallm_appfl.reports.watching.picture import quality
 
     listener: RunProgress | None = None
+    told = False
     while not seen.over:
         news = seen.look()
+        if not (told or seen.run.clients):
+            shown.print("waiting for a run to begin there", highlight=False)
+            told = True
         if seen.anew:
             shown.print("another run begins", highlight=False)
             listener = None

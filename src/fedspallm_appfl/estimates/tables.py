@@ -20,6 +20,7 @@ from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
 from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.estimates.memory import Memory, Parts
 from fedspallm_appfl.estimates.over_globus import INLINE_LIMIT, Worker
+from fedspallm_appfl.estimates.processes import settled
 from fedspallm_appfl.estimates.traffic import RoundTraffic
 from fedspallm_appfl.globus.store.data_store import place
 from fedspallm_appfl.reports.parts import bytes_text
@@ -98,7 +99,7 @@ def _time(job: Job, found: Durations) -> Iterator[str]:
     server = f", {duration(found.server)} for the server" if found.server else ""
     server += f", {duration(found.allocation)} before that to choose targets" if found.allocation else ""
     spread = f"runs took {1 / SPREAD:g} to {SPREAD:g} times that"
-    yield f"time on this CPU: {each} a client{together}{server}; {spread}"
+    yield f"rounds on this CPU: {each} a client{together}{server}; {spread}"
 
 
 def _exchanges(kinds: Sequence[tuple[str, str | None]], job: Job) -> str:
@@ -229,6 +230,13 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
         fixed = bytes_text(here + memory.APPFL)
         yield Text(f"add Python and its packages to each process: {fixed}, this one and what APPFL adds")
     yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
+    count = 1 if globus else int(settled(job.config).workers)
+    if count > 1:
+        together = bytes_text(memory.workers_memory(job, count))
+        asked = f"workers: {job.config.workers}"
+        yield Text(
+            f"fedspallm run starts {count} worker processes here ({asked}); with the server they need {together}"
+        )
     if job.config.evaluation.texts and windows is None:
         yield Text("without the evaluation: evaluation.texts cannot be read here; set evaluation.windows")
     gpus = any(place != "cpu" for client in job.config.clients for place in client.train_configs.places)

@@ -64,8 +64,9 @@ def write(folder: Path, config: Config, perplexity: Mapping[str, Mapping[str, fl
     parts = [
         f"---\n{yaml.dump(front, Dumper=_WrittenOut, sort_keys=False)}---",
         f"# {base}, {manifest['target']} sparse",
-        f"{base}, {_made(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are zero, "
-        f"{100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices that could be pruned.",
+        f"{base}, {_made(config)}: {manifest['zeros']:,} of {manifest['block_weights']:,} weights in the blocks are "
+        f"pruned, {100 * manifest['sparsity']:.4f} % of those in the {len(manifest['matrices'])} matrices "
+        "that could be pruned.",
         *_perplexities(config, perplexity),
         "## Use",
         USE,

@@ -118,7 +118,7 @@ def sparsity_line(matrices: Sequence[MatrixSparsity], block_weights: int) -> str
         return "no matrix was pruned"
     dense = f"; {count(len(matrices) - len(pruned), 'matrix')} left dense" if len(pruned) < len(matrices) else ""
     return (
-        f"{zeros:,} of {block_weights:,} weights in the blocks are zero ({100 * zeros / block_weights:.2f} %): "
+        f"{zeros:,} of {block_weights:,} weights in the blocks are pruned ({100 * zeros / block_weights:.2f} %): "
         f"{100 * zeros / entries:.4f} % of {entries:,} in {count(len(pruned), 'pruned matrix')}{dense}"
     )
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedspallm_appfl.models import experts
 from fedspallm_appfl.models.lazy_model import Skeleton
-from fedspallm_appfl.models.storage.checkpoint import allow_code_of
+from fedspallm_appfl.models.storage.checkpoint import allow_code_of, resolve_model
 from fedspallm_appfl.reports.result import Shown
 from fedspallm_appfl.reports.terminal import ConsoleTable
 from fedspallm_appfl.settings.schema import Model
@@ -140,7 +140,7 @@ def check(model: str | Path, blocks: str | None = None, trust_remote_code: bool 
         ModelError: it is no model, its weights are not there or quantized, or its blocks cannot be found.
     """
     allow_code_of(Model(path=str(model), trust_remote_code=trust_remote_code))
-    skeleton = Skeleton(str(model), blocks)
+    skeleton = Skeleton(str(resolve_model(str(model), key="MODEL")), blocks)
     matrices = []
     for block, linears in enumerate(skeleton.layout.blocks):
         for one in linears:

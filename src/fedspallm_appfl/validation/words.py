@@ -14,6 +14,7 @@ from fedspallm_appfl.rounds.beginning import manifest_of
 from fedspallm_appfl.rounds.participants import algorithm_of, comparisons, hidden, roster, uncovered
 from fedspallm_appfl.settings.schema import Config
 from fedspallm_appfl.tensors.target import NM
+from fedspallm_appfl.tensors.targets import Targets
 from fedspallm_appfl.texts.files import is_online, text_files
 
 
@@ -106,11 +107,11 @@ def shared_texts(config: Config) -> Iterator[str]:
         who = f"client {client.client_id}"
         for file in _files(client.data.text or []):
             if owner.setdefault(file, who) != who:
-                yield f"{who} and {owner[file]} have the same text: {file}"
+                yield f"note: {who} and {owner[file]} have the same text: {file}"
     for name, text in config.evaluation.texts.items():
         for file in _files(text):
             if file in owner:
-                yield f"evaluation.texts.{name} is a text of {owner[file]} too, and so not held out: {file}"
+                yield f"note: evaluation.texts.{name} is a text of {owner[file]} too, and so not held out: {file}"
 
 
 def _files(text: str | Sequence[str]) -> list[str]:
@@ -134,7 +135,9 @@ def unallocated_words(config: Config) -> Iterator[str]:
 def headline(config: Config) -> str:
     """Who prunes how, in a line."""
     clients = f"{len(config.clients)} client{'s' * (len(config.clients) != 1)}"
-    sparsity = config.client_configs.train_configs.sparsity
+    sparsity: object = config.client_configs.train_configs.sparsity
+    if config.recovery.model and isinstance(sparsity, Targets):  # of what lies on disk, to the last zero
+        sparsity = f"{sparsity.default}, others for {len(sparsity.others)} matrices"
     together = " of all matrices together" if config.allocates else ""
     return f"{clients}, {rounds_text(config)}, {how(config)}, sparsity {sparsity}{together}"
 

@@ -103,9 +103,11 @@ def _answer(question: Question, given: Any) -> Any:
             raise ConfigError(f"init: --{question.option} is missing, and nobody can be asked; give {question.about}")
         return question.otherwise.split() if question.several else question.otherwise
     default = f" [{question.otherwise}]" if question.otherwise else ""
+    shown = console()
+    shown.soft_wrap = True  # a question that is folded loses the space before the answer
     while True:
         try:
-            typed = console().input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise
+            typed = shown.input(f"{question.words}{default}: ", markup=False).strip() or question.otherwise
         except EOFError as error:
             raise ConfigError(f"init: no answer for --{question.option}; nothing was written") from error
         if typed is None:
