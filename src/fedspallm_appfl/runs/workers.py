@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -101,19 +102,21 @@ def run(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers) ->
     shutil.rmtree(state_dir / AGREED, ignore_errors=True)  # of an earlier start, maybe not whole
     groups = _placed(config, state_dir, on_event, workers)
     with _listening() as (listener, address):
-        futures = [
-            workers.submit(len(groups), _work, address, number, group, config.plugins, spares(config))
-            for number, group in enumerate(groups)
-        ]
+        whose: dict[Future[Any], str] = {}
+        ended: list[Future[Any]] = []  # asking a future takes a lock, and a Ctrl-C at that moment would leave it taken
+        for number, group in enumerate(groups):
+            future = workers.submit(len(groups), _work, address, number, group, config.plugins, spares(config))
+            whose[future] = f"clients {', '.join(settings.client_id for settings in group)}"
+            future.add_done_callback(ended.append)
         server = registration.agents().server_agent(config, state_dir)
         server.aggregator.on_event = on_event
         spare(server, config)
         with _Desks(server, listener) as desks:
-            while desks.is_open or not all(future.done() for future in futures):
+            while desks.is_open or whose:
                 desks.take()
-                for group, future in zip(groups, futures, strict=True):
-                    if future.done():
-                        result(future, f"clients {', '.join(settings.client_id for settings in group)}")
+                while ended:
+                    future = ended.pop()
+                    result(future, whose.pop(future))
     return server.aggregator
 
 
