@@ -55,39 +55,36 @@ class Pieces:
         """
         self._folder, self._exchanges, self._compresses = folder, exchanges, compresses
 
-    def of_exchange(
-        self, round_index: int, exchange: int, closed: Mapping[int, Sequence[str]], limit: int
-    ) -> list[Piece]:
-        """What an exchange has made, block -> linears.
+    def of_exchange(self, round_index: int, exchange: int, units: set[Unit], limit: int) -> list[Piece]:
+        """What an exchange has made.
 
         A piece is compressed once and kept on disk, as it goes down to every client.
 
         Raises:
             ConfigError: one matrix exceeds the limit.
         """
-        pieces = _cut(_bytes_of(self._made_in(exchange), closed), limit, round_index, exchange)
+        pieces = _cut(_bytes_of(self._made_in(exchange), units), limit, round_index, exchange)
         return [self._compressed(piece) for piece in pieces] if self._compresses else pieces
 
-    def before(self, exchange: int, weights: Mapping[int, Sequence[str]], limit: int) -> list[Piece]:
+    def before(self, exchange: int, held: set[Unit], limit: int) -> list[Piece]:
         """What clients were sent before an exchange and need in it or later.
 
         Args:
             exchange: the one that is on.
-            weights: block -> linears of the global model that they have as they are.
+            held: matrices of the global model that they have as they are.
             limit: bytes of a piece.
 
         Raises:
             ConfigError: one matrix exceeds the limit.
         """
-        wanted = {"weights": weights}
+        wanted = {"weights": held}
         if exchange > 0 and self._exchanges[exchange - 1].down == "masks":
-            masks = PackedStore(self._folder / DOWN["masks"])
-            wanted["masks"] = {block: masks.names(block) for block in masks.blocks()}
+            wanted["masks"] = _units_of(PackedStore(self._folder / DOWN["masks"]))
         downs = {one.down: number for number, one in enumerate(self._exchanges)}  # what goes down -> an exchange of it
         pieces = []
-        for down, linears in wanted.items():
-            if any(linears.values()):
-                there = _bytes_of(PackedStore(self._folder / DOWN[down]), linears)
+        for down, units in wanted.items():
+            if units:
+                there = _bytes_of(PackedStore(self._folder / DOWN[down]), units)
                 pieces += _cut(there, limit, BEFORE, downs[down], DOWN[down])
         return [replace(piece, number=number, total=len(pieces)) for number, piece in enumerate(pieces)]
 
@@ -98,12 +95,7 @@ class Pieces:
             ConfigError: one matrix exceeds the limit.
         """
         packed = Latest(self._folder, store)
-        lacking = {
-            block: names
-            for block in packed.blocks()
-            if (names := [name for name in packed.names(block) if (block, name) not in without])
-        }
-        return _cut(_bytes_of(packed, lacking), limit, round_index, 0, store)
+        return _cut(_bytes_of(packed, _units_of(packed) - without), limit, round_index, 0, store)
 
     def load(self, piece: Piece) -> dict[str, Any]:
         """A piece, ready for the wire."""
@@ -137,13 +129,16 @@ class Pieces:
         return Latest(self._folder, DOWN[self._exchanges[exchange].down])
 
 
-def _bytes_of(store: PackedStore, linears: Mapping[int, Sequence[str]]) -> Bytes:
+def _units_of(store: PackedStore) -> set[Unit]:
+    return {(block, name) for block in store.blocks() for name in store.names(block)}
+
+
+def _bytes_of(store: PackedStore, units: set[Unit]) -> Bytes:
     """Bytes of some matrices of a store."""
-    found = {}
-    for block in sorted(linears):
-        there, wanted = store.get(block) or {}, set(linears[block])
-        found[block] = {name: packed.nbytes for name, packed in there.items() if name in wanted}
-    return found
+    return {
+        block: {name: packed.nbytes for name, packed in (store.get(block) or {}).items() if (block, name) in units}
+        for block in sorted({block for block, _ in units})
+    }
 
 
 def _cut(sizes: Bytes, limit: int, round_index: int, exchange: int, store: str = "") -> list[Piece]:

@@ -319,7 +319,7 @@ class GlobalModel:
         Raises:
             ConfigError: one matrix exceeds the limit.
         """
-        pieces = self.pieces.before(self.round.exchange, _by_block(self._held), limit)
+        pieces = self.pieces.before(self.round.exchange, self._held, limit)
         self._note_sent(pieces)
         return pieces
 
@@ -423,10 +423,10 @@ class GlobalModel:
         """
         if self.exchange.down is None:
             return []
-        closed = self.round.closed
+        made = {(block, name) for block, names in self.round.closed.items() for name in names}
         if self._down_store == GLOBAL:
-            self._held |= {(block, name) for block, names in closed.items() for name in names}
-        pieces = self.pieces.of_exchange(self.round.index, self.round.exchange, closed, limit)
+            self._held |= made
+        pieces = self.pieces.of_exchange(self.round.index, self.round.exchange, made, limit)
         self._note_sent(pieces)
         return pieces
 
@@ -521,10 +521,3 @@ class GlobalModel:
 def _at_first_exchange(position: dict[str, Any]) -> dict[str, Any]:
     """A round of secure sums is begun anew with other keys: masks are used once."""
     return {**position, "exchange": [position["exchange"][0], 0], "closed": {}, "facts": {}}
-
-
-def _by_block(units: Iterable[Unit]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
-    for block, name in units:
-        found.setdefault(block, []).append(name)
-    return found
