@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from fedspallm_appfl.estimates.job import Job
 from fedspallm_appfl.recovery import training
 from fedspallm_appfl.runs import experiment, serial
 from fedspallm_appfl.runs.processes import ALONE, Workers, result
+from fedspallm_appfl.runs.workers import _Desks, _listening
 from fedspallm_appfl.settings import plugins
 from helpers.experiments import UNEVEN, small_config
 from helpers.paths import ROOT
@@ -141,11 +144,23 @@ def test_all_processes_end_with_the_run_and_the_run_with_one_of_them(tmp_path, s
     else:
         run.send_signal(sent)
     ended, _, err = finish(run, 60)
-    assert ended == code and words in err
+    assert ended == code and words in err, err
     until = time.monotonic() + 20
     while any(map(alive, below)):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0", b"\0\0\0\x10half"])
+def test_a_worker_that_is_killed_within_a_message_is_closed(sent):
+    with _listening() as (listener, address), _Desks(SimpleNamespace(aggregator=None), listener) as desks:
+        with socket.socket(socket.AF_UNIX) as worker:
+            worker.connect(address)
+            worker.send(sent)
+            desks.take()
+            assert desks.is_open
+        desks.take()
+        assert not desks.is_open
 
 
 def test_a_task_returns_and_raises_as_here_and_gets_its_share_of_cores(pair):

@@ -50,6 +50,7 @@ class Line:
 
         Raises:
             EOFError: the other end is closed.
+            OSError: it was closed in the middle of a message.
         """
         received: dict[str, Any] = self._inbox.receive(self.connection.recv_bytes(), self.connection.recv_bytes_into)
         return received
@@ -179,7 +180,7 @@ class _Desks:
                 continue
             try:
                 heard = line.receive()
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):  # the second if it was killed in the middle of a message
                 self._close(line)
             else:
                 self._hear(line, **heard)
