@@ -152,6 +152,13 @@ def test_a_valid_configuration_is_said_to_be_one(fedspallm):
     assert "demo.yaml: no problem found\n4 clients, 1 round, FedSpaLLM with sparsegpt, sparsity 0.5\n" in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_validate_notes_a_device_that_is_not_here(fedspallm):
+    code, out, _ = fedspallm("validate", CONFIG, "client_configs.train_configs.device=cuda")
+    assert code == 0 and "no problem found" in out
+    assert "note: device cuda was asked for on" in out and "where no GPU can be seen" in out
+
+
 def test_validate_without_files_opens_neither_model_nor_text(fedspallm):
     code, _, err = fedspallm("validate", CONFIG, "--no-files", "model.path=none", "clients.0.data.text=none.txt")
     assert (code, err) == (0, "")

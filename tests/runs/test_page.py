@@ -19,6 +19,7 @@ from fedspallm_appfl.reports import finished
 from fedspallm_appfl.reports.own_text import own_texts
 from fedspallm_appfl.reports.pages import pictures
 from fedspallm_appfl.reports.pages.page import by_kind
+from fedspallm_appfl.reports.result import mean
 from helpers.experiments import first_pages
 from helpers.tiny import run, save_tiny, tiny_config
 
@@ -225,7 +226,13 @@ def test_runs_stand_side_by_side(folders, longer, tmp_path, capsys):
     assert shown.count(f"{results.perplexity['fedspallm']['one & <two>']:.3f}") == 2 * 2  # of one text also the mean
     assert "These runs measured differently (evaluation.length), so" in shown and "evaluation.length 24 48" in shown
     assert shown.count("7.12 dense, ") == 1 and shown.count(" dense, ") == 2 * 2  # with its title
-    assert not re.search(r"https?://|<script|<link", text) and str(page) in "".join(capsys.readouterr().out.split())
+    assert not re.search(r"https?://|<script|<link", text)
+    said = " ".join(capsys.readouterr().out.split())
+    assert str(page) in said.replace(" ", "") and "These runs measured differently (evaluation.length), so" in said
+    [first, second] = (
+        mean(list(finished.opened(folder)[1].perplexity.values())[-1]) for folder in (folders["fedspallm"], longer)
+    )
+    assert f"geometric mean │ {first:.3f} │ {second:.3f} │" in said
 
 
 def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, tmp_path):

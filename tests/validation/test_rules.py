@@ -215,6 +215,15 @@ def test_an_nm_pattern_must_divide_every_matrix(problems):
     assert found == [f"{TRAIN}.sparsity: mlp.down_proj: 4:8 needs rows that are a multiple of 8 long, got 44"]
 
 
+def test_a_problem_that_several_have_is_said_once_with_their_names(problems):
+    matrices = "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp.gate_proj, mlp.up_proj"
+    found = problems(f"{TRAIN}.sparsity=3:5", "client_configs.data.length=65")
+    assert says(found, f"{TRAIN}.sparsity: {matrices}: 3:5 needs rows that are a multiple of 5 long, got 32")
+    assert says(found, f"{TRAIN}.sparsity: mlp.down_proj: 3:5 needs rows that are a multiple of 5 long, got 44")
+    assert says(found, "clients a, b: data.length: the model takes at most 64 tokens")
+    assert len(found) == 3
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

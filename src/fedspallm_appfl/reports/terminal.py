@@ -1,7 +1,10 @@
 """Tables on the console that lose nothing in a narrow terminal."""
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
+
+from fedspallm_appfl.reports import parts
 
 
 class ConsoleTable(Table):
@@ -12,3 +15,14 @@ class ConsoleTable(Table):
         for column in self.columns:
             column.overflow = "fold"
         yield from super().__rich_console__(console, options)
+
+
+def upright(table: parts.Table) -> ConsoleTable:
+    """A table of a report with a column for each of its rows, which are fewer than its columns."""
+    (corner, *names), *lines = zip(table.head, *table.rows, strict=True)
+    made = ConsoleTable(escape(corner), *map(escape, names))
+    for column in made.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        made.add_row(*map(escape, line))
+    return made

@@ -1,6 +1,6 @@
 """What of a configuration cannot be run, once its model and its texts are opened; the model is built without weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,15 @@ def check_with_files(config: Config) -> list[str]:
         problems += _sizes(config, skeleton)
         problems += _to_recover(config, skeleton)
     longest = skeleton.longest_window if skeleton else None
+    long = []
     for client in config.clients:
         if client.data.text:
             try:
                 _look_at_text(config, client, tokenizer, skeleton)
             except DataError as error:
                 problems.append(str(error))
-            problems += too_long(f"client {client.client_id}: data.length", client.data.length, longest)
+            long += [(client.client_id, problem) for problem in too_long("data.length", client.data.length, longest)]
+    problems += _of_clients(long)
     evaluation = config.evaluation
     length = evaluation.length
     for name, text in evaluation.texts.items():
@@ -167,26 +169,44 @@ def travelling(
 def _too_few_tokens(config: Config, widest: int) -> Iterator[str]:
     """Clients that will refuse to send statistics."""
     least = config.gram.fewest_tokens(widest)
-    for client in config.clients:
-        tokens = client.data.windows * client.data.length
-        if tokens < least:
-            yield (
-                f"client {client.client_id}: {client.data.windows} windows of {client.data.length} are {tokens} tokens, "
-                f"but statistics of fewer than {least} are not sent; give more windows, or lower gram.min_tokens"
-            )
+    few = [
+        (
+            client.client_id,
+            f"{client.data.windows} windows of {client.data.length} are {tokens} tokens, but statistics of fewer than "
+            f"{least} are not sent; give more windows, or lower gram.min_tokens",
+        )
+        for client in config.clients
+        if (tokens := client.data.windows * client.data.length) < least
+    ]
+    yield from _of_clients(few)
 
 
 def unfit(layout: Layout, sparsity: Sparsity) -> Iterator[str]:
     """What of the targets does not fit the model: rows that n:m does not divide, patterns that mean no matrix."""
     where = "client_configs.train_configs.sparsity"
     found = {
-        (linear.name, check_divides(sparsity.of(block, linear.name), linear.shape[1])): None
+        (linear.name, problem): None
         for block, linears in enumerate(layout.blocks)
         for linear in linears
+        if (problem := check_divides(sparsity.of(block, linear.name), linear.shape[1]))
     }
-    yield from (f"{where}: {name}: {problem}" for name, problem in found if problem)
+    yield from (f"{where}: {', '.join(names)}: {problem}" for names, problem in _together(found))
     if isinstance(sparsity, Targets):
         yield from (f"{where}: {problem}" for problem in unmatched(layout, [one for one, _ in sparsity.others]))
+
+
+def _of_clients(found: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Problems of clients, each once."""
+    for clients, problem in _together(found):
+        yield f"client{'s' if len(clients) > 1 else ''} {', '.join(clients)}: {problem}"
+
+
+def _together(found: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
+    """Of pairs (name, problem): all that have a problem, and the problem."""
+    names: dict[str, list[str]] = {}
+    for name, problem in found:
+        names.setdefault(problem, []).append(name)
+    yield from ((those, problem) for problem, those in names.items())
 
 
 def too_long(what: str, length: int, longest: int | None) -> list[str]:

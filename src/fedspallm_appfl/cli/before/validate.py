@@ -1,10 +1,14 @@
 """`fedspallm validate`."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli.arguments import add_config, command
 from fedspallm_appfl.cli.checked import checked, console, introduce
+from fedspallm_appfl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedspallm_appfl.settings.schema import Config
 
 
 def add(verbs: Any) -> None:
@@ -29,6 +33,19 @@ def work(args: argparse.Namespace) -> int:
         from fedspallm_appfl.runs.run_dir import problem
 
         introduce(config, shown)
-        if occupied := problem(config, overwrite=False):
-            shown.print(f"note: {occupied}", highlight=False, markup=False)
+        for note in (problem(config, overwrite=False), _unseen(config)):
+            if note:
+                shown.print(f"note: {note}", highlight=False, markup=False)
     return 0
+
+
+def _unseen(config: "Config") -> str | None:
+    """A device that a client asks for and this machine lacks: no problem, as the run may be meant for another one."""
+    from fedspallm_appfl.devices import choose_devices
+
+    try:
+        for client in [] if config.over_globus() else config.clients:
+            choose_devices(client.train_configs, 0)
+    except ConfigError as error:
+        return str(error)
+    return None

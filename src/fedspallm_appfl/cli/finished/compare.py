@@ -30,9 +30,13 @@ def work(args: argparse.Namespace) -> int:
     """Do it."""
     with importing("transformers"):
         from fedspallm_appfl.reports.pages.comparison import write_comparison
+        from fedspallm_appfl.reports.terminal import upright
 
     for run in args.runs:
         require_at_rest(run)
-    write_comparison(args.out, list(dict.fromkeys(args.runs)))
-    console().print(f"page    {args.out}", highlight=False, markup=False)
+    summary, unlike = write_comparison(args.out, list(dict.fromkeys(args.runs)))
+    shown = console()
+    shown.print(upright(summary))
+    for line in (*(word.replace("**", "") for word in unlike), f"page    {args.out}"):
+        shown.print(line, highlight=False, markup=False)
     return 0

@@ -47,8 +47,11 @@ class Run:
         return list(self.results.perplexity.values())[-1] if self.results.perplexity else {}
 
 
-def write_comparison(file: Path, folders: Sequence[Path]) -> None:
+def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[str]]:
     """Write a page that puts runs side by side.
+
+    Returns:
+        Its first table, what each run has come to; and a word where perplexities do not compare.
 
     Raises:
         ConfigError: a folder holds no run that has ended.
@@ -59,9 +62,10 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
         text for text in next(iter(runs.values())).perplexity if all(text in run.perplexity for run in runs.values())
     ]
     own = _own_texts(runs)
+    summary, unlike = _summary(runs, texts), _measured_unlike(runs, texts) if texts else []
     body = [
-        html(_summary(runs, texts)),
-        *(_perplexity(runs, texts) if texts else []),
+        html(summary),
+        *(_perplexity(runs, texts, unlike) if texts else []),
         *map(html, own if texts or own else [NOTHING]),
         _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
         _one_each(
@@ -70,6 +74,7 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> None:
         *map(html, _differences(runs)),
     ]
     write_text(file, document(f"{count(len(runs), 'run')} side by side", body))
+    return summary, unlike
 
 
 def _opened(folder: Path) -> Run:
@@ -96,8 +101,8 @@ def _summary(runs: Mapping[str, Run], texts: Sequence[str]) -> Table:
     return Table(["run", "how", "sparsity", "bytes up", "seconds", *shown], rows)
 
 
-def _perplexity(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
-    """Bars by text, and a word where runs have measured differently."""
+def _perplexity(runs: Mapping[str, Run], texts: Sequence[str], unlike: Sequence[str]) -> list[str]:
+    """Bars by text, after the word that they do not compare if they do not."""
     groups = {
         text: [Bar(name, run.perplexity[text], f"{run.perplexity[text]:.2f}", "own") for name, run in runs.items()]
         for text in texts
@@ -109,10 +114,10 @@ def _perplexity(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
             found = {"dense": next(iter(found.values()))}
         groups[text] = [Bar(name, value, f"{value:.2f}", "dense") for name, value in found.items()] + groups[text]
     caption = "Perplexity by text, less is better. Each text has a scale of its own, from 0."
-    return [html("## Perplexity"), *map(html, _measured_alike(runs, texts)), figure(bars(groups, caption), caption)]
+    return [html("## Perplexity"), *map(html, unlike), figure(bars(groups, caption), caption)]
 
 
-def _measured_alike(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
+def _measured_unlike(runs: Mapping[str, Run], texts: Sequence[str]) -> list[str]:
     ways = []
     for run in runs.values():
         settings, model = run.config.evaluation, run.config.model
