@@ -15,6 +15,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -197,3 +198,12 @@ def give_back() -> None:
     """Give back what the C library keeps between pieces of memory that are in use; it would count as the process's."""
     if hasattr(_LIBC, "malloc_trim"):  # glibc
         _LIBC.malloc_trim(0)
+
+
+def proc_bytes(file: str, name: str) -> int | None:
+    """Bytes that a file of /proc gives under a name, as `VmRSS` or `MemAvailable`; None where the system does not say."""
+    try:
+        lines = Path("/proc", file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

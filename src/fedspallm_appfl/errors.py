@@ -56,6 +56,11 @@ class FederationError(FedSpaLLMError):
     """Too few clients answered in a round, or an endpoint cannot be reached."""
 
 
+def extra(name: str) -> str:
+    """How to install what an extra of this package needs."""
+    return f"in a checkout, pip install --constraint constraints.txt '.[{name}]'"
+
+
 def first_line(error: BaseException) -> str:
     """First line of another library's error, without the advice that often follows."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -364,7 +364,7 @@ def test_mpi_without_mpi4py_says_what_to_install(fedspallm, monkeypatch):
     code, out, err = fedspallm("run", CONFIG, "--launcher", "mpi")
     assert (code, out) == (2, "")
     assert "--launcher mpi needs mpi4py and an MPI library" in err
-    assert "pip install 'fedspallm-appfl[mpi]'" in err
+    assert "pip install --constraint constraints.txt '.[mpi]'" in err
 
 
 def python(*words):

@@ -118,6 +118,7 @@ def test_what_is_missing_or_wrong_is_named_and_nothing_is_written(tmp_path, caps
     assert "expected NAME=PATH for each, with different names" in refused(capsys, file, *model, "a=x", "a=y")
     assert "nosuch/model" in refused(capsys, file, "--model", "nosuch/model", "--clients", *PAIRS)
     assert "sparsity" in refused(capsys, file, *model, *PAIRS, "--sparsity", "7")
+    assert "sparsity: " in refused(capsys, file, *model, *PAIRS, "--sparsity", "[")
     assert "holds ${" in refused(capsys, file, *model, f"a={odd(tmp_path)}")
     assert not file.exists()
     assert "cannot be written" in refused(capsys, TEXTS["bible"] + "/x.yaml", *model, *PAIRS)

@@ -84,7 +84,8 @@ def test_a_hub_name_stays_one_and_a_client_may_have_no_text(write):
         ("clients: {a: }\nmin_tokens: few", "must be a number of tokens"),
         ("clients: {a: {identity: [SECRET]}}", "`identity` in the site file must be the name of a file"),
         ("clients: {a: }\nroster: [SECRET]", "audit, approved, roster in the site file are names of files"),
-        ("clients: {a: }\nsecure_sums: yes", "secure_sums in the site file is required, or left out; got"),
+        ("clients: {a: }\nsecure_sums: SECRET", "secure_sums in the site file is required, or left out$"),
+        ("clients: {a: }\nevaluation: SECRET", "evaluation in the site file is true or false$"),
         (
             "clients: {a: {text: x}}\npath: y",
             "may have only the keys approved, audit, clients, evaluation, may_send, min_tokens, model, plugins, roster, "

@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_is_named_before_a_model_is_loaded(calls, model, wo
 def test_without_the_library_it_says_what_to_install(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["evaluate", model, "--tasks", "hellaswag"]) == 2
-    assert "pip install 'fedspallm-appfl[tasks]'" in capsys.readouterr().err
+    assert "pip install --constraint constraints.txt '.[tasks]'" in capsys.readouterr().err
 
 
 def likeliest(model, tokenizer, row):

@@ -7,6 +7,7 @@ from fedspallm_appfl.errors import PruningError
 from fedspallm_appfl.pruning import least_squares, sparsegpt
 from fedspallm_appfl.pruning import statistics as gram
 from fedspallm_appfl.pruning.least_squares import Correlation
+from fedspallm_appfl.pruning.pruner import Prepared, Pruner
 from fedspallm_appfl.pruning.registry import keeps_weights, new_statistic
 from fedspallm_appfl.pruning.statistics import InputGram, InputNorms, lift
 from fedspallm_appfl.settings.schema import PRUNERS, Pruning
@@ -125,6 +126,22 @@ def test_a_refit_keeps_the_mask_and_finds_the_best_weights_for_it(pruner, text):
     assert torch.equal(mask, same)
     least = error(solve_oracle(weight, mask, matrix), weight, matrix)
     assert error(fitted, weight, matrix) <= 1.001 * least < error(plain, weight, matrix)
+
+
+def test_a_refit_sees_the_gram_matrix_that_the_pruner_has_used_up():
+    def halves(weight):
+        mask = torch.arange(weight.numel()).view(weight.shape) % 2 == 0
+        return weight * mask, mask
+
+    def prepare(settings, statistic):
+        statistic.upper.fill_(7.0)
+        return Prepared(halves, lambda weight, mask: weight * mask)
+
+    weight, matrix = normal(40, 64), matrix_of(correlated_inputs(64))
+    own = Pruner("own", needs=InputGram, prepare=prepare)
+    settings = Pruning("own", parse_target("0.5"), refit=True)
+    fitted, mask = own.ready(settings, InputGram.of(matrix.clone(), 1)).prune(weight)
+    assert error(fitted, weight, matrix) <= 1.001 * error(solve_oracle(weight, mask, matrix), weight, matrix)
 
 
 @pytest.mark.parametrize("exponent", [-30, 30])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedspallm_appfl.errors import extra
 from fedspallm_appfl.events import EventLog
 from fedspallm_appfl.reports.tracking.numbers import numbers
 from fedspallm_appfl.reports.tracking.observer import Trackers
@@ -88,7 +89,7 @@ def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused(monkeypatc
     monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "sqlalchemy" else name)
     config = Config(tracking=["tensorboard", "mlflow", "comet"])
     assert [problem for problem in rules.check(config) if problem.startswith("tracking")] == [
-        "tracking: mlflow needs sqlalchemy: pip install 'fedspallm-appfl[mlflow]', or leave it out",
+        f"tracking: mlflow needs sqlalchemy: {extra('mlflow')}, or leave it out",
         "tracking: one of tensorboard, mlflow, wandb; got 'comet'",
     ]
 

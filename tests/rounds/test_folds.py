@@ -142,6 +142,21 @@ def values(model, client, names=tuple(SHAPES)):
     return make_update(model.round.index, made, 1)
 
 
+def test_counts_of_a_block_that_nobody_could_complete_do_not_go_into_the_next_round(tmp_path):
+    """All masks came, and then the only client with values of block 2 was given up."""
+    events, assigned = [], {"ann": [0, 1], "cy": [2]}
+    model = server(tmp_path, "consensus", assigned, on_event=events.append)
+    send(model, [(client, masks(client, blocks)) for client, blocks in assigned.items()])
+    assert model.next_exchange()
+    model.give_up("cy")
+    model.receive("ann", values(model, "ann"), SAMPLES["ann"])
+    model.begin_round(1, assigned)
+    send(model, [(client, masks(client, blocks, 1)) for client, blocks in assigned.items()])
+    give_values(model)
+    assert [(event["round"], event["block"]) for event in events] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert {(event["zeros"], event["zeros_before_expansion"]) for event in events} == {(42, 42)}
+
+
 @pytest.mark.parametrize("weights", ["equal", "sample_size"])
 def test_consensus_is_the_mean_of_all_values_under_the_mask_of_all(tmp_path, weights):
     events = []

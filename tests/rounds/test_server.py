@@ -1,5 +1,6 @@
 """The server's side of a round: order of uploads, folds over rounds, comparisons, and what it refuses."""
 
+import errno
 import random
 import weakref
 from fractions import Fraction
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fedspallm_appfl.algorithms import fedavg, fedspallm
-from fedspallm_appfl.errors import ConfigError, FederationError, UpdateError
+from fedspallm_appfl.errors import ConfigError, FederationError, ModelError, UpdateError
 from fedspallm_appfl.models.layout import Layout, Linear
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.folds.intake import Receipt
@@ -421,6 +422,19 @@ def test_what_goes_down_is_compressed_only_when_asked(tmp_path, compression):
         for _, _, packed in matrices(update):
             assert packed.get("zstd") == (["mask", "values"] if compression else None)
         assert (update_nbytes(update) < 192 + 2 * 154) == compression
+
+
+def test_a_full_disk_is_named_where_what_goes_down_is_compressed(tmp_path, monkeypatch):
+    model = wide_server(tmp_path, compression=True)
+    model.begin_round(0, {"ann": [0, 1]})
+    model.receive("ann", wide_upload("ann", 0, torch.float16), 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ModelError, match=r"down/0.pt cannot be written: No space left on device; make room"):
+        pieces(model)
 
 
 def demo_client():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_both_reports_are_made_anew_from_the_run_directory(folders, algorithm, c
     assert [file.read_bytes() for file in files] == before
     shown = "".join(capsys.readouterr().out.split())
     assert all(str(file) in shown for file in files)
+
+
+def test_the_command_in_the_report_measures_the_last_row_again(tmp_path, capsys):
+    """A model in float16, with which `evaluate` by itself computes in float32."""
+    texts = {"length": 24, "windows": 2, "texts": {"one": str(first_pages("austen"))}}
+    done = run(tiny_config(tmp_path / "of", save_tiny(tmp_path / "model"), "fedspallm", 2, evaluation=texts))
+    [command] = re.findall(r"^    fedspallm (evaluate .*)$", (done / "report.md").read_text("utf-8"), re.MULTILINE)
+    capsys.readouterr()
+    assert main([*shlex.split(command), "--json"]) == 0
+    [again] = json.loads(capsys.readouterr().out)[0]["perplexity"].values()
+    assert again == list(finished.opened(done)[1].perplexity.values())[-1]["one"]
 
 
 def test_quality_stands_beside_the_dense_model_and_clients_by_themselves(folders):

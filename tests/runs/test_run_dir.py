@@ -39,6 +39,16 @@ def test_clearing_that_was_interrupted_can_be_repeated(folder, last, monkeypatch
         assert (folder / run_dir.MARK).read_text() == ""
 
 
+def test_earlier_results_that_cannot_be_removed_are_named(folder, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(run_dir, "_remove", denied)
+    refused = pytest.raises(ConfigError, match=r"earlier results in .* cannot be removed: .*Permission denied")
+    with refused, run_dir.claimed(Config(run_dir=str(folder)), True):
+        pass
+
+
 def test_a_configuration_is_written_for_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Config(run_dir="run", clients=[Client(client_id="a", identity="a.key"), Client(client_id="b")])

@@ -1,6 +1,9 @@
 """Runs whose server sees sums alone: bits with masks and without, clients that fall out, and what is refused."""
 
 import copy
+import errno
+import fcntl
+import os
 import re
 import stat
 from contextlib import suppress
@@ -14,7 +17,7 @@ from fedspallm_appfl import validate
 from fedspallm_appfl.api import prepared
 from fedspallm_appfl.cli import main
 from fedspallm_appfl.cli.checked import well_formed
-from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, SecureSumError
+from fedspallm_appfl.errors import ConfigError, FederationError, FedSpaLLMError, ModelError, SecureSumError
 from fedspallm_appfl.rounds.client import LocalClient
 from fedspallm_appfl.rounds.hidden import folds, places, sweeps
 from fedspallm_appfl.rounds.hidden.client import Hiding
@@ -414,6 +417,30 @@ def test_of_two_tasks_for_one_client_the_first_goes_on(tmp_path):
     second.forget()
     with pytest.raises(SecureSumError, match="client a: another task has gone on"):
         first.write("other")
+
+
+def test_keys_are_kept_in_a_folder_of_their_own_with_locks(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"the folder .*file is for what nobody else may see"):
+        Kept(tmp_path / "file", "a").write("keys")
+
+    def none(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(
+        ConfigError, match=r"client a: .*lock cannot be locked: Operation not supported; keys of secure"
+    ):
+        Kept(tmp_path / "kept", "a").write("keys")
+
+
+def test_a_full_disk_is_said_before_sums_are_mapped(tmp_path, tiny_model, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ModelError, match="cannot be written: No space left on device; make room"):
+        run(tmp_path, tiny_model, "consensus", **SECURE)
 
 
 def told(monkeypatch, **lies):

@@ -4,7 +4,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +171,19 @@ def test_a_task_returns_and_raises_as_here_and_gets_its_share_of_cores(pair):
         result(pair.submit(2, int, "no luck"), "a test")
     with Workers(2) as both, pytest.raises(FederationError, match="while it worked for a test"):
         result(both.submit(1, os.abort), "a test")
+    with Workers(2) as both:
+        wait([both.submit(1, os.abort)])
+        with pytest.raises(FederationError, match="ended from outside before it had work"):
+            both.submit(1, max, 3, 4)
+
+
+def test_a_folder_for_temporary_files_whose_name_leaves_no_room_for_a_socket_is_refused(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(ConfigError, match="has at most 100 bytes, got .*; set TMPDIR to a folder with"), _listening():
+        pass
+    assert list(long.iterdir()) == []
 
 
 def test_auto_is_as_many_as_are_worth_their_start_and_fit(tmp_path, tiny_model, monkeypatch):
@@ -179,9 +194,9 @@ def test_auto_is_as_many_as_are_worth_their_start_and_fit(tmp_path, tiny_model, 
     monkeypatch.setattr(processes, "cores", lambda: 64)
     most = max(3, 2 * len(config.evaluation.texts))
     assert processes.settled(config).workers == str(most)
-    monkeypatch.setattr(processes, "_free", lambda: int(3.5 * processes.PACKAGES / processes.SHARE))
+    monkeypatch.setattr(processes, "proc_bytes", lambda *_: int(3.5 * processes.PACKAGES / processes.SHARE))
     assert processes.settled(config).workers == "3"
-    monkeypatch.setattr(processes, "_free", lambda: 0)
+    monkeypatch.setattr(processes, "proc_bytes", lambda *_: 0)
     assert processes.settled(config).workers == "1" and job.clients
 
 

@@ -312,7 +312,7 @@ def test_several_workers_begin_with_what_trains_seed_by_seed():
 def test_without_matplotlib_nothing_begins(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert measure(config, tmp_path / "out") == 2
-    assert "pip install 'fedspallm-appfl[study]'" in capsys.readouterr().err
+    assert "pip install --constraint constraints.txt '.[study]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """What people have as text, and what is read of it."""
 
+import errno
 import gzip
 import json
 import sys
@@ -173,10 +174,17 @@ def test_compressed_text_needs_no_library_of_records(tmp_path, monkeypatch, endi
     with pytest.raises(DataError, match="cannot be unpacked"):
         read(str(tmp_path))
 
+    def denied(raw):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(formats, "_gunzipped" if ending == ".gz" else "_unframed", denied)
+    with pytest.raises(DataError, match=rf"the text .*a.txt{ending} cannot be read: Permission denied"):
+        read(str(tmp_path))
+
 
 def test_records_without_the_library_say_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"is not plain text, .* pip install 'fedspallm-appfl\[data\]'"):
+    with pytest.raises(DataError, match=r"is not plain text, .* pip install --constraint constraints.txt '.\[data\]'"):
         read(save(tmp_path, ".jsonl"))
 
 

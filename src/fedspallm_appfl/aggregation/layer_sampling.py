@@ -19,6 +19,8 @@ import random
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+MOST = 1 << 20  # blocks, far more than any model has
+
 
 def blocks_per_round(share: float, blocks: int) -> int:
     """`max(1, round(share * blocks))`, half rounded up; a decimal is read as a fraction, 0.29 is 29/100."""
@@ -94,11 +96,11 @@ def to_text(blocks: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def from_text(text: str, below: float = math.inf) -> list[int]:
+def from_text(text: str, below: int = MOST) -> list[int]:
     """The inverse of `to_text`: "0-2,5" -> [0, 1, 2, 5].
 
     Args:
-        text: from outside, `below` has to be given.
+        text: may be from outside.
         below: what all of them are below.
 
     Raises:

@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
         "--algorithms",
         nargs="+",
         metavar="NAME",
-        help="NAME or NAME+PRUNER: the algorithms, gram-sweep, gram-dense, magnitude (default: eleven methods)",
+        help="NAME, with +PRUNER, +fisher, +recovery, or a preset; docs/study.md (default: eleven methods)",
     )
     parser.add_argument("--sparsity", nargs="+", default=[], metavar="TARGET", help="default: that of CONFIG.yaml")
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="default: that of CONFIG.yaml")

@@ -7,7 +7,7 @@
 * afterwards it evaluates, which is a forward pass over all windows of all texts, and logits.
 
 What pruners and folds take they say themselves. Not counted is what a process holds before it does anything (Python and its
-packages, see `resident_now`) and what a tokenizer makes of a text.
+packages) and what a tokenizer makes of a text.
 
 Legend: O out features, I in features, H hidden size, F widest input or output of a linear, B windows in a batch, T tokens
 in a window, L decoder blocks.
@@ -17,7 +17,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -493,10 +492,3 @@ def _resting(client: Memory) -> int:
 def _mapped(model: Outline) -> int:
     """Parts of the checkpoint that are mapped at the same time: the outer ones, then a block while it is read."""
     return max(model.outer, *model.blocks) * model.stored.itemsize
-
-
-def resident_now() -> int | None:
-    """Bytes that this process has resident now; None where the system does not say so."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)

@@ -1,11 +1,10 @@
 """How many worker processes a run is worth, where the configuration says `workers: auto`."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
-from fedspallm_appfl.devices import choose_devices
+from fedspallm_appfl.devices import choose_devices, proc_bytes
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates.job import Job, windows_of
 from fedspallm_appfl.estimates.memory import client_memory, server_memory
@@ -62,14 +61,8 @@ def _operations(job: Job, models: int) -> float:
 
 def _room(job: Job) -> int:
     """How many fit into the memory that is free; as many as one likes where the system does not say."""
-    free = _free()
+    free = proc_bytes("meminfo", "MemAvailable")
     if free is None:
         return cores()
     each = PACKAGES + max(client_memory(job, client).needed for client in job.clients)
     return int((SHARE * free - server_memory(job).needed) / each)
-
-
-def _free() -> int | None:
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text().splitlines() if facts.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

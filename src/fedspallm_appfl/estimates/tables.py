@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms.algorithm import CONFIRM, KEYS, OPENING, SHARES, SQUARES, of_round
+from fedspallm_appfl.devices import proc_bytes
 from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.estimates import memory, over_globus, traffic
 from fedspallm_appfl.estimates.duration import SPREAD, Durations, durations
@@ -225,7 +226,7 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
         on_gpu = [bytes_text(sum(gpu.values())) if gpu else "-"] * globus
         table.add_row(escape(name), *numbers, *on_gpu, f"{part}, {bytes_text(size)}", lower(job, part))
     yield table
-    here = memory.resident_now()
+    here = proc_bytes("self/status", "VmRSS")
     if here:
         fixed = bytes_text(here + memory.APPFL)
         yield Text(f"add Python and its packages to each process: {fixed}, this one and what APPFL adds")

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedspallm_appfl.devices import choose_device
-from fedspallm_appfl.errors import ConfigError, DataError, first_line, quoted, shortened
+from fedspallm_appfl.errors import ConfigError, DataError, extra, first_line, quoted, shortened
 from fedspallm_appfl.models.storage.checkpoint import DTYPES, CheckpointFiles, resolve_model
 from fedspallm_appfl.models.storage.packing import load_packed
 from fedspallm_appfl.settings import custom_code
@@ -102,9 +102,7 @@ def _library() -> tuple[Any, Any]:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise ConfigError(
-            f"--tasks needs the package lm-eval ({first_line(error)}): pip install 'fedspallm-appfl[tasks]'"
-        ) from error
+        raise ConfigError(f"--tasks needs the package lm-eval ({first_line(error)}): {extra('tasks')}") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     return lm_eval, HFLM
 

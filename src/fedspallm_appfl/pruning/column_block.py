@@ -18,7 +18,7 @@ from fedspallm_appfl.tensors import native
 from fedspallm_appfl.tensors.sparsity import select
 from fedspallm_appfl.tensors.target import NM, Ratio, Target
 
-TILE = 32  # rows that the compiled loop takes at a time
+TILE = 64  # rows that the compiled loop takes at a time
 GIVEN = Ratio(Fraction(0))  # any ratio works as the target of an existing mask
 
 

@@ -149,11 +149,11 @@ class Pruner:
         known = statistic
         if self.needs is InputNorms and isinstance(statistic, InputGram):
             known = InputNorms.of(statistic.diagonal().clone(), statistic.tokens)
-        prepared = self.prepare(settings, known)
         if not self.refits(settings.refit):
-            return prepared
+            return self.prepare(settings, known)
         assert isinstance(statistic, InputGram)
-        return _refitted(prepared, settings, statistic.matrix() if known is statistic else mirror(statistic.upper))
+        gram = statistic.matrix() if known is statistic else mirror(statistic.upper)  # before the statistic is used up
+        return _refitted(self.prepare(settings, known), settings, gram)
 
 
 def _refitted(prepared: Prepared, settings: Pruning, gram: Tensor) -> Prepared:

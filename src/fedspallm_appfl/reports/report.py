@@ -115,7 +115,7 @@ def parts(config: Config, results: Result, log: EventLog) -> list[Part]:
         f"The model in `{results.model.name}/` is stored dense, with zeros: "
         "it takes the disk and memory of the dense model. Only the uploads are smaller.",
         *([f"**Clients {absent}.**"] if (absent := absence_line(log)) else []),
-        *_perplexity(config, results),
+        *_perplexity(config, results, log),
         *_own_text(config, results, log),
         "## Sparsity",
         *_sparsity(config, results.matrices, log),
@@ -137,7 +137,7 @@ def parts(config: Config, results: Result, log: EventLog) -> list[Part]:
     ]
 
 
-def _perplexity(config: Config, results: Result) -> list[Part]:
+def _perplexity(config: Config, results: Result, log: EventLog) -> list[Part]:
     if not results.perplexity:
         return []
     texts = list(next(iter(results.perplexity.values())))
@@ -145,7 +145,7 @@ def _perplexity(config: Config, results: Result) -> list[Part]:
         [label(method), *(f"{row[text]:.3f}" for text in texts), f"{mean(row):.3f}"]
         for method, row in results.perplexity.items()
     ]
-    again = [_measure_again(config)] if results.model.name == "model" else []
+    again = [] if algorithm_of(config).apart else _measured_again(config, log)
     return ["## Perplexity", Table(["", *texts, "geometric mean"], rows), _how_measured(config), *again]
 
 
@@ -167,11 +167,8 @@ def _own_text(config: Config, results: Result, log: EventLog) -> list[Part]:
 def _how_measured(config: Config) -> str:
     settings = config.evaluation
     some = "All windows" if settings.windows is None else f"At most {count(settings.windows, 'window')}"
-    again = "" if algorithm_of(config).apart else " The last row again:"
     begin = _beginning(config, settings.bos, *settings.texts.values())
-    return (
-        f"{some} of {settings.length} tokens of each text{begin}; the first token of a window is not predicted.{again}"
-    )
+    return f"{some} of {settings.length} tokens of each text{begin}; the first token of a window is not predicted."
 
 
 def _beginning(config: Config, bos: str, *texts: Paths | None) -> str:
@@ -183,17 +180,26 @@ def _beginning(config: Config, bos: str, *texts: Paths | None) -> str:
     return f"; {beginning_words(tokenizer, bos)}" if tokenizer is not None else ""
 
 
-def _measure_again(config: Config) -> str:
-    """The command that measures the last row of the table again."""
-    settings = config.evaluation
-    files = " ".join(
-        shlex.quote(p) for text in settings.texts.values() for p in ([text] if isinstance(text, str) else text)
-    )
-    windows = f" --windows {settings.windows}" if settings.windows else ""
-    bos = f" --bos {settings.bos}" if settings.bos != "auto" else ""
-    field = f" --field {shlex.quote(settings.field)}" if settings.field else ""
-    options = f"--length {settings.length}{windows} --batch {settings.batch} --dtype {config.model.dtype}{bos}{field}"
-    return f"    fedspallm evaluate {shlex.quote(str(Path(config.run_dir) / 'model'))} --text {files} {options}"
+def _measured_again(config: Config, log: EventLog) -> list[str]:
+    """The command that measures the last row of the table again; nothing where it would not join what a text is made of."""
+    settings, model = config.evaluation, config.model
+    files = [text for text in settings.texts.values() if isinstance(text, str)]
+    if len(files) < len(settings.texts):
+        return []
+    ends = [event.get("dtype") for event in log.of("end")]
+    given = {
+        "--length": settings.length,
+        "--windows": settings.windows,
+        "--batch": settings.batch,
+        "--dtype": ends[-1] if ends else None,
+        "--bos": settings.bos if settings.bos != "auto" else None,
+        "--field": settings.field,
+        "--blocks": model.blocks,
+    }
+    options = [str(word) for name, value in given.items() if value for word in (name, value)]
+    code = ["--trust-remote-code"] if model.trust_remote_code else []
+    words = ["fedspallm", "evaluate", str(Path(config.run_dir) / "model"), "--text", *files, *options, *code]
+    return ["The last row again:", f"    {shlex.join(words)}"]
 
 
 def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> list[Part]:
@@ -431,11 +437,12 @@ def _loading(config: Config, results: Result) -> list[Part]:
     """Python that loads the model."""
     apart = algorithm_of(config).apart
     folder = str(results.model / "CLIENT" / "model" if apart else results.model)
+    code_too = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     words = ["`CLIENT` stands for the client whose model it is."] if apart else []
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")\n'
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto"{code_too})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r}{code_too})"
     )
     return [indent(code, "    "), *words]
 

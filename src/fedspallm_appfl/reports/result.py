@@ -67,7 +67,7 @@ class Result(Shown):
         block_weights: all weights in the decoder blocks, prunable or not.
         dense_bytes: bytes of all prunable weights of the dense model in the checkpoint's dtype.
         model: folder of the pruned model, or of the clients' own ones.
-        own: client -> perplexities on its own held-out text, and `all`; empty if nobody has measured.
+        own: client -> perplexities on its own held-out text, and `(all)`; empty if nobody has measured.
         targets: name of a matrix -> its target; empty where they are not known.
     """
 

@@ -6,6 +6,7 @@ stay as they are: whoever left them dense meant it so.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -96,9 +97,8 @@ def _read(config: Config, path: str) -> tuple[dict[str, tuple[Target, int]], lis
 
 def _together(targets: Mapping[str, tuple[Target, int]]) -> Sparsity:
     """One target, and those of matrices that have another: what most have, or the share of all if they differ."""
-    every = [target for target, _ in targets.values()]
-    usual = max(dict.fromkeys(every), key=every.count)
-    if 2 * every.count(usual) < len(every):
+    [(usual, times)] = Counter(target for target, _ in targets.values()).most_common(1)
+    if 2 * times < len(targets):
         sizes = targets.values()
         usual = share_of(sum(target.zeros(entries) for target, entries in sizes), sum(entries for _, entries in sizes))
     others = tuple((name, target) for name, (target, _) in targets.items() if target != usual)

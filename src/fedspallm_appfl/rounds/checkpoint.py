@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedspallm_appfl.models.blockwise import Activations
 from fedspallm_appfl.wire.deltas import PackedDelta
+from fedspallm_appfl.wire.durable import in_words
 from fedspallm_appfl.wire.store import save_whole
 
 KEPT = 2
@@ -51,7 +52,8 @@ class Checkpoint:
         began = time.monotonic()
         if began < self._due or not _is_whole(state):
             return
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with in_words(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tensors = {str(number): hidden.cpu() for number, hidden in enumerate(state.hidden)}
         save_whole(self.folder / f"{block:04d}.safetensors", tensors, {"stage": self.stage}, "hidden states")
         for old in sorted(self._files(), key=lambda file: file.stat().st_mtime_ns)[:-KEPT]:
@@ -84,7 +86,8 @@ class Checkpoint:
         Raises:
             ModelError: there is no room.
         """
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with in_words(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tensors = {
             f"{block}/{name}/{part}": tensor
             for block, linears in changes.items()

@@ -294,6 +294,10 @@ class LocalClient:
         if update:
             self._sent[kind_of(self.exchanges[update["exchange"]].down)].take(update)
 
+    def has(self, sent: Mapping[str, int]) -> bool:
+        """Whether a piece of what the server sent, of that round, exchange and number, lies here."""
+        return self._sent[kind_of(self.exchanges[sent["exchange"]].down)].has(sent)
+
     @property
     def _sent(self) -> dict[str, AgreedBlocks]:
         """What the server has sent, by its kind."""

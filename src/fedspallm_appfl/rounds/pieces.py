@@ -10,6 +10,7 @@ import torch
 from fedspallm_appfl.algorithms.algorithm import Exchange
 from fedspallm_appfl.rounds.folds.context import DOWN
 from fedspallm_appfl.rounds.journal import Latest
+from fedspallm_appfl.wire.durable import in_words
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.store import PackedStore
@@ -108,8 +109,11 @@ class Pieces:
 
     def _compressed(self, piece: Piece) -> Piece:
         update = compress(self._made(piece))
-        self._file_of(piece).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(update, self._file_of(piece))
+        file = self._file_of(piece)
+        with in_words(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("wb") as opened:  # torch has errors of its own for a full disk
+                torch.save(update, opened)
         return replace(piece, nbytes=update_nbytes(update))
 
     def _file_of(self, piece: Piece) -> Path:

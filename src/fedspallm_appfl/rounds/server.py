@@ -135,6 +135,7 @@ class GlobalModel:
             RuntimeError: blocks of the round before are still open.
         """
         self.end_exchange()
+        self._facts.clear()  # of blocks that nobody could complete
         self.round = Round(index, assigned)
         if self.settings.secure_sums:
             self._begin_hidden()

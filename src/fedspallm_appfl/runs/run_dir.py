@@ -192,9 +192,12 @@ def claimed(config: Config, overwrite: bool, resume: bool = False) -> Iterator[P
         if resume and finished(folder):
             raise ConfigError(f"run_dir: the run in {folder} is finished; there is nothing to go on with")
         if not (resume and is_cut_off(folder)):
-            for name in OWN:
-                _remove(folder / name)
-            (folder / MARK).touch()
+            try:
+                for name in OWN:
+                    _remove(folder / name)
+                (folder / MARK).touch()
+            except OSError as error:
+                raise ConfigError(f"run_dir: earlier results in {folder} cannot be removed: {error}") from error
             write_text(folder / CONFIG, _resolved(config))
         yield folder
 

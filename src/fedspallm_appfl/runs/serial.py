@@ -18,7 +18,7 @@ from fedspallm_appfl.events import OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
 from fedspallm_appfl.runs import workers
-from fedspallm_appfl.runs.absence import described, made, spare, spares, tell
+from fedspallm_appfl.runs.absence import described, hand, made, spare, spares, tell
 from fedspallm_appfl.runs.placement import describe
 from fedspallm_appfl.runs.processes import ALONE, Workers
 from fedspallm_appfl.runs.run_dir import AGREED, CLIENTS
@@ -59,14 +59,14 @@ def _run(config: Config, state_dir: Path, on_event: OnEvent) -> Any:
     shutil.rmtree(agreed, ignore_errors=True)  # of an earlier start, maybe not whole
     told = [client_settings(config, client, devices, limit, agreed, kept) for client, devices in placed]
     agents = {settings.client_id: agents_of.client_agent(settings) for settings in told}
+    absent: dict[str, dict[str, str]] = dict.fromkeys(server.aggregator.given_up(), {})
     for name, agent in agents.items():
         agent.trainer.on_event = on_event
         first = server.get_parameters(serial_run=True, client_id=name)
         agent.trainer.follow(first[1])
         for number in range(first[1].get("held", 0)):
-            agent.trainer.client.take(server.get_parameters(init_model=False, held=number)[0])
+            hand(agent, server.get_parameters(init_model=False, held=number)[0], absent, spares(config))
     on_event({"event": "ready"})
-    absent: dict[str, dict[str, str]] = dict.fromkeys(server.aggregator.given_up(), {})
     while not server.training_finished():
         for name, (update, instructions) in _exchange(server, agents, absent, spares(config)).items():
             tell(agents[name], update, instructions)

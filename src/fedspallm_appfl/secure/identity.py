@@ -61,6 +61,7 @@ class Identity:
 
         Raises:
             FileExistsError: there is such a file; an identity is never overwritten.
+            OSError: the file or its folder cannot be written.
         """
         encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         text = self._key.private_bytes(encoding, form, serialization.NoEncryption())

@@ -68,7 +68,9 @@ def _value(hint: Any, rule: Rule) -> str:
     words = " or ".join(WORDS[typing.get_origin(kind) or kind] for kind in kinds if kind is not types.NoneType)
     if rule.range:
         return f"{words}, {re.split('[,;] got', rule.range)[0]}"
-    return words if rule.least is None else f"{words}, from {rule.least:g}"
+    if rule.least is None:
+        return words
+    return f"{words}, above 0" if isinstance(rule.least, float) and not rule.least else f"{words}, from {rule.least:g}"
 
 
 def _default(one: Any) -> str:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedspallm_appfl.errors import quoted
+from fedspallm_appfl.errors import extra, quoted
 from fedspallm_appfl.settings.plugins import ADDED
 from fedspallm_appfl.settings.schema import TRACKERS, UUID, Allocation, Client, ClientConfigs, Config, Rule, Store
 from fedspallm_appfl.tensors.targets import Sparsity, Targets
@@ -117,9 +117,7 @@ def _tracking(config: Config) -> Iterator[str]:
     for name in config.tracking:
         missing = [module for module in TRACKERS.get(name, ()) if find_spec(module) is None]
         if missing:
-            yield (
-                f"tracking: {name} needs {' and '.join(missing)}: pip install 'fedspallm-appfl[{name}]', or leave it out"
-            )
+            yield (f"tracking: {name} needs {' and '.join(missing)}: {extra(name)}, or leave it out")
     if len(set(config.tracking)) < len(config.tracking):
         yield f"tracking: each tracker can be named once, got {', '.join(config.tracking)}"
 

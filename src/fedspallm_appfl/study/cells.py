@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedspallm_appfl.errors import ConfigError, quoted
+from fedspallm_appfl.settings.yaml_text import flat
 
 FILE = "cells.jsonl"
 DENSE = "dense"  # the method of the cell of the model before pruning; its target is empty
@@ -164,7 +165,7 @@ def _whole_lines(stream: IO[str]) -> list[str]:
 
 
 def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = _flat(earlier), _flat(now)
+    before, after = flat(earlier), flat(now)
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     if keys:
         shown = ", ".join(f"{key} was {quoted(before.get(key))} and is {quoted(after.get(key))}" for key in keys[:3])
@@ -173,11 +174,3 @@ def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, An
             f"--out: the study in {folder} was started with other settings: {shown}{more}; "
             "use the old settings, name another folder, or give --overwrite to start over"
         )
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    if not isinstance(tree, dict | list):
-        return {path: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, value in items for k, v in _flat(value, f"{path}.{key}" if path else str(key)).items()}

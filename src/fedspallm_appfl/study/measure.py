@@ -21,7 +21,7 @@ from torch import Tensor
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.allocation.choice import allocated
-from fedspallm_appfl.devices import give_back
+from fedspallm_appfl.devices import give_back, proc_bytes
 from fedspallm_appfl.estimates.processes import settled
 from fedspallm_appfl.events import Event, EventLog, ignore
 from fedspallm_appfl.models.lazy_model import Skeleton
@@ -337,7 +337,7 @@ class Costs:
         give_back()
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            self._start = _resident("VmRSS")
+            self._start = proc_bytes("self/status", "VmRSS")
         self._began = time.process_time()
 
     def __call__(self, event: Event) -> None:
@@ -348,13 +348,8 @@ class Costs:
     def read(self) -> None:
         """Note both."""
         self.cpu_seconds = round(time.process_time() - self._began, 4)
-        self.bytes = None if self._start is None else _resident("VmHWM") - self._start
-
-
-def _resident(name: str) -> int:
-    """Resident memory of this process in bytes: `VmRSS` now, `VmHWM` at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+        peak = proc_bytes("self/status", "VmHWM")
+        self.bytes = None if self._start is None or peak is None else peak - self._start
 
 
 def _write(plan: Plan, dense: Cell, cells: list[Cell], console: Console) -> None:

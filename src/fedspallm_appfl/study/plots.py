@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedspallm_appfl.errors import ConfigError
+from fedspallm_appfl.errors import ConfigError, extra
 from fedspallm_appfl.reports.parts import bytes_text
 from fedspallm_appfl.study.report import Study, spread
 from fedspallm_appfl.tensors.target import parse_target
@@ -45,9 +45,7 @@ def require() -> None:
         ConfigError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "a study draws plots with matplotlib, which is not installed: pip install 'fedspallm-appfl[study]'"
-        )
+        raise ConfigError(f"a study draws plots with matplotlib, which is not installed: {extra('study')}")
 
 
 def write(study: Study, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import zstandard
 
-from fedspallm_appfl.errors import DataError, first_line
+from fedspallm_appfl.errors import DataError, extra, first_line
 from fedspallm_appfl.texts.files import HUB, PLAIN, RECORDS, endings, is_online, is_saved
 
 BETWEEN = "\n\n"  # two records
@@ -57,7 +57,7 @@ def _decompressed(file: str, packed: str) -> Iterator[bytes]:
             yield from _gunzipped(raw) if packed == ".gz" else _unframed(raw)
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"the text {file} cannot be unpacked: {first_line(error)}") from error
-    except FileNotFoundError as error:
+    except OSError as error:
         raise DataError(f"the text {file} cannot be read: {error.strerror}") from error
 
 
@@ -109,7 +109,7 @@ def _datasets(file: str) -> ModuleType:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{file} is not plain text, and what reads it is not installed: pip install 'fedspallm-appfl[data]', or name "
+            f"{file} is not plain text, and what reads it is not installed: {extra('data')}, or name "
             f"text ({', '.join(PLAIN)})"
         ) from error
     return datasets

@@ -14,7 +14,7 @@ def rename(made: Path, file: Path) -> None:
     Raises:
         ModelError: the system refuses it.
     """
-    with _in_words(file):
+    with in_words(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         made.replace(file)
         _sync(file.parent)
@@ -32,7 +32,7 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         ModelError: there is no room, or the system refuses it otherwise.
     """
-    with _in_words(file):
+    with in_words(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(text, "utf-8")
@@ -40,7 +40,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _in_words(file: Path) -> Iterator[None]:
+def in_words(file: Path) -> Iterator[None]:
+    """Say of which file it is that the system refuses to write it.
+
+    Raises:
+        ModelError: it does.
+    """
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ from fedspallm_appfl.aggregation.mask_expansion import Votes
 from fedspallm_appfl.errors import ModelError, first_line, shortened
 from fedspallm_appfl.pruning.from_sums import Sums
 from fedspallm_appfl.tensors import triangle
-from fedspallm_appfl.wire.durable import publish
+from fedspallm_appfl.wire.durable import in_words, publish
 from fedspallm_appfl.wire.packed import Packed
 from fedspallm_appfl.wire.update import read_matrices
 
@@ -169,8 +169,7 @@ class AgreedBlocks:
 
     def take(self, update: Mapping[str, Any]) -> None:
         """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
-        mark = self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
-        there = mark.exists()
+        there = self.has(update)
         if there and not self._looks:
             return
         matrices = read_matrices(update, self._dtype)
@@ -179,7 +178,15 @@ class AgreedBlocks:
         if not there:
             for block, linears in matrices.items():
                 self._store.add(block, linears)
-            mark.touch()
+            with in_words(self._mark(update)):
+                self._mark(update).touch()
+
+    def has(self, update: Mapping[str, Any]) -> bool:
+        """Whether a piece was stored; of it only round, exchange and number are looked at."""
+        return self._mark(update).exists()
+
+    def _mark(self, update: Mapping[str, Any]) -> Path:
+        return self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"
 
 
 def seen(

@@ -94,9 +94,10 @@ def _answer(question: Question, given: Any) -> Any:
     """What an option says, or what is typed.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: neither is there, or the option cannot be.
     """
     if given is not None:
+        question.check(given)
         return given
     if not sys.stdin.isatty():
         if question.otherwise is None:
@@ -196,7 +197,10 @@ def _found(answer: list[str]) -> tuple[dict[str, str], list[str]]:
     folder = Path(answer[0]).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"clients: {folder} is not a folder; name each client's text as NAME=PATH, or give a folder")
-    every = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+    try:
+        every = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
+    except OSError as error:
+        raise ConfigError(f"clients: the folder {folder} cannot be read: {error.strerror}") from error
     found = [one for one in every if _is_text(one)]
     names = [UNFIT.sub("-", one.name.partition(".")[0] if one.is_file() else one.name).strip("-.") for one in found]
     if len(set(names)) < len(found) or not found:

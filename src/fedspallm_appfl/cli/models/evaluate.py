@@ -41,7 +41,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--windows", type=positive, default=None, help="at most so many windows of each text (default: all)"
     )
-    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-eval (pip install 'fedspallm-appfl[tasks]')")
+    parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-eval, which is an extra")
     parser.add_argument("--task-folder", metavar="FOLDER", help="YAML files of tasks of your own")
     parser.add_argument(
         "--limit", type=positive, default=None, help="at most so many questions of each task (default: all)"

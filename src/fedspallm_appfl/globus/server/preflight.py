@@ -22,7 +22,7 @@ from fedspallm_appfl.wire.metadata import printable
 PACKAGES = ("fedspallm-appfl", "appfl", "torch", "transformers")
 COLUMNS = ("endpoint", "Python", "packages", "GPU", "model", "text", "store")
 OLDEST_PYTHON = (3, 10)
-INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment with pip install fedspallm-appfl=={}"
+INSTALL = "add to worker_init: . ENVIRONMENT/bin/activate, an environment in which fedspallm-appfl {} is installed"
 
 
 @dataclass(frozen=True)

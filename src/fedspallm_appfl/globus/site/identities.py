@@ -85,15 +85,18 @@ def make_keys(site_file: SiteFile) -> str:
     """Make the identities that a site file names and that are not there; their lines for the roster.
 
     Raises:
-        ConfigError: a client has no `identity`, or one cannot be read.
+        ConfigError: a client has no `identity`, or one cannot be read or written.
     """
     lines = {}
     for client in site_file.clients:
         named = site_file.of(client).identity
         if named is None:
             raise ConfigError(f"client {client}: name a file for its secret key, e.g. identity: {client}.key")
-        if not Path(named).exists():
-            Identity.make().save(Path(named))
+        try:
+            if not Path(named).exists():
+                Identity.make().save(Path(named))
+        except OSError as error:
+            raise ConfigError(f"client {client}: the identity {named} cannot be written: {error.strerror}") from error
         lines[client] = Identity.load(Path(named)).public
     return yaml.safe_dump(lines, sort_keys=False, width=1000).rstrip()
 

@@ -60,7 +60,8 @@ def require_approval(site: Site, settings: ClientSettings) -> None:
         return
     there = waiting(file)
     if name not in there and len(there) < MOST_WAITING:
-        _append(_waiting(file), {"hash": name, "client": settings.client_id, "configuration": configuration(settings)})
+        waits = {"hash": name, "client": settings.client_id, "configuration": configuration(settings)}
+        _append(_waiting(file), f"{json.dumps(waits)}\n")
     raise ConfigError(
         f"client {settings.client_id}: this site serves only configurations that it has approved, and {name} is not; "
         f"somebody at the site may look at it and approve it: fedspallm site SITE.yaml --approve {name}"
@@ -81,26 +82,33 @@ def approved(file: Path) -> set[str]:
 
 
 def waiting(file: Path) -> dict[str, dict[str, Any]]:
-    """Hash -> what was asked for, of configurations that were refused and are not approved yet."""
+    """Hash -> what was asked for, of configurations that were refused and are not approved yet.
+
+    Raises:
+        ConfigError: the list cannot be read.
+    """
     if not _waiting(file).is_file():
         return {}
-    lines = [json.loads(line) for line in _waiting(file).read_text("utf-8").splitlines()]
-    return {line["hash"]: line for line in lines if line["hash"] not in approved(file)}
+    try:
+        lines = {(line := json.loads(text))["hash"]: line for text in _waiting(file).read_text("utf-8").splitlines()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "the list of what waits for approval, beside `approved` of the site file, cannot be read"
+        ) from error
+    return {name: line for name, line in lines.items() if name not in approved(file)}
 
 
 def approve(file: Path, name: str) -> dict[str, Any]:
     """Approve a configuration that waits; returns what was asked for.
 
     Raises:
-        ConfigError: none of that hash waits.
+        ConfigError: none of that hash waits, or the file cannot be written.
     """
     there = waiting(file)
     if name not in there:
         raise ConfigError(f"no configuration {name} waits; there are {', '.join(there) or 'none'}")
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(f"{name} client {there[name]['client']}, approved {when}\n")
+    _append(file, f"{name} client {there[name]['client']}, approved {when}\n", 0o666)
     return there[name]
 
 
@@ -151,17 +159,17 @@ class Record:
     def write(self) -> None:
         """Write the line."""
         if self._file:
-            _append(self._file, self._line)
+            _append(self._file, f"{json.dumps(self._line)}\n")
 
 
 def _waiting(file: Path) -> Path:
     return file.with_name(f"{file.name}.waiting")
 
 
-def _append(file: Path, line: Mapping[str, Any] | None = None) -> None:
+def _append(file: Path, line: str = "", mode: int = 0o600) -> None:
     """Append a line; without one, see whether that can be done."""
     try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="utf-8") as opened:
-            opened.write(json.dumps(line) + "\n" if line is not None else "")
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode), "w", encoding="utf-8") as opened:
+            opened.write(line)
     except OSError as error:
         raise ConfigError(f"a file that the site file names cannot be written: {error.strerror}") from error

@@ -284,7 +284,7 @@ def read_site_file(file: Path, who: str) -> SiteFile:
 
     Raises:
         ConfigError: the file cannot be read or has wrong content; the message shows none of its content except
-            `may_send` and `min_tokens`, because it may be sent.
+            `model`, `may_send` and `min_tokens`, because it may be sent.
     """
     content = _read(file, who)
     model = content.get("model")
@@ -335,13 +335,13 @@ def _file(named: str | None, file: Path, who: str) -> str | None:
 def _yes_or_no(content: Mapping[str, Any], key: str, default: bool, who: str) -> bool:
     named = content.get(key, default)
     if not isinstance(named, bool):
-        raise ConfigError(f"{who}{key} in the site file is true or false, got {quoted(named)}")
+        raise ConfigError(f"{who}{key} in the site file is true or false")
     return named
 
 
 def _required(content: Mapping[str, Any], key: str, who: str) -> bool:
     if content.get(key, REQUIRED) != REQUIRED:
-        raise ConfigError(f"{who}{key} in the site file is {REQUIRED}, or left out; got {quoted(content[key])}")
+        raise ConfigError(f"{who}{key} in the site file is {REQUIRED}, or left out")
     return key in content
 
 

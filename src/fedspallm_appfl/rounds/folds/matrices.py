@@ -53,8 +53,7 @@ class MatrixFold(Fold):
         return self._context.layout.linear(block, unit).expert
 
     def _entries(self, block: int, unit: str) -> int:
-        rows, columns = self._context.shape(block, unit)
-        return rows * columns
+        return self._context.layout.linear(block, unit).entries
 
     def _kept(self, block: int, unit: str) -> int:
         """Entries that its target keeps."""

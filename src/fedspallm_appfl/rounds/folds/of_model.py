@@ -26,9 +26,8 @@ def context_of(settings: ServerSettings, skeleton: Skeleton, folder: Path) -> Co
     @cache
     def typical() -> dict[tuple[int, str], float]:
         """How large inputs are on random tokens; the first to ask runs the dense model, block by block."""
-        model = settings.model
-        allow_code_of(model)
-        return typical_squares(LazyModel(model.path, model.blocks, model.dtype, device, settings.prune))
+        allow_code_of(settings.model)
+        return typical_squares(LazyModel.of(settings, device))
 
     return Context(
         skeleton.layout,

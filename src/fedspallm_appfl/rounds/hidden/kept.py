@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -76,16 +76,26 @@ class Kept:
             yield
 
     def _locked(self) -> IO[str]:
-        """The lock, taken; whoever held it before may have removed it with its folder, and then there is another one."""
+        """The lock, taken; whoever held it before may have removed it with its folder, and then there is another one.
+
+        Raises:
+            ConfigError: the folder cannot be written, or its file system has no locks.
+        """
         while True:
             file = make_private(self._folder) / LOCK
-            with suppress(FileNotFoundError):
-                lock = file.open("a")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+            try:
+                with ExitStack() as opened:
+                    lock = opened.enter_context(file.open("a"))
+                    if _is_taken(lock, file):
+                        opened.pop_all()
                         return lock
-                lock.close()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ConfigError(
+                    f"client {self._client}: {file} cannot be locked: {error.strerror}; keys of secure sums need a file "
+                    "system with locks: set TMPDIR, or run_dir where it lies there, to one"
+                ) from error
 
 
 def make_private(folder: Path) -> Path:
@@ -94,7 +104,8 @@ def make_private(folder: Path) -> Path:
     Raises:
         ConfigError: there is one that others made or can look into.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # a file, which is refused below
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
@@ -102,3 +113,12 @@ def make_private(folder: Path) -> Path:
             "or set TMPDIR, or run_dir where it lies there, to a private folder"
         )
     return folder
+
+
+def _is_taken(lock: IO[str], file: Path) -> bool:
+    """Take a lock; whether its file is still there."""
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

@@ -16,6 +16,7 @@ from fedspallm_appfl.rounds.hidden.client import KEY, VIEW
 from fedspallm_appfl.rounds.hidden.places import UNIT, Place, heard, listed, session, summed_in, to_json
 from fedspallm_appfl.secure.identity import Roster
 from fedspallm_appfl.secure.server import Server
+from fedspallm_appfl.wire.durable import in_words
 
 RUN = 16  # random bytes of an id
 
@@ -48,8 +49,12 @@ class Sums:
         self._confirmations: dict[str, bytes] = {}  # of these
 
     def _room(self, message: int, unit: str, size: int) -> Tensor:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return torch.from_file(str(self._file(message)), shared=True, size=size, dtype=torch.int64)
+        file = self._file(message)
+        with in_words(file):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with file.open("wb") as made:
+                os.posix_fallocate(made.fileno(), 0, size * torch.int64.itemsize)  # else a full disk is a signal later
+        return torch.from_file(str(file), shared=True, size=size, dtype=torch.int64)
 
     def _file(self, message: int) -> Path:
         return self._folder / f"{message:06d}"
