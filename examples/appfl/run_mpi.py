@@ -8,9 +8,9 @@ checks, placement, a report.
 
 from omegaconf import OmegaConf
 
-from fedspallm_appfl.adaptors.registration import before_appfl, freeze
+from fedspallm_appfl.adaptors.registration import freeze, register
 
-before_appfl()  # which imports piq, and that needs torchvision: it is put off until something uses it
+register()  # imports APPFL, without piq, which needs torchvision: it is put off until something uses it
 
 from appfl.agent import ServerAgent  # noqa: E402
 from appfl.comm.mpi import MPIClientCommunicator, MPIServerCommunicator  # noqa: E402

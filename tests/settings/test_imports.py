@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from fedspallm_appfl.settings import imports
-from fedspallm_appfl.settings.imports import guard_torchvision, importing, put_off
+from fedspallm_appfl.settings.imports import guard_torchvision, importing
 
 
 @pytest.mark.parametrize(
@@ -35,27 +35,27 @@ def test_a_torchvision_that_cannot_be_imported_is_as_if_it_were_not_installed(tm
 
 
 def test_a_package_is_imported_when_something_of_it_is_used_and_not_before(tmp_path, monkeypatch):
+    (tmp_path / "heavy").mkdir()
+    (tmp_path / "heavy" / "__init__.py").write_text("")
+    (tmp_path / "heavy" / "user.py").write_text("import dear\nimport dear as short\n")
+    (tmp_path / "heavy" / "asking.py").write_text("try:\n    import not_installed\nexcept ImportError:\n    x = 1\n")
     (tmp_path / "dear").mkdir()
-    (tmp_path / "dear" / "__init__.py").write_text("import sys\nsys.modules['dear'].used = True\nwhat = 3\n")
-    (tmp_path / "dear" / "part.py").write_text("from dear import what\n")
+    (tmp_path / "dear" / "__init__.py").write_text("what = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("dear", "dear.part"):
+    monkeypatch.setattr(imports, "WHOLE", ("dear", "not_installed"))
+    monkeypatch.setattr(imports, "BY", ("heavy.",))
+    for name in ("heavy", "heavy.user", "heavy.asking", "dear"):
         monkeypatch.setitem(sys.modules, name, None)  # what comes in its place goes afterwards
         del sys.modules[name]
-    put_off("dear", "not_installed_at_all")
+    with importing("heavy"):
+        from heavy import asking, user
+    assert asking.x == 1 and "dear" not in sys.modules
+    assert user.dear.what == user.short.what == 3 and "dear" in sys.modules
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = user.dear.nothing
     import dear
 
-    inspect.getmodule(sys._getframe())  # looks at every module
-    assert importlib.util.find_spec("dear").origin == str(tmp_path / "dear" / "__init__.py")
-    assert "what" not in vars(sys.modules["dear"])
-    assert dear.what == 3 and dear.used
-    assert "what" in vars(sys.modules["dear"])  # the package itself, for whoever imports it from now on
-    import dear.part
-
-    assert dear.part.what == 3
-    assert "not_installed_at_all" not in sys.modules
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = dear.nothing
+    assert inspect.ismodule(dear) and dear is not user.dear and dear.what == 3
 
 
 def test_a_name_is_imported_when_it_is_called(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 assert fs.prune
 from fedspallm_appfl.adaptors import registration
 registration.register()
-for name in ("sklearn", "opacus", "scipy.stats", "pandas", "datasets"):
+for name in ("sklearn", "opacus", "scipy.stats", "pandas", "datasets", "piq", "seaborn", "wandb"):
     assert name not in sys.modules, name
 from appfl.algorithm.trainer.vanilla_trainer import PrivacyEngine
 from sklearn.metrics import roc_curve

@@ -19,26 +19,22 @@ import types
 from typing import Any, TypeVar
 
 from fedspallm_appfl.errors import ConfigError, quoted
-from fedspallm_appfl.settings.imports import guard_torchvision, importing, put_off
+from fedspallm_appfl.settings.imports import guard_torchvision, importing
 from fedspallm_appfl.settings.plugins import import_file
 
 T = TypeVar("T")
-LATER = ("piq", "seaborn", "wandb")  # of what APPFL imports: a quarter of the time until a run begins
-
-
-def before_appfl() -> None:
-    """Let what APPFL imports, and few runs use, be imported when it is used; call it before APPFL is imported."""
-    guard_torchvision()
-    put_off(*LATER)
 
 
 def register() -> None:
-    """Import APPFL and register the trainer, the aggregator and the scheduler. Safe to call again."""
-    before_appfl()
+    """Import APPFL without what few runs use, and register the trainer, the aggregator and the scheduler with it.
+
+    Call it before APPFL is imported, and again where that is not certain.
+    """
+    guard_torchvision()
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
-        with importing("appfl"):
+        with importing("appfl.agent"):
             import appfl.agent
             import appfl.algorithm.aggregator
             import appfl.algorithm.scheduler

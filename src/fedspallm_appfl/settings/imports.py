@@ -24,6 +24,7 @@ UNUSED = {
     "opacus": ("PrivacyEngine",),
     "opacus.utils.batch_memory_manager": ("BatchMemoryManager",),
 }
+WHOLE = ("piq", "seaborn", "wandb")  # packages that APPFL imports as a whole; piq needs torchvision
 BY = ("transformers.", "appfl.")  # whose imports these are
 # A module of APPFL, which goes on without it -> the package that it asks for after it has imported all others.
 IN_VAIN = {"fedsb_trainer": "fed_sb"}
@@ -62,35 +63,22 @@ def _uncollected() -> Iterator[None]:
 
 
 class Later(types.ModuleType):
-    """Stands for a package until something of it is used; then the package is imported and takes its place.
-
-    Not `importlib.util.LazyLoader`, which imports when anything looks at a module's `__file__`, as `inspect` does with all.
-    """
+    """Stands for a package that is imported when something of it is used."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # which an import of something inside it asks for
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
-
-
-def put_off(*packages: str) -> None:
-    """Let packages that are installed be imported when something of them is used, and not before."""
-    for name in packages:
-        if name not in sys.modules and (spec := importlib.util.find_spec(name)):
-            sys.modules[name] = Later(name)
-            sys.modules[name].__spec__ = spec
 
 
 @contextmanager
 def _without_unused() -> Iterator[None]:
-    """Answer imports of `UNUSED` with what imports the module when it is called; all other imports are as usual."""
+    """Answer imports of `UNUSED` and `WHOLE` with what imports them when it is used; all other imports are as usual."""
     usual = builtins.__import__
 
     def answer(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: A002
         by = (globals or {}).get("__name__", "")
         if by.startswith(BY):
+            if name in WHOLE and not fromlist and _is_to_come(name):
+                return Later(name)
             if level == 0 and fromlist and {*fromlist} <= {*UNUSED.get(name, ())} and _is_to_come(name):
                 return types.SimpleNamespace(**{one: partial(_call, name, one) for one in fromlist})
             if level and (needed := IN_VAIN.get(name)) and not _is_installed(needed):

@@ -23,11 +23,11 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from typing import Any
 
 from fedspallm_appfl.adaptors import registration
-from fedspallm_appfl.errors import ConfigError, FederationError, first_line
+from fedspallm_appfl.errors import ConfigError, FederationError, extra, first_line
 from fedspallm_appfl.globus.server.outcome import Outcome, Task
 from fedspallm_appfl.globus.site import tasks as globus_tasks
 
-registration.before_appfl()
+registration.register()
 registration.guard_login_manager()
 try:
     from appfl.comm.globus_compute import GlobusComputeServerCommunicator
@@ -40,9 +40,7 @@ try:
 
     from fedspallm_appfl.globus.server.login import logged_in
 except ImportError as error:
-    raise ConfigError(
-        f"--launcher globus needs the Globus Compute SDK ({error}); pip install globus-compute-sdk"
-    ) from error
+    raise ConfigError(f"--launcher globus needs the Globus Compute SDK ({error}); {extra('globus')}") from error
 
 SUBMISSION_LIMIT = 10_000_000  # bytes, from the documentation of the service
 AROUND = 2**16  # bytes of a submission besides the request
