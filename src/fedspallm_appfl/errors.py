@@ -58,7 +58,7 @@ class FederationError(FedSpaLLMError):
 
 def extra(name: str) -> str:
     """How to install what an extra of this package needs."""
-    return f"in a checkout, pip install --constraint constraints.txt '.[{name}]'"
+    return f"install it in a checkout with: pip install --constraint constraints.txt '.[{name}]'"
 
 
 def first_line(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def test_an_unknown_tracker_and_one_that_is_not_installed_are_refused(monkeypatc
     monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "sqlalchemy" else name)
     config = Config(tracking=["tensorboard", "mlflow", "comet"])
     assert [problem for problem in rules.check(config) if problem.startswith("tracking")] == [
-        f"tracking: mlflow needs sqlalchemy: {extra('mlflow')}, or leave it out",
+        f"tracking: mlflow needs sqlalchemy; leave it out, or {extra('mlflow')}",
         "tracking: one of tensorboard, mlflow, wandb; got 'comet'",
     ]
 

@@ -25,6 +25,7 @@ from fedspallm_appfl.runs.processes import ALONE, Workers, result
 from fedspallm_appfl.runs.workers import _Desks, _listening
 from fedspallm_appfl.settings import plugins
 from helpers.experiments import UNEVEN, small_config
+from helpers.knife import Cut
 from helpers.paths import ROOT
 from helpers.processes import LIMIT, finish, start
 from helpers.tiny import events, save_tiny, tiny_config
@@ -108,6 +109,43 @@ def test_a_client_that_fails_in_a_worker_ends_the_run_or_is_left_out(tmp_path, t
     assert absent["client"] == "bible" and "no more memory" in absent["why"]
 
 
+OPENING = """
+from pathlib import Path
+from fedspallm_appfl.errors import DataError
+from fedspallm_appfl.rounds.client import LocalClient
+
+begin = LocalClient.__init__
+
+def init(self, settings, *others):
+    if settings.client_id == "bible" and Path(__file__).with_name("gone").exists():
+        raise DataError("client bible: its text is gone")
+    begin(self, settings, *others)
+
+LocalClient.__init__ = init
+"""
+
+
+def test_a_run_goes_on_without_one_that_cannot_be_opened_any_more(tmp_path):
+    """Others in its process send more blocks than may be open at a time."""
+    (tmp_path / "opening.py").write_text(OPENING)
+    rounds, each = {"min_clients": 2, "num_global_epochs": 2}, {"comm_configs": {"blocks_per_message": 1}}
+    changes = {"server_configs": rounds, "client_configs": each, "plugins": [str(tmp_path / "opening.py")]}
+    file = tiny_config(tmp_path / "of", save_tiny(tmp_path / "deep", blocks=5), "fedspallm", 4, **changes)
+    config = prepared(well_formed(str(file), ["workers=2"]), False)
+
+    def cut(event):
+        if event["event"] == "upload" and event["round"] == 1:
+            raise Cut
+
+    with Workers(2) as both, pytest.raises(Cut):
+        experiment.conduct(config, partial(serial.run, among=both), False, cut, among=both)
+    (tmp_path / "gone").touch()
+    with Workers(2) as both:
+        experiment.conduct(config, partial(serial.run, among=both), False, resume=True, among=both)
+    [absent] = events(Path(config.run_dir), "absent")
+    assert (absent["round"], absent["client"], absent["why"]) == (1, "bible", "client bible: its text is gone")
+
+
 def children(pid):
     """Process ids of all processes below one."""
     below = []
@@ -177,15 +215,6 @@ def test_a_task_returns_and_raises_as_here_and_gets_its_share_of_cores(pair):
             both.submit(1, max, 3, 4)
 
 
-def test_a_folder_for_temporary_files_whose_name_leaves_no_room_for_a_socket_is_refused(tmp_path, monkeypatch):
-    long = tmp_path / ("long" * 30)
-    long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    with pytest.raises(ConfigError, match="has at most 100 bytes, got .*; set TMPDIR to a folder with"), _listening():
-        pass
-    assert list(long.iterdir()) == []
-
-
 def test_auto_is_as_many_as_are_worth_their_start_and_fit(tmp_path, tiny_model, monkeypatch):
     config = prepared(well_formed(str(tiny_config(tmp_path, tiny_model, "fedspallm", 3)), []), False)
     job = Job.of(config)
@@ -205,6 +234,19 @@ def test_what_only_this_process_knows_is_not_sent_to_others(tmp_path, tiny_model
     monkeypatch.setattr(plugins, "ADDED", {"mine"})
     with pytest.raises(ConfigError, match=r"workers: 2 processes cannot know mine"):
         processes.settled(config)
+
+
+def test_a_folder_for_temporary_files_whose_name_leaves_no_room_for_a_socket(tmp_path, tiny_model, monkeypatch):
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    file = tiny_config(tmp_path / "of", tiny_model, "fedspallm", 3)
+    several, auto = (prepared(well_formed(str(file), [f"workers={workers}"]), False) for workers in ("2", "auto"))
+    with pytest.raises(ConfigError, match=r"workers: 2 processes need a socket .*at most 75 bytes, got .*; set TMPDIR"):
+        processes.settled(several)
+    assert processes.settled(several, runs=2).workers == "2"  # each in one process
+    monkeypatch.setattr(processes, "WORTH", 1.0)
+    assert processes.settled(auto).workers == "1"
 
 
 def test_a_wrong_number_is_refused(tmp_path, tiny_model, capsys):

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedspallm_appfl.aggregation.layer_sampling import draw, from_text
 from fedspallm_appfl.devices import choose_devices
-from fedspallm_appfl.errors import ConfigError, FederationError
+from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.rounds.client import LocalClient, Message
 from fedspallm_appfl.settings.reading import build
 from fedspallm_appfl.settings.schema import ClientSettings
+from fedspallm_appfl.wire.update import without_tensors
 
 
 class FedSpaLLMTrainer(BaseTrainer):
@@ -56,7 +57,7 @@ class FedSpaLLMTrainer(BaseTrainer):
         self._instructions: tuple[int, int, list[int], list[int], dict[str, Any]] | None = None
         self._message: Message | None = None
         self._pieces_left = 0
-        self._missed: list[dict[str, int]] = []
+        self._missed: list[dict[str, Any]] = []
         self.lacking: int | None = None
         self.on_event: OnEvent = ignore
 
@@ -73,7 +74,8 @@ class FedSpaLLMTrainer(BaseTrainer):
             self.follow(instructions)
         if not self.client.in_exchange:
             self._require_all_pieces()
-            self._require_what_was_missed()
+            self.client.miss(self._missed)
+            self._missed = []
             self.round, self.exchange, blocks, finished, told = self._instructions or (
                 self.round,
                 self.exchange,
@@ -125,7 +127,7 @@ class FedSpaLLMTrainer(BaseTrainer):
     def miss(self, update: dict[str, Any]) -> None:
         """Note what the server sent while the client could not be opened."""
         if update:
-            self._missed.append({key: int(update[key]) for key in ("round", "exchange", "piece")})
+            self._missed.append(without_tensors(update))
 
     def follow(self, metadata: dict[str, Any]) -> None:
         """Take the server's instructions."""
@@ -143,20 +145,6 @@ class FedSpaLLMTrainer(BaseTrainer):
             raise RuntimeError(
                 f"client {self.client_id}: {self._pieces_left} pieces of the server's update are missing; fetch each "
                 "with get_global_model(init_model=False, piece=i) for i = 1, 2, ... and give it to load_parameters"
-            )
-
-    def _require_what_was_missed(self) -> None:
-        """Without it the client would prune other inputs; another client of this process may have stored it for all.
-
-        Raises:
-            FederationError: it is not there.
-        """
-        self._missed = [sent for sent in self._missed if not self.client.has(sent)]
-        if self._missed:
-            raise FederationError(
-                f"client {self.client_id}: it could not be opened when the server sent what was agreed on in round "
-                f"{self._missed[0]['round']}, so it cannot take part in this start of the run; `fedspallm resume` sends "
-                "it again"
             )
 
     def _own_blocks(self) -> list[int]:

@@ -1,6 +1,8 @@
 """How many worker processes a run is worth, where the configuration says `workers: auto`."""
 
 import dataclasses
+import os
+import tempfile
 
 import torch
 
@@ -16,6 +18,7 @@ from fedspallm_appfl.settings.schema import Config
 PACKAGES = 430_000_000  # measured: bytes that a worker holds before it does anything
 WORTH = 1.5e11  # operations; to start a process takes about as long as these on one core
 PASSES = 3  # of all tokens through a block: to collect, with what was pruned, and what pruning takes
+LONGEST = 75  # bytes; a socket's address may have 103, and further names follow
 USUAL = 100  # windows of a text, where all are taken
 SHARE = 0.8  # of the free memory, for all processes together
 
@@ -28,11 +31,18 @@ def settled(config: Config, runs: int = 0) -> Config:
         runs: so many experiments like it are each to be run in one process; 0 to share one among processes.
 
     Raises:
-        ConfigError: it wants several where only this process knows the code of a pruner or an algorithm.
+        ConfigError: it wants several where only this process knows the code of a pruner or an algorithm, or where the name
+            of the folder for temporary files has no room for a socket.
     """
-    own = plugins.ADDED and not config.plugins
+    own, place = plugins.ADDED and not config.plugins, tempfile.gettempdir()
+    crowded = not runs and len(os.fsencode(place)) > LONGEST
     if config.workers == "auto":
-        return dataclasses.replace(config, workers=str(1 if own else _useful(Job.of(config), runs)))
+        return dataclasses.replace(config, workers=str(1 if own or crowded else _useful(Job.of(config), runs)))
+    if crowded and config.workers != "1":
+        raise ConfigError(
+            f"workers: {config.workers} processes need a socket in the folder for temporary files, whose name has at most "
+            f"{LONGEST} bytes, got {place}; set TMPDIR to another one, or use workers: 1"
+        )
     if own and config.workers != "1":
         raise ConfigError(
             f"workers: {config.workers} processes cannot know {', '.join(sorted(plugins.ADDED))}, which this process has "

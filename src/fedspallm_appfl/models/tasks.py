@@ -102,7 +102,7 @@ def _library() -> tuple[Any, Any]:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise ConfigError(f"--tasks needs the package lm-eval ({first_line(error)}): {extra('tasks')}") from error
+        raise ConfigError(f"--tasks needs the package lm-eval ({first_line(error)}); {extra('tasks')}") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     return lm_eval, HFLM
 

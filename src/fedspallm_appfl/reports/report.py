@@ -181,17 +181,18 @@ def _beginning(config: Config, bos: str, *texts: Paths | None) -> str:
 
 
 def _measured_again(config: Config, log: EventLog) -> list[str]:
-    """The command that measures the last row of the table again; nothing where it would not join what a text is made of."""
+    """The command that measures the last row of the table again; it would not join what a text is made of."""
     settings, model = config.evaluation, config.model
     files = [text for text in settings.texts.values() if isinstance(text, str)]
-    if len(files) < len(settings.texts):
+    joined = [name for name, text in settings.texts.items() if not isinstance(text, str)]
+    if not files:
         return []
-    ends = [event.get("dtype") for event in log.of("end")]
+    ends = [event["dtype"] for event in log.of("end") if "dtype" in event]
     given = {
         "--length": settings.length,
         "--windows": settings.windows,
         "--batch": settings.batch,
-        "--dtype": ends[-1] if ends else None,
+        "--dtype": ends[-1] if ends else model.dtype,
         "--bos": settings.bos if settings.bos != "auto" else None,
         "--field": settings.field,
         "--blocks": model.blocks,
@@ -199,7 +200,8 @@ def _measured_again(config: Config, log: EventLog) -> list[str]:
     options = [str(word) for name, value in given.items() if value for word in (name, value)]
     code = ["--trust-remote-code"] if model.trust_remote_code else []
     words = ["fedspallm", "evaluate", str(Path(config.run_dir) / "model"), "--text", *files, *options, *code]
-    return ["The last row again:", f"    {shlex.join(words)}"]
+    but = f", but for {' and '.join(joined)}" if joined else ""
+    return [f"The last row again{but}:", f"    {shlex.join(words)}"]
 
 
 def _sparsity(config: Config, matrices: Sequence[MatrixSparsity], log: EventLog) -> list[Part]:

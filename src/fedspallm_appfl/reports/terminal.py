@@ -18,8 +18,9 @@ class ConsoleTable(Table):
 
 
 def upright(table: parts.Table) -> ConsoleTable:
-    """A table of a report with a column for each of its rows, which are fewer than its columns."""
-    (corner, *names), *lines = zip(table.head, *table.rows, strict=True)
+    """A table of a report, with a column for each of its rows if they are fewer than its columns."""
+    whole = [table.head, *table.rows]
+    (corner, *names), *lines = zip(*whole, strict=True) if len(table.rows) < len(table.head) else whole
     made = ConsoleTable(escape(corner), *map(escape, names))
     for column in made.columns[1:]:
         column.justify = "right"

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
+from fedspallm_appfl.aggregation.layer_sampling import to_text
 from fedspallm_appfl.algorithms import registry
 from fedspallm_appfl.algorithms.algorithm import SQUARES, Exchange, of_round
+from fedspallm_appfl.errors import FederationError
 from fedspallm_appfl.events import OnEvent, ignore
 from fedspallm_appfl.models.inputs import shared_inputs
 from fedspallm_appfl.models.lazy_model import LazyModel
@@ -42,7 +44,7 @@ from fedspallm_appfl.texts.windows import Cut, forget_windows
 from fedspallm_appfl.wire.hidden import PackedWords
 from fedspallm_appfl.wire.messages import Unit, plan
 from fedspallm_appfl.wire.store import AgreedBlocks
-from fedspallm_appfl.wire.update import compress, make_update
+from fedspallm_appfl.wire.update import compress, make_update, units_of
 
 OWN_FOLDER = "fedspallm-client-"  # begins the names of folders of clients without a place in a run's state
 FEWEST = 2  # windows to measure on: of a single one no loss leaves a client
@@ -127,6 +129,7 @@ class LocalClient:
         groups = shared_inputs(self.model.skeleton.folder, self.model.layout) if algorithm.gathers else ()
         roster = roster_of(settings)
         self.exchanges = exchanges_of(settings, groups)
+        self._lacking: set[tuple[str, int, str]] = set()  # kind, block and linear of what was sent and never came here
         self.squares = AgreedBlocks(torch.float32, shared / SQUARES, looks)
         in_float32 = partial(self._open, "float32")
         keep = settings.checkpoints and Checkpoint(Path(settings.checkpoints), settings.checkpoint_every)
@@ -211,7 +214,9 @@ class LocalClient:
 
         Raises:
             SecureSumError: the server breaks their protocol.
+            FederationError: it lacks something of what the server sent.
         """
+        self._require_all_that_was_sent()
         exchange, assigned, done = self.exchanges[number], set(blocks), frozenset(finished)
         wanted = assigned - done
         if self._own is not None:
@@ -292,11 +297,29 @@ class LocalClient:
     def take(self, update: dict[str, Any]) -> None:
         """Use what the server sent in later exchanges: pruned blocks, or masks to solve for."""
         if update:
-            self._sent[kind_of(self.exchanges[update["exchange"]].down)].take(update)
+            kind = self._kind_of(update)
+            self._sent[kind].take(update)
+            self._lacking -= {(kind, *unit) for unit in units_of(update)}
 
-    def has(self, sent: Mapping[str, int]) -> bool:
-        """Whether a piece of what the server sent, of that round, exchange and number, lies here."""
-        return self._sent[kind_of(self.exchanges[sent["exchange"]].down)].has(sent)
+    def miss(self, updates: Iterable[Mapping[str, Any]]) -> None:
+        """Note what the server sent while this client could not be opened, but for what lies here all the same."""
+        for update in updates:
+            kind = self._kind_of(update)
+            if not self._sent[kind].has(update):
+                self._lacking |= {(kind, *unit) for unit in units_of(update)}
+
+    def _kind_of(self, update: Mapping[str, Any]) -> str:
+        return kind_of(self.exchanges[update["exchange"]].down)
+
+    def _require_all_that_was_sent(self) -> None:
+        """Without it the client would prune other inputs than the others, or solve for no mask."""
+        if self._lacking:
+            blocks = sorted({block for _, block, _ in self._lacking})
+            raise FederationError(
+                f"client {self.settings.client_id}: it could not be opened when the server sent what was agreed on of block"
+                f"{'s' if len(blocks) > 1 else ''} {to_text(blocks)}, and takes part again when that is replaced; "
+                "`fedspallm resume` sends it again"
+            )
 
     @property
     def _sent(self) -> dict[str, AgreedBlocks]:

@@ -1,6 +1,7 @@
 """One experiment from its configuration to its run directory (see `run_dir`)."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ from fedspallm_appfl.wire.store import PackedStore
 TARGETS = "targets.json"  # in the server's state
 BEFORE, RECOVERED = "before", "recovered"  # rows of a table
 Launch = Callable[[Config, Path, OnEvent], Any]
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -116,7 +118,10 @@ def conduct(
         with _telling_why(log):
             trackers.begin(config, folder, log)
             results = _worked(config, launch, folder, log, texts, DENSE if dense else {}, among)
-        shutil.rmtree(folder / "state", ignore_errors=True)  # what stays is removed when the run is asked for again
+        try:
+            shutil.rmtree(folder / run_dir.STATE)
+        except OSError as error:  # the results are whole
+            logger.warning("%s cannot be removed: %s; nothing needs it any more", folder / run_dir.STATE, error)
     return results, log
 
 

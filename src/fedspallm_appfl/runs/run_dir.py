@@ -10,7 +10,7 @@ import copy
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -81,8 +81,20 @@ def problem(config: Config, overwrite: bool, resume: bool = False) -> str | None
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a run that was done to its end, and killed then, has left of its state."""
-    _remove(folder / STATE)
+    """Remove what a run that was done to its end, and killed then, has left of its state.
+
+    Raises:
+        ConfigError: it cannot be removed.
+    """
+    _clear(folder, (STATE,))
+
+
+def _clear(folder: Path, names: Iterable[str]) -> None:
+    try:
+        for name in names:
+            _remove(folder / name)
+    except OSError as error:
+        raise ConfigError(f"run_dir: earlier results in {folder} cannot be removed: {error}") from error
 
 
 def finished(folder: Path) -> bool:
@@ -192,12 +204,8 @@ def claimed(config: Config, overwrite: bool, resume: bool = False) -> Iterator[P
         if resume and finished(folder):
             raise ConfigError(f"run_dir: the run in {folder} is finished; there is nothing to go on with")
         if not (resume and is_cut_off(folder)):
-            try:
-                for name in OWN:
-                    _remove(folder / name)
-                (folder / MARK).touch()
-            except OSError as error:
-                raise ConfigError(f"run_dir: earlier results in {folder} cannot be removed: {error}") from error
+            _clear(folder, OWN)
+            write_text(folder / MARK, "")
             write_text(folder / CONFIG, _resolved(config))
         yield folder
 

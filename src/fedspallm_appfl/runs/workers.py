@@ -4,7 +4,6 @@ Messages travel through a socket of the file system: a description as JSON, then
 The server takes a message as it is made. It answers a worker when all of its clients can go on.
 """
 
-import os
 import shutil
 import socket
 import tempfile
@@ -17,7 +16,6 @@ from typing import Any, cast
 
 from fedspallm_appfl.adaptors import registration
 from fedspallm_appfl.devices import choose_devices
-from fedspallm_appfl.errors import ConfigError
 from fedspallm_appfl.events import Event, OnEvent
 from fedspallm_appfl.rounds.client import forget
 from fedspallm_appfl.rounds.participants import client_settings, participants
@@ -30,7 +28,6 @@ from fedspallm_appfl.settings import plugins
 from fedspallm_appfl.settings.schema import ClientSettings, Config
 from fedspallm_appfl.wire.as_bytes import Inbox, memory, take_apart
 
-LONGEST = 100  # bytes; Linux allows 107, other systems 103
 POLL = 0.1  # seconds between two looks at whether a worker has failed
 Groups = list[list[ClientSettings]]
 
@@ -102,7 +99,6 @@ def run(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers) ->
 
     Raises:
         FederationError: a worker was ended from outside.
-        ConfigError: the name of the folder for temporary files is too long.
     """
     shutil.rmtree(state_dir / AGREED, ignore_errors=True)  # of an earlier start, maybe not whole
     groups = _placed(config, state_dir, on_event, workers)
@@ -141,18 +137,9 @@ def _placed(config: Config, state_dir: Path, on_event: OnEvent, workers: Workers
 
 @contextmanager
 def _listening() -> Iterator[tuple[socket.socket, str]]:
-    """A socket that workers connect to, in a folder of this user alone; and where it is.
-
-    Raises:
-        ConfigError: the name of the folder is too long.
-    """
+    """A socket that workers connect to, in a folder of this user alone; and where it is."""
     with tempfile.TemporaryDirectory(prefix="fedspallm-") as folder, socket.socket(socket.AF_UNIX) as listener:
         address = str(Path(folder) / "server")
-        if len(os.fsencode(address)) > LONGEST:
-            raise ConfigError(
-                f"workers need a socket, whose path has at most {LONGEST} bytes, got {address}; set TMPDIR to a folder "
-                "with a shorter name, or workers=1"
-            )
         listener.bind(address)
         listener.listen()
         yield listener, address

@@ -117,7 +117,7 @@ def _tracking(config: Config) -> Iterator[str]:
     for name in config.tracking:
         missing = [module for module in TRACKERS.get(name, ()) if find_spec(module) is None]
         if missing:
-            yield (f"tracking: {name} needs {' and '.join(missing)}: {extra(name)}, or leave it out")
+            yield f"tracking: {name} needs {' and '.join(missing)}; leave it out, or {extra(name)}"
     if len(set(config.tracking)) < len(config.tracking):
         yield f"tracking: each tracker can be named once, got {', '.join(config.tracking)}"
 

@@ -45,7 +45,7 @@ def require() -> None:
         ConfigError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"a study draws plots with matplotlib, which is not installed: {extra('study')}")
+        raise ConfigError(f"a study draws plots with matplotlib, which is not installed; {extra('study')}")
 
 
 def write(study: Study, folder: Path) -> None:

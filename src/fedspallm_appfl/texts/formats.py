@@ -109,8 +109,8 @@ def _datasets(file: str) -> ModuleType:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{file} is not plain text, and what reads it is not installed: {extra('data')}, or name "
-            f"text ({', '.join(PLAIN)})"
+            f"{file} is not plain text, and what reads it is not installed: name text ({', '.join(PLAIN)}), or "
+            f"{extra('data')}"
         ) from error
     return datasets
 

@@ -169,7 +169,7 @@ class AgreedBlocks:
 
     def take(self, update: Mapping[str, Any]) -> None:
         """Store a piece of the server's update in place of what was agreed on before, unless somebody did already."""
-        there = self.has(update)
+        there = self._mark(update).exists()
         if there and not self._looks:
             return
         matrices = read_matrices(update, self._dtype)
@@ -182,8 +182,8 @@ class AgreedBlocks:
                 self._mark(update).touch()
 
     def has(self, update: Mapping[str, Any]) -> bool:
-        """Whether a piece was stored; of it only round, exchange and number are looked at."""
-        return self._mark(update).exists()
+        """Whether a piece lies here, whoever stored it; not where this one has to have seen it itself."""
+        return not self._looks and self._mark(update).exists()
 
     def _mark(self, update: Mapping[str, Any]) -> Path:
         return self._folder / f"round-{update['round']}-{update['exchange']}-piece-{update['piece']}"

@@ -50,6 +50,16 @@ def compress(update: Mapping[str, Any]) -> dict[str, Any]:
     return {**update, "blocks": blocks}
 
 
+def without_tensors(update: Mapping[str, Any]) -> dict[str, Any]:
+    """What an update is of."""
+    return {**update, "blocks": {block: dict.fromkeys(linears) for block, linears in update["blocks"].items()}}
+
+
+def units_of(update: Mapping[str, Any]) -> set[tuple[int, str]]:
+    """Block and name of all that an update holds."""
+    return {(int(block), name) for block, linears in update["blocks"].items() for name in linears}
+
+
 def read_matrices(update: Mapping[str, Any], dtype: torch.dtype) -> dict[int, dict[str, Packed]]:
     """The matrices of an update that the server sent, compressed or not; `dtype` is that of the values.
 

@@ -94,10 +94,9 @@ def _answer(question: Question, given: Any) -> Any:
     """What an option says, or what is typed.
 
     Raises:
-        ConfigError: neither is there, or the option cannot be.
+        ConfigError: neither is there.
     """
     if given is not None:
-        question.check(given)
         return given
     if not sys.stdin.isatty():
         if question.otherwise is None:
@@ -143,8 +142,9 @@ def experiment(file: Path, answers: dict[str, Any]) -> Made:
         answers: to all questions.
 
     Raises:
-        ConfigError: clients or texts cannot be made out.
+        ConfigError: clients, texts or the target cannot be made out.
     """
+    _target(answers["sparsity"])
     told = _path_teller(file)
     (clients, left), texts = _found(answers["clients"]), _named(answers["evaluate"], "evaluate")
     skeleton, tokenizer = _opened(answers["model"])

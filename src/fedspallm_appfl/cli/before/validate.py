@@ -1,6 +1,8 @@
 """`fedspallm validate`."""
 
 import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedspallm_appfl.cli.arguments import add_config, command
@@ -33,19 +35,26 @@ def work(args: argparse.Namespace) -> int:
         from fedspallm_appfl.runs.run_dir import problem
 
         introduce(config, shown)
-        for note in (problem(config, overwrite=False), _unseen(config)):
+        for note in (problem(config, overwrite=False), *_unseen(config)):
             if note:
                 shown.print(f"note: {note}", highlight=False, markup=False)
     return 0
 
 
-def _unseen(config: "Config") -> str | None:
-    """A device that a client asks for and this machine lacks: no problem, as the run may be meant for another one."""
-    from fedspallm_appfl.devices import choose_devices
+def _unseen(config: "Config") -> Iterator[str]:
+    """Devices that are asked for and that this machine lacks: no problem, as the run may be meant for another one."""
+    from fedspallm_appfl.devices import choose_device, choose_devices
 
-    try:
-        for client in [] if config.over_globus() else config.clients:
-            choose_devices(client.train_configs, 0)
-    except ConfigError as error:
-        return str(error)
-    return None
+    asked: dict[str, Callable[[], object]] = {
+        "the server": partial(choose_device, config.server_configs.device, 0),
+        "the evaluation": partial(choose_device, config.evaluation.device, 0),
+    }
+    for client in [] if config.over_globus() else config.clients:
+        asked[f"client {client.client_id}"] = partial(choose_devices, client.train_configs, 0)
+    lacking: dict[str, list[str]] = {}
+    for who, choose in asked.items():
+        try:
+            choose()
+        except ConfigError as error:
+            lacking.setdefault(str(error), []).append(who)
+    yield from (f"{', '.join(who)}: {why}; a run on this machine would fail" for why, who in lacking.items())

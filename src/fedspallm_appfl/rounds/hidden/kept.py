@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -93,8 +93,8 @@ class Kept:
                 continue
             except OSError as error:
                 raise ConfigError(
-                    f"client {self._client}: {file} cannot be locked: {error.strerror}; keys of secure sums need a file "
-                    "system with locks: set TMPDIR, or run_dir where it lies there, to one"
+                    f"client {self._client}: {file} cannot be written or locked: {error.strerror}; keys of secure sums "
+                    "need a file system with room and locks: set TMPDIR, or run_dir where it lies there, to one"
                 ) from error
 
 
@@ -102,10 +102,14 @@ def make_private(folder: Path) -> Path:
     """Make a folder that nobody else can look into; returns it.
 
     Raises:
-        ConfigError: there is one that others made or can look into.
+        ConfigError: there is one that others made or can look into, or it cannot be made.
     """
-    with suppress(FileExistsError):  # a file, which is refused below
+    try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:  # a file, which is refused below
+        pass
+    except OSError as error:
+        raise ConfigError(f"the folder {folder} cannot be made: {error.strerror}") from error
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(
