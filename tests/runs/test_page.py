@@ -247,7 +247,7 @@ def test_runs_stand_side_by_side(folders, longer, tmp_path, capsys):
     assert f"geometric mean │ {first:.3f} │ {second:.3f} │" in said
 
 
-def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, tmp_path):
+def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["compare", *map(str, folders.values()), "--out", str(page)]) == 0
     shown = Page(page.read_text("utf-8")).words
@@ -262,3 +262,6 @@ def test_runs_without_a_text_in_common_are_compared_by_what_they_have(folders, t
         both = (value for other in (one, found[1][client]) for value in (other.dense, other.pruned))
         assert " ".join([client, *(f"{value:.3f}" for value in both)]) in shown
     assert "No text was measured" not in shown and "measured differently" not in shown
+    said = " ".join(capsys.readouterr().out.split())
+    both = " │ ".join(f"{one['(all)'].pruned:.3f}" for one in found)
+    assert f"clients' own text │ {both} │" in said and "No text was measured by all of these runs" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspallm_appfl.reports import finished
-from fedspallm_appfl.reports.own_text import TITLE, OwnText, own_texts
+from fedspallm_appfl.reports.own_text import ALL, TITLE, OwnText, own_texts
 from fedspallm_appfl.reports.pages.page import document, figure
 from fedspallm_appfl.reports.pages.pictures import Bar, bars
 from fedspallm_appfl.reports.parts import Table, bytes_text, html
@@ -15,6 +15,7 @@ from fedspallm_appfl.reports.report import traffic
 from fedspallm_appfl.reports.result import Result, count, mean
 from fedspallm_appfl.settings.schema import Config, plain
 from fedspallm_appfl.settings.yaml_text import flat
+from fedspallm_appfl.tensors.target import NM
 from fedspallm_appfl.validation.words import how
 from fedspallm_appfl.wire.durable import write_text
 
@@ -51,7 +52,7 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[s
     """Write a page that puts runs side by side.
 
     Returns:
-        Its first table, what each run has come to; and a word where perplexities do not compare.
+        Its first table, what each run has come to; and a word where perplexities do not compare or are not there.
 
     Raises:
         ConfigError: a folder holds no run that has ended.
@@ -62,11 +63,12 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[s
         text for text in next(iter(runs.values())).perplexity if all(text in run.perplexity for run in runs.values())
     ]
     own = _own_texts(runs)
+    nothing = [] if texts or own else [NOTHING]
     summary, unlike = _summary(runs, texts), _measured_unlike(runs, texts) if texts else []
     body = [
         html(summary),
         *(_perplexity(runs, texts, unlike) if texts else []),
-        *map(html, own if texts or own else [NOTHING]),
+        *map(html, own or nothing),
         _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
         _one_each(
             "Seconds of work, by run.", {name: (run.seconds, f"{run.seconds:.0f} s") for name, run in runs.items()}
@@ -74,7 +76,8 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[s
         *map(html, _differences(runs)),
     ]
     write_text(file, document(f"{count(len(runs), 'run')} side by side", body))
-    return summary, unlike
+    words = [part for part in own if isinstance(part, str) and not part.startswith("## ")]
+    return summary, unlike + words + nothing
 
 
 def _opened(folder: Path) -> Run:
@@ -90,15 +93,22 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _summary(runs: Mapping[str, Run], texts: Sequence[str]) -> Table:
-    rows = []
+    rows, own = [], all(ALL in run.own for run in runs.values())
     for name, run in runs.items():
         row = {text: run.perplexity[text] for text in texts}
-        numbers = [f"{value:.3f}" for value in ([mean(row), *row.values()] if row else [])]
-        rows.append(
-            [name, how(run.config), f"{run.results.sparsity:.4f}", f"{run.up:,}", f"{run.seconds:.0f}", *numbers]
-        )
+        numbers = [mean(row), *row.values()] if row else []
+        numbers += [run.own[ALL].dense, run.own[ALL].pruned] if own else []
+        costs = [f"{run.up:,}", f"{run.seconds:.0f}"]
+        rows.append([name, how(run.config), _sparsity(run), *costs, *(f"{value:.3f}" for value in numbers)])
     shown = ["geometric mean", *texts] if texts else []
+    shown += ["clients' own text, dense", "clients' own text"] if own else []
     return Table(["run", "how", "sparsity", "bytes up", "seconds", *shown], rows)
+
+
+def _sparsity(run: Run) -> str:
+    """The share of zeros, after a pattern that it follows."""
+    target, share = run.config.client_configs.train_configs.sparsity.default, f"{run.results.sparsity:.4f}"
+    return f"{target} ({share})" if isinstance(target, NM) else share
 
 
 def _perplexity(runs: Mapping[str, Run], texts: Sequence[str], unlike: Sequence[str]) -> list[str]:
