@@ -154,9 +154,12 @@ def test_a_valid_configuration_is_said_to_be_one(fedspallm):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_validate_notes_a_device_that_is_not_here(fedspallm):
-    code, out, _ = fedspallm("validate", CONFIG, "client_configs.train_configs.device=cuda")
-    assert code == 0 and "no problem found" in out
-    assert "note: device cuda was asked for on" in out and "where no GPU can be seen" in out
+    asked = ("client_configs.train_configs.device=cuda", "server_configs.device=cuda:7")
+    code, out, _ = fedspallm("validate", CONFIG, *asked)
+    said = " ".join(out.split())
+    assert code == 0 and "no problem found" in said
+    assert "note: client austen, client bible, client csource, client sqldocs: device cuda was asked for on" in said
+    assert "note: the server: device cuda:7 was asked for on" in said and "a run on this machine would fail" in said
 
 
 def test_validate_without_files_opens_neither_model_nor_text(fedspallm):

@@ -429,7 +429,7 @@ def test_keys_are_kept_in_a_folder_of_their_own_with_locks(tmp_path, monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(
-        ConfigError, match=r"client a: .*lock cannot be locked: Operation not supported; keys of secure"
+        ConfigError, match=r"client a: .*lock cannot be written or locked: Operation not supported; keys of secure"
     ):
         Kept(tmp_path / "kept", "a").write("keys")
 
