@@ -23,12 +23,13 @@ USUAL = 100  # windows of a text, where all are taken
 SHARE = 0.8  # of the free memory, for all processes together
 
 
-def settled(config: Config, runs: int = 0) -> Config:
+def settled(config: Config, runs: int = 0, job: Job | None = None) -> Config:
     """The configuration with a number of worker processes.
 
     Args:
         config: the experiment.
         runs: so many experiments like it are each to be run in one process; 0 to share one among processes.
+        job: of the experiment, if it was opened before.
 
     Raises:
         ConfigError: it wants several where only this process knows the code of a pruner or an algorithm, or where the name
@@ -37,7 +38,7 @@ def settled(config: Config, runs: int = 0) -> Config:
     own, place = plugins.ADDED and not config.plugins, tempfile.gettempdir()
     crowded = not runs and len(os.fsencode(place)) > LONGEST
     if config.workers == "auto":
-        return dataclasses.replace(config, workers=str(1 if own or crowded else _useful(Job.of(config), runs)))
+        return dataclasses.replace(config, workers=str(1 if own or crowded else _useful(job or Job.of(config), runs)))
     if crowded and config.workers != "1":
         raise ConfigError(
             f"workers: {config.workers} processes need a socket in the folder for temporary files, whose name has at most "

@@ -231,7 +231,7 @@ def _memory(job: Job, windows: Mapping[str, int] | None) -> Iterator[RenderableT
         fixed = bytes_text(here + memory.APPFL)
         yield Text(f"add Python and its packages to each process: {fixed}, this one and what APPFL adds")
     yield Text("resident: with the files that it reads, which the system takes back when it wants their memory")
-    count = 1 if globus else int(settled(job.config).workers)
+    count = 1 if globus else int(settled(job.config, job=job).workers)
     if count > 1:
         together = bytes_text(memory.workers_memory(job, count))
         asked = f"workers: {job.config.workers}"

